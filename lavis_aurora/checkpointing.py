@@ -1,0 +1,38 @@
+"""Checkpoints of a run: written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lavis_aurora.errors import AuroraError
+
+
+def write_checkpoint(state: dict[str, Any], path: str | Path) -> None:
+    """Write beside ``path`` and rename, so that no interrupted write leaves a broken file."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise AuroraError(f"cannot write {path} ({error}); free some space or change run.output_dir") from error
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of :func:`write_checkpoint`; tensors and plain values only are unpickled."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, pickle and zipfile each have errors of their own
+        raise AuroraError(f"{path} is not a readable checkpoint ({error})") from error
+    missing = {"model", "optimizer", "epoch"} - set(state)
+    if missing:
+        raise AuroraError(f"{path} is not a checkpoint of a run: it has no {', '.join(sorted(missing))}")
+    return state

@@ -1,0 +1,228 @@
+"""Every key that a lavis_aurora YAML may hold: its default, its check, and where it comes from.
+
+LAVIS's own keys keep their names and meaning. Sections and tables are those of the Aurora paper
+(NeurIPS 2023). This module needs nothing but the standard library, so that the method can use it
+without LAVIS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from lavis_aurora.errors import AuroraError, near_names
+
+GATE_FORMS = ("residual", "convex", "affine", "none")
+GATE_INITS = ("zeros", "ones")
+CONTEXT_FORMS = ("attention", "mean", "random", "none")
+TUNINGS = ("aurora", "heads", "full", "frozen")
+
+
+def _require(ok: bool, key: str, value: object, need: str) -> None:
+    if not ok:
+        raise AuroraError(f"{key}: {value!r} cannot be used; it must be {need}")
+
+
+def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise AuroraError(f"{key}: unknown value {value!r}{near_names(str(value), known)}")
+
+
+@dataclass
+class ModeApproxConfig:
+    """Mode approximation (paper 3.2, eq. 2-4).
+
+    Attributes:
+        rank: R, the number of rank-one components. The paper uses 64 and 128.
+        scale: factor on the whole update; the rest of the scaling follows rank and width by itself.
+    """
+
+    rank: int = 64
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "mode_approx.rank", self.rank, "1 or more")
+        _require(self.scale > 0, "mode_approx.scale", self.scale, "above 0")
+
+
+@dataclass
+class GateConfig:
+    """Gated query transformation (paper 3.3, figure 6).
+
+    Attributes:
+        form: residual (ours; equals the backbone at step 0), convex (the paper's words), affine (the form
+            in the authors' released code), none.
+        init: starting value of gamma and beta. The paper finds zeros better than ones.
+    """
+
+    form: str = "residual"
+    init: str = "zeros"
+
+    def __post_init__(self) -> None:
+        _one_of("gate.form", self.form, GATE_FORMS)
+        _one_of("gate.init", self.init, GATE_INITS)
+
+
+@dataclass
+class ContextConfig:
+    """Informative context enhancement (paper 3.3, eq. 5, figure 4).
+
+    Attributes:
+        form: attention (the paper), mean, random, none.
+    """
+
+    form: str = "attention"
+
+    def __post_init__(self) -> None:
+        _one_of("context.form", self.form, CONTEXT_FORMS)
+
+
+@dataclass
+class VitConfig:
+    """A ViT of any size, instead of LAVIS's ``vit_type: base | large``. Sizes in pixels, dimensions, layers."""
+
+    patch_size: int = 16
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+
+    def __post_init__(self) -> None:
+        for key in ("patch_size", "embed_dim", "depth", "num_heads"):
+            _require(getattr(self, key) >= 1, f"vit.{key}", getattr(self, key), "1 or more")
+        _require(
+            self.embed_dim % self.num_heads == 0,
+            "vit.embed_dim",
+            self.embed_dim,
+            f"a multiple of vit.num_heads ({self.num_heads})",
+        )
+
+
+@dataclass
+class BlipAuroraConfig:
+    """What every BLIP model of this plugin takes under ``model:``.
+
+    Attributes:
+        arch, model_type, pretrained, finetuned, load_finetuned, image_size, vit_type, vit_grad_ckpt,
+        vit_ckpt_layer, vit_drop_path_rate, vit_layer_norm_epsilon, med_config_path, max_txt_len: LAVIS's own.
+        vit: sizes of another ViT than LAVIS's two.
+        tokenizer: hub name of a BERT tokenizer, or a folder with its vocab.txt.
+        tuning: aurora (the method), heads (only the heads), full (the whole model, the baseline), frozen.
+        train_heads: also train the heads (projections, matching head, temperature), reported apart.
+        mode_approx, gate, context: the three parts of the method.
+    """
+
+    arch: Optional[str] = None
+    model_type: Optional[str] = None
+    pretrained: Optional[str] = None
+    finetuned: Optional[str] = None
+    load_finetuned: bool = False
+    image_size: int = 384
+    vit_type: str = "base"
+    vit_grad_ckpt: bool = False
+    vit_ckpt_layer: int = 0
+    vit_drop_path_rate: float = 0
+    vit_layer_norm_epsilon: float = -1
+    vit: Optional[VitConfig] = None
+    med_config_path: str = "configs/models/med_config.json"
+    max_txt_len: int = 35
+    tokenizer: str = "bert-base-uncased"
+    tuning: str = "aurora"
+    train_heads: bool = True
+    mode_approx: ModeApproxConfig = field(default_factory=ModeApproxConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("model.tuning", self.tuning, TUNINGS)
+        _one_of("model.vit_type", self.vit_type, ("base", "large"))
+        _require(self.image_size >= 1, "model.image_size", self.image_size, "1 or more (pixels)")
+        _require(self.max_txt_len >= 2, "model.max_txt_len", self.max_txt_len, "2 or more (tokens)")
+        patch = self.vit.patch_size if self.vit else 16
+        _require(
+            self.image_size % patch == 0,
+            "model.image_size",
+            self.image_size,
+            f"a multiple of the patch size ({patch})",
+        )
+        if self.load_finetuned and not self.finetuned:
+            raise AuroraError(
+                "model.finetuned: missing although model.load_finetuned is true; name a checkpoint, or set "
+                "model.load_finetuned: false"
+            )
+
+
+@dataclass
+class RetrievalAuroraConfig(BlipAuroraConfig):
+    """``model:`` of blip_retrieval_aurora.
+
+    Attributes:
+        queue_size, alpha, embed_dim, momentum, negative_all_rank: LAVIS's blip_retrieval's own. The queue may
+            have any size; it wraps around.
+    """
+
+    context: ContextConfig = field(default_factory=ContextConfig)
+    queue_size: int = 57600
+    alpha: float = 0.4
+    embed_dim: int = 256
+    momentum: float = 0.995
+    negative_all_rank: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.queue_size >= 0, "model.queue_size", self.queue_size, "0 (no queue) or more")
+        _require(self.embed_dim >= 1, "model.embed_dim", self.embed_dim, "1 or more")
+        _require(0 <= self.alpha <= 1, "model.alpha", self.alpha, "between 0 and 1")
+        _require(0 <= self.momentum <= 1, "model.momentum", self.momentum, "between 0 and 1")
+
+
+@dataclass
+class RunConfig:
+    """``run:`` of runner_aurora: LAVIS's own keys, and these.
+
+    Attributes:
+        device: auto (a GPU if there is one), cuda or cpu.
+        itc_weight: score of a reranked pair = ITM + itc_weight * ITC (1 as LAVIS and BLIP; 0 is ITM alone).
+        k_test: candidates per query that are reranked; 0 ranks by ITC alone.
+        grad_clip: largest norm of the gradient; 0 for no clipping.
+        output_dir: relative paths start at the current directory; each run adds a folder of its own.
+    """
+
+    task: str = "retrieval_aurora"
+    runner: str = "runner_aurora"
+    lr_sched: str = "linear_warmup_cosine_lr"
+    init_lr: float = 1e-4
+    min_lr: float = 0.0
+    warmup_lr: float = -1.0
+    warmup_steps: int = 0
+    lr_decay_rate: Optional[float] = None
+    weight_decay: float = 0.05
+    beta2: float = 0.999
+    grad_clip: float = 0.0
+    max_epoch: int = 6
+    accum_grad_iters: int = 1
+    num_workers: int = 4
+    batch_size_train: int = 16
+    batch_size_eval: int = 64
+    train_splits: list[str] = field(default_factory=list)
+    valid_splits: list[str] = field(default_factory=list)
+    test_splits: list[str] = field(default_factory=list)
+    train_dataset_ratios: Any = None
+    k_test: int = 128
+    itc_weight: float = 1.0
+    device: str = "auto"
+    world_size: int = 1
+    dist_url: str = "env://"
+    distributed: bool = False
+    use_dist_eval_sampler: bool = False
+    seed: int = 42
+    output_dir: str = "output"
+    amp: bool = False
+    log_freq: int = 50
+    resume_ckpt_path: Optional[str] = None
+    evaluate: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("run.device", self.device, ("auto", "cuda", "cpu"))
+        for key in ("max_epoch", "accum_grad_iters", "batch_size_train", "batch_size_eval", "log_freq"):
+            _require(getattr(self, key) >= 1, f"run.{key}", getattr(self, key), "1 or more")
+        for key in ("init_lr", "min_lr", "weight_decay", "grad_clip", "num_workers", "k_test", "warmup_steps"):
+            _require(getattr(self, key) >= 0, f"run.{key}", getattr(self, key), "0 or more")

@@ -1,0 +1,1 @@
+"""Datasets: checks of what users bring, and what LAVIS lacks."""

@@ -1,0 +1,19 @@
+"""The one exception that users are meant to see as a single line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AuroraError(ValueError):
+    """Input that cannot be used. The message names the file or key, the problem and the remedy."""
+
+
+def near_names(name: str, known: Iterable[str], limit: int = 3) -> str:
+    """'; did you mean 'rank'?' for the known names closest to ``name``, or '; known: ...' if none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=limit, cutoff=0.6)
+    if near:
+        return f"; did you mean {' or '.join(repr(n) for n in near)}?"
+    return f"; known: {', '.join(known)}"

@@ -1,0 +1,129 @@
+"""The factors of the CP-decomposed update (paper 3.2, eq. 2-4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lavis_aurora.config import ModeApproxConfig
+from lavis_aurora.errors import AuroraError, near_names
+
+
+class FactorSet(nn.Module):
+    """One adapter: U, V, P and the coefficients lambda for all slots.
+
+        dW_k = s * sum_r lambda[k, r] P[k, r] outer(U[:, r], V[:, r]),   s = scale / sqrt(d_in * rank)
+
+    U and V are shared by every slot of the same width ("global factors"); P and lambda have one row a slot.
+    U and P start as standard Gaussians, lambda at one and V at zero, so that dW = 0 at step 0. All start at
+    the same order of size, and s makes the output of the update independent of width and rank, so that one
+    learning rate serves them all.
+
+    Args:
+        shapes: (d_in, d_out) of each slot, in slot order.
+        config: rank and scale.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], config: ModeApproxConfig) -> None:
+        super().__init__()
+        self.config = config
+        rank = config.rank
+        widths_in = sorted({d_in for d_in, _ in shapes})
+        widths_out = sorted({d_out for _, d_out in shapes})
+        self.U = nn.ParameterDict({str(d): nn.Parameter(torch.randn(d, rank)) for d in widths_in})
+        self.V = nn.ParameterDict({str(d): nn.Parameter(torch.zeros(d, rank)) for d in widths_out})
+        self.P = nn.Parameter(torch.randn(len(shapes), rank))
+        self.coefficients = nn.Parameter(torch.ones(len(shapes), rank))
+
+    def scale(self, d_in: int) -> float:
+        """s of the equation above, for slots that read ``d_in`` features."""
+        return self.config.scale / math.sqrt(d_in * self.config.rank)
+
+    def slot_weights(self, slots: Sequence[int], d_in: int) -> Tensor:
+        """s * lambda * P of these slots, shape (len(slots), rank)."""
+        index = list(slots)
+        return self.scale(d_in) * self.coefficients[index] * self.P[index]
+
+    def delta_weight(self, slots: Sequence[int], d_in: int, d_out: int) -> Tensor:
+        """The update in nn.Linear's layout, the slots stacked in rows: shape (len(slots) * d_out, d_in)."""
+        weights = self.slot_weights(slots, d_in)
+        return torch.einsum("nr,or,ir->noi", weights, self.V[str(d_out)], self.U[str(d_in)]).flatten(0, 1)
+
+    def project(self, x: Tensor, slots: Sequence[int], d_out: int) -> Tensor:
+        """x dW for the slots side by side: x (..., d_in) gives (..., len(slots) * d_out)."""
+        d_in = x.shape[-1]
+        u, v = self.U[str(d_in)].to(x.dtype), self.V[str(d_out)].to(x.dtype)
+        inner = (x @ u).unsqueeze(-2) * self.slot_weights(slots, d_in).to(x.dtype)
+        return (inner @ v.t()).flatten(-2)
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(group, parameter) of everything this module trains."""
+        for parameter in (*self.U.parameters(), *self.V.parameters()):
+            yield "factors U, V", parameter
+        yield "slot factors P", self.P
+        yield "coefficients lambda", self.coefficients
+
+
+class ModeFactors(nn.Module):
+    """Named factor sets over the same slots, one of them active at a time.
+
+    A second set beside the trained one serves as the momentum teacher: the frozen backbone is shared.
+
+    Args:
+        slots: name of each slot with its (d_in, d_out), in order.
+        config: rank and scale of the set ``default``.
+
+    Example:
+        >>> with model.mode_approx.use("momentum"):
+        ...     teacher = model.visual_encoder(image)
+        >>> with model.mode_approx.disabled():
+        ...     frozen = model.visual_encoder(image)
+    """
+
+    def __init__(self, slots: Mapping[str, tuple[int, int]], config: ModeApproxConfig) -> None:
+        super().__init__()
+        self.slots = dict(slots)
+        self.sets = nn.ModuleDict()
+        self.active: str | None = "default"
+        self.add_set("default", config)
+
+    def add_set(self, name: str, config: ModeApproxConfig) -> FactorSet:
+        """Add a fresh set (dW = 0) under ``name``; it is not made active."""
+        self.sets[name] = FactorSet(list(self.slots.values()), config)
+        return self.sets[name]
+
+    def slot_index(self, name: str) -> int:
+        """Row of the slot in P and lambda."""
+        try:
+            return list(self.slots).index(name)
+        except ValueError:
+            raise AuroraError(f"no slot {name!r}{near_names(name, self.slots)}") from None
+
+    @property
+    def active_set(self) -> FactorSet | None:
+        """The set that forwards use now; None while disabled."""
+        return None if self.active is None else self.sets[self.active]
+
+    @contextmanager
+    def use(self, name: str | None) -> Iterator[None]:
+        """Let forwards inside the block use the set ``name``; None is the plain backbone."""
+        if name is not None and name not in self.sets:
+            raise AuroraError(f"no factor set {name!r}{near_names(name, self.sets)}")
+        before, self.active = self.active, name
+        try:
+            yield
+        finally:
+            self.active = before
+
+    def disabled(self):
+        """Context in which every adapted layer is the plain backbone's."""
+        return self.use(None)
+
+    def delta_weight(self, slot: str, name: str = "default") -> Tensor:
+        """The update of one slot in nn.Linear's layout, shape (d_out, d_in)."""
+        index = self.slot_index(slot)
+        return self.sets[name].delta_weight([index], *self.slots[slot])

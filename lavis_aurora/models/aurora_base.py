@@ -1,0 +1,119 @@
+"""What the BLIP models of this plugin share: configuration, weights, and what is trained."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+import torch
+from lavis.models.med import BertModel
+from torch import Tensor, nn
+from transformers import BatchEncoding
+
+from lavis_aurora.config import BlipAuroraConfig
+from lavis_aurora.config_check import parse_config
+from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.mode_approx import ModeFactors, inject_mode_approx, trainable_parameters_summary
+from lavis_aurora.mode_approx.trainable import adapter_parameters
+from lavis_aurora.models.checkpoint import load_backbone, read_state_dict
+from lavis_aurora.models.fusion import add_gates
+
+
+class AuroraBase:
+    """Mixin in front of one of LAVIS's BLIP models."""
+
+    CONFIG_CLASS: type[BlipAuroraConfig]
+    DEFAULT_MODEL_TYPE: str
+    mode_approx: ModeFactors | None
+
+    @classmethod
+    def default_config_path(cls, model_type: str) -> str:
+        """Path of the YAML with the defaults of a model type."""
+        if model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:
+            near = near_names(str(model_type), cls.PRETRAINED_MODEL_CONFIG_DICT)
+            raise AuroraError(f"model.model_type: unknown type {model_type!r}{near}")
+        return super().default_config_path(model_type)
+
+    @classmethod
+    def from_config(cls, cfg=None):
+        """Build the model and load its weights.
+
+        Args:
+            cfg: the ``model:`` part of a YAML; every key is checked, see :mod:`lavis_aurora.config`.
+        """
+        settings = parse_config(cls.CONFIG_CLASS, cfg or {}, "model")
+        model = cls(settings)
+        model.load_checkpoint_from_config(settings)
+        logging.info("%s (%s)\n%s", cls.__name__, settings.tuning, trainable_parameters_summary(model))
+        return model
+
+    def set_up_tuning(self, cfg: BlipAuroraConfig, targets: Sequence[str], gated: BertModel) -> None:
+        """Freeze the backbone and add what ``cfg.tuning`` trains."""
+        self.mode_approx = None
+        if cfg.tuning == "aurora":
+            inject_mode_approx(self, cfg.mode_approx, targets)
+            add_gates(gated, cfg.gate)
+        if cfg.tuning == "full":
+            return
+        self.requires_grad_(False)
+        for _, parameter in adapter_parameters(self):
+            parameter.requires_grad_(True)
+        if cfg.tuning != "frozen" and cfg.train_heads:
+            for head in self.heads:
+                head.requires_grad_(True)
+
+    def load_checkpoint_from_config(self, cfg: BlipAuroraConfig, **_kwargs) -> None:
+        """Load ``finetuned`` or ``pretrained``; with neither, the random weights stay and the log says so."""
+        key = "finetuned" if cfg.load_finetuned else "pretrained"
+        source = getattr(cfg, key)
+        if source is None:
+            logging.warning("model.pretrained is null: the backbone has RANDOM weights")
+            return
+        self.load_from_pretrained(source, key=f"model.{key}")
+
+    def load_from_pretrained(self, url_or_filename: str, key: str = "model.pretrained") -> None:
+        """Load backbone weights from a URL or file; see :func:`load_backbone` for what is refused."""
+        adapter = {id(parameter) for _, parameter in adapter_parameters(self)}
+        new = {name for name, parameter in self.named_parameters() if id(parameter) in adapter}
+        new |= {name for name in self.state_dict() if name.partition(".")[0].endswith("_m")}
+        load_backbone(self, read_state_dict(url_or_filename, key), f"{key} {url_or_filename}", new)
+        if hasattr(self, "copy_params"):
+            self.copy_params()
+
+    load_checkpoint = load_from_pretrained
+
+    def tokenize(self, texts: Iterable[str], to_longest: bool = False) -> BatchEncoding:
+        """Token ids and mask on the CPU, cut at ``max_txt_len`` and padded to it or to the longest text."""
+        return self.tokenizer(
+            list(texts),
+            padding="longest" if to_longest else "max_length",
+            truncation=True,
+            max_length=self.max_txt_len,
+            return_tensors="pt",
+        )
+
+    def _run_parameters(self) -> dict[str, nn.Parameter]:
+        """What a run changes: trained parameters and their momentum copies."""
+        teacher = {id(p) for _, copy in getattr(self, "model_pairs", ()) for p in copy.parameters()}
+        return {name: p for name, p in self.named_parameters() if p.requires_grad or id(p) in teacher}
+
+    def run_state(self) -> dict[str, Tensor]:
+        """State that a checkpoint of a run must hold: trained parameters and their momentum copies."""
+        return {name: parameter.detach().cpu() for name, parameter in self._run_parameters().items()}
+
+    def load_run_state(self, state: dict[str, Tensor], source: str) -> None:
+        """Load what :meth:`run_state` gave; anything missing, foreign or of another shape is an error."""
+        own = self._run_parameters()
+        problems = [f"{name} is missing" for name in own.keys() - state.keys()]
+        problems += [f"{name} is not trained here" for name in state.keys() - own.keys()]
+        problems += [
+            f"{name} is {tuple(state[name].shape)} there and {tuple(own[name].shape)} here"
+            for name in own.keys() & state.keys()
+            if own[name].shape != state[name].shape
+        ]
+        if problems:
+            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+            raise AuroraError(f"{source} does not fit this model: {'; '.join(sorted(problems)[:4])}{more}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])

@@ -1,0 +1,258 @@
+"""Image-text retrieval: LAVIS's blip_retrieval with a frozen backbone and Aurora's few parameters."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from lavis.common.dist_utils import is_dist_avail_and_initialized
+from lavis.common.registry import registry
+from lavis.models.base_model import all_gather_with_grad, concat_all_gather
+from lavis.models.blip_models.blip_outputs import BlipIntermediateOutput, BlipOutput, BlipSimilarity
+from lavis.models.blip_models.blip_retrieval import BlipRetrieval
+from torch import Tensor, nn
+
+from lavis_aurora.alignment import enhance_context
+from lavis_aurora.config import RetrievalAuroraConfig
+from lavis_aurora.errors import AuroraError
+from lavis_aurora.models.aurora_base import AuroraBase
+from lavis_aurora.models.matching import draw_negatives, shared_seed
+from lavis_aurora.models.towers import build_text_encoder, build_tokenizer, build_vision_encoder, check_vocabulary
+from lavis_aurora.paths import package_file
+from lavis_aurora.retrieval.rerank import retrieval_scores
+
+TARGETS = (
+    r"visual_encoder\.blocks\.\d+\.attn\.qkv",
+    r"text_encoder\.encoder\.layer\.\d+\.attention\.self\.(query|key|value)",
+    r"text_encoder\.encoder\.layer\.\d+\.crossattention\.self\.(query|key|value)",
+)
+
+
+@registry.register_model("blip_retrieval_aurora")
+class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
+    """BLIP retrieval model tuned by Aurora (paper 3.2, 3.3).
+
+    Supported model types:
+        - base: BLIP base, pretrained on 129M pairs, 384 px (the paper's backbone; default).
+        - large: BLIP large.
+        - coco: BLIP base fine-tuned on COCO (Karpathy split), as LAVIS's blip_retrieval coco.
+        - flickr: BLIP base fine-tuned on Flickr30K.
+        - tiny: a BLIP of 1.4M weights that comes with this package, for the demo and for tests.
+
+    Usage:
+        >>> from lavis_aurora import load_model_and_preprocess
+        >>> model, vis, txt = load_model_and_preprocess("blip_retrieval_aurora", "tiny")
+    """
+
+    CONFIG_CLASS = RetrievalAuroraConfig
+    DEFAULT_MODEL_TYPE = "base"
+    PRETRAINED_MODEL_CONFIG_DICT = {
+        name: package_file(f"configs/models/blip_retrieval_aurora_{name}.yaml")
+        for name in ("base", "large", "coco", "flickr", "tiny")
+    }
+
+    def __init__(self, cfg: RetrievalAuroraConfig) -> None:
+        vision = build_vision_encoder(cfg)
+        text = build_text_encoder(cfg, vision.vision_width)
+        # LAVIS calls this class method in its constructor, without telling it the tokenizer's name.
+        self.init_tokenizer = partial(build_tokenizer, cfg.tokenizer)
+        super().__init__(
+            image_encoder=vision,
+            text_encoder=text,
+            queue_size=cfg.queue_size,
+            alpha=cfg.alpha,
+            embed_dim=cfg.embed_dim,
+            momentum=cfg.momentum,
+            negative_all_rank=cfg.negative_all_rank,
+            max_txt_len=cfg.max_txt_len,
+        )
+        del self.init_tokenizer
+        check_vocabulary(self.tokenizer, text.config.vocab_size, cfg)
+        self.context_form = cfg.context.form if cfg.tuning == "aurora" else "none"
+        self._negative_seed: int | None = None
+        self.set_up_tuning(cfg, TARGETS, self.text_encoder)
+        self._set_up_teacher(cfg.tuning)
+
+    @property
+    def heads(self) -> list[nn.Module | nn.Parameter]:
+        """What ``train_heads`` trains besides the adapter."""
+        return [self.vision_proj, self.text_proj, self.itm_head, self.temp]
+
+    def _set_up_teacher(self, tuning: str) -> None:
+        """Momentum copies of what is trained, and of nothing else."""
+        if tuning != "full":
+            # The backbone is frozen: its moving average is itself.
+            del self.visual_encoder_m, self.text_encoder_m
+            self.model_pairs = [[self.vision_proj, self.vision_proj_m], [self.text_proj, self.text_proj_m]]
+            if self.mode_approx is not None:
+                default = self.mode_approx.sets["default"]
+                teacher = self.mode_approx.add_set("momentum", default.config)
+                self.model_pairs.append([default, teacher])
+        self.copy_params()
+
+    @torch.no_grad()
+    def _teacher_features(self, image: Tensor, text: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Momentum embeddings and normalised ITC features of images and texts."""
+        factors = nullcontext() if self.mode_approx is None else self.mode_approx.use("momentum")
+        with factors:
+            image_embeds = getattr(self, "visual_encoder_m", self.visual_encoder).forward_features(image)
+            text_embeds = getattr(self, "text_encoder_m", self.text_encoder).forward_text(text).last_hidden_state
+        image_feat = F.normalize(self.vision_proj_m(image_embeds[:, 0]), dim=-1)
+        text_feat = F.normalize(self.text_proj_m(text_embeds[:, 0]), dim=-1)
+        return image_embeds, text_embeds, image_feat, text_feat
+
+    @torch.no_grad()
+    def _dequeue_and_enqueue(self, image_feat: Tensor, text_feat: Tensor, idxs: Tensor) -> None:
+        """Replace the oldest entries of the queue; at its end it wraps around."""
+        if self.queue_size == 0:
+            return
+        count = image_feat.shape[0]
+        if count > self.queue_size:
+            raise AuroraError(
+                f"model.queue_size: {self.queue_size} is less than the {count} samples of a step over all "
+                f"processes; make the queue larger, the batch smaller, or set 0 for no queue"
+            )
+        places = (self.queue_ptr + torch.arange(count, device=image_feat.device)) % self.queue_size
+        self.image_queue[:, places] = image_feat.t().to(self.image_queue.dtype)
+        self.text_queue[:, places] = text_feat.t().to(self.text_queue.dtype)
+        self.idx_queue[:, places] = idxs.t()
+        self.queue_ptr.copy_((self.queue_ptr + count) % self.queue_size)
+
+    def forward(self, samples: dict) -> BlipOutput:
+        """ITC with momentum distillation and queues, ITM with hard negatives.
+
+        Args:
+            samples: ``image`` (batch, 3, height, width), ``text_input`` (list of str), ``image_id`` (batch,),
+                ``epoch``, ``iters``, ``num_iters_per_epoch``, as for LAVIS's blip_retrieval.
+
+        Returns:
+            ``loss``, ``loss_itc``, ``loss_itm`` and LAVIS's further fields.
+        """
+        image, idx = samples["image"], samples["image_id"].view(-1, 1)
+        with torch.no_grad():
+            self.temp.clamp_(0.001, 0.5)
+        # Processes exchange texts, which must then be of one length.
+        text = self.tokenize(samples["text_input"], to_longest=not self._gathers).to(image.device)
+        image_embeds = self.visual_encoder.forward_features(image)
+        text_embeds = self.text_encoder.forward_text(text).last_hidden_state
+        image_feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
+        text_feat = F.normalize(self.text_proj(text_embeds[:, 0]), dim=-1)
+        loss_itc, sims, teacher = self._contrastive(samples, image, text, image_feat, text_feat, idx)
+        loss_itm, matching = self._matching(
+            image_embeds, text, text_embeds[:, 0], image_feat, text_feat, idx, self._step(samples)
+        )
+        return BlipOutput(
+            loss=loss_itc + loss_itm,
+            loss_itc=loss_itc,
+            loss_itm=loss_itm,
+            sims=sims,
+            intermediate_output=BlipIntermediateOutput(
+                image_embeds=image_embeds,
+                image_embeds_m=teacher[0],
+                text_embeds=text_embeds,
+                text_embeds_m=teacher[1],
+                **matching,
+            ),
+        )
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether negatives come from all processes."""
+        return self.negative_all_rank and is_dist_avail_and_initialized()
+
+    @staticmethod
+    def _step(samples: dict) -> int:
+        return samples["epoch"] * samples["num_iters_per_epoch"] + samples["iters"]
+
+    def _contrastive(
+        self, samples: dict, image: Tensor, text: dict, image_feat: Tensor, text_feat: Tensor, idx: Tensor
+    ) -> tuple[Tensor, BlipSimilarity, tuple[Tensor, Tensor]]:
+        """ITC against the teacher's features of the batch over all processes and of the queue."""
+        ramp = self._rampup_factor(samples["epoch"], samples["iters"], samples["num_iters_per_epoch"])
+        alpha = self.alpha * ramp
+        with torch.no_grad():
+            self._momentum_update()
+            image_embeds_m, text_embeds_m, image_m, text_m = self._teacher_features(image, text)
+            image_world, text_world, idx_world = map(concat_all_gather, (image_m, text_m, idx))
+            image_all = torch.cat([image_world.t(), self.image_queue.clone()], dim=1)
+            text_all = torch.cat([text_world.t(), self.text_queue.clone()], dim=1)
+            same = torch.eq(idx, torch.cat([idx_world.t(), self.idx_queue.clone()], dim=1)).float()
+            hard = same / same.sum(1, keepdim=True)
+            sim_i2t_m, sim_t2i_m = image_m @ text_all / self.temp, text_m @ image_all / self.temp
+            targets = [alpha * F.softmax(sim, dim=1) + (1 - alpha) * hard for sim in (sim_i2t_m, sim_t2i_m)]
+        sim_i2t, sim_t2i = image_feat @ text_all / self.temp, text_feat @ image_all / self.temp
+        losses = [
+            -(F.log_softmax(sim, dim=1) * target).sum(dim=1).mean()
+            for sim, target in zip((sim_i2t, sim_t2i), targets)
+        ]
+        self._dequeue_and_enqueue(image_world, text_world, idx_world)
+        sims = BlipSimilarity(
+            sim_i2t=sim_i2t,
+            sim_t2i=sim_t2i,
+            sim_i2t_m=sim_i2t_m,
+            sim_t2i_m=sim_t2i_m,
+            sim_i2t_targets=targets[0],
+            sim_t2i_targets=targets[1],
+        )
+        return sum(losses) / 2, sims, (image_embeds_m, text_embeds_m)
+
+    def _matching(
+        self,
+        image_embeds: Tensor,
+        text: dict,
+        queries: Tensor,
+        image_feat: Tensor,
+        text_feat: Tensor,
+        idx: Tensor,
+        step: int,
+    ) -> tuple[Tensor, dict]:
+        """ITM over each pair, its hardest images and its hardest texts, with the context enhancement."""
+        world = concat_all_gather if self._gathers else (lambda tensor: tensor)
+        ids, mask = text.input_ids.clone(), text.attention_mask
+        ids[:, 0] = self.tokenizer.enc_token_id
+        if self._negative_seed is None:
+            self._negative_seed = shared_seed(ids.device)
+        generator = torch.Generator(ids.device).manual_seed(self._negative_seed + step)
+        with torch.no_grad():
+            same = torch.eq(idx, world(idx).t())
+            negative_image, has_image = draw_negatives(text_feat @ world(image_feat).t() / self.temp, same, generator)
+            negative_text, has_text = draw_negatives(image_feat @ world(text_feat).t() / self.temp, same, generator)
+        images_world = all_gather_with_grad(image_embeds) if self._gathers else image_embeds
+        # Rows: the pairs as they are; each text with a wrong image; each image with a wrong text.
+        pair_ids = torch.cat([ids, ids, world(ids)[negative_text]])
+        pair_mask = torch.cat([mask, mask, world(mask)[negative_text]])
+        pair_images = torch.cat([image_embeds, images_world[negative_image], image_embeds])
+        output = self.text_encoder(
+            pair_ids,
+            attention_mask=pair_mask,
+            encoder_hidden_states=pair_images,
+            encoder_attention_mask=torch.ones(pair_images.shape[:-1], dtype=torch.long, device=ids.device),
+            return_dict=True,
+        )
+        # Also the texts of the other processes are context, as if the batch were in one.
+        context = all_gather_with_grad(queries) if is_dist_avail_and_initialized() else queries
+        fused = enhance_context(output.last_hidden_state[:, 0], context, self.context_form)
+        logits = self.itm_head(fused)
+        count = len(ids)
+        labels = torch.cat([torch.ones_like(idx[:, 0]), torch.zeros_like(idx[:, 0]).repeat(2)])
+        # A pair without any true negative in the batch has none to learn from.
+        weight = torch.cat([torch.ones_like(has_image), has_image, has_text]).to(logits.dtype)
+        loss = (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / weight.sum()
+        first, rest = output.last_hidden_state.split([count, 2 * count])
+        outputs = {"itm_logits": logits, "itm_labels": labels}
+        outputs["encoder_output"] = type(output)(last_hidden_state=first)
+        outputs["encoder_output_neg"] = type(output)(last_hidden_state=rest)
+        return loss, outputs
+
+    def compute_sim_matrix(self, data_loader, task_cfg) -> tuple:
+        """LAVIS's scores of each image with each text and the reverse, as two numpy arrays."""
+        scores = self.retrieval_scores(data_loader, task_cfg)
+        return scores.i2t, scores.t2i
+
+    def retrieval_scores(self, data_loader, task_cfg):
+        """Scores before and after reranking, see :func:`lavis_aurora.retrieval.rerank.retrieval_scores`."""
+        return retrieval_scores(
+            self, data_loader, k_test=task_cfg.get("k_test", 128), itc_weight=task_cfg.get("itc_weight", 1.0)
+        )

@@ -1,0 +1,104 @@
+"""Loading backbone weights, with every missing or foreign key accounted for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Iterable
+
+import torch
+from lavis.common.dist_utils import download_cached_file
+from lavis.common.utils import is_url
+from lavis.models.vit import interpolate_pos_embed
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lavis_aurora.errors import AuroraError
+
+POS_EMBED = "visual_encoder.pos_embed"
+
+
+def read_state_dict(source: str, key: str) -> dict[str, Tensor]:
+    """Weights from a URL or file, .safetensors or .pth; nothing that could run code is unpickled.
+
+    Args:
+        source: URL or path.
+        key: the YAML key that names it, for messages.
+    """
+    path = source
+    if is_url(source):
+        try:
+            path = download_cached_file(source, check_hash=False, progress=True)
+        except OSError as error:
+            raise AuroraError(
+                f"{key}: cannot download {source} ({error}); download it elsewhere and name the local file"
+            ) from error
+    if not os.path.isfile(path):
+        raise AuroraError(f"{key}: no such file: {path}")
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise AuroraError(
+            f"{key}: {path} holds more than tensors and is not unpickled; on a machine where you trust it, "
+            f"keep only torch.load(path, weights_only=False)['model'] and save that"
+        ) from error
+    except Exception as error:  # torch, zipfile and safetensors each have errors of their own
+        raise AuroraError(f"{key}: {path} is not a readable checkpoint ({error})") from error
+    state = state.get("model", state)
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise AuroraError(f"{key}: {path} holds no state dict of tensors")
+    return state
+
+
+def _fit(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """BLIP's position embeddings stretched to this image size."""
+    state = dict(state)
+    if POS_EMBED in state and state[POS_EMBED].shape != model.visual_encoder.pos_embed.shape:
+        state[POS_EMBED] = interpolate_pos_embed(state[POS_EMBED], model.visual_encoder)
+    return state
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
+
+
+def load_backbone(model: nn.Module, state: dict[str, Tensor], source: str, new_keys: set[str]) -> None:
+    """Load weights of BLIP; afterwards the missing keys are exactly ``new_keys`` or fewer.
+
+    Args:
+        model: a model with ``visual_encoder`` and text towers.
+        state: the checkpoint.
+        source: its name, for messages.
+        new_keys: keys that a plain BLIP checkpoint does not hold (the adapter's, the queue's, the teacher's).
+
+    Raises:
+        AuroraError: a key is missing, has another shape, or belongs to a layer that the model does not have.
+    """
+    own = model.state_dict()
+    # Queues and their pointer belong to a run, not to the weights; their size is the YAML's.
+    transient = {key for key in own if "queue" in key}
+    state = {key: value for key, value in _fit(state, model).items() if key not in transient}
+    shapes = {
+        f"{key} is {tuple(state[key].shape)} there and {tuple(own[key].shape)} here"
+        for key in state.keys() & own.keys()
+        if state[key].shape != own[key].shape
+    }
+    if shapes:
+        raise AuroraError(f"{source} does not fit the model: {_some(shapes)}; check vit, image_size, med_config_path")
+    missing = own.keys() - state.keys() - new_keys - transient
+    missing = {key for key in missing if not key.endswith("position_ids")}
+    if missing:
+        raise AuroraError(f"{source} lacks {len(missing)} weights of the model: {_some(missing)}")
+    unknown = state.keys() - own.keys()
+    towers = {name for name, _ in model.named_children() if not name.endswith("_m")}
+    foreign = {key for key in unknown if key.partition(".")[0] in towers}
+    if foreign:
+        raise AuroraError(f"{source} has {len(foreign)} weights that the model has no place for: {_some(foreign)}")
+    model.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
+    ignored = f"; not needed here: {_some({key.partition('.')[0] for key in unknown})}" if unknown else ""
+    logging.info("loaded %d weights from %s%s", len(state) - len(unknown), source, ignored)

@@ -1,0 +1,72 @@
+"""The gate (paper 3.3) in LAVIS's BERT: subclasses of its layers that keep their keys."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from lavis.models.med import BertAttention, BertLayer, BertModel
+from torch import Tensor, nn
+
+from lavis_aurora.alignment import AffineGate, QueryGate
+from lavis_aurora.config import GateConfig
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def _retyped(cls: type[Module], module: nn.Module) -> Module:
+    """A ``cls`` with the very children of ``module``, of which it is a subclass without new arguments."""
+    new = cls.__new__(cls)
+    new.__dict__.update(module.__dict__)
+    return new
+
+
+class GatedCrossAttention(BertAttention):
+    """Cross-attention whose output f is combined with its input t by a :class:`QueryGate`."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args, **kwargs) -> tuple:
+        """As LAVIS's; ``attention_mask`` is the text's additive mask, (batch, 1, 1, length)."""
+        f, *rest = super().forward(hidden_states, attention_mask, *args, **kwargs)
+        keep = None if attention_mask is None else attention_mask[:, 0, 0, :] == 0
+        return (self.gate(hidden_states, f, keep), *rest)
+
+
+class AffineLayer(BertLayer):
+    """A layer whose output is corrected by an :class:`AffineGate` of t and f, when it attends to an image."""
+
+    def forward(self, *args, **kwargs) -> tuple:
+        """As LAVIS's."""
+        self.crossattention.query = None
+        return super().forward(*args, **kwargs)
+
+    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+        """The feed-forward block; its input is f, or t itself in a text-only pass."""
+        output = super().feed_forward_chunk(attention_output)
+        query, self.crossattention.query = self.crossattention.query, None
+        return output if query is None else output + self.gate(query, attention_output)
+
+
+class RememberedCrossAttention(BertAttention):
+    """Cross-attention that keeps its input t for the :class:`AffineLayer` around it."""
+
+    query: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple:
+        """As LAVIS's."""
+        self.query = hidden_states
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+def add_gates(encoder: BertModel, config: GateConfig) -> None:
+    """Put a gate into every cross-attention layer of ``encoder``, in place. No key of the backbone changes."""
+    if config.form == "none":
+        return
+    layers = encoder.encoder.layer
+    dim = encoder.config.hidden_size
+    for i, layer in enumerate(layers):
+        if config.form == "affine":
+            layers[i] = layer = _retyped(AffineLayer, layer)
+            layer.crossattention = _retyped(RememberedCrossAttention, layer.crossattention)
+            layer.gate = AffineGate(dim, config)
+        else:
+            layer.crossattention = _retyped(GatedCrossAttention, layer.crossattention)
+            layer.crossattention.gate = QueryGate(dim, config)

@@ -1,0 +1,37 @@
+"""Hard negatives for image-text matching, the same draw for any number of processes."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from lavis.common.dist_utils import get_rank, is_dist_avail_and_initialized
+from torch import Tensor
+
+
+def shared_seed(device: torch.device) -> int:
+    """Rank 0's seed, known to every process."""
+    seed = torch.tensor([torch.initial_seed() % 2**62], dtype=torch.long, device=device)
+    if is_dist_avail_and_initialized():
+        dist.broadcast(seed, src=0)
+    return int(seed)
+
+
+def draw_negatives(logits: Tensor, same: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """For each row a column drawn with probability softmax(logits) among those that are not ``same``.
+
+    Drawn by the largest of logits + Gumbel noise: nothing underflows, nothing waits for the GPU. The noise is
+    that of the whole batch over all processes; each takes the rows of its own.
+
+    Args:
+        logits: similarity / temperature, (batch, all).
+        same: True where the column shows the row's own image, (batch, all).
+        generator: seeded alike on every process.
+
+    Returns:
+        column (batch,), and whether the row has any true negative (batch,); without one the column is arbitrary.
+    """
+    rows, columns = logits.shape
+    exponential = torch.empty(max(rows, columns), columns, device=logits.device).exponential_(generator=generator)
+    start = get_rank() * rows if columns > rows else 0
+    scores = logits.float().masked_fill(same, float("-inf")) - exponential[start : start + rows].log()
+    return scores.argmax(dim=1), ~same.all(dim=1)

@@ -1,0 +1,83 @@
+"""LAVIS's encoders and tokenizer, built from a checked configuration."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+from lavis.models.med import XBertEncoder
+from lavis.models.vit import VisionTransformerEncoder
+from omegaconf import OmegaConf
+from torch import nn
+from transformers import BertTokenizer
+
+from lavis_aurora.config import BlipAuroraConfig
+from lavis_aurora.errors import AuroraError
+
+
+def build_vision_encoder(cfg: BlipAuroraConfig) -> VisionTransformerEncoder:
+    """LAVIS's ViT, of LAVIS's two sizes or of the size in ``model.vit``. Random weights."""
+    if cfg.vit is None:
+        lavis_cfg = OmegaConf.structured(cfg)
+        return VisionTransformerEncoder.from_config(lavis_cfg)
+    eps = cfg.vit_layer_norm_epsilon
+    encoder = VisionTransformerEncoder(
+        img_size=cfg.image_size,
+        patch_size=cfg.vit.patch_size,
+        embed_dim=cfg.vit.embed_dim,
+        depth=cfg.vit.depth,
+        num_heads=cfg.vit.num_heads,
+        use_grad_checkpointing=cfg.vit_grad_ckpt,
+        ckpt_layer=cfg.vit_ckpt_layer,
+        drop_path_rate=cfg.vit_drop_path_rate,
+        norm_layer=None if eps == -1 else partial(nn.LayerNorm, eps=eps),
+    )
+    encoder.vision_width = cfg.vit.embed_dim
+    return encoder
+
+
+def build_text_encoder(cfg: BlipAuroraConfig, vision_width: int) -> XBertEncoder:
+    """LAVIS's BERT with cross-attention, of the size in ``model.med_config_path``. Random weights."""
+    encoder = XBertEncoder.from_config(OmegaConf.structured(cfg))
+    if encoder.config.encoder_width != vision_width:
+        raise AuroraError(
+            f"model.med_config_path: {cfg.med_config_path} has encoder_width {encoder.config.encoder_width}, but "
+            f"the vision encoder is {vision_width} wide; name a file with encoder_width {vision_width}"
+        )
+    if encoder.config.max_position_embeddings < cfg.max_txt_len:
+        raise AuroraError(
+            f"model.max_txt_len: {cfg.max_txt_len} tokens do not fit the "
+            f"{encoder.config.max_position_embeddings} positions of {cfg.med_config_path}"
+        )
+    return encoder
+
+
+def build_tokenizer(source: str) -> BertTokenizer:
+    """BLIP's tokenizer: BERT's with [DEC] and [ENC] added.
+
+    Args:
+        source: hub name, or a folder with vocab.txt.
+    """
+    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "vocab.txt")):
+        raise AuroraError(f"model.tokenizer: the folder {source} holds no vocab.txt")
+
+    try:
+        tokenizer = BertTokenizer.from_pretrained(source)
+    except OSError as error:
+        raise AuroraError(
+            f"model.tokenizer: cannot load {source!r}; without access to the hub, name a folder that holds the "
+            f"vocab.txt of bert-base-uncased ({str(error).splitlines()[0]})"
+        ) from error
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    tokenizer.enc_token_id = tokenizer.additional_special_tokens_ids[0]
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: BertTokenizer, vocab_size: int, cfg: BlipAuroraConfig) -> None:
+    """Refuse a vocabulary with more tokens than the model has embeddings."""
+    if len(tokenizer) > vocab_size:
+        raise AuroraError(
+            f"model.tokenizer: {cfg.tokenizer} has {len(tokenizer)} tokens with [DEC] and [ENC], but "
+            f"{cfg.med_config_path} has vocab_size {vocab_size}; name the vocabulary of the checkpoint"
+        )

@@ -1,0 +1,1 @@
+"""Retrieval evaluation: scores and metrics."""
