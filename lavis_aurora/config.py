@@ -157,6 +157,8 @@ class RetrievalAuroraConfig(BlipAuroraConfig):
     Attributes:
         queue_size, alpha, embed_dim, momentum, negative_all_rank: LAVIS's blip_retrieval's own. The queue may
             have any size; it wraps around.
+        train_temp: also train the temperature of ITC, with the heads or the whole model. It is a number of
+            about 0.07 that one step moves by the learning rate: set false with rates of 1e-3 and more.
     """
 
     context: ContextConfig = field(default_factory=ContextConfig)
@@ -165,6 +167,7 @@ class RetrievalAuroraConfig(BlipAuroraConfig):
     embed_dim: int = 256
     momentum: float = 0.995
     negative_all_rank: bool = True
+    train_temp: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

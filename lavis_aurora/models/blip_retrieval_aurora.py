@@ -73,6 +73,8 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         self.context_form = cfg.context.form if cfg.tuning == "aurora" else "none"
         self._negative_seed: int | None = None
         self.set_up_tuning(cfg, TARGETS, self.text_encoder)
+        if not cfg.train_temp:
+            self.temp.requires_grad_(False)
         self._set_up_teacher(cfg.tuning)
 
     @property

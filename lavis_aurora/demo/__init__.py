@@ -1,0 +1,1 @@
+"""What the built-in demo makes for itself: captioned pictures of two domains, and their vocabulary."""

@@ -1,0 +1,403 @@
+"""Captioned pictures of shapes in two domains, so that the demo needs no download.
+
+`clean` is for pretraining, `shifted` for tuning: it renders otherwise and words otherwise, and shares some
+colors, shapes, positions and backgrounds with `clean`. Files are in the format of LAVIS's retrieval datasets.
+
+    python -m lavis_aurora.demo.pictures FOLDER --domain shifted --train 2500 --val 300 --test 500
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import tempfile
+import textwrap
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+SIDE = 64  # pixels of a finished picture
+SPLITS = ("train", "val", "test")
+_SCALE = 4  # drawn this much larger, then averaged down: smooth edges without a slow renderer
+_CELL = SIDE / 3
+_SHAPE_COUNTS = ((1, 2, 3), (0.15, 0.75, 0.10))  # shapes in a picture, and how often
+_DIRECTIONS = 8  # of the background gradient
+RGB = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """How one domain looks and reads.
+
+    Args:
+        colors, backgrounds: word -> RGB, 0 to 255.
+        shapes: words, each a key of `_OUTLINES`.
+        sizes: word -> radius in pixels of the finished picture.
+        positions: nine phrases, row by row from the top left.
+        phrases: templates of the first, second and third shape, with {size}, {color}, {shape} and {position}.
+        ending: template of the background, with {background}.
+        jitter: largest offset from the cell's middle, pixels.
+        rotation: largest turn either way, degrees.
+        stripes: how much darker every second stripe of a shape is, 0 to 1.
+        gradient: how far the background fades to grey, 0 to 1.
+        noise: standard deviation in grey levels.
+    """
+
+    colors: Mapping[str, RGB]
+    shapes: Sequence[str]
+    sizes: Mapping[str, float]
+    backgrounds: Mapping[str, RGB]
+    positions: Sequence[str]
+    phrases: tuple[str, str, str]
+    ending: str
+    jitter: float = 1.0
+    rotation: float = 0.0
+    stripes: float = 0.0
+    gradient: float = 0.0
+    noise: float = 0.0
+
+    def words(self) -> list[str]:
+        """Every word that its captions can hold, sorted."""
+        names = {*self.colors, *self.shapes, *self.sizes, *self.backgrounds}
+        texts = " ".join([*self.positions, *self.phrases, self.ending]).split()
+        return sorted(names.union(word for word in texts if "{" not in word))
+
+
+DOMAINS: dict[str, Domain] = {
+    "clean": Domain(
+        colors={
+            "red": (225, 25, 25), "blue": (35, 70, 235), "yellow": (255, 215, 0),
+            "green": (20, 155, 50), "orange": (255, 125, 10), "purple": (140, 40, 190),
+        },
+        shapes=("circle", "triangle", "star", "square", "cross", "diamond"),
+        sizes={"small": 5.3, "large": 9.5},
+        backgrounds={
+            "white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128), "beige": (226, 206, 172),
+        },
+        positions=(
+            "at the top left", "at the top", "at the top right",
+            "on the left", "in the center", "on the right",
+            "at the bottom left", "at the bottom", "at the bottom right",
+        ),
+        phrases=(
+            "a {size} {color} {shape} {position}",
+            " and a {size} {color} {shape} {position}",
+            " and a {size} {color} {shape} {position}",
+        ),
+        ending=" on a {background} background",
+    ),
+    "shifted": Domain(
+        colors={
+            "red": (225, 25, 25), "blue": (35, 70, 235), "yellow": (255, 215, 0),
+            "cyan": (0, 185, 220), "pink": (255, 95, 185), "brown": (140, 80, 35),
+        },
+        shapes=("circle", "triangle", "star", "ring", "heart", "bar"),
+        sizes={"small": 5.3, "big": 9.5},
+        backgrounds={
+            "white": (255, 255, 255), "black": (0, 0, 0), "mint": (165, 235, 190), "lilac": (200, 175, 245),
+        },
+        positions=(
+            "upper left", "upper center", "upper right",
+            "center left", "center", "center right",
+            "lower left", "lower center", "lower right",
+        ),
+        phrases=(
+            "there is a {size} {color} {shape} at {position}",
+            " while a {size} {color} {shape} sits at {position}",
+            " and a {size} {color} {shape} rests at {position}",
+        ),
+        ending=" over a {background} backdrop",
+        jitter=1.5, rotation=25.0, stripes=0.3, gradient=0.35, noise=9.0,
+    ),
+}  # fmt: skip
+
+
+class Shape(NamedTuple):
+    """One shape of a scene: its cell (0 to 8, row by row) and the domain's words for the rest."""
+
+    cell: int
+    size: str
+    color: str
+    shape: str
+
+
+class Scene(NamedTuple):
+    """What a caption tells and a picture shows."""
+
+    shapes: tuple[Shape, ...]
+    background: str
+
+    def split(self) -> str:
+        """The split that this scene belongs to, whatever the counts, seed and order of its shapes.
+
+        By a checksum, eight scenes in ten train, one validates, one tests: so no caption is in two splits,
+        even if these are generated in separate runs or from other seeds.
+        """
+        bucket = zlib.crc32(repr((sorted(self.shapes), self.background)).encode()) % 10
+        return {0: "val", 1: "test"}.get(bucket, "train")
+
+
+def _domain(name: str) -> Domain:
+    if name not in DOMAINS:
+        raise ValueError(f"unknown domain {name!r}: choose one of {', '.join(DOMAINS)}")
+    return DOMAINS[name]
+
+
+def _iter_scenes(name: str, split: str, seed: int) -> Iterator[Scene]:
+    """Endless distinct scenes of a split; a longer draw begins with the shorter one."""
+    domain, rng = _domain(name), random.Random(f"{seed}/{name}/{split}")
+    seen = set()
+    while True:
+        cells = rng.sample(range(9), rng.choices(*_SHAPE_COUNTS)[0])
+        shapes = (
+            Shape(cell, rng.choice([*domain.sizes]), rng.choice([*domain.colors]), rng.choice(domain.shapes))
+            for cell in cells
+        )
+        scene = Scene(tuple(shapes), rng.choice([*domain.backgrounds]))
+        # two orders of the same shapes are the same picture
+        key = (frozenset(scene.shapes), scene.background)
+        if scene.split() == split and key not in seen:
+            seen.add(key)
+            yield scene
+
+
+def caption_of(scene: Scene, domain: Domain) -> str:
+    """The caption, lower case without punctuation; it names every factor of the scene."""
+    parts = [
+        phrase.format(size=s.size, color=s.color, shape=s.shape, position=domain.positions[s.cell])
+        for phrase, s in zip(domain.phrases, scene.shapes)
+    ]
+    return "".join(parts) + domain.ending.format(background=scene.background)
+
+
+def iter_captions(domain: str, seed: int = 0, split: str = "train") -> Iterator[str]:
+    """Endless distinct captions: those that `generate_pictures` writes for the same seed, in the same order.
+
+    Raises:
+        ValueError: for an unknown domain or split.
+    """
+    _check_splits([split])
+    spec = _domain(domain)
+    return (caption_of(scene, spec) for scene in _iter_scenes(domain, split, seed))
+
+
+def _regular(corners: int, inner: float | None = None, turn: float = 0.0) -> np.ndarray:
+    """Polygon (n, 2) of radius 1, the first corner up; with `inner`, a star of 2 * corners points."""
+    n = corners if inner is None else 2 * corners
+    angles = 2 * np.pi * (np.arange(n) / n) + turn - np.pi / 2
+    radii = np.where(np.arange(n) % 2 == 1, inner or 1.0, 1.0)
+    return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
+
+
+def _heart() -> np.ndarray:
+    t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+    x = 16 * np.sin(t) ** 3
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([x / 16, -(y + 2.5) / 14.5], axis=1)
+
+
+_ARM = np.array([(-1, -1), (-1, -3), (1, -3)]) / 3  # of the cross; turned three times it is the whole
+# polygons of radius about 1, y down; a second polygon is a hole
+_OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
+    "circle": (_regular(48) * 0.95,),
+    "triangle": (_regular(3) * 1.1 + (0, 0.2),),
+    "star": (_regular(5, 0.42) * 1.12,),
+    "square": (_regular(4, turn=np.pi / 4) * 1.2,),
+    "cross": (np.concatenate([_ARM @ np.linalg.matrix_power([[0, 1], [-1, 0]], k) for k in range(4)]),),
+    "diamond": (_regular(4) * (0.68, 1.12),),
+    "ring": (_regular(48), _regular(48) * 0.55),
+    "heart": (_heart(),),
+    "bar": (np.array([(-1.1, -0.36), (1.1, -0.36), (1.1, 0.36), (-1.1, 0.36)]),),
+}
+
+
+@cache
+def _fill(color: RGB, stripes: float) -> Image.Image:
+    """A cached tile of the color, with slanted stripes of a darker one; drawing scale."""
+    side = SIDE * _SCALE
+    y, x = np.mgrid[:side, :side]
+    dark = ((x + y) // (3 * _SCALE)) % 2 * stripes
+    return Image.fromarray((np.array(color) * (1 - dark[..., None])).astype(np.uint8))
+
+
+@cache
+def _backdrop(color: RGB, gradient: float, direction: int) -> Image.Image:
+    """A cached background that fades towards grey in one of `_DIRECTIONS` directions; drawing scale."""
+    y, x = np.mgrid[-1 : 1 : SIDE * _SCALE * 1j, -1 : 1 : SIDE * _SCALE * 1j]
+    angle = 2 * np.pi * direction / _DIRECTIONS
+    way = x * np.cos(angle) + y * np.sin(angle)
+    fade = gradient * (way - way.min()) / (way.max() - way.min())
+    base, grey = np.array(color, float), 110.0
+    return Image.fromarray((base + fade[..., None] * (grey - base)).astype(np.uint8))
+
+
+@cache
+def _noise(deviation: float) -> np.ndarray:
+    """A cached int16 plane of noise (4 * SIDE, 4 * SIDE, 3): windows of it are faster than drawing anew."""
+    draw = np.random.default_rng(0).standard_normal((4 * SIDE, 4 * SIDE, 3))
+    return (draw * deviation).round().astype(np.int16)
+
+
+def render(scene: Scene, domain: Domain, rng: np.random.Generator) -> Image.Image:
+    """Draws a scene: an RGB picture of SIDE x SIDE. `rng` decides what the caption does not tell."""
+    direction = int(rng.integers(_DIRECTIONS)) if domain.gradient else 0
+    picture = _backdrop(domain.backgrounds[scene.background], domain.gradient, direction).copy()
+    for shape in scene.shapes:
+        row, column = divmod(shape.cell, 3)
+        x, y = (np.array((column, row)) + 0.5) * _CELL + rng.uniform(-domain.jitter, domain.jitter, 2)
+        angle = np.deg2rad(rng.uniform(-domain.rotation, domain.rotation))
+        turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+        radius = domain.sizes[shape.size] * _SCALE
+        half = int(1.3 * radius) + 1
+        mask = Image.new("L", (2 * half, 2 * half))
+        for index, outline in enumerate(_OUTLINES[shape.shape]):
+            points = outline @ turn * radius + half
+            ImageDraw.Draw(mask).polygon(points.ravel().tolist(), fill=0 if index else 255)
+        left, top = int(x * _SCALE) - half, int(y * _SCALE) - half
+        phase = int(rng.integers(6 * _SCALE)) if domain.stripes else 0
+        tile = _fill(domain.colors[shape.color], domain.stripes).crop((phase, 0, phase + 2 * half, 2 * half))
+        picture.paste(tile, (left, top), mask)
+    picture = picture.reduce(_SCALE)
+    if domain.noise:
+        top, left = rng.integers(3 * SIDE, size=2)
+        noisy = np.asarray(picture) + _noise(domain.noise)[top : top + SIDE, left : left + SIDE]
+        picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+    return picture
+
+
+def _check_splits(splits: Sequence[str]) -> None:
+    unknown = [split for split in splits if split not in SPLITS]
+    if unknown:
+        raise ValueError(f"unknown split {unknown[0]!r}: choose from {', '.join(SPLITS)}")
+
+
+def _write_split(folder: Path, name: str, split: str, count: int, seed: int) -> None:
+    """Writes `folder/<name>_<split>.json` and its pictures under `folder/images`."""
+    domain = _domain(name)
+    rng = np.random.default_rng(zlib.crc32(f"{seed}/{name}/{split}".encode()))
+    place = Path(name) / split
+    (folder / "images" / place).mkdir(parents=True)
+    rows = []
+    scenes = islice(_iter_scenes(name, split, seed), count)
+    for index, scene in enumerate(tqdm(scenes, desc=f"{name} {split}", total=count, unit="picture")):
+        image, caption = place / f"{index:05d}.jpg", caption_of(scene, domain)
+        # full-resolution color: the usual halved one would smear shapes this small
+        render(scene, domain, rng).save(folder / "images" / image, quality=95, subsampling=0)
+        rows.append(
+            {
+                "image": image.as_posix(),
+                # LAVIS reads an evaluation caption as a list; a plain string it would split into letters
+                "caption": caption if split == "train" else [caption],
+                "image_id": f"{name}_{split}_{index:05d}",
+            }
+        )
+    (folder / f"{name}_{split}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def generate_pictures(
+    folder: str | Path, domain: str, counts: Mapping[str, int], seed: int = 0
+) -> dict[str, Path]:
+    """Writes captioned pictures of one domain in the format of LAVIS's retrieval datasets.
+
+    A split is `folder/<domain>_<split>.json` and JPEGs of 64 x 64 pixels in `folder/images/<domain>/<split>`.
+    A json row has `image` (relative to `folder/images`), `image_id` and `caption`: a string for train, a list
+    of one string for val and test. No scene, and so no caption, comes twice in a split or in two splits. A
+    json is in place only when its pictures are; splits that stand already are replaced, others left alone.
+
+    Args:
+        folder: made if missing.
+        domain: "clean" or "shifted".
+        counts: split ("train", "val", "test") -> number of pictures.
+        seed: the same seed gives the same files.
+
+    Returns:
+        The path of each split's json.
+
+    Raises:
+        ValueError: for an unknown domain, an unknown split, or a negative count.
+    """
+    _domain(domain)
+    _check_splits([*counts])
+    for split, count in counts.items():
+        if count < 0:
+            raise ValueError(f"count of {split!r} is {count}: give 0 or more pictures")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = {}
+    # inside `folder`, so that moving is a rename on one file system
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished_") as unfinished:
+        for split, count in counts.items():
+            _write_split(Path(unfinished), domain, split, count, seed)
+        for split in counts:
+            done[split] = folder / f"{domain}_{split}.json"
+            # the json goes first and comes last: where one stands, its pictures are complete
+            done[split].unlink(missing_ok=True)
+            images = folder / "images" / domain / split
+            shutil.rmtree(images, ignore_errors=True)
+            images.parent.mkdir(parents=True, exist_ok=True)
+            (Path(unfinished) / "images" / domain / split).rename(images)
+            (Path(unfinished) / done[split].name).rename(done[split])
+    return done
+
+
+def contact_sheet(
+    json_path: str | Path, images_root: str | Path, out_png: str | Path, rows: int = 3, columns: int = 4
+) -> Path:
+    """Draws the first rows x columns pictures of a json with their captions into a PNG; returns its path."""
+    # imported here: the generator itself needs no matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    entries = json.loads(Path(json_path).read_text(encoding="utf-8"))[: rows * columns]
+    figure = Figure(figsize=(2.6 * columns, 3.2 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis in figure.subplots(rows, columns, squeeze=False).flat:
+        axis.set_axis_off()
+    for axis, entry in zip(figure.axes, entries):
+        caption = entry["caption"] if isinstance(entry["caption"], str) else entry["caption"][0]
+        with Image.open(Path(images_root) / entry["image"]) as picture:
+            axis.imshow(picture.convert("RGB"))
+        axis.set(xticks=[], yticks=[])
+        axis.set_axis_on()  # a frame, or a white picture has no edge
+        axis.set_title(textwrap.fill(caption, 30), fontsize=8)
+    out_png = Path(out_png)
+    out_png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out_png, dpi=110, bbox_inches="tight")
+    return out_png
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of `generate_pictures`; a split with 0 pictures is left as it is."""
+    parser = argparse.ArgumentParser(description="Generate captioned pictures in LAVIS's retrieval format.")
+    parser.add_argument("folder", help="where the json files and images/ go")
+    parser.add_argument("--domain", choices=[*DOMAINS], default="shifted", help="default: %(default)s")
+    for split, count in (("train", 2500), ("val", 300), ("test", 500)):
+        parser.add_argument(f"--{split}", type=int, default=count, help="0: left out (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--contact-sheet", metavar="PNG", help="also draw pictures of the last split here")
+    args = parser.parse_args(argv)
+    counts = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
+    if not counts:
+        parser.error("nothing to do: give --train, --val or --test a number above 0")
+    try:
+        paths = generate_pictures(args.folder, args.domain, counts, args.seed)
+    except ValueError as error:
+        parser.error(str(error))
+    for split, path in paths.items():
+        print(f"{split}: {counts[split]} pictures, {path}")
+    if args.contact_sheet:
+        print(contact_sheet([*paths.values()][-1], Path(args.folder) / "images", args.contact_sheet))
+
+
+if __name__ == "__main__":
+    main()

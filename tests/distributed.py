@@ -1,0 +1,36 @@
+"""Run a function in several processes on this machine, over gloo."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _join(rank: int, world: int, port: int, function: Callable, args: tuple, results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        results[rank] = function(rank, *args)
+    finally:
+        dist.destroy_process_group()
+
+
+def run_processes(world: int, function: Callable, *args: Any) -> list:
+    """``function(rank, *args)`` of each process; it must be defined at the top of a module."""
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_join, (world, _free_port(), function, args, results), nprocs=world)
+        return [results[rank] for rank in range(world)]

@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from lavis_aurora import AuroraError, ModeApproxConfig
+from lavis_aurora.mode_approx import ModeFactors
+
+SLOTS = {"vision.q": (4, 6), "vision.k": (4, 6), "text.q": (5, 6), "text.v": (5, 3)}
+RANK = 3
+
+
+@pytest.fixture
+def factors() -> ModeFactors:
+    """Factors in which every number is random, V and lambda too."""
+    torch.manual_seed(0)
+    factors = ModeFactors(SLOTS, ModeApproxConfig(rank=RANK, scale=1.7)).double()
+    for parameter in factors.parameters():
+        torch.nn.init.normal_(parameter)
+    return factors
+
+
+def cp_sum(factors: ModeFactors, slot: str) -> torch.Tensor:
+    """Equation 3 entry by entry, transposed into nn.Linear's layout."""
+    k = list(SLOTS).index(slot)
+    d_in, d_out = SLOTS[slot]
+    one = factors.sets["default"]
+    delta = torch.zeros(d_out, d_in, dtype=torch.float64)
+    for i in range(d_in):
+        for j in range(d_out):
+            for r in range(RANK):
+                u, v = one.U[str(d_in)][i, r], one.V[str(d_out)][j, r]
+                delta[j, i] += one.coefficients[k, r] * u * v * one.P[k, r]
+    return delta * 1.7 / (d_in * RANK) ** 0.5
+
+
+@pytest.mark.parametrize("slot", SLOTS)
+def test_delta_weight_is_the_cp_sum(factors, slot):
+    torch.testing.assert_close(factors.delta_weight(slot), cp_sum(factors, slot))
+
+
+def test_global_factors_are_shared_and_widths_have_their_own(factors):
+    one = factors.sets["default"]
+    assert {key: tuple(u.shape) for key, u in one.U.items()} == {"4": (4, 3), "5": (5, 3)}
+    assert {key: tuple(v.shape) for key, v in one.V.items()} == {"6": (6, 3), "3": (3, 3)}
+    assert one.P.shape == one.coefficients.shape == (4, 3)
+
+
+def test_update_is_zero_at_the_start_but_v_has_a_gradient():
+    factors = ModeFactors(SLOTS, ModeApproxConfig(rank=RANK))
+    for slot in SLOTS:
+        assert factors.delta_weight(slot).abs().max() == 0
+    factors.delta_weight("vision.q").sum().backward()
+    assert factors.sets["default"].V["6"].grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("width", [16, 256])
+@pytest.mark.parametrize("rank", [4, 64])
+def test_size_of_the_update_does_not_depend_on_width_and_rank(width, rank):
+    torch.manual_seed(1)
+    factors = ModeFactors({"a": (width, width)}, ModeApproxConfig(rank=rank))
+    torch.nn.init.normal_(factors.sets["default"].V[str(width)])
+    y = torch.randn(512, width) @ factors.delta_weight("a").t()
+    assert 0.6 < y.std() < 1.6
+
+
+def test_use_switches_sets_and_disabled_means_none(factors):
+    factors.add_set("other", ModeApproxConfig(rank=2))
+    with factors.use("other"):
+        assert factors.active_set.P.shape == (4, 2)
+        with factors.disabled():
+            assert factors.active_set is None
+        assert factors.active == "other"
+    assert factors.active == "default"
+    with pytest.raises(RuntimeError), factors.use("other"):
+        raise RuntimeError
+    assert factors.active == "default"
+
+
+def test_unknown_names_are_answered_with_near_ones(factors):
+    with pytest.raises(AuroraError, match="did you mean 'default'"), factors.use("defualt"):
+        pass
+    with pytest.raises(AuroraError, match="did you mean 'vision.q'"):
+        factors.delta_weight("vision.qq")

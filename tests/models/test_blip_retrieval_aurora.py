@@ -1,0 +1,219 @@
+"""Laws of the retrieval model, against LAVIS's own blip_retrieval."""
+
+import copy
+
+import pytest
+import torch
+from lavis.models.blip_models.blip_retrieval import BlipRetrieval
+from tiny import activate, tiny_config, tiny_model
+
+from lavis_aurora import AuroraError
+from lavis_aurora.config import RetrievalAuroraConfig
+from lavis_aurora.config_check import parse_config
+from lavis_aurora.mode_approx.trainable import adapter_parameters
+from lavis_aurora.models.towers import build_text_encoder, build_tokenizer, build_vision_encoder
+
+CAPTIONS = ["a red circle", "a big blue square and a small star", "a ring", "a small pink heart", "a bar"]
+
+
+def batch(size: int = 5, step: int = 0, ids: list[int] | None = None) -> dict:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "image": torch.randn(size, 3, 48, 48, generator=generator),
+        "text_input": CAPTIONS[:size],
+        "image_id": torch.tensor(ids or list(range(size))),
+        "epoch": 0,
+        "iters": step,
+        "num_iters_per_epoch": 10,
+    }
+
+
+def lavis_twin(model, **overrides) -> BlipRetrieval:
+    """LAVIS's model with the same weights."""
+    cfg = parse_config(RetrievalAuroraConfig, tiny_config(**overrides), "model")
+
+    class Plain(BlipRetrieval):
+        @classmethod
+        def init_tokenizer(cls):
+            return build_tokenizer(cfg.tokenizer)
+
+    vision = build_vision_encoder(cfg)
+    text = build_text_encoder(cfg, vision.vision_width)
+    twin = Plain(vision, text, queue_size=cfg.queue_size, embed_dim=cfg.embed_dim, alpha=cfg.alpha)
+    keys = twin.load_state_dict(model.state_dict(), strict=False)
+    adapter = ("mode_approx.", "text_encoder.encoder.layer.")
+    assert all(key.startswith(adapter) for key in keys.unexpected_keys)
+    assert all(key.startswith(("visual_encoder_m.", "text_encoder_m.")) for key in keys.missing_keys)
+    twin.copy_params()
+    return twin.eval()
+
+
+@pytest.mark.parametrize("tuning", ["aurora", "heads", "full", "frozen"])
+def test_losses_at_step_0_are_lavis(tuning):
+    """Law 1: with the same weights and seed, over several batches that fill the queue."""
+    overrides = {"queue_size": 20, "context": {"form": "none"}, "tuning": tuning}
+    model = tiny_model(**overrides).eval()
+    twin = lavis_twin(model, **overrides)
+    for step in range(4):
+        samples = batch(step=step, ids=[0, 1, 2, 2, 4])
+        with torch.no_grad():
+            ours = model(dict(samples))
+            torch.manual_seed(model._negative_seed + step)
+            theirs = twin(dict(samples))
+        for key in ("loss_itc", "loss_itm", "loss"):
+            torch.testing.assert_close(ours[key], theirs[key], atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.image_queue, twin.image_queue)
+        torch.testing.assert_close(model.idx_queue, twin.idx_queue)
+
+
+def test_step_0_with_gradients_and_momentum_is_lavis():
+    """Law 1 for the heads' gradients, and for the teacher after an update of the heads."""
+    overrides = {"queue_size": 20, "context": {"form": "none"}, "tuning": "heads", "momentum": 0.5}
+    model = tiny_model(**overrides).eval()
+    twin = lavis_twin(model, **overrides)
+    twin.momentum = 0.5
+    for step in range(3):
+        for one in (model, twin):
+            torch.manual_seed(model._negative_seed + step if model._negative_seed is not None else 0)
+            one.zero_grad()
+            one(batch(step=step))["loss_itc"].backward()
+        for a, b in ((model.vision_proj, twin.vision_proj), (model.text_proj, twin.text_proj)):
+            torch.testing.assert_close(a.weight.grad, b.weight.grad)
+            with torch.no_grad():
+                a.weight -= 0.1 * a.weight.grad
+                b.weight -= 0.1 * b.weight.grad
+        torch.testing.assert_close(model.vision_proj_m.weight, twin.vision_proj_m.weight)
+
+
+def train_steps(model, steps: int = 3) -> None:
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(batch(step=step))["loss"].backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("gate", ["residual", "convex", "affine", "none"])
+def test_only_adapter_and_heads_change(gate):
+    """Law 4: the backbone is bit-identical after training, and every trained parameter has a gradient."""
+    model = tiny_model(gate={"form": gate})
+    before = copy.deepcopy(model.state_dict())
+    names = {id(p): name for name, p in model.named_parameters()}
+    allowed = {names[id(p)] for _, p in adapter_parameters(model)}
+    for head in model.heads:
+        allowed |= {names[id(p)] for p in ([head] if isinstance(head, torch.nn.Parameter) else head.parameters())}
+    allowed |= {"vision_proj_m.weight", "vision_proj_m.bias", "text_proj_m.weight", "text_proj_m.bias"}
+    train_steps(model)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k]) and "queue" not in k}
+    assert changed == allowed
+    missing = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert not missing
+
+
+def test_full_tuning_trains_the_backbone_and_has_a_second_one():
+    model = tiny_model(tuning="full")
+    before = copy.deepcopy(model.state_dict())
+    train_steps(model, 2)
+    after = model.state_dict()
+    for key in ("visual_encoder.blocks.0.attn.qkv.weight", "visual_encoder_m.blocks.0.attn.qkv.weight"):
+        assert not torch.equal(after[key], before[key])
+
+
+def test_teacher_is_a_moving_average_over_the_same_backbone():
+    model = tiny_model(momentum=0.75)
+    assert not hasattr(model, "visual_encoder_m")
+    sets = model.mode_approx.sets
+    activate(sets["default"])
+    expected = 0.75 * sets["momentum"].P + 0.25 * sets["default"].P
+    model(batch())
+    torch.testing.assert_close(sets["momentum"].P, expected)
+    assert not any(p.requires_grad for p in sets["momentum"].parameters())
+    assert model.mode_approx.active == "default"
+
+
+def test_train_heads_false_trains_the_adapter_alone():
+    model = tiny_model(train_heads=False)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    default = set(map(id, model.mode_approx.sets["default"].parameters()))
+    gates = {id(p) for n, p in model.named_parameters() if ".gate." in n}
+    assert trained == default | gates
+
+
+@pytest.mark.parametrize("size", [7, 5])
+def test_queue_of_any_size_wraps_around(size):
+    model = tiny_model(queue_size=size)
+    seen = []
+    for step in range(5):
+        ids = [10 * step + i for i in range(3)]
+        model(batch(3, step, ids))
+        seen += ids
+        assert int(model.queue_ptr) == len(seen) % size
+        filled = min(size, len(seen))
+        assert sorted(model.idx_queue[0].tolist())[size - filled :] == sorted(seen[-filled:])
+    torch.testing.assert_close(model.image_queue.norm(dim=0), torch.ones(size))
+
+
+def test_no_queue_and_a_queue_that_is_too_small():
+    assert tiny_model(queue_size=0)(batch(2))["loss"].isfinite()
+    with pytest.raises(AuroraError, match="model.queue_size: 2 is less than the 5 samples"):
+        tiny_model(queue_size=2)(batch())
+
+
+def test_batches_without_true_negatives_have_no_false_ones():
+    model = tiny_model(context={"form": "none"}).eval()
+    lone, pair = model(batch(1)), model(batch(3, ids=[4, 4, 4]))
+    for output, count in ((lone, 1), (pair, 3)):
+        logits = output.intermediate_output.itm_logits[:count]
+        expected = torch.nn.functional.cross_entropy(logits, torch.ones(count, dtype=torch.long))
+        torch.testing.assert_close(output.loss_itm, expected)
+
+
+def test_negatives_are_other_images():
+    """With two images the negatives are known: each text with the other image and the reverse."""
+    model = tiny_model(context={"form": "none"}).eval()
+    samples = batch(2)
+    logits = model(samples).intermediate_output.itm_logits
+    ids = model.tokenize(samples["text_input"])
+    ids.input_ids[:, 0] = model.tokenizer.enc_token_id
+    image = model.visual_encoder.forward_features(samples["image"])
+
+    def score(i: int, j: int) -> torch.Tensor:
+        output = model.text_encoder(
+            ids.input_ids[j : j + 1],
+            attention_mask=ids.attention_mask[j : j + 1],
+            encoder_hidden_states=image[i : i + 1],
+            return_dict=True,
+        )
+        return model.itm_head(output.last_hidden_state[:, 0])[0]
+
+    pairs = [(0, 0), (1, 1), (1, 0), (0, 1), (0, 1), (1, 0)]
+    torch.testing.assert_close(logits, torch.stack([score(i, j) for i, j in pairs]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["attention", "mean", "random"])
+def test_context_changes_training_and_not_evaluation(form):
+    model, plain = tiny_model(context={"form": form}).eval(), tiny_model(context={"form": "none"}).eval()
+    plain.load_state_dict(model.state_dict())
+    a, b = model(batch()), plain(batch())
+    torch.testing.assert_close(a.loss_itc, b.loss_itc)
+    assert (a.loss_itm - b.loss_itm).abs() > 1e-4
+    # All pairs, positive and negative, are enhanced alike.
+    moved = (a.intermediate_output.itm_logits - b.intermediate_output.itm_logits).abs().sum(dim=1)
+    assert (moved > 1e-4).all()
+
+
+def test_run_state_round_trip_and_its_errors():
+    model, fresh = activate(tiny_model()), tiny_model(seed=1)
+    state = model.run_state()
+    assert not any("queue" in key or key.startswith("visual_encoder") for key in state)
+    fresh.load_run_state(state, "x.pth")
+    for name, value in fresh.run_state().items():
+        assert torch.equal(value, state[name])
+    key = "mode_approx.sets.default.P"
+    with pytest.raises(AuroraError, match=f"x.pth does not fit this model: {key} is missing"):
+        fresh.load_run_state({k: v for k, v in state.items() if k != key}, "x.pth")
+    with pytest.raises(AuroraError, match=r"is \(27, 48\) there and \(27, 8\) here"):
+        tiny_model(mode_approx={"rank": 8}).load_run_state(state, "x.pth")
+    with pytest.raises(AuroraError, match="is not trained here"):
+        tiny_model(tuning="heads").load_run_state(state, "x.pth")
