@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import random
+import secrets
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
@@ -141,7 +142,7 @@ def _set_seeds(seed: int) -> None:
 
 def _job_id() -> str:
     """A name for this run that no other run has, the same on all processes."""
-    name = [f"{datetime.now():%Y%m%d_%H%M%S}_{os.getpid()}"]
+    name = [f"{datetime.now():%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"]
     if dist.is_initialized():
         dist.broadcast_object_list(name, src=0)
     return name[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -63,7 +64,9 @@ class AuroraRunner(RunnerBase):
             self._model = self._model.to(self.device)
             self._wrapped_model = self._model
             if self.use_distributed and any(p.requires_grad for p in self._model.parameters()):
-                # Queues are filled alike on all processes and need not be sent each step.
+                # Queues start alike, are filled alike on all processes, and need not be sent each step.
+                for buffer in self._model.buffers():
+                    dist.broadcast(buffer, src=0)
                 self._wrapped_model = DistributedDataParallel(
                     self._model,
                     device_ids=[self.config.run_cfg.gpu] if self.cuda_enabled else None,
@@ -229,4 +232,8 @@ class AuroraRunner(RunnerBase):
             self.scaler.load_state_dict(state["scaler"])
         self.start_epoch = state["epoch"] + 1
         self.best_metric, self.best_epoch = state["best_metric"], state["best_epoch"]
+        if self.best_epoch is not None and is_main_process():
+            # The best epoch so far may stay the best; it lies beside the checkpoint.
+            best = Path(url_or_filename).with_name("checkpoint_best.pth")
+            shutil.copyfile(best if best.is_file() else url_or_filename, self.output_dir / best.name)
         logging.info("resumed after epoch %d from %s", state["epoch"] + 1, url_or_filename)
