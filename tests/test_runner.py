@@ -151,4 +151,4 @@ def test_torchrun_with_two_processes_trains_and_tests_as_one(tmp_path):
             # losses and gradients themselves are compared in models/test_several_processes.py.
             assert b[key] == pytest.approx(value, abs=2e-3), key
     for name, value in checkpoints[0].items():
-        assert (checkpoints[1][name] - value).abs().mean() < 1e-4, name
+        assert (checkpoints[1][name] - value).abs().mean() < 5e-4, name

@@ -11,6 +11,7 @@ from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.datasets.datasets.retrieval_datasets import RetrievalDataset, RetrievalEvalDataset
 
 from lavis_aurora.demo.pictures import generate_pictures
+from lavis_aurora.demo.scenes import iter_captions
 from lavis_aurora.paths import package_file
 
 
@@ -30,11 +31,17 @@ class DemoRetrievalBuilder(BaseDatasetBuilder):
         info = self.config.build_info
         counts = {split: int(part.count) for split, part in info.annotations.items()}
         files = {split: Path(get_cache_path(part.storage)) for split, part in info.annotations.items()}
-        if all(_holds(files[split], count) for split, count in counts.items()):
+        seed = int(info.seed)
+        if all(_holds(files[split], info.domain, split, count, seed) for split, count in counts.items()):
             return
         folder = next(iter(files.values())).parent
-        generate_pictures(folder, info.domain, counts, seed=int(info.seed))
+        generate_pictures(folder, info.domain, counts, seed)
 
 
-def _holds(path: Path, count: int) -> bool:
-    return path.is_file() and len(json.loads(path.read_text())) == count
+def _holds(path: Path, domain: str, split: str, count: int, seed: int) -> bool:
+    """Whether the pictures are there, as many as asked for and of this seed."""
+    if not path.is_file():
+        return False
+    entries = json.loads(path.read_text())
+    first = next(iter_captions(domain, seed, split))
+    return len(entries) == count and entries[0]["caption"] in (first, [first])

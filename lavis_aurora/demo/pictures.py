@@ -1,7 +1,6 @@
 """Captioned pictures of shapes in two domains, so that the demo needs no download.
 
-`clean` is for pretraining, `shifted` for tuning: it renders otherwise and words otherwise, and shares some
-colors, shapes, positions and backgrounds with `clean`. Files are in the format of LAVIS's retrieval datasets.
+Files are in the format of LAVIS's retrieval datasets; :mod:`lavis_aurora.demo.scenes` says what they show.
 
     python -m lavis_aurora.demo.pictures FOLDER --domain shifted --train 2500 --val 300 --test 500
 """
@@ -10,185 +9,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import shutil
 import tempfile
 import textwrap
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from lavis_aurora.demo.scenes import (
+    DOMAINS,
+    RGB,
+    SPLITS,
+    Domain,
+    Scene,
+    caption_of,
+    check_splits,
+    domain_of,
+    iter_scenes,
+)
+
 SIDE = 64  # pixels of a finished picture
-SPLITS = ("train", "val", "test")
 _SCALE = 4  # drawn this much larger, then averaged down: smooth edges without a slow renderer
 _CELL = SIDE / 3
-_SHAPE_COUNTS = ((1, 2, 3), (0.15, 0.75, 0.10))  # shapes in a picture, and how often
 _DIRECTIONS = 8  # of the background gradient
-RGB = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Domain:
-    """How one domain looks and reads.
-
-    Args:
-        colors, backgrounds: word -> RGB, 0 to 255.
-        shapes: words, each a key of `_OUTLINES`.
-        sizes: word -> radius in pixels of the finished picture.
-        positions: nine phrases, row by row from the top left.
-        phrases: templates of the first, second and third shape, with {size}, {color}, {shape} and {position}.
-        ending: template of the background, with {background}.
-        jitter: largest offset from the cell's middle, pixels.
-        rotation: largest turn either way, degrees.
-        stripes: how much darker every second stripe of a shape is, 0 to 1.
-        gradient: how far the background fades to grey, 0 to 1.
-        noise: standard deviation in grey levels.
-    """
-
-    colors: Mapping[str, RGB]
-    shapes: Sequence[str]
-    sizes: Mapping[str, float]
-    backgrounds: Mapping[str, RGB]
-    positions: Sequence[str]
-    phrases: tuple[str, str, str]
-    ending: str
-    jitter: float = 1.0
-    rotation: float = 0.0
-    stripes: float = 0.0
-    gradient: float = 0.0
-    noise: float = 0.0
-
-    def words(self) -> list[str]:
-        """Every word that its captions can hold, sorted."""
-        names = {*self.colors, *self.shapes, *self.sizes, *self.backgrounds}
-        texts = " ".join([*self.positions, *self.phrases, self.ending]).split()
-        return sorted(names.union(word for word in texts if "{" not in word))
-
-
-DOMAINS: dict[str, Domain] = {
-    "clean": Domain(
-        colors={
-            "red": (225, 25, 25), "blue": (35, 70, 235), "yellow": (255, 215, 0),
-            "green": (20, 155, 50), "orange": (255, 125, 10), "purple": (140, 40, 190),
-        },
-        shapes=("circle", "triangle", "star", "square", "cross", "diamond"),
-        sizes={"small": 5.3, "large": 9.5},
-        backgrounds={
-            "white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128), "beige": (226, 206, 172),
-        },
-        positions=(
-            "at the top left", "at the top", "at the top right",
-            "on the left", "in the center", "on the right",
-            "at the bottom left", "at the bottom", "at the bottom right",
-        ),
-        phrases=(
-            "a {size} {color} {shape} {position}",
-            " and a {size} {color} {shape} {position}",
-            " and a {size} {color} {shape} {position}",
-        ),
-        ending=" on a {background} background",
-    ),
-    "shifted": Domain(
-        colors={
-            "red": (225, 25, 25), "blue": (35, 70, 235), "yellow": (255, 215, 0),
-            "cyan": (0, 185, 220), "pink": (255, 95, 185), "brown": (140, 80, 35),
-        },
-        shapes=("circle", "triangle", "star", "ring", "heart", "bar"),
-        sizes={"small": 5.3, "big": 9.5},
-        backgrounds={
-            "white": (255, 255, 255), "black": (0, 0, 0), "mint": (165, 235, 190), "lilac": (200, 175, 245),
-        },
-        positions=(
-            "upper left", "upper center", "upper right",
-            "center left", "center", "center right",
-            "lower left", "lower center", "lower right",
-        ),
-        phrases=(
-            "there is a {size} {color} {shape} at {position}",
-            " while a {size} {color} {shape} sits at {position}",
-            " and a {size} {color} {shape} rests at {position}",
-        ),
-        ending=" over a {background} backdrop",
-        jitter=1.5, rotation=25.0, stripes=0.3, gradient=0.35, noise=9.0,
-    ),
-}  # fmt: skip
-
-
-class Shape(NamedTuple):
-    """One shape of a scene: its cell (0 to 8, row by row) and the domain's words for the rest."""
-
-    cell: int
-    size: str
-    color: str
-    shape: str
-
-
-class Scene(NamedTuple):
-    """What a caption tells and a picture shows."""
-
-    shapes: tuple[Shape, ...]
-    background: str
-
-    def split(self) -> str:
-        """The split that this scene belongs to, whatever the counts, seed and order of its shapes.
-
-        By a checksum, eight scenes in ten train, one validates, one tests: so no caption is in two splits,
-        even if these are generated in separate runs or from other seeds.
-        """
-        bucket = zlib.crc32(repr((sorted(self.shapes), self.background)).encode()) % 10
-        return {0: "val", 1: "test"}.get(bucket, "train")
-
-
-def _domain(name: str) -> Domain:
-    if name not in DOMAINS:
-        raise ValueError(f"unknown domain {name!r}: choose one of {', '.join(DOMAINS)}")
-    return DOMAINS[name]
-
-
-def _iter_scenes(name: str, split: str, seed: int) -> Iterator[Scene]:
-    """Endless distinct scenes of a split; a longer draw begins with the shorter one."""
-    domain, rng = _domain(name), random.Random(f"{seed}/{name}/{split}")
-    seen = set()
-    while True:
-        cells = rng.sample(range(9), rng.choices(*_SHAPE_COUNTS)[0])
-        shapes = (
-            Shape(cell, rng.choice([*domain.sizes]), rng.choice([*domain.colors]), rng.choice(domain.shapes))
-            for cell in cells
-        )
-        scene = Scene(tuple(shapes), rng.choice([*domain.backgrounds]))
-        # two orders of the same shapes are the same picture
-        key = (frozenset(scene.shapes), scene.background)
-        if scene.split() == split and key not in seen:
-            seen.add(key)
-            yield scene
-
-
-def caption_of(scene: Scene, domain: Domain) -> str:
-    """The caption, lower case without punctuation; it names every factor of the scene."""
-    parts = [
-        phrase.format(size=s.size, color=s.color, shape=s.shape, position=domain.positions[s.cell])
-        for phrase, s in zip(domain.phrases, scene.shapes)
-    ]
-    return "".join(parts) + domain.ending.format(background=scene.background)
-
-
-def iter_captions(domain: str, seed: int = 0, split: str = "train") -> Iterator[str]:
-    """Endless distinct captions: those that `generate_pictures` writes for the same seed, in the same order.
-
-    Raises:
-        ValueError: for an unknown domain or split.
-    """
-    _check_splits([split])
-    spec = _domain(domain)
-    return (caption_of(scene, spec) for scene in _iter_scenes(domain, split, seed))
 
 
 def _regular(corners: int, inner: float | None = None, turn: float = 0.0) -> np.ndarray:
@@ -275,20 +124,14 @@ def render(scene: Scene, domain: Domain, rng: np.random.Generator) -> Image.Imag
     return picture
 
 
-def _check_splits(splits: Sequence[str]) -> None:
-    unknown = [split for split in splits if split not in SPLITS]
-    if unknown:
-        raise ValueError(f"unknown split {unknown[0]!r}: choose from {', '.join(SPLITS)}")
-
-
 def _write_split(folder: Path, name: str, split: str, count: int, seed: int) -> None:
     """Writes `folder/<name>_<split>.json` and its pictures under `folder/images`."""
-    domain = _domain(name)
+    domain = domain_of(name)
     rng = np.random.default_rng(zlib.crc32(f"{seed}/{name}/{split}".encode()))
     place = Path(name) / split
     (folder / "images" / place).mkdir(parents=True)
     rows = []
-    scenes = islice(_iter_scenes(name, split, seed), count)
+    scenes = islice(iter_scenes(name, split, seed), count)
     for index, scene in enumerate(tqdm(scenes, desc=f"{name} {split}", total=count, unit="picture")):
         image, caption = place / f"{index:05d}.jpg", caption_of(scene, domain)
         # full-resolution color: the usual halved one would smear shapes this small
@@ -304,9 +147,7 @@ def _write_split(folder: Path, name: str, split: str, count: int, seed: int) -> 
     (folder / f"{name}_{split}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
-def generate_pictures(
-    folder: str | Path, domain: str, counts: Mapping[str, int], seed: int = 0
-) -> dict[str, Path]:
+def generate_pictures(folder: str | Path, domain: str, counts: Mapping[str, int], seed: int = 0) -> dict[str, Path]:
     """Writes captioned pictures of one domain in the format of LAVIS's retrieval datasets.
 
     A split is `folder/<domain>_<split>.json` and JPEGs of 64 x 64 pixels in `folder/images/<domain>/<split>`.
@@ -326,8 +167,8 @@ def generate_pictures(
     Raises:
         ValueError: for an unknown domain, an unknown split, or a negative count.
     """
-    _domain(domain)
-    _check_splits([*counts])
+    domain_of(domain)
+    check_splits([*counts])
     for split, count in counts.items():
         if count < 0:
             raise ValueError(f"count of {split!r} is {count}: give 0 or more pictures")

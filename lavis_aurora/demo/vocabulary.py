@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import BertWordPieceTokenizer
 
-from lavis_aurora.demo.pictures import DOMAINS, iter_captions
+from lavis_aurora.demo.scenes import DOMAINS, iter_captions
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CAPTIONS = 500  # of each domain, to train on

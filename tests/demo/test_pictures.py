@@ -11,15 +11,8 @@ import pytest
 from PIL import Image
 
 from lavis_aurora.demo import pictures
-from lavis_aurora.demo.pictures import (
-    DOMAINS,
-    SIDE,
-    Scene,
-    Shape,
-    contact_sheet,
-    generate_pictures,
-    iter_captions,
-)
+from lavis_aurora.demo.pictures import SIDE, contact_sheet, generate_pictures
+from lavis_aurora.demo.scenes import DOMAINS, Scene, Shape, iter_captions
 
 COUNTS = {"train": 12, "val": 6, "test": 5}
 CELL = SIDE / 3
@@ -69,8 +62,7 @@ def test_captions_do_not_change_from_release_to_release() -> None:
     # shipped weights are pretrained on them; a deliberate change here means pretraining again
     assert next(iter_captions("clean")) == "a large green diamond at the bottom left on a gray background"
     assert next(iter_captions("shifted")) == (
-        "there is a big pink ring at lower center while a big red triangle sits at lower right"
-        " over a white backdrop"
+        "there is a big pink ring at lower center while a big red triangle sits at lower right over a white backdrop"
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import BertTokenizer
 
 from lavis_aurora.demo import vocabulary
-from lavis_aurora.demo.pictures import DOMAINS, iter_captions
+from lavis_aurora.demo.scenes import DOMAINS, iter_captions
 from lavis_aurora.demo.vocabulary import QUESTION_WORDS, write_vocabulary
 
 SHIPPED = Path(vocabulary.__file__).parents[1] / "configs" / "models" / "tiny" / "vocab.txt"

@@ -71,8 +71,6 @@ def test_padding_takes_no_part_in_the_gate():
     ids, image = torch.randint(5, 40, (1, 6)), torch.randn(1, 5, 128)
     short = torch.tensor([[1, 1, 1, 1, 0, 0]])
     padded = model.text_encoder(ids, attention_mask=short, encoder_hidden_states=image, return_dict=True)
-    cut = model.text_encoder(
-        ids[:, :4], attention_mask=short[:, :4], encoder_hidden_states=image, return_dict=True
-    )
+    cut = model.text_encoder(ids[:, :4], attention_mask=short[:, :4], encoder_hidden_states=image, return_dict=True)
     torch.testing.assert_close(padded.last_hidden_state[:, :4], cut.last_hidden_state)
     assert isinstance(model.text_encoder.encoder.layer[0].crossattention, GatedCrossAttention)

@@ -28,7 +28,9 @@ def test_a_folder_without_vocabulary_is_named(tmp_path):
 
 
 def test_an_unreachable_hub_name_says_what_to_do():
-    with pytest.raises(AuroraError, match="cannot load 'no-such/tokenizer'; without access to the hub, name a folder"):
+    with pytest.raises(
+        AuroraError, match="cannot load 'no-such/tokenizer'; without access to the hub, name a folder"
+    ):
         build_tokenizer("no-such/tokenizer")
 
 
