@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from lavis_aurora import AuroraError
+from lavis_aurora.checkpointing import read_checkpoint, write_checkpoint
+
+STATE = {"model": {"a": torch.ones(2)}, "optimizer": {"lr": 0.1}, "epoch": 3}
+
+
+def test_round_trip_leaves_one_file(tmp_path):
+    write_checkpoint(STATE, tmp_path / "a.pth")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+    state = read_checkpoint(tmp_path / "a.pth")
+    assert torch.equal(state["model"]["a"], torch.ones(2))
+    assert state["epoch"] == 3
+
+
+def test_a_failing_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    write_checkpoint(STATE, tmp_path / "a.pth")
+
+    def full(_state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(AuroraError, match="cannot write .*a.pth .*No space left.*; free some space"):
+        write_checkpoint({**STATE, "epoch": 4}, tmp_path / "a.pth")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+    assert read_checkpoint(tmp_path / "a.pth")["epoch"] == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100])
+def test_unreadable_checkpoints_are_named(tmp_path, content):
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(AuroraError, match="a.pth is not a readable checkpoint"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+def test_foreign_files_are_named(tmp_path):
+    torch.save({"model": {}}, tmp_path / "a.pth")
+    with pytest.raises(AuroraError, match="not a checkpoint of a run: it has no epoch, optimizer"):
+        read_checkpoint(tmp_path / "a.pth")
