@@ -225,7 +225,7 @@ def test_code_in_a_checkpoint_is_not_run(
     if zipped:
         torch.save(state, path)
     else:
-        path.write_bytes(pickle.dumps(state))
+        path.write_bytes(pickle.dumps(state, protocol=2))
     assert str(path) in failing(project, f"{key}={path}")
     assert not trace.exists()
 

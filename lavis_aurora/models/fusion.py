@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 from lavis.models.med import BertAttention, BertLayer, BertModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from lavis_aurora.alignment import AffineGate, QueryGate
 from lavis_aurora.config import GateConfig
-
-Module = TypeVar("Module", bound=nn.Module)
-
-
-def _retyped(cls: type[Module], module: nn.Module) -> Module:
-    """A ``cls`` with the very children of ``module``, of which it is a subclass without new arguments."""
-    new = cls.__new__(cls)
-    new.__dict__.update(module.__dict__)
-    return new
+from lavis_aurora.models.fused import retyped
 
 
 class GatedCrossAttention(BertAttention):
@@ -64,9 +54,9 @@ def add_gates(encoder: BertModel, config: GateConfig) -> None:
     dim = encoder.config.hidden_size
     for i, layer in enumerate(layers):
         if config.form == "affine":
-            layers[i] = layer = _retyped(AffineLayer, layer)
-            layer.crossattention = _retyped(RememberedCrossAttention, layer.crossattention)
+            layers[i] = layer = retyped(AffineLayer, layer)
+            layer.crossattention = retyped(RememberedCrossAttention, layer.crossattention)
             layer.gate = AffineGate(dim, config)
         else:
-            layer.crossattention = _retyped(GatedCrossAttention, layer.crossattention)
+            layer.crossattention = retyped(GatedCrossAttention, layer.crossattention)
             layer.crossattention.gate = QueryGate(dim, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 
 from lavis.models.med import XBertEncoder
@@ -13,26 +14,27 @@ from transformers import BertTokenizer
 
 from lavis_aurora.config import BlipAuroraConfig
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.models.fused import fuse_text, fuse_vision
 
 
 def build_vision_encoder(cfg: BlipAuroraConfig) -> VisionTransformerEncoder:
     """LAVIS's ViT, of LAVIS's two sizes or of the size in ``model.vit``. Random weights."""
     if cfg.vit is None:
-        lavis_cfg = OmegaConf.structured(cfg)
-        return VisionTransformerEncoder.from_config(lavis_cfg)
-    eps = cfg.vit_layer_norm_epsilon
-    encoder = VisionTransformerEncoder(
-        img_size=cfg.image_size,
-        patch_size=cfg.vit.patch_size,
-        embed_dim=cfg.vit.embed_dim,
-        depth=cfg.vit.depth,
-        num_heads=cfg.vit.num_heads,
-        use_grad_checkpointing=cfg.vit_grad_ckpt,
-        ckpt_layer=cfg.vit_ckpt_layer,
-        drop_path_rate=cfg.vit_drop_path_rate,
-        norm_layer=None if eps == -1 else partial(nn.LayerNorm, eps=eps),
-    )
-    encoder.vision_width = cfg.vit.embed_dim
+        # Checkpointing is ours, see CheckpointedBlock.
+        encoder = VisionTransformerEncoder.from_config(OmegaConf.structured(replace(cfg, vit_grad_ckpt=False)))
+    else:
+        eps = cfg.vit_layer_norm_epsilon
+        encoder = VisionTransformerEncoder(
+            img_size=cfg.image_size,
+            patch_size=cfg.vit.patch_size,
+            embed_dim=cfg.vit.embed_dim,
+            depth=cfg.vit.depth,
+            num_heads=cfg.vit.num_heads,
+            drop_path_rate=cfg.vit_drop_path_rate,
+            norm_layer=None if eps == -1 else partial(nn.LayerNorm, eps=eps),
+        )
+        encoder.vision_width = cfg.vit.embed_dim
+    fuse_vision(encoder, checkpointed=cfg.vit_ckpt_layer if cfg.vit_grad_ckpt else 0)
     return encoder
 
 
@@ -49,6 +51,7 @@ def build_text_encoder(cfg: BlipAuroraConfig, vision_width: int) -> XBertEncoder
             f"model.max_txt_len: {cfg.max_txt_len} tokens do not fit the "
             f"{encoder.config.max_position_embeddings} positions of {cfg.med_config_path}"
         )
+    fuse_text(encoder, attends_to_images=True)
     return encoder
 
 

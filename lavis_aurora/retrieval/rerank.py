@@ -106,10 +106,11 @@ def _encode_images(model, data_loader, share: range) -> tuple[Tensor, dict[int, 
 
 def _match(model, tokens: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """ITM logit of one image with its texts; padding beyond the longest text is dropped."""
+    # One image for all its texts: its keys and values are computed once.
+    image = tokens.to(ids.device).unsqueeze(0)
     logits = []
     for part_ids, part_mask in zip(ids.split(PAIR_BATCH), mask.split(PAIR_BATCH)):
         length = int(part_mask.sum(dim=1).max())
-        image = tokens.to(ids.device).expand(len(part_ids), -1, -1)
         output = model.text_encoder(
             part_ids[:, :length],
             attention_mask=part_mask[:, :length],

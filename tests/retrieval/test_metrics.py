@@ -116,9 +116,9 @@ def test_a_tie_with_one_wrong_candidate_counts_against_the_model() -> None:
 
 
 def test_unscored_pairs_come_last_in_the_order_of_the_fallback() -> None:
-    scores = np.array([[5.0, UNSCORED, UNSCORED, UNSCORED]] * 4)
-    fallback = np.array([[0.0, 3.0, 2.0, 1.0]] * 4)
-    assert target_ranks(scores, [[0], [1], [2], [3]], fallback).tolist() == [0, 1, 2, 3]
+    scores = np.array([[5.0, UNSCORED, UNSCORED, UNSCORED]] * 5)
+    fallback = np.array([[0.0, 3.0, 2.0, 1.0]] * 5)
+    assert target_ranks(scores, [[0], [1], [2], [3], [3, 1]], fallback).tolist() == [0, 1, 2, 3, 1]
 
 
 def test_an_infinite_score_is_the_best_and_not_an_unscored_pair() -> None:

@@ -1,0 +1,97 @@
+"""The fused layers against LAVIS's own, with the same weights."""
+
+import copy
+
+import pytest
+import torch
+from lavis.models.med import BertSelfAttention
+from lavis.models.vit import Attention, VisionTransformer
+from tiny import tiny_model
+
+from lavis_aurora.models.fused import CheckpointedBlock, FusedTextAttention, FusedVisionAttention, fuse_vision, retyped
+
+torch.manual_seed(0)
+
+
+def test_vision_attention():
+    plain = Attention(16, num_heads=4, qkv_bias=True)
+    fused = retyped(FusedVisionAttention, copy.deepcopy(plain))
+    x = torch.randn(2, 5, 16)
+    torch.testing.assert_close(fused(x), plain(x))
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_the_attention_map_of_the_vision_tower_is_kept_when_asked_for():
+    fused = retyped(FusedVisionAttention, Attention(16, num_heads=4))
+    fused(torch.randn(2, 5, 16), register_hook=True).sum().backward()
+    assert fused.get_attention_map().shape == fused.get_attn_gradients().shape == (2, 4, 5, 5)
+
+
+@pytest.fixture
+def layers() -> tuple[BertSelfAttention, BertSelfAttention]:
+    """LAVIS's self- and cross-attention of the tiny model."""
+    layer = tiny_model(tuning="frozen").text_encoder.encoder.layer[0]
+    return tuple(
+        retyped(BertSelfAttention, part).eval() for part in (layer.attention.self, layer.crossattention.self)
+    )
+
+
+def test_text_self_attention_with_padding(layers):
+    plain = layers[0]
+    x, mask = torch.randn(2, 6, 128), torch.zeros(2, 1, 1, 6)
+    mask[1, ..., 4:] = -10000.0
+    fused = retyped(FusedTextAttention, plain)
+    torch.testing.assert_close(fused(x, mask)[0], plain(x, mask)[0])
+
+
+def test_cached_keys_are_read(layers):
+    plain, x = layers[0], torch.randn(2, 3, 128)
+    fused = retyped(FusedTextAttention, plain)
+    _, past = plain(torch.randn(2, 4, 128))
+    for ours, theirs in zip(fused(x, past_key_value=past)[1], plain(x, past_key_value=past)[1]):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(fused(x, past_key_value=past)[0], plain(x, past_key_value=past)[0])
+
+
+def test_cross_attention_with_padded_keys_and_with_shared_images(layers):
+    plain = layers[1]
+    fused = retyped(FusedTextAttention, plain)
+    x, image, mask = torch.randn(4, 6, 128), torch.randn(4, 7, 128), torch.zeros(4, 1, 1, 7)
+    mask[2, ..., 3:] = -10000.0
+    fused.keys_are_padded = True
+    arguments = {"encoder_hidden_states": image, "encoder_attention_mask": mask}
+    torch.testing.assert_close(fused(x, **arguments)[0], plain(x, **arguments)[0])
+    fused.keys_are_padded = False
+    shared = fused(x, encoder_hidden_states=image[:2], encoder_attention_mask=mask)[0]
+    torch.testing.assert_close(shared, plain(x, encoder_hidden_states=image[:2].repeat_interleave(2, 0))[0])
+
+
+def test_attention_maps_of_words_over_pictures_are_kept_when_asked_for(layers):
+    fused = retyped(FusedTextAttention, layers[1])
+    fused.save_attention = True
+    image = torch.randn(2, 7, 128, requires_grad=True)
+    fused(torch.randn(2, 6, 128), encoder_hidden_states=image)[0].sum().backward()
+    assert fused.get_attention_map().shape == (2, 4, 6, 7)
+
+
+def test_checkpointed_blocks_give_the_same_gradients_and_copies_their_own():
+    torch.manual_seed(0)
+    tower = VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=3, num_heads=2)
+    plain = copy.deepcopy(tower)
+    fuse_vision(tower, checkpointed=2)
+    assert [isinstance(block, CheckpointedBlock) for block in tower.blocks] == [False, True, True]
+    # A frozen tower whose attention alone is trained: nothing before it has a gradient.
+    for one in (tower, plain):
+        one.train().requires_grad_(False)
+        for block in one.blocks:
+            block.attn.qkv.requires_grad_(True)
+    x = torch.randn(2, 3, 16, 16)
+    outputs = [one(x) for one in (tower, plain)]
+    torch.testing.assert_close(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    for ours, theirs in zip(tower.blocks, plain.blocks):
+        torch.testing.assert_close(ours.attn.qkv.weight.grad, theirs.attn.qkv.weight.grad)
+    twin = copy.deepcopy(tower)
+    torch.nn.init.zeros_(twin.blocks[2].attn.proj.weight)
+    assert not torch.equal(twin(x), tower(x))
