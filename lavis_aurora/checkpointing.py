@@ -32,7 +32,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle and zipfile each have errors of their own
         raise AuroraError(f"{path} is not a readable checkpoint ({error})") from error
-    missing = {"model", "optimizer", "epoch"} - set(state)
+    known = set(state) if isinstance(state, dict) else set()
+    missing = {"model", "optimizer", "scaler", "epoch", "best_metric", "best_epoch"} - known
     if missing:
         raise AuroraError(f"{path} is not a checkpoint of a run: it has no {', '.join(sorted(missing))}")
+    if not all(isinstance(value, torch.Tensor) for value in dict(state["model"]).values()):
+        raise AuroraError(f"{path} is not a checkpoint of a run: its model is no state dict of tensors")
     return state

@@ -229,3 +229,5 @@ class RunConfig:
             _require(getattr(self, key) >= 1, f"run.{key}", getattr(self, key), "1 or more")
         for key in ("init_lr", "min_lr", "weight_decay", "grad_clip", "num_workers", "k_test", "warmup_steps"):
             _require(getattr(self, key) >= 0, f"run.{key}", getattr(self, key), "0 or more")
+        if self.lr_sched == "linear_warmup_step_lr" and self.lr_decay_rate is None:
+            raise AuroraError("run.lr_decay_rate: missing; run.lr_sched linear_warmup_step_lr needs it, e.g. 0.9")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any, TypeVar
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -30,17 +30,31 @@ def parse_config(cls: type[Config], cfg: DictConfig | Mapping[str, Any], prefix:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), cfg)
         return OmegaConf.to_object(merged)
+    except AuroraError as error:
+        # A part that checks itself does not know where in the YAML it stands.
+        raise error if str(error).startswith(prefix) else AuroraError(f"{prefix}.{error}") from None
     except ConfigKeyError as error:
         raise AuroraError(_unknown_key(cls, error, prefix)) from None
     except OmegaConfBaseException as error:
         problem = str(error).splitlines()[0]
-        raise AuroraError(f"{prefix}.{error.full_key}: {problem}") from None
+        key = error.full_key or error.key or _not_a_section(cls, cfg)
+        raise AuroraError(f"{prefix}.{key}: {problem}") from None
+
+
+def _section_class(cls: type, name: str) -> type | None:
+    """The dataclass of a section of ``cls``, also of an optional one."""
+    hint = get_type_hints(cls).get(name)
+    return next((t for t in (hint, *get_args(hint)) if is_dataclass(t)), None)
+
+
+def _not_a_section(cls: type, cfg: DictConfig | Mapping[str, Any]) -> str:
+    """The first section that is not one; omegaconf does not say which."""
+    wrong = (key for key in cfg if _section_class(cls, key) and not isinstance(cfg[key], (Mapping, DictConfig)))
+    return next(wrong, "*")
 
 
 def _unknown_key(cls: type, error: ConfigKeyError, prefix: str) -> str:
     *parents, key = str(error.full_key).split(".")
-    node = OmegaConf.structured(cls)
     for parent in parents:
-        node = node[parent] if node[parent] is not None else {}
-    known = list(node) or [f.name for f in fields(cls)]
-    return f"{prefix}.{error.full_key}: unknown key{near_names(key, known)}"
+        cls = _section_class(cls, parent) or cls
+    return f"{prefix}.{error.full_key}: unknown key{near_names(key, [f.name for f in fields(cls)])}"

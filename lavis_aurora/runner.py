@@ -138,12 +138,28 @@ class AuroraRunner(RunnerBase):
     @property
     def dataloaders(self) -> dict:
         """Loaders by split; the splits that the YAML names must be there."""
+        if self._dataloaders is None:
+            self._check_splits()
         loaders = super().dataloaders
         for key in ("train_splits", "valid_splits", "test_splits"):
             for split in self.config.run_cfg.get(key) or []:
                 if split not in loaders:
                     raise AuroraError(f"run.{key}: no split {split!r} in the datasets{near_names(split, loaders)}")
         return loaders
+
+    def _check_splits(self) -> None:
+        """Refuse splits with which LAVIS could not train or rank, before an epoch is spent on them."""
+        run = self.config.run_cfg
+        for split in ("val", "test"):
+            names = [name for name, splits in self.datasets.items() if split in splits]
+            if len(names) > 1:
+                raise AuroraError(f"datasets: {' and '.join(names)} have a {split} split each; name one of them")
+        known = {split for splits in self.datasets.values() for split in splits}
+        if not run.evaluate and "train" not in run.train_splits and set(run.train_splits) <= known:
+            raise AuroraError("run.train_splits: training takes the split train; name it, or use evaluate.py")
+        for key in ("valid_splits", "test_splits"):
+            if "train" in run[key] and not self.task.shards_evaluation:
+                raise AuroraError(f"run.{key}: the split train holds pairs and cannot be ranked; name val or test")
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """LAVIS's, in the order of this epoch."""
@@ -227,7 +243,12 @@ class AuroraRunner(RunnerBase):
         self.unwrap_dist_model(self.model).load_run_state(state["model"], url_or_filename)
         if self.evaluate_only:
             return
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, ValueError) as error:
+            raise AuroraError(
+                f"run.resume_ckpt_path: {url_or_filename} does not fit the optimizer ({error})"
+            ) from error
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.start_epoch = state["epoch"] + 1

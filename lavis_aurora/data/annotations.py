@@ -54,9 +54,14 @@ class CheckedDataset(Dataset):
 def annotation_files(name: str, cfg: DictConfig) -> Iterator[tuple[str, str, str]]:
     """(split, YAML key, absolute path) of the annotation files of a dataset."""
     for split, info in cfg.build_info.annotations.items():
-        storage = [info.storage] if isinstance(info.storage, str) else info.storage
+        part = f"datasets.{name}.build_info.annotations.{split}"
+        key = f"{part}.storage"
+        storage, urls = ([v] if isinstance(v, str) else v for v in (info.get("storage"), info.get("url")))
+        if not storage:
+            raise AuroraError(f"{key}: missing; name the annotation file")
+        if urls and len(urls) != len(storage):
+            raise AuroraError(f"{part}: {len(urls)} url, but {len(storage)} storage; give one of each for a file")
         for path in storage:
-            key = f"datasets.{name}.build_info.annotations.{split}.storage"
             yield split, key, path if os.path.isabs(path) else get_cache_path(path)
 
 
@@ -104,6 +109,18 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, Dataset]:
     Returns:
         Datasets by split.
     """
+    prefix = f"datasets.{name}"
+    data_type, info = cfg.get("data_type"), cfg.get("build_info") or {}
+    kinds = [key for key in ("images", "videos", "features") if key in info]
+    if data_type not in info:
+        raise AuroraError(
+            f"{prefix}.data_type: {data_type!r} is no part of build_info{near_names(str(data_type), kinds)}"
+        )
+    for part in ("annotations", data_type):
+        if not info.get(part):
+            raise AuroraError(f"{prefix}.build_info.{part}: the section is missing")
+    if not info[data_type].get("storage"):
+        raise AuroraError(f"{prefix}.build_info.{data_type}.storage: missing; name the folder")
     builder: BaseDatasetBuilder = registry.get_builder_class(name)(cfg)
     files = list(annotation_files(name, cfg))
     missing = [(key, path) for _, key, path in files if not os.path.isfile(path)]

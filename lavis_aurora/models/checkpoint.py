@@ -47,8 +47,8 @@ def read_state_dict(source: str, key: str) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # torch, zipfile and safetensors each have errors of their own
         raise AuroraError(f"{key}: {path} is not a readable checkpoint ({error})") from error
-    state = state.get("model", state)
-    if not all(isinstance(value, Tensor) for value in state.values()):
+    state = state.get("model", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise AuroraError(f"{key}: {path} holds no state dict of tensors")
     return state
 

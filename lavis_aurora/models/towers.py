@@ -40,7 +40,12 @@ def build_vision_encoder(cfg: BlipAuroraConfig) -> VisionTransformerEncoder:
 
 def build_text_encoder(cfg: BlipAuroraConfig, vision_width: int) -> XBertEncoder:
     """LAVIS's BERT with cross-attention, of the size in ``model.med_config_path``. Random weights."""
-    encoder = XBertEncoder.from_config(OmegaConf.structured(cfg))
+    try:
+        encoder = XBertEncoder.from_config(OmegaConf.structured(cfg))
+    except (OSError, ValueError, AttributeError) as error:
+        raise AuroraError(
+            f"model.med_config_path: {cfg.med_config_path} is not a readable BERT configuration of BLIP ({error})"
+        ) from error
     if encoder.config.encoder_width != vision_width:
         raise AuroraError(
             f"model.med_config_path: {cfg.med_config_path} has encoder_width {encoder.config.encoder_width}, but "
@@ -66,7 +71,7 @@ def build_tokenizer(source: str) -> BertTokenizer:
 
     try:
         tokenizer = BertTokenizer.from_pretrained(source)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise AuroraError(
             f"model.tokenizer: cannot load {source!r}; without access to the hub, name a folder that holds the "
             f"vocab.txt of bert-base-uncased ({str(error).splitlines()[0]})"

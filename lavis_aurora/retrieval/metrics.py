@@ -28,8 +28,9 @@ def target_ranks(scores: np.ndarray, targets: Sequence[Sequence[int]], fallback:
     Raises:
         AuroraError: a score is NaN, or a query has no target.
     """
-    if np.isnan(scores).any() or np.isnan(fallback).any():
-        raise AuroraError(f"{int(np.isnan(scores).sum())} scores are NaN; nothing is ranked")
+    nans = max(int(np.isnan(scores).sum()), int(np.isnan(fallback).sum()))
+    if nans:
+        raise AuroraError(f"{nans} scores are NaN; nothing is ranked")
     ranks = np.empty(len(scores), dtype=np.int64)
     for query, right in enumerate(targets):
         right = list(right)
@@ -37,10 +38,8 @@ def target_ranks(scores: np.ndarray, targets: Sequence[Sequence[int]], fallback:
             raise AuroraError(f"query {query} has no target")
         row, second = scores[query], fallback[query]
         best = max(right, key=lambda i: (row[i], second[i]))
-        if np.isfinite(row[best]):
-            before = row >= row[best]
-        else:
-            before = np.isfinite(row) | (second >= second[best])
+        scored = row > -np.inf
+        before = row >= row[best] if scored[best] else scored | (second >= second[best])
         before[right] = False
         ranks[query] = before.sum()
     return ranks

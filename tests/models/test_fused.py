@@ -8,7 +8,13 @@ from lavis.models.med import BertSelfAttention
 from lavis.models.vit import Attention, VisionTransformer
 from tiny import tiny_model
 
-from lavis_aurora.models.fused import CheckpointedBlock, FusedTextAttention, FusedVisionAttention, fuse_vision, retyped
+from lavis_aurora.models.fused import (
+    CheckpointedBlock,
+    FusedTextAttention,
+    FusedVisionAttention,
+    fuse_vision,
+    retyped,
+)
 
 torch.manual_seed(0)
 

@@ -1,0 +1,145 @@
+"""A project YAML: read with the defaults that it builds on, every part checked before anything is built."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from lavis.common.config import Config
+from lavis.common.registry import registry
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from lavis_aurora.config import RunConfig
+from lavis_aurora.config_check import parse_config
+from lavis_aurora.errors import AuroraError, near_names
+
+SECTIONS = ("datasets", "model", "run")
+
+
+class AuroraConfig(Config):
+    """LAVIS's configuration: a project YAML and ``--options`` over the defaults of the types that they name."""
+
+    def __init__(self, user: DictConfig, args: argparse.Namespace) -> None:
+        # LAVIS's own reads types and preprocess of --options or of the YAML, but not of both.
+        self.args = args
+        registry.register("configuration", self)
+        self.config = OmegaConf.merge(
+            self.build_runner_config(user), self.build_model_config(user), self.build_dataset_config(user), user
+        )
+
+
+def load_config(cfg_path: str, options: Sequence[str] | None = None, evaluate: bool = False) -> AuroraConfig:
+    """Read and check a project YAML.
+
+    Args:
+        cfg_path: the YAML.
+        options: ``key=value`` or alternating keys and values that override it.
+        evaluate: skip training.
+
+    Raises:
+        AuroraError: names the file, the key and the remedy.
+    """
+    try:
+        return _load_config(cfg_path, list(options or []), evaluate)
+    except AuroraError as error:
+        raise AuroraError(f"{cfg_path}: {error}") from error
+    except (OmegaConfBaseException, YAMLError, OSError, UnicodeError) as error:
+        raise AuroraError(f"{cfg_path}: {' '.join(str(error).split())}") from error
+
+
+def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraConfig:
+    if not os.path.isfile(cfg_path):
+        raise AuroraError("no such file; --cfg-path names a YAML, e.g. projects/aurora/flickr_ret.yaml")
+    user = OmegaConf.load(cfg_path)
+    _check_sections(user, "")
+    given = OmegaConf.from_dotlist(_dot_list(options))
+    _check_sections(given, "--options ")
+    user = OmegaConf.merge(user, given)
+    for name in SECTIONS:
+        if not user.get(name):
+            raise AuroraError(f"{name}: the section is missing")
+    _check_types(user)
+    cfg = AuroraConfig(user, argparse.Namespace(cfg_path=cfg_path, options=options))
+    run = parse_config(RunConfig, cfg.config.run, "run")
+    run.evaluate = run.evaluate or evaluate
+    _check_registered("run.task", run.task, "task_name_mapping")
+    _check_registered("run.runner", run.runner, "runner_name_mapping")
+    _check_registered("run.lr_sched", run.lr_sched, "lr_scheduler_name_mapping")
+    cfg.config.run = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(run)))
+    model_cls = registry.get_model_class(cfg.model_cfg.arch)
+    if hasattr(model_cls, "CONFIG_CLASS"):
+        parse_config(model_cls.CONFIG_CLASS, cfg.model_cfg, "model")
+    _complete_processors(cfg)
+    return cfg
+
+
+def _dot_list(options: list[str]) -> list[str]:
+    """key=value of either notation."""
+    if options and "=" not in options[0]:
+        if len(options) % 2:
+            raise AuroraError(f"--options {options[-1]}: the value is missing")
+        return [f"{key}={value}" for key, value in zip(options[0::2], options[1::2])]
+    for option in options:
+        if "=" not in option:
+            raise AuroraError(f"--options {option}: not key=value")
+    return options
+
+
+def _check_sections(part: DictConfig | ListConfig, source: str) -> None:
+    if not isinstance(part, DictConfig):
+        raise AuroraError(f"not a mapping with the sections {', '.join(SECTIONS)}")
+    for name in part:
+        if name not in (*SECTIONS, "preprocess"):
+            raise AuroraError(f"{source}{name}: unknown section{near_names(str(name), SECTIONS)}")
+        if part.get(name) is not None and not isinstance(part[name], DictConfig):
+            raise AuroraError(f"{source}{name}: must be a section of keys, not {part[name]!r}")
+
+
+def _check_types(user: DictConfig) -> None:
+    """The model, its type, the datasets and their types; those left out are the defaults."""
+    _check_registered("model.arch", user.model.get("arch"), "model_name_mapping")
+    model_cls = registry.get_model_class(user.model.arch)
+    model_type = user.model.get("model_type") or getattr(model_cls, "DEFAULT_MODEL_TYPE", None)
+    if model_type not in model_cls.PRETRAINED_MODEL_CONFIG_DICT:
+        near = near_names(str(model_type), model_cls.PRETRAINED_MODEL_CONFIG_DICT)
+        raise AuroraError(f"model.model_type: unknown type {model_type!r}{near}")
+    user.model.model_type = model_type
+    for name in user.datasets:
+        _check_registered(f"datasets.{name}", name, "builder_name_mapping")
+        if user.datasets[name] is None:
+            user.datasets[name] = {}
+        if not isinstance(user.datasets[name], DictConfig):
+            raise AuroraError(f"datasets.{name}: must be a section of keys, not {user.datasets[name]!r}")
+        known = registry.get_builder_class(name).DATASET_CONFIG_DICT
+        kind = user.datasets[name].get("type", "default")
+        if kind not in known:
+            raise AuroraError(f"datasets.{name}.type: unknown type {kind!r}{near_names(str(kind), known)}")
+
+
+def _check_registered(key: str, name: str | None, kind: str) -> None:
+    known = registry.mapping[kind]
+    if name not in known:
+        raise AuroraError(f"{key}: {name!r} is not registered{near_names(str(name), known)}")
+
+
+def _complete_processors(cfg: AuroraConfig) -> None:
+    """Give datasets without processors the model's, and compare picture sizes."""
+    preprocess = cfg.config.get("preprocess") or {}
+    size = cfg.model_cfg.get("image_size")
+    for name, dataset in cfg.datasets_cfg.items():
+        for kind in ("vis_processor", "text_processor"):
+            if dataset.get(kind) is None and preprocess.get(kind) is not None:
+                dataset[kind] = preprocess[kind]
+        for kind in ("vis_processor", "text_processor"):
+            for split, processor in (dataset.get(kind) or {}).items():
+                key = f"datasets.{name}.{kind}.{split}.name"
+                _check_registered(key, processor.get("name"), "processor_name_mapping")
+        for split, processor in (dataset.get("vis_processor") or {}).items():
+            own = processor.get("image_size")
+            if size is not None and own is not None and own != size:
+                raise AuroraError(
+                    f"datasets.{name}.vis_processor.{split}.image_size: {own} is not model.image_size, {size}"
+                )
