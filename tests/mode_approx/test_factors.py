@@ -56,7 +56,7 @@ def test_update_is_zero_at_the_start_but_v_has_a_gradient():
 @pytest.mark.parametrize("rank", [4, 64])
 def test_size_of_the_update_does_not_depend_on_width_and_rank(width, rank):
     torch.manual_seed(1)
-    factors = ModeFactors({"a": (width, width)}, ModeApproxConfig(rank=rank))
+    factors = ModeFactors({"a": (width, width)}, ModeApproxConfig(rank=rank, scale=1.0))
     torch.nn.init.normal_(factors.sets["default"].V[str(width)])
     y = torch.randn(512, width) @ factors.delta_weight("a").t()
     assert 0.6 < y.std() < 1.6
