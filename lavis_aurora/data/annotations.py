@@ -35,7 +35,8 @@ def _texts(value: Any) -> bool:
 ANYTHING = Rule(lambda value: True, "")
 TEXT = Rule(lambda value: isinstance(value, str), "one string")
 TEXTS = Rule(_texts, 'a list of strings, e.g. ["a cat"]')
-QUESTION = Rule(lambda value: isinstance(value, str) and bool(value.strip()), "a string with words")
+# Of a question, LAVIS's processor drops these.
+QUESTION = Rule(lambda value: isinstance(value, str) and bool(value.strip(' .!"()*#:;~')), "a string with words")
 NUMBER_OR_TEXT = Rule(lambda value: type(value) in (int, str), "a number or a string")
 
 # Keys that LAVIS's datasets read from each entry, and what they would misread.

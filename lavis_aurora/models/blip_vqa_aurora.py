@@ -173,7 +173,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         questions = [questions] if isinstance(questions, str) else list(questions)
         self._check_questions(questions, samples["image"])
         if prompt:
-            questions = [prompt.format(question) for question in questions]
+            questions = [prompt.replace("{}", question) for question in questions]
         return super().predict_answers(
             {**samples, "text_input": questions},
             num_beams=num_beams,

@@ -1,1 +1,1 @@
-"""Visual question answering: ranking and decoding of answers, files of questions."""
+"""Visual question answering: ranking and decoding of answers."""

@@ -59,6 +59,7 @@ def test_good_files_are_lavis_datasets(cfg: DictConfig) -> None:
         ("train.json", "answer", "red", "must be a list of strings"),
         ("train.json", "answer", ["red", 2], "must be a list of strings"),
         ("train.json", "question", "  ", "must be a string with words, not '  '"),
+        ("vg.json", "question", "(...)", "must be a string with words, not '(...)'"),
         ("train.json", "question", None, "must be a string with words, not None"),
         ("val.json", "question", "", "must be a string with words, not ''"),
         ("val.json", "question_id", 1.5, "must be a number or a string, not 1.5"),

