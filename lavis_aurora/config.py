@@ -16,6 +16,7 @@ GATE_FORMS = ("residual", "convex", "affine", "none")
 GATE_INITS = ("zeros", "ones")
 CONTEXT_FORMS = ("attention", "mean", "random", "none")
 TUNINGS = ("aurora", "heads", "full", "frozen")
+INFERENCE_METHODS = ("rank", "generate")
 
 
 def _require(ok: bool, key: str, value: object, need: str) -> None:
@@ -179,6 +180,32 @@ class RetrievalAuroraConfig(BlipAuroraConfig):
 
 
 @dataclass
+class VqaAuroraConfig(BlipAuroraConfig):
+    """``model:`` of blip_vqa_aurora.
+
+    Attributes:
+        share_decoder: the answer decoder uses the slots of the question encoder, layer by layer (paper D.2); false
+            gives it slots of its own.
+        mask_question_padding: generated answers do not see the padding of shorter questions, so that they are the
+            same in any batch. LAVIS and BLIP let them see it; ranked answers never see it.
+        rank_chunk: pairs of question and answer scored at once when ranking; bounds the memory.
+    """
+
+    image_size: int = 480
+    share_decoder: bool = True
+    mask_question_padding: bool = False
+    rank_chunk: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.rank_chunk >= 1, "model.rank_chunk", self.rank_chunk, "1 or more (pairs)")
+        if self.tuning == "heads":
+            raise AuroraError(
+                "model.tuning: blip_vqa_aurora has no heads besides its answer decoder; use aurora, full or frozen"
+            )
+
+
+@dataclass
 class RunConfig:
     """``run:`` of runner_aurora: LAVIS's own keys, and these.
 
@@ -186,6 +213,10 @@ class RunConfig:
         device: auto (a GPU if there is one), cuda or cpu.
         itc_weight: score of a reranked pair = ITM + itc_weight * ITC (1 as LAVIS and BLIP; 0 is ITM alone).
         k_test: candidates per query that are reranked; 0 ranks by ITC alone.
+        inference_method: how questions are answered: rank (the likeliest of a list) or generate.
+        num_ans_candidates: answers of the list that are scored as a whole, the likeliest by their first token.
+        num_beams, max_len, min_len: of generated answers; 1 beam is greedy, lengths in tokens.
+        prompt: wording around each question at evaluation, ``{}`` in the question's place; empty for none.
         grad_clip: largest norm of the gradient; 0 for no clipping.
         output_dir: relative paths start at the current directory; each run adds a folder of its own.
     """
@@ -212,6 +243,12 @@ class RunConfig:
     train_dataset_ratios: Any = None
     k_test: int = 128
     itc_weight: float = 1.0
+    inference_method: str = "rank"
+    num_ans_candidates: int = 128
+    num_beams: int = 3
+    max_len: int = 10
+    min_len: int = 1
+    prompt: str = ""
     device: str = "auto"
     world_size: int = 1
     dist_url: str = "env://"
@@ -226,9 +263,30 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _one_of("run.device", self.device, ("auto", "cuda", "cpu"))
-        for key in ("max_epoch", "accum_grad_iters", "batch_size_train", "batch_size_eval", "log_freq"):
+        _one_of("run.inference_method", self.inference_method, INFERENCE_METHODS)
+        for key in (
+            "max_epoch",
+            "accum_grad_iters",
+            "batch_size_train",
+            "batch_size_eval",
+            "log_freq",
+            "num_ans_candidates",
+            "num_beams",
+        ):
             _require(getattr(self, key) >= 1, f"run.{key}", getattr(self, key), "1 or more")
-        for key in ("init_lr", "min_lr", "weight_decay", "grad_clip", "num_workers", "k_test", "warmup_steps"):
+        least = max(2, self.min_len + 1)
+        _require(self.max_len >= least, "run.max_len", self.max_len, f"{least} or more (tokens, with the first)")
+        _require(not self.prompt or "{}" in self.prompt, "run.prompt", self.prompt, "empty, or hold a {}")
+        for key in (
+            "init_lr",
+            "min_lr",
+            "weight_decay",
+            "grad_clip",
+            "num_workers",
+            "k_test",
+            "warmup_steps",
+            "min_len",
+        ):
             _require(getattr(self, key) >= 0, f"run.{key}", getattr(self, key), "0 or more")
         if self.lr_sched == "linear_warmup_step_lr" and self.lr_decay_rate is None:
             raise AuroraError("run.lr_decay_rate: missing; run.lr_sched linear_warmup_step_lr needs it, e.g. 0.9")

@@ -2,28 +2,55 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 from lavis.common.registry import registry
 from lavis.common.utils import get_cache_path
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.datasets.datasets import retrieval_datasets as retrieval
+from lavis.datasets.datasets.coco_vqa_datasets import COCOVQADataset, COCOVQAEvalDataset
+from lavis.datasets.datasets.vg_vqa_datasets import VGVQADataset
 from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
+from lavis_aurora.data.vqa_files import check_vqa_files, read_json
 from lavis_aurora.errors import AuroraError, near_names
 
-# Keys that LAVIS's datasets read from each entry.
-REQUIRED: dict[type, tuple[str, ...]] = {
-    retrieval.RetrievalDataset: ("image", "caption", "image_id"),
-    retrieval.RetrievalEvalDataset: ("image", "caption"),
-    retrieval.VideoRetrievalDataset: ("video", "caption"),
-    retrieval.VideoRetrievalEvalDataset: ("video", "caption"),
+
+class Rule(NamedTuple):
+    """What a value must be, and how to say so."""
+
+    holds: Callable[[Any], bool]
+    need: str
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+ANYTHING = Rule(lambda value: True, "")
+TEXT = Rule(lambda value: isinstance(value, str), "one string")
+TEXTS = Rule(_texts, 'a list of strings, e.g. ["a cat"]')
+# Of a question, LAVIS's processor drops these.
+QUESTION = Rule(lambda value: isinstance(value, str) and bool(value.strip(' .!"()*#:;~')), "a string with words")
+NUMBER_OR_TEXT = Rule(lambda value: type(value) in (int, str), "a number or a string")
+
+# Keys that LAVIS's datasets read from each entry, and what they would misread.
+ENTRIES: dict[type, dict[str, Rule]] = {
+    retrieval.RetrievalDataset: {"image": ANYTHING, "caption": TEXT, "image_id": ANYTHING},
+    retrieval.RetrievalEvalDataset: {"image": ANYTHING, "caption": TEXTS},
+    retrieval.VideoRetrievalDataset: {"video": ANYTHING, "caption": TEXT},
+    retrieval.VideoRetrievalEvalDataset: {"video": ANYTHING, "caption": TEXTS},
+    COCOVQADataset: {"image": ANYTHING, "question": QUESTION, "answer": TEXTS},
+    VGVQADataset: {"image": ANYTHING, "question": QUESTION, "answer": TEXT},
+    COCOVQAEvalDataset: {"image": ANYTHING, "question": QUESTION, "question_id": NUMBER_OR_TEXT},
 }
-EVALUATION = (retrieval.RetrievalEvalDataset, retrieval.VideoRetrievalEvalDataset)
+# Checks of the files of a split behind the first, where they are no further entries.
+FURTHER_FILES: dict[type, Callable[[list[dict], list[str], str], None]] = {COCOVQAEvalDataset: check_vqa_files}
 REMEDY = "put it there, or set AURORA_DATA or the key to where it is"
 
 
@@ -65,12 +92,9 @@ def annotation_files(name: str, cfg: DictConfig) -> Iterator[tuple[str, str, str
             yield split, key, path if os.path.isabs(path) else get_cache_path(path)
 
 
-def _read(path: str, key: str) -> list[dict]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            entries = json.load(file)
-    except (OSError, ValueError) as error:
-        raise AuroraError(f"{key}: {path} is not readable json ({error})") from error
+def read_entries(path: str, key: str) -> list[dict]:
+    """The entries of an annotation file, one for each sample."""
+    entries = read_json(path, key)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise AuroraError(f"{key}: {path} must hold a list of entries, one for each sample")
     if not entries:
@@ -82,21 +106,28 @@ def check_entries(entries: list[dict], dataset_cls: type, path: str, key: str) -
     """Refuse entries that LAVIS's dataset class would misread.
 
     Raises:
-        AuroraError: a key is missing, or a caption is of the wrong kind (LAVIS would silently split a string into
-            letters at evaluation).
+        AuroraError: a key is missing, or a value is of the wrong kind (LAVIS would silently split a string in place
+            of a list into letters).
     """
+    rules = ENTRIES.get(dataset_cls, {})
     for i, entry in enumerate(entries):
-        for required in REQUIRED.get(dataset_cls, ()):
-            if required not in entry:
-                raise AuroraError(f"{key}: entry {i} of {path} has no {required!r}{near_names(required, entry)}")
-        caption = entry.get("caption")
-        if dataset_cls in EVALUATION:
-            good = isinstance(caption, list) and caption and all(isinstance(c, str) for c in caption)
-            need = 'a list of strings, e.g. ["a cat"]'
-        else:
-            good, need = isinstance(caption, str), "one string"
-        if dataset_cls in REQUIRED and not good:
-            raise AuroraError(f"{key}: the caption of entry {i} of {path} must be {need}, not {caption!r}")
+        for name, rule in rules.items():
+            if name not in entry:
+                raise AuroraError(f"{key}: entry {i} of {path} has no {name!r}{near_names(name, entry)}")
+            if not rule.holds(entry[name]):
+                raise AuroraError(
+                    f"{key}: the {name} of entry {i} of {path} must be {rule.need}, not {entry[name]!r}"
+                )
+
+
+def check_split(files: list[str], dataset_cls: type, key: str) -> None:
+    """Check all annotation files of a split; see :func:`check_entries`."""
+    further = FURTHER_FILES.get(dataset_cls)
+    for path in files[:1] if further else files:
+        entries = read_entries(path, key)
+        check_entries(entries, dataset_cls, path, key)
+        if further:
+            further(entries, files, key)
 
 
 def build_checked(name: str, cfg: DictConfig) -> dict[str, Dataset]:
@@ -124,9 +155,9 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, Dataset]:
     builder: BaseDatasetBuilder = registry.get_builder_class(name)(cfg)
     files = list(annotation_files(name, cfg))
     missing = [(key, path) for _, key, path in files if not os.path.isfile(path)]
-    for split, key, path in files if not missing else ():
+    for (split, key), paths in groupby(files if not missing else (), key=itemgetter(0, 1)):
         cls = builder.train_dataset_cls if split == "train" else builder.eval_dataset_cls
-        check_entries(_read(path, key), cls, path, key)
+        check_split([path for _, _, path in paths], cls, key)
     try:
         datasets = builder.build_datasets()
     except (OSError, TypeError, ValueError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from lavis.models.med import BertModel
@@ -47,11 +47,17 @@ class AuroraBase:
         logging.info("%s (%s)\n%s", cls.__name__, settings.tuning, trainable_parameters_summary(model))
         return model
 
-    def set_up_tuning(self, cfg: BlipAuroraConfig, targets: Sequence[str], gated: BertModel) -> None:
-        """Freeze the backbone and add what ``cfg.tuning`` trains."""
+    def set_up_tuning(
+        self,
+        cfg: BlipAuroraConfig,
+        targets: Sequence[str],
+        gated: BertModel,
+        slot_name: Callable[[str], str] = lambda name: name,
+    ) -> None:
+        """Freeze the backbone and add what ``cfg.tuning`` trains; layers of the same ``slot_name`` share a slot."""
         self.mode_approx = None
         if cfg.tuning == "aurora":
-            inject_mode_approx(self, cfg.mode_approx, targets)
+            inject_mode_approx(self, cfg.mode_approx, targets, slot_name)
             add_gates(gated, cfg.gate)
         if cfg.tuning == "full":
             return
@@ -76,11 +82,16 @@ class AuroraBase:
         adapter = {id(parameter) for _, parameter in adapter_parameters(self)}
         new = {name for name, parameter in self.named_parameters() if id(parameter) in adapter}
         new |= {name for name in self.state_dict() if name.partition(".")[0].endswith("_m")}
-        load_backbone(self, read_state_dict(url_or_filename, key), f"{key} {url_or_filename}", new)
+        source = f"{key} {url_or_filename}"
+        load_backbone(self, self.complete_state(read_state_dict(url_or_filename, key), source), source, new)
         if hasattr(self, "copy_params"):
             self.copy_params()
 
     load_checkpoint = load_from_pretrained
+
+    def complete_state(self, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+        """The weights of a checkpoint, with those filled in that the model can start without; here there are none."""
+        return state
 
     def tokenize(self, texts: Iterable[str], to_longest: bool = False) -> BatchEncoding:
         """Token ids and mask on the CPU, cut at ``max_txt_len`` and padded to it or to the longest text."""

@@ -1,0 +1,222 @@
+"""Visual question answering: LAVIS's blip_vqa with a frozen backbone and Aurora's few parameters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from lavis.common.registry import registry
+from lavis.models.blip_models.blip_outputs import BlipOutput
+from lavis.models.blip_models.blip_vqa import BlipVQA
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from lavis_aurora.config import INFERENCE_METHODS, VqaAuroraConfig
+from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.models.aurora_base import AuroraBase
+from lavis_aurora.models.towers import build_text_encoder, build_tokenizer, build_vision_encoder, check_vocabulary
+from lavis_aurora.paths import package_file
+from lavis_aurora.vqa.decoder import CachedDecoder
+from lavis_aurora.vqa.ranking import AnswerList, rank_answers
+
+ENCODER, DECODER = "text_encoder.", "text_decoder.bert."
+TARGETS = (
+    r"visual_encoder\.blocks\.\d+\.attn\.qkv",
+    *(
+        rf"{tower}\.encoder\.layer\.\d+\.{attention}\.self\.(query|key|value)"
+        for tower in ("text_encoder", r"text_decoder\.bert")
+        for attention in ("attention", "crossattention")
+    ),
+)
+
+
+def encoder_slot(name: str) -> str:
+    """The slot of a layer when the decoder shares the encoder's (paper D.2): that of the same layer there."""
+    return ENCODER + name[len(DECODER) :] if name.startswith(DECODER) else name
+
+
+@registry.register_model("blip_vqa_aurora")
+class BlipVqaAurora(AuroraBase, BlipVQA):
+    """BLIP question answering model tuned by Aurora (paper 3.2, 3.3, D.2).
+
+    The gate stands in the question encoder only, and there is no context enhancement. With L layers of width d,
+    rank r: 9L * 2r + 2dr + 2Ld parameters are trained, 15L * 2r + 2dr + 2Ld with ``share_decoder: false``.
+
+    Supported model types:
+        - base: BLIP base, pretrained on 129M pairs with CapFilt, 480 px (default).
+        - vqav2: BLIP base fine-tuned on VQAv2, as LAVIS's blip_vqa vqav2.
+        - tiny: a BLIP of 2.4M random weights, for the demo and for tests.
+
+    Usage:
+        >>> from lavis_aurora import load_model_and_preprocess
+        >>> model, vis, txt = load_model_and_preprocess("blip_vqa_aurora", "tiny", is_eval=True)
+        >>> samples = {"image": vis["eval"](picture).unsqueeze(0), "text_input": [txt["eval"]("What is this?")]}
+        >>> model.predict_answers(samples, answer_list=["a circle", "a star"])
+    """
+
+    CONFIG_CLASS = VqaAuroraConfig
+    DEFAULT_MODEL_TYPE = "base"
+    PRETRAINED_MODEL_CONFIG_DICT = {
+        name: package_file(f"configs/models/blip_vqa_aurora_{name}.yaml") for name in ("base", "vqav2", "tiny")
+    }
+
+    def __init__(self, cfg: VqaAuroraConfig) -> None:
+        vision = build_vision_encoder(cfg)
+        encoder = build_text_encoder(cfg, vision.vision_width)
+        decoder = CachedDecoder.from_config(OmegaConf.structured(cfg))
+        # LAVIS calls this class method in its constructor, without telling it the tokenizer's name.
+        self.init_tokenizer = partial(build_tokenizer, cfg.tokenizer)
+        super().__init__(vision, encoder, decoder, max_txt_len=cfg.max_txt_len)
+        del self.init_tokenizer
+        check_vocabulary(self.tokenizer, encoder.config.vocab_size, cfg)
+        self.mask_question_padding = cfg.mask_question_padding
+        self.rank_chunk = cfg.rank_chunk
+        self.tuning = cfg.tuning
+        self._answers: AnswerList | None = None
+        slot_name = {"slot_name": encoder_slot} if cfg.share_decoder else {}
+        self.set_up_tuning(cfg, TARGETS, self.text_encoder, **slot_name)
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        """None: the language model head belongs to the pretrained decoder."""
+        return []
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the decoder has room for."""
+        return self.text_decoder.config.max_position_embeddings
+
+    def complete_state(self, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+        """A checkpoint without any decoder gets one, if it is to be trained: the encoder, with a new head.
+
+        BLIP's pretraining checkpoints hold a decoder, those fine-tuned for retrieval do not.
+
+        Raises:
+            AuroraError: there is no decoder and the model would keep a random one.
+        """
+        if any(key.startswith("text_decoder.") for key in state):
+            return state
+        if self.tuning != "full":
+            raise AuroraError(
+                f"{source} has no answer decoder (text_decoder), which model.tuning: {self.tuning} would leave "
+                f"random; name a pretraining checkpoint of BLIP, or set model.tuning: full"
+            )
+        logging.warning("%s has no answer decoder: it starts as the text encoder, its head at random", source)
+        own = {key: value for key, value in self.state_dict().items() if key.startswith("text_decoder.")}
+        decoder = {key: state.get(encoder_slot(key), value) for key, value in own.items()}
+        # One tensor under two names: input and output embeddings.
+        tied = "text_decoder.cls.predictions.decoder.weight"
+        decoder[tied] = decoder[f"{DECODER}embeddings.word_embeddings.weight"]
+        return {**state, **decoder}
+
+    def forward(self, samples: dict) -> BlipOutput:
+        """Language model loss of the answers, weighted, per question.
+
+        Args:
+            samples: ``image`` (batch, 3, height, width), ``text_input`` (questions), ``answer`` (list of str, those
+                of the first question first), ``n_answers`` (batch,), ``weight`` (answers,), as for LAVIS's blip_vqa.
+
+        Raises:
+            AuroraError: a question is empty, or answers are missing or too long.
+        """
+        self._check_questions(samples["text_input"], samples["image"])
+        counts = samples.get("n_answers")
+        answers = samples.get("answer") or []
+        if counts is None or not answers or len(answers) != int(counts.sum()):
+            raise AuroraError(
+                f"samples: {len(answers)} answers, n_answers {None if counts is None else counts.tolist()}; "
+                f"training needs at least one answer, and n_answers must say how many each question has"
+            )
+        # A token is a character or more, and two are special: most answers need no count.
+        if any(len(answer) + 2 > self.positions for answer in answers):
+            AnswerList(answers, self.tokenizer, self.positions)
+        return super().forward(dict(samples))
+
+    @torch.no_grad()
+    def predict_answers(
+        self,
+        samples: dict,
+        num_beams: int = 3,
+        inference_method: str = "rank",
+        max_len: int = 10,
+        min_len: int = 1,
+        num_ans_candidates: int = 128,
+        answer_list: Sequence[str] | None = None,
+        prompt: str = "",
+        **_kwargs,
+    ) -> list[str]:
+        """Answers to questions, one each.
+
+        Args:
+            samples: ``image`` (batch, 3, height, width) and ``text_input``, a question or a list of them.
+            num_beams: of generation; 1 is greedy.
+            inference_method: rank (the likeliest of ``answer_list``) or generate.
+            max_len: tokens of a generated answer, [DEC] included.
+            min_len: tokens of a generated answer at least.
+            num_ans_candidates: answers scored as a whole, those with the likeliest first token.
+            answer_list: what to choose from, of any length.
+            prompt: wording around the question, ``{}`` in the question's place.
+
+        Raises:
+            AuroraError: a question is empty, there is not one for each image, or there is no list to rank.
+        """
+        if inference_method not in INFERENCE_METHODS:
+            near = near_names(str(inference_method), INFERENCE_METHODS)
+            raise AuroraError(f"inference_method: unknown method {inference_method!r}{near}")
+        if inference_method == "rank" and not answer_list:
+            raise AuroraError("answer_list: missing; inference_method rank chooses from a list, generate needs none")
+        if inference_method == "generate" and max_len > self.positions:
+            raise AuroraError(f"max_len: {max_len} tokens do not fit the {self.positions} positions of the decoder")
+        questions = samples["text_input"]
+        questions = [questions] if isinstance(questions, str) else list(questions)
+        self._check_questions(questions, samples["image"])
+        if prompt:
+            questions = [prompt.replace("{}", question) for question in questions]
+        return super().predict_answers(
+            {**samples, "text_input": questions},
+            num_beams=num_beams,
+            inference_method=inference_method,
+            max_len=max_len,
+            min_len=min_len,
+            num_ans_candidates=num_ans_candidates,
+            answer_list=answer_list,
+        )
+
+    @staticmethod
+    def _check_questions(questions: Sequence[str], image: Tensor) -> None:
+        if len(questions) != len(image):
+            raise AuroraError(f"samples: {len(questions)} questions for {len(image)} images; there must be one each")
+        for i, question in enumerate(questions):
+            if not isinstance(question, str) or not question.strip():
+                raise AuroraError(f"samples: question {i} of the batch is {question!r}; it must have words")
+
+    def _generate_answers(
+        self, samples: dict, num_beams: int = 3, max_length: int = 10, min_length: int = 1
+    ) -> list[str]:
+        """LAVIS's, with the padding of questions masked if so configured."""
+        states = self.forward_encoder(samples)[0].last_hidden_state
+        mask = samples["tokenized_text"].attention_mask
+        if not self.mask_question_padding:
+            mask = torch.ones_like(mask)
+        tokens = self.text_decoder.generate(
+            input_ids=mask.new_full((len(mask), 1), self.tokenizer.bos_token_id),
+            encoder_hidden_states=states.repeat_interleave(num_beams, dim=0),
+            encoder_attention_mask=mask.repeat_interleave(num_beams, dim=0),
+            num_beams=num_beams,
+            max_length=max_length,
+            min_length=min_length,
+            eos_token_id=self.tokenizer.sep_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    def _rank_answers(self, samples: dict, answer_list: Sequence[str], num_ans_candidates: int) -> list[str]:
+        """LAVIS's, in bounded memory; the list is tokenized once."""
+        states = self.forward_encoder(samples)[0].last_hidden_state
+        mask = samples["tokenized_text"].attention_mask
+        if self._answers is None or self._answers.texts != list(answer_list):
+            self._answers = AnswerList(answer_list, self.tokenizer, self.positions)
+        best = rank_answers(self.text_decoder, states, mask, self._answers, num_ans_candidates, chunk=self.rank_chunk)
+        return [self._answers.texts[i] for i in best]

@@ -1,0 +1,1 @@
+"""Visual question answering: ranking and decoding of answers."""

@@ -1,0 +1,106 @@
+"""The likeliest answer of a list, with LAVIS's result in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lavis.models.med import XBertLMHeadDecoder
+from torch import Tensor
+from transformers import BertTokenizer
+
+from lavis_aurora.errors import AuroraError
+
+IGNORED = -100  # of torch's cross-entropy
+
+
+class AnswerList:
+    """Answers as token ids, [DEC] first; tokenized once for a whole evaluation.
+
+    Args:
+        texts: the answers.
+        tokenizer: BLIP's.
+        positions: tokens that the decoder has room for.
+
+    Raises:
+        AuroraError: there is no answer, one is not a string, or one is too long.
+    """
+
+    def __init__(self, texts: Sequence[str], tokenizer: BertTokenizer, positions: int) -> None:
+        if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
+            raise AuroraError(f"answer_list: {str(texts)[:60]!r} cannot be used; it must be a list of strings")
+        self.texts = list(texts)
+        tokens = tokenizer(self.texts, padding="longest", return_tensors="pt")
+        self.ids, self.mask = tokens.input_ids, tokens.attention_mask
+        self.ids[:, 0] = tokenizer.bos_token_id
+        self.lengths = self.mask.sum(dim=1)
+        longest = int(self.lengths.argmax())
+        if self.lengths[longest] > positions:
+            raise AuroraError(
+                f"answer_list: {self.texts[longest][:60]!r} has {self.lengths[longest]} tokens, but the decoder "
+                f"has {positions} positions; leave it out"
+            )
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def to(self, device: torch.device) -> AnswerList:
+        """Move the tokens to ``device``, in place."""
+        self.ids, self.mask, self.lengths = self.ids.to(device), self.mask.to(device), self.lengths.to(device)
+        return self
+
+
+def first_token_candidates(
+    decoder: XBertLMHeadDecoder, states: Tensor, mask: Tensor, answers: AnswerList, k: int
+) -> Tensor:
+    """The k answers whose first tokens are the likeliest, (questions, k), best first.
+
+    Answers that begin alike are equally likely; which of them is among the first k is torch.topk's choice, here
+    and in LAVIS.
+    """
+    start = answers.ids[:1, :1].expand(len(states), 1)
+    output = decoder(start, encoder_hidden_states=states, encoder_attention_mask=mask, return_dict=True)
+    likely = output.logits[:, 0].softmax(dim=1).index_select(1, answers.ids[:, 1])
+    return likely.topk(min(k, len(answers)), dim=1).indices
+
+
+def rank_answers(
+    decoder: XBertLMHeadDecoder, states: Tensor, mask: Tensor, answers: AnswerList, k: int, chunk: int
+) -> list[int]:
+    """Index of the likeliest answer to each question.
+
+        argmin_{a in A_q} sum_i CE(p(. | a_<i, q), a_i),   A_q: the k answers with the likeliest first tokens
+
+    as LAVIS's BlipVQA, whose memory grows with questions * k; here it grows with ``chunk``.
+
+    Args:
+        decoder: the answer decoder.
+        states: of the questions, (questions, length, d).
+        mask: 1 where a position is text, (questions, length).
+        answers: the list.
+        k: answers scored for each question.
+        chunk: pairs of question and answer scored at once.
+
+    Returns:
+        An index into the list for each question.
+    """
+    answers.to(states.device)
+    candidates = first_token_candidates(decoder, states, mask, answers, k)
+    k = candidates.shape[1]
+    losses = []
+    for rows in torch.arange(candidates.numel(), device=states.device).split(chunk):
+        question, answer = rows // k, candidates.flatten()[rows]
+        length = int(answers.lengths[answer].max())
+        ids, keep = answers.ids[answer, :length], answers.mask[answer, :length]
+        output = decoder(
+            ids,
+            attention_mask=keep,
+            encoder_hidden_states=states[question],
+            encoder_attention_mask=mask[question],
+            labels=ids.masked_fill(keep == 0, IGNORED),
+            return_dict=True,
+            reduction="none",
+        )
+        losses.append(output.loss)
+    best = torch.cat(losses).view(-1, k).argmin(dim=1, keepdim=True)
+    return candidates.gather(1, best)[:, 0].tolist()

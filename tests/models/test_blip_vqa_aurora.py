@@ -1,0 +1,325 @@
+"""Laws of the question answering model, against LAVIS's own blip_vqa."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from lavis.models.blip_models.blip_vqa import BlipVQA
+from lavis.models.med import XBertLMHeadDecoder
+from omegaconf import OmegaConf
+from tiny import activate
+from tiny_vqa import ANSWERS, QUESTIONS, vqa_batch, vqa_config, vqa_model
+from torch import nn
+
+from lavis_aurora import AuroraError, load_model_and_preprocess
+from lavis_aurora.config import VqaAuroraConfig
+from lavis_aurora.config_check import parse_config
+from lavis_aurora.mode_approx.linear import ModeApproxLinear
+from lavis_aurora.mode_approx.trainable import adapter_parameters
+from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
+from lavis_aurora.models.towers import build_text_encoder, build_tokenizer, build_vision_encoder
+
+LAYERS, WIDTH = 3, 128
+GREEDY = {"inference_method": "generate", "num_beams": 1}
+BEAMS = {"inference_method": "generate", "num_beams": 3}
+RANK = {"inference_method": "rank", "answer_list": ANSWERS, "num_ans_candidates": 5}
+
+
+def lavis_twin(model: BlipVqaAurora) -> BlipVQA:
+    """LAVIS's model with the same weights, its own decoder and no part of ours."""
+    cfg = parse_config(VqaAuroraConfig, vqa_config(), "model")
+
+    class Plain(BlipVQA):
+        @classmethod
+        def init_tokenizer(cls):
+            return build_tokenizer(cfg.tokenizer)
+
+    vision = build_vision_encoder(cfg)
+    text = build_text_encoder(cfg, vision.vision_width)
+    twin = Plain(vision, text, XBertLMHeadDecoder.from_config(OmegaConf.structured(cfg)))
+    keys = twin.load_state_dict(model.state_dict(), strict=False)
+    assert not keys.missing_keys
+    assert all("mode_approx." in key or ".gate." in key for key in keys.unexpected_keys)
+    return twin.eval()
+
+
+# Law 1
+
+
+@pytest.mark.parametrize("tuning", ["aurora", "full", "frozen"])
+@torch.no_grad()
+def test_loss_and_answers_at_step_0_are_lavis(tuning):
+    model = vqa_model(tuning=tuning).eval()
+    twin = lavis_twin(model)
+    for seed in range(2 if tuning == "aurora" else 1):
+        samples = vqa_batch(seed=seed)
+        torch.testing.assert_close(model(samples).loss, twin(dict(samples)).loss, atol=1e-5, rtol=0)
+        for method in (GREEDY, BEAMS, RANK):
+            assert model.predict_answers(samples, **method) == twin.predict_answers(dict(samples), **method)
+
+
+@torch.no_grad()
+def test_answers_of_the_test_model_differ():
+    """Else the tests that compare answers would compare nothing."""
+    model = vqa_model().eval()
+    for method in (GREEDY, RANK):
+        found = {answer for seed in range(3) for answer in model.predict_answers(vqa_batch(seed=seed), **method)}
+        assert len(found) > 2
+
+
+# Laws 4 and 5
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("gate", ["residual", "affine"])
+def test_only_the_adapter_changes(share, gate):
+    model = vqa_model(share_decoder=share, gate={"form": gate}).train()
+    before = copy.deepcopy(model.state_dict())
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(vqa_batch(seed=step)).loss.backward()
+        optimizer.step()
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {names[id(p)] for _, p in adapter_parameters(model)}
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 64])
+@pytest.mark.parametrize(("share", "towers"), [(True, 9), (False, 15)])
+def test_parameter_count(rank, share, towers):
+    """9L * 2r + 2dr + 2Ld (appendix E); six more slots a layer if the decoder has its own."""
+    model = vqa_model(mode_approx={"rank": rank}, share_decoder=share)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count == towers * LAYERS * 2 * rank + 2 * WIDTH * rank + 2 * LAYERS * WIDTH
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("share", "expected"), [(True, 130_560), (False, 139_776)])
+def test_parameter_count_of_blip_base(share, expected):
+    base = OmegaConf.load(BlipVqaAurora.default_config_path("base")).model
+    own = {"pretrained": None, "share_decoder": share, "tokenizer": vqa_config().tokenizer}
+    model = BlipVqaAurora.from_config(OmegaConf.merge(base, own))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
+
+
+def test_full_tuning_trains_all_and_frozen_nothing():
+    assert all(p.requires_grad for p in vqa_model(tuning="full").parameters())
+    assert not any(p.requires_grad for p in vqa_model(tuning="frozen").parameters())
+    with pytest.raises(AuroraError, match="model.tuning: blip_vqa_aurora has no heads.*aurora, full or frozen"):
+        vqa_model(tuning="heads")
+
+
+# Shared slots (paper D.2)
+
+
+def linears(model: nn.Module) -> dict[str, ModeApproxLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, ModeApproxLinear)}
+
+
+def test_decoder_uses_the_encoders_slots_layer_by_layer():
+    model = vqa_model()
+    found = linears(model)
+    assert len(found) == LAYERS * (1 + 6 + 6)
+    for layer in range(LAYERS):
+        for part in ("attention", "crossattention"):
+            for kind in ("query", "key", "value"):
+                end = f"encoder.layer.{layer}.{part}.self.{kind}"
+                ours, theirs = found[f"text_decoder.bert.{end}"], found[f"text_encoder.{end}"]
+                assert ours.slots == theirs.slots == (model.mode_approx.slot_index(f"text_encoder.{end}"),)
+    assert not [slot for slot in model.mode_approx.slots if slot.startswith("text_decoder")]
+    assert not [name for name, _ in model.named_parameters() if "gate" in name and name.startswith("text_decoder")]
+
+
+def test_changing_a_slot_changes_both_towers():
+    model = activate(vqa_model())
+    end = "encoder.layer.1.crossattention.self.key"
+    pair = [linears(model)[f"text_encoder.{end}"], linears(model)[f"text_decoder.bert.{end}"]]
+    before = [linear.delta_weight().clone() for linear in pair]
+    with torch.no_grad():
+        model.mode_approx.sets["default"].P[model.mode_approx.slot_index(f"text_encoder.{end}")] *= 2
+    for linear, old in zip(pair, before):
+        torch.testing.assert_close(linear.delta_weight(), 2 * old)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_one_gradient_from_both_towers(share):
+    """The gradient of the shared rows is the encoder's plus the decoder's."""
+    model = activate(vqa_model(share_decoder=share)).eval()
+    factors = model.mode_approx.sets["default"]
+    samples = vqa_batch()
+    [whole] = torch.autograd.grad(model(samples).loss, factors.P)
+    encoded, _ = model.forward_encoder(samples)
+    states = encoded.last_hidden_state
+    cut = states.detach().requires_grad_()
+    loss = model.forward_decoder(samples, type(encoded)(last_hidden_state=cut))[0]
+    by_decoder, to_states = torch.autograd.grad(loss, (factors.P, cut))
+    [by_encoder] = torch.autograd.grad(states, factors.P, to_states)
+    torch.testing.assert_close(whole, by_encoder + by_decoder, atol=1e-5, rtol=1e-3)
+    rows = [model.mode_approx.slot_index(slot) for slot in model.mode_approx.slots if slot.startswith("text_encoder")]
+    assert (by_encoder[rows].abs().sum(dim=1) > 0).all()
+    assert (by_decoder[rows].abs().sum(dim=1) > 0).all() == share
+
+
+# Answers
+
+
+@pytest.mark.parametrize("method", [GREEDY, BEAMS], ids=["greedy", "beams"])
+def test_cached_decoding_gives_the_same_answers(method, monkeypatch):
+    model = activate(vqa_model(), std=0.5).eval()
+    lengths: list[int] = []
+    model.text_decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    cached = [model.predict_answers(vqa_batch(seed=seed), **method) for seed in range(3)]
+    assert max(lengths) == 1
+    monkeypatch.setattr(
+        "lavis_aurora.vqa.decoder.CachedDecoder.prepare_inputs_for_generation",
+        XBertLMHeadDecoder.prepare_inputs_for_generation,
+    )
+    assert [model.predict_answers(vqa_batch(seed=seed), **method) for seed in range(3)] == cached
+    assert max(lengths) == 9
+    assert len({answer for answers in cached for answer in answers}) > 4
+
+
+@pytest.mark.parametrize("method", [GREEDY, BEAMS, RANK], ids=["greedy", "beams", "rank"])
+@pytest.mark.parametrize("mask", [True, False])
+def test_batched_answers_are_those_of_one_by_one(method, mask):
+    """Questions of one length always, of several lengths where their padding is masked."""
+    model = activate(vqa_model(mask_question_padding=mask)).eval()
+    alike = ["is there a red circle ?", "what color is the star ?", "how many big blue circle ?", "a b c d e f"]
+    padded = mask or method is RANK
+    for seed in range(2):
+        samples = vqa_batch(seed=seed, questions=QUESTIONS if padded else alike)
+        whole = model.predict_answers(samples, **method)
+        rows = [
+            {"image": samples["image"][i : i + 1], "text_input": samples["text_input"][i]} for i in range(len(whole))
+        ]
+        assert [model.predict_answers(row, **method)[0] for row in rows] == whole
+
+
+def test_padding_of_questions_is_masked_when_asked_for():
+    """A longer question beside it changes how LAVIS answers the short one, and not how we do."""
+    seen = {}
+    for mask in (True, False):
+        model = vqa_model(mask_question_padding=mask).eval()
+        masks = []
+        model.text_decoder.register_forward_pre_hook(
+            lambda module, args, kwargs, masks=masks: masks.append(kwargs["encoder_attention_mask"]), with_kwargs=True
+        )
+        model.predict_answers(vqa_batch(), **BEAMS)
+        seen[mask] = masks[0]
+    lengths = vqa_model().tokenize(QUESTIONS, to_longest=True).attention_mask
+    assert torch.equal(seen[True], lengths.repeat_interleave(3, dim=0))
+    assert torch.equal(seen[False], torch.ones_like(seen[True]))
+
+
+def test_samples_are_left_as_they_were():
+    model, samples = vqa_model().eval(), vqa_batch()
+    model(samples)
+    model.predict_answers({**samples, "text_input": QUESTIONS[0], "image": samples["image"][:1]}, **RANK)
+    model.predict_answers(samples, **GREEDY)
+    assert set(samples) == set(vqa_batch()) and samples["text_input"] == QUESTIONS
+
+
+def test_prompt_is_put_around_the_question():
+    model, samples = vqa_model().eval(), vqa_batch()
+    prompted = model.predict_answers(samples, **GREEDY, prompt="why is {} {red}")
+    worded = {**samples, "text_input": [f"why is {question} {{red}}" for question in QUESTIONS]}
+    assert prompted == model.predict_answers(worded, **GREEDY) != model.predict_answers(samples, **GREEDY)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "method", "message"),
+    [
+        ({}, {}, "answer_list: missing; inference_method rank chooses from a list, generate needs none"),
+        ({}, {"answer_list": []}, "answer_list: missing"),
+        ({}, {"answer_list": "yes"}, "answer_list: 'yes' cannot be used; it must be a list of strings"),
+        ({}, {"answer_list": ["yes", 2]}, "it must be a list of strings"),
+        ({}, {"answer_list": ["a " * 70]}, "has 72 tokens, but the decoder has 64 positions"),
+        ({}, {"inference_method": "rnk"}, "unknown method 'rnk'; did you mean 'rank'"),
+        ({}, {**GREEDY, "max_len": 65}, "max_len: 65 tokens do not fit the 64 positions of the decoder"),
+        ({"text_input": ["why", " ", "a", "b"]}, RANK, "question 1 of the batch is ' '; it must have words"),
+        ({"text_input": ["why", None, "a", "b"]}, RANK, "question 1 of the batch is None"),
+        ({"text_input": ["why"]}, RANK, "1 questions for 4 images; there must be one each"),
+        ({"text_input": "why"}, RANK, "1 questions for 4 images"),
+    ],
+)
+def test_questions_that_cannot_be_answered(change, method, message):
+    with pytest.raises(AuroraError) as caught:
+        vqa_model().predict_answers({**vqa_batch(), **change}, **method)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": []}, "0 answers, n_answers [1, 2, 1, 2]"),
+        ({"answer": None}, "training needs at least one answer"),
+        ({"n_answers": None}, "6 answers, n_answers None"),
+        ({"n_answers": torch.tensor([1, 1, 1, 1])}, "6 answers, n_answers [1, 1, 1, 1]"),
+        ({"answer": [*ANSWERS[:5], "a " * 70]}, "has 72 tokens"),
+        ({"text_input": ["why", "", "a", "b"]}, "question 1 of the batch is ''"),
+    ],
+)
+def test_samples_that_cannot_be_trained_on(change, message):
+    with pytest.raises(AuroraError) as caught:
+        vqa_model()({**vqa_batch(), **change})
+    assert message in str(caught.value)
+
+
+# Weights
+
+
+def checkpoint(path, drop: tuple[str, ...] = (), **extra) -> str:
+    """A BLIP pretraining checkpoint: without adapter, with parts that question answering does not need."""
+    state = vqa_model(seed=3, tuning="frozen").state_dict()
+    state = {key: value for key, value in state.items() if not key.startswith(drop)}
+    extra = {"vision_proj.weight": torch.ones(2, 2), "text_encoder_m.x": torch.ones(2), **extra}
+    torch.save({"model": {**state, **extra}}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("tuning", ["aurora", "full", "frozen"])
+def test_pretraining_checkpoint_with_its_decoder_loads(tmp_path, tuning):
+    model = vqa_model(pretrained=checkpoint(tmp_path / "x.pth"), tuning=tuning)
+    expected = torch.load(tmp_path / "x.pth", weights_only=True)["model"]
+    own = BlipVqaAurora.from_config(vqa_config(pretrained=str(tmp_path / "x.pth"), tuning=tuning)).state_dict()
+    assert all(torch.equal(own[key], expected[key]) for key in own.keys() & expected.keys())
+    assert {key for key in own.keys() - expected.keys() if "mode_approx" not in key and "gate" not in key} == set()
+    assert model.tuning == tuning
+
+
+def test_checkpoint_without_a_decoder_needs_full_tuning(tmp_path, caplog):
+    path = checkpoint(tmp_path / "x.pth", drop=("text_decoder.",))
+    for tuning in ("aurora", "frozen"):
+        with pytest.raises(AuroraError, match=f"{path} has no answer decoder .* set model.tuning: full"):
+            BlipVqaAurora.from_config(vqa_config(pretrained=path, tuning=tuning))
+    model = BlipVqaAurora.from_config(vqa_config(pretrained=path, tuning="full"))
+    assert "it starts as the text encoder" in caplog.text
+    decoder = model.text_decoder.bert.state_dict()
+    assert all(torch.equal(decoder[key], value) for key, value in model.text_encoder.state_dict().items())
+    assert torch.equal(
+        model.text_decoder.cls.predictions.decoder.weight, decoder["embeddings.word_embeddings.weight"]
+    )
+
+
+def test_incomplete_or_foreign_decoder_is_refused(tmp_path):
+    part = "text_decoder.cls.predictions.transform"
+    with pytest.raises(AuroraError, match=f"lacks 4 weights of the model: {part}"):
+        vqa_model(pretrained=checkpoint(tmp_path / "x.pth", drop=(part,)), tuning="full")
+    path = checkpoint(tmp_path / "y.pth", **{"text_decoder.bert.pooler.weight": torch.ones(2)})
+    with pytest.raises(AuroraError, match="no place for: text_decoder.bert.pooler.weight"):
+        vqa_model(pretrained=path)
+
+
+def test_loads_by_name_with_processors():
+    model, vis, txt = load_model_and_preprocess("blip_vqa_aurora", "tiny", is_eval=True)
+    assert not model.training and set(vis) == set(txt) == {"train", "eval"}
+    assert txt["eval"]("What is This?") == "what is this?"
