@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from lavis_aurora.config import ModeApproxConfig
 from lavis_aurora.errors import AuroraError, near_names
 
+# Deviation of U at the start.
+U_DEVIATION = 0.1
+
 
 class FactorSet(nn.Module):
     """One adapter: U, V, P and the coefficients lambda for all slots.
 
-        dW_k = s * sum_r lambda[k, r] P[k, r] outer(U[:, r], V[:, r]),   s = scale / sqrt(d_in * rank)
+        dW_k = s * sum_r lambda[k, r] P[k, r] outer(U[:, r], V[:, r]),   s = scale / (0.1 sqrt(d_in * rank))
 
     U and V are shared by every slot of the same width ("global factors"); P and lambda have one row a slot.
-    U and P start as standard Gaussians, lambda at one and V at zero, so that dW = 0 at step 0. All start at
-    the same order of size, and s makes the output of the update independent of width and rank, so that one
-    learning rate serves them all.
+    U and P start as Gaussians with deviations 0.1 and 1, lambda at one and V at zero, so that dW = 0 at step 0.
+    s makes the output of the update independent of width and rank, so that one learning rate serves them all;
+    U starts small, so that an optimizer with steps of one size (Adam) turns it as fast as V grows.
 
     Args:
         shapes: (d_in, d_out) of each slot, in slot order.
@@ -34,14 +37,14 @@ class FactorSet(nn.Module):
         rank = config.rank
         widths_in = sorted({d_in for d_in, _ in shapes})
         widths_out = sorted({d_out for _, d_out in shapes})
-        self.U = nn.ParameterDict({str(d): nn.Parameter(torch.randn(d, rank)) for d in widths_in})
+        self.U = nn.ParameterDict({str(d): nn.Parameter(U_DEVIATION * torch.randn(d, rank)) for d in widths_in})
         self.V = nn.ParameterDict({str(d): nn.Parameter(torch.zeros(d, rank)) for d in widths_out})
         self.P = nn.Parameter(torch.randn(len(shapes), rank))
         self.coefficients = nn.Parameter(torch.ones(len(shapes), rank))
 
     def scale(self, d_in: int) -> float:
         """s of the equation above, for slots that read ``d_in`` features."""
-        return self.config.scale / math.sqrt(d_in * self.config.rank)
+        return self.config.scale / (U_DEVIATION * math.sqrt(d_in * self.config.rank))
 
     def slot_weights(self, slots: Sequence[int], d_in: int) -> Tensor:
         """s * lambda * P of these slots, shape (len(slots), rank)."""

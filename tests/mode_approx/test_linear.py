@@ -15,7 +15,9 @@ D_IN, D_OUT, RANK = 5, 4, 3
 def layer(slots: int, dtype: torch.dtype = torch.float64) -> ModeApproxLinear:
     """A layer over ``slots`` stacked slots in which every number is random."""
     torch.manual_seed(0)
-    factors = ModeFactors({f"s{i}": (D_IN, D_OUT) for i in range(slots)}, ModeApproxConfig(rank=RANK)).to(dtype)
+    factors = ModeFactors({f"s{i}": (D_IN, D_OUT) for i in range(slots)}, ModeApproxConfig(rank=RANK, scale=0.1)).to(
+        dtype
+    )
     for parameter in factors.parameters():
         nn.init.normal_(parameter)
     linear = nn.Linear(D_IN, slots * D_OUT).to(dtype)
