@@ -4,7 +4,14 @@ import torch
 from lavis_aurora import AuroraError
 from lavis_aurora.checkpointing import read_checkpoint, write_checkpoint
 
-STATE = {"model": {"a": torch.ones(2)}, "optimizer": {"lr": 0.1}, "epoch": 3}
+STATE = {
+    "model": {"a": torch.ones(2)},
+    "optimizer": {"lr": 0.1},
+    "scaler": None,
+    "epoch": 3,
+    "best_metric": 1.0,
+    "best_epoch": 2,
+}
 
 
 def test_round_trip_leaves_one_file(tmp_path):
@@ -38,5 +45,5 @@ def test_unreadable_checkpoints_are_named(tmp_path, content):
 
 def test_foreign_files_are_named(tmp_path):
     torch.save({"model": {}}, tmp_path / "a.pth")
-    with pytest.raises(AuroraError, match="not a checkpoint of a run: it has no epoch, optimizer"):
+    with pytest.raises(AuroraError, match="not a checkpoint of a run: it has no best_epoch, best_metric, epoch"):
         read_checkpoint(tmp_path / "a.pth")

@@ -213,7 +213,7 @@ def test_run_state_round_trip_and_its_errors():
     key = "mode_approx.sets.default.P"
     with pytest.raises(AuroraError, match=f"x.pth does not fit this model: {key} is missing"):
         fresh.load_run_state({k: v for k, v in state.items() if k != key}, "x.pth")
-    with pytest.raises(AuroraError, match=r"is \(27, 48\) there and \(27, 8\) here"):
+    with pytest.raises(AuroraError, match=r"is \(27, 64\) there and \(27, 8\) here"):
         tiny_model(mode_approx={"rank": 8}).load_run_state(state, "x.pth")
     with pytest.raises(AuroraError, match="is not trained here"):
         tiny_model(tuning="heads").load_run_state(state, "x.pth")

@@ -28,7 +28,7 @@ def step(model, samples, module) -> tuple[dict, dict, torch.Tensor]:
     output = model(samples)
     output["loss"].backward()
     grads = {n: p.grad.numpy() for n, p in module.named_parameters() if p.grad is not None}
-    losses = {k: float(output[k]) for k in ("loss_itc", "loss_itm")}
+    losses = {k: output[k].item() for k in ("loss_itc", "loss_itm")}
     return losses, grads, module.idx_queue.numpy()
 
 
