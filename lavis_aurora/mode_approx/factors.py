@@ -51,16 +51,19 @@ class FactorSet(nn.Module):
         index = list(slots)
         return self.scale(d_in) * self.coefficients[index] * self.P[index]
 
+    def parts(self, slots: Sequence[int], d_in: int, d_out: int) -> tuple[Tensor, Tensor, Tensor]:
+        """U (d_in, rank), V (d_out, rank) and s * lambda * P (len(slots), rank): the update in its factors."""
+        return self.U[str(d_in)], self.V[str(d_out)], self.slot_weights(slots, d_in)
+
     def delta_weight(self, slots: Sequence[int], d_in: int, d_out: int) -> Tensor:
         """The update in nn.Linear's layout, the slots stacked in rows: shape (len(slots) * d_out, d_in)."""
-        weights = self.slot_weights(slots, d_in)
-        return torch.einsum("nr,or,ir->noi", weights, self.V[str(d_out)], self.U[str(d_in)]).flatten(0, 1)
+        u, v, w = self.parts(slots, d_in, d_out)
+        return torch.einsum("nr,or,ir->noi", w, v, u).flatten(0, 1)
 
     def project(self, x: Tensor, slots: Sequence[int], d_out: int) -> Tensor:
         """x dW for the slots side by side: x (..., d_in) gives (..., len(slots) * d_out)."""
-        d_in = x.shape[-1]
-        u, v = self.U[str(d_in)].to(x.dtype), self.V[str(d_out)].to(x.dtype)
-        inner = (x @ u).unsqueeze(-2) * self.slot_weights(slots, d_in).to(x.dtype)
+        u, v, w = (part.to(x.dtype) for part in self.parts(slots, x.shape[-1], d_out))
+        inner = (x @ u).unsqueeze(-2) * w
         return (inner @ v.t()).flatten(-2)
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -4,10 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_aurora.mode_approx.factors import ModeFactors
+
+
+class FoldedLinear(torch.autograd.Function):
+    """y = x (W0 + dW)^T + b with the update folded into the weight: one product beside the folding.
+
+    The backward pass never forms the gradient of the folded weight: with A = x U and B = g V for each slot, the
+    gradients of U, V and w = s * lambda * P follow from products of width ``rank``.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        """x (..., d_in), weight (slots * d_out, d_in), u (d_in, rank), v (d_out, rank), w (slots, rank)."""
+        ctx.save_for_backward(x, weight, u, v, w)
+        return F.linear(x, _folded(weight, u, v, w), bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        """Gradients of x, u, v and w; weight and bias are frozen."""
+        x, weight, u, v, w = ctx.saved_tensors
+        grad_x = grad @ _folded(weight, u, v, w) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[3:]):
+            return grad_x, None, None, None, None, None
+        x, grad = x.flatten(0, -2), grad.flatten(0, -2).unflatten(-1, (len(w), -1))
+        a = x @ u
+        b = grad @ v
+        grad_w = (a.unsqueeze(1) * b).sum(dim=0)
+        grad_u = x.t() @ (b * w).sum(dim=1)
+        scaled = (a.unsqueeze(1) * w).flatten(0, 1)
+        grad_v = grad.flatten(0, 1).t() @ scaled
+        return grad_x, None, None, grad_u, grad_v, grad_w
+
+
+def _folded(weight: Tensor, u: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """W0 + dW."""
+    rows = (w.unsqueeze(1) * v).flatten(0, 1)
+    return torch.addmm(weight, rows, u.t())
 
 
 class ModeApproxLinear(nn.Linear):
@@ -38,9 +75,22 @@ class ModeApproxLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features)."""
-        y = F.linear(x, self.weight, self.bias)
         active = self.factors.active_set
+        if active is not None and self._folds(x):
+            return FoldedLinear.apply(
+                x, self.weight, self.bias, *active.parts(self.slots, x.shape[-1], self.slot_width)
+            )
+        y = F.linear(x, self.weight, self.bias)
         return y if active is None else y + active.project(x, self.slots, self.slot_width).to(y.dtype)
+
+    def _folds(self, x: Tensor) -> bool:
+        """Whether folding is cheaper than the products beside the layer, and safe: one dtype, a frozen layer."""
+        plain = x.dtype == self.weight.dtype == self.factors.active_set.P.dtype
+        trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if not plain or trained or torch.is_autocast_enabled(x.device.type):
+            return False
+        tokens = x.numel() // x.shape[-1]
+        return tokens * (self.in_features + self.out_features) > self.in_features * self.out_features
 
     def delta_weight(self, name: str = "default") -> Tensor:
         """The whole update of this layer, shape (out_features, in_features)."""

@@ -20,8 +20,22 @@ def layer(slots: int, dtype: torch.dtype = torch.float64) -> ModeApproxLinear:
     )
     for parameter in factors.parameters():
         nn.init.normal_(parameter)
-    linear = nn.Linear(D_IN, slots * D_OUT).to(dtype)
+    linear = nn.Linear(D_IN, slots * D_OUT).to(dtype).requires_grad_(False)
     return ModeApproxLinear(linear, factors, range(slots))
+
+
+@pytest.fixture(params=["folded", "beside"], autouse=True)
+def path(request, monkeypatch) -> str:
+    """Every test runs on both ways of computing the update, whatever the number of tokens."""
+    if request.node.get_closest_marker("own_choice") is None:
+        monkeypatch.setattr(
+            ModeApproxLinear, "_folds", lambda self, x: request.param == "folded" and _one_dtype(self, x)
+        )
+    return request.param
+
+
+def _one_dtype(module: ModeApproxLinear, x: torch.Tensor) -> bool:
+    return x.dtype == module.weight.dtype == module.factors.active_set.P.dtype
 
 
 @pytest.mark.parametrize("slots", [1, 3])
@@ -53,6 +67,31 @@ def test_gradcheck():
     inputs = [one.U[str(D_IN)], one.V[str(D_OUT)], one.P, one.coefficients]
     x = torch.randn(3, D_IN, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: module(x), (x, *inputs))
+
+
+def test_gradients_of_the_folded_and_the_plain_path_are_the_same_for_many_tokens(monkeypatch):
+    module = layer(3)
+    parameters = list(module.factors.parameters())
+    x = torch.randn(4, 9, D_IN, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(4, 9, 3 * D_OUT, dtype=torch.float64)
+    results = []
+    for folds in (True, False):
+        monkeypatch.setattr(ModeApproxLinear, "_folds", lambda self, x, folds=folds: folds)
+        results.append(torch.autograd.grad((module(x) * target).sum(), [x, *parameters]))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.own_choice
+def test_the_path_is_chosen_by_tokens_and_only_where_it_is_exact():
+    module = layer(1)
+    few, many = torch.randn(1, D_IN, dtype=torch.float64), torch.randn(50, D_IN, dtype=torch.float64)
+    assert [module._folds(x) for x in (few, many)] == [False, True]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not module._folds(many)
+    assert not module._folds(many.float())
+    module.weight.requires_grad_(True)
+    assert not module._folds(many)
 
 
 def test_disabled_is_the_plain_layer_bit_for_bit():
