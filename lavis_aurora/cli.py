@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import random
 import secrets
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 
@@ -40,6 +40,10 @@ def _set_up_processes(run) -> None:
     backend = "gloo"
     if run.device == "cuda":
         backend = "nccl"
+        if run.gpu >= torch.cuda.device_count():
+            raise AuroraError(
+                f"--nproc_per_node: process {run.gpu} has no GPU of its own, of {torch.cuda.device_count()}"
+            )
         torch.cuda.set_device(run.gpu)
     dist.init_process_group(backend, init_method=run.dist_url, timeout=INIT_TIMEOUT)
 
@@ -62,19 +66,17 @@ def run_config(cfg: AuroraConfig) -> None:
     """Build task, data, model and runner as configured, and run."""
     run = cfg.run_cfg
     _set_up_processes(run)
-    try:
-        setup_logger()
-        job_id = _job_id()
-        _set_seeds(run.seed + get_rank())
-        task = registry.get_task_class(run.task).setup_task(cfg=cfg)
-        datasets = task.build_datasets(cfg)
-        model = task.build_model(cfg)
-        runner_cls = registry.get_runner_class(run.runner)
-        runner = runner_cls(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
-        runner.train()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    setup_logger()
+    job_id = _job_id()
+    _set_seeds(run.seed + get_rank())
+    task = registry.get_task_class(run.task).setup_task(cfg=cfg)
+    datasets = task.build_datasets(cfg)
+    model = task.build_model(cfg)
+    runner_cls = registry.get_runner_class(run.runner)
+    runner = runner_cls(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
+    runner.train()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _main(argv: Sequence[str] | None, description: str, evaluate: bool) -> None:
@@ -91,12 +93,21 @@ def _exit_on_error(action: Callable[[], None]) -> None:
     """Run; an AuroraError becomes one line on stderr and exit code 1."""
     try:
         action()
-    except AuroraError as error:
-        # From a data loader's worker it comes with that process's traceback in front.
-        line = " ".join(str(error).rpartition("AuroraError: ")[2].split())
-        rank = f" [process {os.environ['RANK']}]" if "RANK" in os.environ else ""
-        logging.debug("", exc_info=True)
-        print(f"error{rank}: {line}", file=sys.stderr, flush=True)
+    except Exception as error:
+        if isinstance(error, AuroraError):
+            # From a data loader's worker it comes with that process's traceback in front.
+            line = " ".join(str(error).rpartition("AuroraError: ")[2].split())
+            rank = f" [process {os.environ['RANK']}]" if "RANK" in os.environ else ""
+            print(f"error{rank}: {line}", file=sys.stderr, flush=True)
+        elif dist.is_initialized():
+            traceback.print_exc()
+        else:
+            raise
+        if dist.is_initialized():
+            # The others may wait for this process: an orderly end could wait for them in turn.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
         sys.exit(1)
 
 

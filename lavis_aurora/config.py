@@ -110,7 +110,7 @@ class BlipAuroraConfig:
         tokenizer: hub name of a BERT tokenizer, or a folder with its vocab.txt.
         tuning: aurora (the method), heads (only the heads), full (the whole model, the baseline), frozen.
         train_heads: also train the heads (projections, matching head, temperature), reported apart.
-        mode_approx, gate, context: the three parts of the method.
+        mode_approx, gate: parts of the method.
     """
 
     arch: Optional[str] = None
@@ -157,6 +157,7 @@ class RetrievalAuroraConfig(BlipAuroraConfig):
     """``model:`` of blip_retrieval_aurora.
 
     Attributes:
+        context: the third part of the method.
         queue_size, alpha, embed_dim, momentum, negative_all_rank: LAVIS's blip_retrieval's own. The queue may
             have any size; it wraps around.
         train_temp: also train the temperature of ITC, with the heads or the whole model. It is a number of
@@ -217,6 +218,7 @@ class RunConfig:
         num_ans_candidates: answers of the list that are scored as a whole, the likeliest by their first token.
         num_beams, max_len, min_len: of generated answers; 1 beam is greedy, lengths in tokens.
         prompt: wording around each question at evaluation, ``{}`` in the question's place; empty for none.
+        use_dist_eval_sampler: LAVIS's; here the task knows whether processes may share a split, and it has no effect.
         grad_clip: largest norm of the gradient; 0 for no clipping.
         output_dir: relative paths start at the current directory; each run adds a folder of its own.
     """

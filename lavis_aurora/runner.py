@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -51,7 +50,10 @@ class AuroraRunner(RunnerBase):
         try:
             super().setup_output_dir()
             if is_main_process():
-                OmegaConf.save(self.config.config, self.output_dir / "config.yaml", resolve=True)
+                saved = self.config.config.copy()
+                for key in ("rank", "gpu"):  # this process's own
+                    saved.run.pop(key, None)
+                OmegaConf.save(saved, self.output_dir / "config.yaml", resolve=True)
         except OSError as error:
             folder = self.config.run_cfg.output_dir
             raise AuroraError(f"run.output_dir: cannot write to {folder} ({error}); name another folder") from error
@@ -89,6 +91,8 @@ class AuroraRunner(RunnerBase):
     def scaler(self) -> torch.amp.GradScaler | None:
         """Loss scaling of mixed precision, on a GPU only."""
         if not self.config.run_cfg.amp or not self.cuda_enabled:
+            if self.config.run_cfg.amp:
+                logging.warning("run.amp: there is no mixed precision on a CPU; computing in single precision")
             return None
         if self._scaler is None:
             self._scaler = torch.amp.GradScaler("cuda")
@@ -166,7 +170,8 @@ class AuroraRunner(RunnerBase):
         loader = self.train_loader
         if isinstance(loader, (DataLoader, PrefetchLoader)):
             loader.sampler.set_epoch(epoch)
-            loader.generator.manual_seed(self.config.run_cfg.seed * 1_000_003 + epoch)
+            # Workers draw their own crops and flips on each process.
+            loader.generator.manual_seed(self.config.run_cfg.seed * 1_000_003 + epoch * 1009 + get_rank())
         return super().train_epoch(epoch)
 
     def train(self) -> None:
@@ -253,8 +258,17 @@ class AuroraRunner(RunnerBase):
             self.scaler.load_state_dict(state["scaler"])
         self.start_epoch = state["epoch"] + 1
         self.best_metric, self.best_epoch = state["best_metric"], state["best_epoch"]
-        if self.best_epoch is not None and is_main_process():
-            # The best epoch so far may stay the best; it lies beside the checkpoint.
-            best = Path(url_or_filename).with_name("checkpoint_best.pth")
-            shutil.copyfile(best if best.is_file() else url_or_filename, self.output_dir / best.name)
+        if self.start_epoch >= self.max_epoch:
+            raise AuroraError(f"run.max_epoch: {self.max_epoch} epochs are done; raise it, or test with evaluate.py")
+        self._keep_best(Path(url_or_filename), state["epoch"])
         logging.info("resumed after epoch %d from %s", state["epoch"] + 1, url_or_filename)
+        logging.warning("the queue of features and the random numbers start anew")
+
+    def _keep_best(self, resumed: Path, epoch: int) -> None:
+        """Take over the best epoch so far, which may stay the best; without its file, look for a new one."""
+        best = resumed.with_name("checkpoint_best.pth")
+        source = best if best.is_file() else resumed if self.best_epoch == epoch else None
+        if self.best_epoch is None or source is None:
+            self.best_metric, self.best_epoch = float("-inf"), None
+        elif is_main_process():
+            write_checkpoint(read_checkpoint(source), self.output_dir / best.name)

@@ -62,7 +62,9 @@ class AuroraTrainMixin:
             lr_scheduler.step(cur_epoch=epoch, cur_step=i)
             with torch.autocast(device, enabled=scaler is not None):
                 output = model(samples)
-            loss = output["loss"] / accum_grad_iters
+            # The last steps of an epoch may be fewer than are accumulated.
+            rest = iters_per_epoch % accum_grad_iters
+            loss = output["loss"] / (rest if i >= iters_per_epoch - rest else accum_grad_iters)
             (loss if scaler is None else scaler.scale(loss)).backward()
             if (i + 1) % accum_grad_iters == 0 or i + 1 == iters_per_epoch:
                 _step(optimizer, scaler, trained, float(self.cfg.get("grad_clip", 0)))
@@ -138,7 +140,7 @@ class RetrievalAuroraTask(AuroraTrainMixin, RetrievalTask):
         return result
 
     def after_evaluation(self, val_result, split_name, epoch, **_kwargs) -> dict[str, Any] | None:
-        """Print the table, write ``result/SPLIT_epochN.json``, and return the metrics for the log."""
+        """Print the table, write ``result/SPLIT_epoch_N.json``, and return the metrics for the log."""
         if val_result is None:
             return None
         metrics = val_result["metrics"]

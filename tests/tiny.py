@@ -39,7 +39,7 @@ def tiny_model(seed: int = 0, **overrides: Any) -> BlipRetrievalAurora:
         return BlipRetrievalAurora.from_config(tiny_config(**overrides))
 
 
-def activate(model: nn.Module, seed: int = 0, std: float = 0.3) -> nn.Module:
+def activate(model: nn.Module, seed: int = 0, std: float = 0.2) -> nn.Module:
     """Give every adapter parameter random values, so that no part of the method is at its neutral start."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

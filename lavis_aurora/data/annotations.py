@@ -155,9 +155,11 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, Dataset]:
     builder: BaseDatasetBuilder = registry.get_builder_class(name)(cfg)
     files = list(annotation_files(name, cfg))
     missing = [(key, path) for _, key, path in files if not os.path.isfile(path)]
-    for (split, key), paths in groupby(files if not missing else (), key=itemgetter(0, 1)):
+    for (split, key), paths in groupby(files, key=itemgetter(0, 1)):
         cls = builder.train_dataset_cls if split == "train" else builder.eval_dataset_cls
-        check_split([path for _, _, path in paths], cls, key)
+        paths = [path for _, _, path in paths]
+        if all(map(os.path.isfile, paths)):
+            check_split(paths, cls, key)
     try:
         datasets = builder.build_datasets()
     except (OSError, TypeError, ValueError) as error:

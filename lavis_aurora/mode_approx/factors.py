@@ -47,9 +47,9 @@ class FactorSet(nn.Module):
         return self.config.scale / (U_DEVIATION * math.sqrt(d_in * self.config.rank))
 
     def slot_weights(self, slots: Sequence[int], d_in: int) -> Tensor:
-        """s * lambda * P of these slots, shape (len(slots), rank)."""
-        index = list(slots)
-        return self.scale(d_in) * self.coefficients[index] * self.P[index]
+        """s * lambda * P of consecutive slots, shape (len(slots), rank)."""
+        rows = slice(slots[0], slots[-1] + 1)
+        return self.scale(d_in) * self.coefficients[rows] * self.P[rows]
 
     def parts(self, slots: Sequence[int], d_in: int, d_out: int) -> tuple[Tensor, Tensor, Tensor]:
         """U (d_in, rank), V (d_out, rank) and s * lambda * P (len(slots), rank): the update in its factors."""
@@ -116,7 +116,10 @@ class ModeFactors(nn.Module):
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:
-        """Let forwards inside the block use the set ``name``; None is the plain backbone."""
+        """Let forwards inside the block use the set ``name``; None is the plain backbone.
+
+        With gradient checkpointing the backward pass belongs inside the block too: it computes forward again.
+        """
         if name is not None and name not in self.sets:
             raise AuroraError(f"no factor set {name!r}{near_names(name, self.sets)}")
         before, self.active = self.active, name

@@ -12,6 +12,8 @@ from lavis_aurora.errors import AuroraError, near_names
 from lavis_aurora.mode_approx.factors import ModeFactors
 from lavis_aurora.mode_approx.linear import ModeApproxLinear
 
+# The attention projections of LAVIS's encoders.
+ATTENTION = (r"(.*\.)?(query|key|value|qkv)",)
 # Weights that hold query, key and value stacked in their rows, by the last part of their name.
 FUSED = {"qkv": ("query", "key", "value")}
 
@@ -39,15 +41,17 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
 def inject_mode_approx(
     model: nn.Module,
     config: ModeApproxConfig,
-    targets: Sequence[str],
+    targets: Sequence[str] = ATTENTION,
     slot_name: Callable[[str], str] = lambda name: name,
 ) -> ModeFactors:
     """Replace the targets by :class:`ModeApproxLinear` over one :class:`ModeFactors`, ``model.mode_approx``.
 
+    Everything else is frozen: the factors alone are trainable afterwards.
+
     Args:
         model: any module; changed in place.
         config: rank and scale.
-        targets: regular expressions over layer names, see :func:`find_targets`.
+        targets: regular expressions over layer names, see :func:`find_targets`; by default query, key, value and qkv.
         slot_name: the slot that a layer uses, by the layer's name. Layers of the same slot share it.
 
     Returns:
@@ -77,5 +81,6 @@ def inject_mode_approx(
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
         setattr(model.get_submodule(parent), child, ModeApproxLinear(linear, factors, [index[s] for s in owned]))
-    model.mode_approx = factors
+    model.requires_grad_(False)
+    model.mode_approx = factors.to(linear.weight.device)
     return factors

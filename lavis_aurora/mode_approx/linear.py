@@ -56,8 +56,8 @@ class ModeApproxLinear(nn.Linear):
     Args:
         linear: the layer to replace; its parameters are taken over, not copied.
         factors: the shared factors.
-        slots: rows of P and lambda. Several slots are several weights stacked in the rows of this one, as q, k
-            and v in LAVIS's ViT.
+        slots: consecutive rows of P and lambda. Several slots are several weights stacked in the rows of this one,
+            as q, k and v in LAVIS's ViT.
     """
 
     def __init__(self, linear: nn.Linear, factors: ModeFactors, slots: Sequence[int]) -> None:

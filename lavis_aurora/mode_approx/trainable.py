@@ -31,13 +31,14 @@ def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def trainable_parameters_summary(model: nn.Module) -> str:
     """What is trained: a line for each group, then PEFT's one line. Counts are numbers of scalars."""
     group_of = {id(p): group for group, p in adapter_parameters(model)}
+    for head in getattr(model, "heads", ()):
+        group_of.update((id(p), "heads") for p in ([head] if isinstance(head, nn.Parameter) else head.parameters()))
     groups: dict[str, int] = defaultdict(int)
     total = 0
     for parameter in model.parameters():
         total += parameter.numel()
         if parameter.requires_grad:
-            default = "backbone" if not group_of else "heads"
-            groups[group_of.get(id(parameter), default)] += parameter.numel()
+            groups[group_of.get(id(parameter), "backbone")] += parameter.numel()
     trained = sum(groups.values())
     lines = [f"  {group:<22}{count:>12,}" for group, count in groups.items()]
     share = 100 * trained / total if total else 0.0

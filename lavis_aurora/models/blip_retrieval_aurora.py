@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from lavis.common.dist_utils import is_dist_avail_and_initialized
 from lavis.common.registry import registry
-from lavis.models.base_model import all_gather_with_grad, concat_all_gather
 from lavis.models.blip_models.blip_outputs import BlipIntermediateOutput, BlipOutput, BlipSimilarity
 from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from lavis_aurora.alignment import enhance_context
 from lavis_aurora.config import RetrievalAuroraConfig
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.models.aurora_base import AuroraBase
-from lavis_aurora.models.matching import draw_negatives, shared_seed
+from lavis_aurora.models.matching import draw_negatives, gather, shared_seed
 from lavis_aurora.models.towers import build_text_encoder, build_tokenizer, build_vision_encoder, check_vocabulary
 from lavis_aurora.paths import package_file
 from lavis_aurora.retrieval.rerank import retrieval_scores
@@ -39,7 +38,7 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         - large: BLIP large.
         - coco: BLIP base fine-tuned on COCO (Karpathy split), as LAVIS's blip_retrieval coco.
         - flickr: BLIP base fine-tuned on Flickr30K.
-        - tiny: a BLIP of 1.4M weights that comes with this package, for the demo and for tests.
+        - tiny: a BLIP of 1.5M weights that comes with this package, for the demo and for tests.
 
     Usage:
         >>> from lavis_aurora import load_model_and_preprocess
@@ -177,10 +176,10 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         with torch.no_grad():
             self._momentum_update()
             image_embeds_m, text_embeds_m, image_m, text_m = self._teacher_features(image, text)
-            image_world, text_world, idx_world = map(concat_all_gather, (image_m, text_m, idx))
-            image_all = torch.cat([image_world.t(), self.image_queue.clone()], dim=1)
-            text_all = torch.cat([text_world.t(), self.text_queue.clone()], dim=1)
-            same = torch.eq(idx, torch.cat([idx_world.t(), self.idx_queue.clone()], dim=1)).float()
+            image_world, text_world, idx_world = map(gather, (image_m, text_m, idx))
+            image_all = torch.cat([image_world.t(), self.image_queue], dim=1)
+            text_all = torch.cat([text_world.t(), self.text_queue], dim=1)
+            same = torch.eq(idx, torch.cat([idx_world.t(), self.idx_queue], dim=1)).float()
             hard = same / same.sum(1, keepdim=True)
             sim_i2t_m, sim_t2i_m = image_m @ text_all / self.temp, text_m @ image_all / self.temp
             targets = [alpha * F.softmax(sim, dim=1) + (1 - alpha) * hard for sim in (sim_i2t_m, sim_t2i_m)]
@@ -211,7 +210,7 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         step: int,
     ) -> tuple[Tensor, dict]:
         """ITM over each pair, its hardest images and its hardest texts, with the context enhancement."""
-        world = concat_all_gather if self._gathers else (lambda tensor: tensor)
+        world = gather if self._gathers else (lambda tensor: tensor)
         ids, mask = text.input_ids.clone(), text.attention_mask
         ids[:, 0] = self.tokenizer.enc_token_id
         if self._negative_seed is None:
@@ -221,7 +220,7 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
             same = torch.eq(idx, world(idx).t())
             negative_image, has_image = draw_negatives(text_feat @ world(image_feat).t() / self.temp, same, generator)
             negative_text, has_text = draw_negatives(image_feat @ world(text_feat).t() / self.temp, same, generator)
-        images_world = all_gather_with_grad(image_embeds) if self._gathers else image_embeds
+        images_world = gather(image_embeds, with_grad=True) if self._gathers else image_embeds
         # Rows: the pairs as they are; each text with a wrong image; each image with a wrong text.
         pair_ids = torch.cat([ids, ids, world(ids)[negative_text]])
         pair_mask = torch.cat([mask, mask, world(mask)[negative_text]])
@@ -233,9 +232,10 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
             encoder_attention_mask=torch.ones(pair_images.shape[:-1], dtype=torch.long, device=ids.device),
             return_dict=True,
         )
-        # Also the texts of the other processes are context, as if the batch were in one.
-        context = all_gather_with_grad(queries) if is_dist_avail_and_initialized() else queries
-        fused = enhance_context(output.last_hidden_state[:, 0], context, self.context_form)
+        fused = output.last_hidden_state[:, 0]
+        if self.training and self.context_form != "none":
+            # Also the texts of the other processes are context, as if the batch were in one.
+            fused = enhance_context(fused, gather(queries, with_grad=True), self.context_form)
         logits = self.itm_head(fused)
         count = len(ids)
         labels = torch.cat([torch.ones_like(idx[:, 0]), torch.zeros_like(idx[:, 0]).repeat(2)])

@@ -82,6 +82,8 @@ def load_backbone(model: nn.Module, state: dict[str, Tensor], source: str, new_k
     own = model.state_dict()
     # Queues and their pointer belong to a run, not to the weights; their size is the YAML's.
     transient = {key for key in own if "queue" in key}
+    # Momentum copies follow the weights that they are copies of.
+    state = {key: value for key, value in state.items() if not key.partition(".")[0].endswith("_m")}
     state = {key: value for key, value in _fit(state, model).items() if key not in transient}
     shapes = {
         f"{key} is {tuple(state[key].shape)} there and {tuple(own[key].shape)} here"

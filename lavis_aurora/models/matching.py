@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from lavis.common.dist_utils import get_rank, is_dist_avail_and_initialized
+from lavis.common.dist_utils import get_rank, get_world_size, is_dist_avail_and_initialized
+from lavis.models.base_model import all_gather_with_grad, concat_all_gather
 from torch import Tensor
 
 
@@ -16,11 +17,22 @@ def shared_seed(device: torch.device) -> int:
     return int(seed)
 
 
+def gather(tensor: Tensor, with_grad: bool = False) -> Tensor:
+    """The tensors of all processes as one batch, in the order in which one process would have met the samples.
+
+    Sample i of the batch of one process is sample i // processes of process i % processes.
+    """
+    if not is_dist_avail_and_initialized():
+        return tensor
+    rows = (all_gather_with_grad if with_grad else concat_all_gather)(tensor.contiguous())
+    return rows.unflatten(0, (get_world_size(), -1)).transpose(0, 1).flatten(0, 1)
+
+
 def draw_negatives(logits: Tensor, same: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """For each row a column drawn with probability softmax(logits) among those that are not ``same``.
 
     Drawn by the largest of logits + Gumbel noise: nothing underflows, nothing waits for the GPU. The noise is
-    that of the whole batch over all processes; each takes the rows of its own.
+    that of the whole batch over all processes; each takes the rows of its own samples.
 
     Args:
         logits: similarity / temperature, (batch, all).
@@ -32,6 +44,7 @@ def draw_negatives(logits: Tensor, same: Tensor, generator: torch.Generator) -> 
     """
     rows, columns = logits.shape
     exponential = torch.empty(max(rows, columns), columns, device=logits.device).exponential_(generator=generator)
-    start = get_rank() * rows if columns > rows else 0
-    scores = logits.float().masked_fill(same, float("-inf")) - exponential[start : start + rows].log()
+    if columns > rows:
+        exponential = exponential[get_rank() :: columns // rows]
+    scores = logits.float().masked_fill(same, float("-inf")) - exponential[:rows].log()
     return scores.argmax(dim=1), ~same.all(dim=1)

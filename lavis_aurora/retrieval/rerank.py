@@ -41,7 +41,7 @@ class RetrievalScores:
 def retrieval_scores(model, data_loader, k_test: int, itc_weight: float = 1.0) -> RetrievalScores:
     """Score a split: ITM + itc_weight * ITC for the k_test best candidates of each query by ITC.
 
-    Each pair meets the fusion encoder once, for both directions. Several processes share the images.
+    Each pair meets the fusion encoder once, for both directions. Several processes share the pairs, by images.
 
     Args:
         model: a retrieval model with LAVIS's BLIP attributes, in eval mode.

@@ -193,7 +193,7 @@ def test_negatives_are_other_images():
 
 @pytest.mark.parametrize("form", ["attention", "mean", "random"])
 def test_context_changes_training_and_not_evaluation(form):
-    model, plain = tiny_model(context={"form": form}).eval(), tiny_model(context={"form": "none"}).eval()
+    model, plain = tiny_model(context={"form": form}).train(), tiny_model(context={"form": "none"}).train()
     plain.load_state_dict(model.state_dict())
     a, b = model(batch()), plain(batch())
     torch.testing.assert_close(a.loss_itc, b.loss_itc)

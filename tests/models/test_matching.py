@@ -38,6 +38,6 @@ def test_two_processes_draw_what_one_draws(monkeypatch):
     parts = []
     for rank in (0, 1):
         monkeypatch.setattr(matching, "get_rank", lambda rank=rank: rank)
-        rows = slice(3 * rank, 3 * rank + 3)
+        rows = slice(rank, None, 2)
         parts.append(draw_negatives(logits[rows], same[rows], generator(7))[0])
-    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(torch.stack(parts, dim=1).flatten(), whole)

@@ -33,7 +33,7 @@ def step(model, samples, module) -> tuple[dict, dict, torch.Tensor]:
 
 
 def half(rank: int, tuning: str):
-    model, samples = model_and_batch(tuning, slice(2 * rank, 2 * rank + 2))
+    model, samples = model_and_batch(tuning, slice(rank, None, 2))
     return step(DistributedDataParallel(model, broadcast_buffers=False), samples, model)
 
 
