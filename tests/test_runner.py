@@ -99,6 +99,28 @@ def test_resumed_training_continues_the_epochs_and_keeps_the_best(tmp_path):
     assert after["epoch"] == 1
 
 
+def test_a_finished_run_is_not_resumed(tmp_path, capsys):
+    yaml = project_yaml(tmp_path, run={"valid_splits": [], "test_splits": []})
+    run(yaml)
+    checkpoint = only_run(tmp_path) / "checkpoint_latest.pth"
+    with pytest.raises(SystemExit):
+        run(yaml, f"run.resume_ckpt_path={checkpoint}")
+    assert "run.max_epoch: 1 epochs are done; raise it, or test with evaluate.py" in capsys.readouterr().err
+
+
+def test_without_its_file_the_best_epoch_is_looked_for_anew(tmp_path):
+    yaml = project_yaml(tmp_path)
+    run(yaml)
+    latest = only_run(tmp_path) / "checkpoint_latest.pth"
+    state = torch.load(latest, weights_only=True)
+    moved = tmp_path / "moved.pth"
+    # An earlier epoch was the best, and its weights are not here.
+    torch.save({**state, "best_metric": 1e9, "best_epoch": -1}, moved)
+    run(yaml, "run.max_epoch=2", f"run.resume_ckpt_path={moved}")
+    [second] = [p for p in (tmp_path / "output").iterdir() if p != latest.parent]
+    assert torch.load(second / "checkpoint_best.pth", weights_only=True)["epoch"] == 1
+
+
 def test_outputs_of_relative_folders_lie_under_the_current_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(project_yaml(tmp_path, run={"output_dir": "here", "valid_splits": []}))
