@@ -133,7 +133,6 @@ def _complete_processors(cfg: AuroraConfig) -> None:
         for kind in ("vis_processor", "text_processor"):
             if dataset.get(kind) is None and preprocess.get(kind) is not None:
                 dataset[kind] = preprocess[kind]
-        for kind in ("vis_processor", "text_processor"):
             for split, processor in (dataset.get(kind) or {}).items():
                 key = f"datasets.{name}.{kind}.{split}.name"
                 _check_registered(key, processor.get("name"), "processor_name_mapping")

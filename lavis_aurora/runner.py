@@ -144,22 +144,21 @@ class AuroraRunner(RunnerBase):
         """Loaders by split; the splits that the YAML names must be there."""
         if self._dataloaders is None:
             self._check_splits()
-        loaders = super().dataloaders
-        for key in ("train_splits", "valid_splits", "test_splits"):
-            for split in self.config.run_cfg.get(key) or []:
-                if split not in loaders:
-                    raise AuroraError(f"run.{key}: no split {split!r} in the datasets{near_names(split, loaders)}")
-        return loaders
+        return super().dataloaders
 
     def _check_splits(self) -> None:
-        """Refuse splits with which LAVIS could not train or rank, before an epoch is spent on them."""
+        """Refuse splits that are not there, or with which LAVIS could not train or rank."""
         run = self.config.run_cfg
         for split in ("val", "test"):
             names = [name for name, splits in self.datasets.items() if split in splits]
             if len(names) > 1:
                 raise AuroraError(f"datasets: {' and '.join(names)} have a {split} split each; name one of them")
         known = {split for splits in self.datasets.values() for split in splits}
-        if not run.evaluate and "train" not in run.train_splits and set(run.train_splits) <= known:
+        for key in ("train_splits", "valid_splits", "test_splits"):
+            for split in run[key]:
+                if split not in known:
+                    raise AuroraError(f"run.{key}: no split {split!r} in the datasets{near_names(split, known)}")
+        if not run.evaluate and "train" not in run.train_splits:
             raise AuroraError("run.train_splits: training takes the split train; name it, or use evaluate.py")
         for key in ("valid_splits", "test_splits"):
             if "train" in run[key] and not self.task.shards_evaluation:
