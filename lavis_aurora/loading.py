@@ -17,7 +17,8 @@ def load_model_and_preprocess(
 
     Args:
         name: registered name, e.g. ``blip_retrieval_aurora``.
-        model_type: one of the model's types; the models of this package have a default.
+        model_type: one of the model's types; the models of this package have a default. For ``mode_approx``, the
+            name and type of the model inside, e.g. ``blip_vqa/vqav2``.
         is_eval: put the model in eval mode.
         device: where to put it.
 
@@ -34,7 +35,8 @@ def load_model_and_preprocess(
     if cls is None:
         raise AuroraError(f"no model {name!r}{near_names(name, registry.list_models())}")
     model_type = model_type or getattr(cls, "DEFAULT_MODEL_TYPE", None)
-    if model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:
+    # mode_approx takes the name and type of another model, and checks them itself.
+    if name != "mode_approx" and model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:
         known = cls.PRETRAINED_MODEL_CONFIG_DICT
         raise AuroraError(f"{name}: no model type {model_type!r}{near_names(str(model_type), known)}")
     return lavis.models.load_model_and_preprocess(name, model_type, is_eval=is_eval, device=device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
 from lavis.models.med import BertModel
 from torch import Tensor, nn
 from transformers import BatchEncoding
@@ -17,9 +16,10 @@ from lavis_aurora.mode_approx import ModeFactors, inject_mode_approx, trainable_
 from lavis_aurora.mode_approx.trainable import adapter_parameters
 from lavis_aurora.models.checkpoint import load_backbone, read_state_dict
 from lavis_aurora.models.fusion import add_gates
+from lavis_aurora.models.run_state import RunState
 
 
-class AuroraBase:
+class AuroraBase(RunState):
     """Mixin in front of one of LAVIS's BLIP models."""
 
     CONFIG_CLASS: type[BlipAuroraConfig]
@@ -102,29 +102,3 @@ class AuroraBase:
             max_length=self.max_txt_len,
             return_tensors="pt",
         )
-
-    def _run_parameters(self) -> dict[str, nn.Parameter]:
-        """What a run changes: trained parameters and their momentum copies."""
-        teacher = {id(p) for _, copy in getattr(self, "model_pairs", ()) for p in copy.parameters()}
-        return {name: p for name, p in self.named_parameters() if p.requires_grad or id(p) in teacher}
-
-    def run_state(self) -> dict[str, Tensor]:
-        """State that a checkpoint of a run must hold: trained parameters and their momentum copies."""
-        return {name: parameter.detach().cpu() for name, parameter in self._run_parameters().items()}
-
-    def load_run_state(self, state: dict[str, Tensor], source: str) -> None:
-        """Load what :meth:`run_state` gave; anything missing, foreign or of another shape is an error."""
-        own = self._run_parameters()
-        problems = [f"{name} is missing" for name in own.keys() - state.keys()]
-        problems += [f"{name} is not trained here" for name in state.keys() - own.keys()]
-        problems += [
-            f"{name} is {tuple(state[name].shape)} there and {tuple(own[name].shape)} here"
-            for name in own.keys() & state.keys()
-            if own[name].shape != state[name].shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise AuroraError(f"{source} does not fit this model: {'; '.join(sorted(problems)[:4])}{more}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
