@@ -34,7 +34,9 @@ def _patterns(key: str, value: Any) -> list[str]:
     """Regular expressions, from one or a list of them."""
     patterns = [value] if isinstance(value, str) else value
     if not isinstance(patterns, (list, tuple)) or not patterns or not all(isinstance(p, str) for p in patterns):
-        raise AuroraError(f"{key}: {value!r} cannot be used; it must be a name or regular expression, or a list of them")
+        raise AuroraError(
+            f"{key}: {value!r} cannot be used; it must be a name or regular expression, or a list of them"
+        )
     for pattern in patterns:
         try:
             re.compile(pattern)

@@ -149,6 +149,4 @@ def _complete_processors(cfg: AuroraConfig) -> None:
         for split, processor in (dataset.get("vis_processor") or {}).items():
             own = processor.get("image_size")
             if size is not None and own is not None and own != size:
-                raise AuroraError(
-                    f"datasets.{name}.vis_processor.{split}.image_size: {own} is not {key}, {size}"
-                )
+                raise AuroraError(f"datasets.{name}.vis_processor.{split}.image_size: {own} is not {key}, {size}")

@@ -117,7 +117,13 @@ class SmallBlip2:
     @classmethod
     def init_vision_encoder(cls, *_args, **_kwargs) -> tuple[nn.Module, nn.Module]:
         encoder = EvaTransformer(
-            img_size=PIXELS, patch_size=8, embed_dim=VISION, depth=2, num_heads=2, qkv_bias=True, use_mean_pooling=False
+            img_size=PIXELS,
+            patch_size=8,
+            embed_dim=VISION,
+            depth=2,
+            num_heads=2,
+            qkv_bias=True,
+            use_mean_pooling=False,
         )
         return encoder, LayerNorm(VISION)
 
@@ -154,7 +160,9 @@ class SmallBlip2T5(SmallBlip2, Blip2T5):
     def __init__(self) -> None:
         size = bert_config().vocab_size
         model = T5ForConditionalGeneration(
-            T5Config(vocab_size=size, d_model=TEXT, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+            T5Config(
+                vocab_size=size, d_model=TEXT, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+            )
         )
         self.set_up_towers(model)
         self.t5_tokenizer, self.t5_model, self.t5_proj = self.tokenizer, model, nn.Linear(TEXT, TEXT)
@@ -224,7 +232,13 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 
 def alpro_text() -> dict[str, Any]:
     """ALPRO's frames enter the text tower as tokens; video and text are equally wide."""
-    return {"hidden_size": VISION, "num_hidden_layers": 3, "fusion_layer": 1, "add_cross_attention": False, "add_type_embeddings": True}
+    return {
+        "hidden_size": VISION,
+        "num_hidden_layers": 3,
+        "fusion_layer": 1,
+        "add_cross_attention": False,
+        "add_type_embeddings": True,
+    }
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
@@ -246,9 +260,7 @@ def samples(name: str, seed: int = 0) -> dict[str, Any]:
         return batch
     batch.update(image=image, image_id=torch.tensor([1, 2, 3]), label=torch.tensor([0, 1, 1]))
     batch.update(image0=image, image1=image.flip(0), text_output=["red", "a square", "star"])
-    batch.update(
-        answer=["red", "blue", "green", "star"], weight=torch.ones(4) / 2, n_answers=torch.tensor([1, 2, 1])
-    )
+    batch.update(answer=["red", "blue", "green", "star"], weight=torch.ones(4) / 2, n_answers=torch.tensor([1, 2, 1]))
     return batch
 
 

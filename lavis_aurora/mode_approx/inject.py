@@ -53,7 +53,9 @@ def _check_plain(name: str, layer: nn.Module) -> None:
     """Refuse a layer that is more than torch's own, whose ways an adapted one would not have."""
     kind = nn.Linear if isinstance(layer, nn.Linear) else nn.MultiheadAttention
     if type(layer).forward is not kind.forward or "forward" in vars(layer):
-        raise AuroraError(f"target {name} is a {type(layer).__name__} with a forward of its own; it cannot be adapted")
+        raise AuroraError(
+            f"target {name} is a {type(layer).__name__} with a forward of its own; it cannot be adapted"
+        )
     if not _projections(name, layer):
         raise AuroraError(f"target {name}: its weight is computed from others (parametrized); remove that first")
 

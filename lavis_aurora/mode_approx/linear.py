@@ -78,6 +78,11 @@ class ModeApproxLinear(AdaptedLayer, nn.Linear):
         return y if active is None else y + active.project(x, slots, self.slot_width).to(y.dtype)
 
     @property
+    def adapted_weight(self) -> nn.Parameter:
+        """W0 alone."""
+        return self._parameters["weight"]
+
+    @property
     def slots(self) -> tuple[int, ...]:
         """Rows of P and lambda."""
         return self.slots_of["weight"]

@@ -25,7 +25,7 @@ def adapt_copies(model: nn.Module, factors: ModeFactors) -> None:
 
         W_m = W0 + dW(U_m, V_m, P_m, lambda_m),   theta_m <- m theta_m + (1 - m) theta  for each factor
 
-    The frozen weights of copy and original are alike, and so is their average. Models without copies stay as they are.
+    The frozen weights of copy and original are alike, and so is their average. A model without copies stays as it is.
     """
     twins: list[tuple[nn.Module, str, AdaptedLayer]] = []
     for trained, copy in momentum_copies(model):

@@ -27,8 +27,9 @@ class ModeApproxModel(RunState, BaseModel):
     """A LAVIS model whose attention projections are tuned by mode approximation (paper 3.2), all else frozen.
 
     The model stands at ``base`` as LAVIS built it: ``forward``, ``predict``, ``generate``, ``compute_sim_matrix``,
-    ``tokenizer`` and whatever else a task asks for are the base's own. Keys of the state dict are ``base.`` and LAVIS's
-    key, and ``base.mode_approx.`` for the factors; checkpoints of the base load by ``load_checkpoint``, unmodified.
+    ``tokenizer`` and whatever else a task asks for are the base's own. Keys of the state dict are ``base.`` and
+    LAVIS's key, and ``base.mode_approx.`` for the factors; checkpoints of the base load by ``load_checkpoint``,
+    unmodified.
 
     Models with momentum copies keep them. Their towers' copies read the moving average of the factors
     (:func:`lavis_aurora.mode_approx.teacher.adapt_copies`), so that the teacher is the average of the tuned model.
@@ -160,15 +161,17 @@ def _base_config_path(arch: str | None, model_type: str | None, prefix: str) -> 
     types = models[arch].PRETRAINED_MODEL_CONFIG_DICT
     model_type = model_type or getattr(models[arch], "DEFAULT_MODEL_TYPE", None)
     if model_type not in types:
-        raise AuroraError(f"{prefix}model_type: {arch} has no type {model_type!r}{near_names(str(model_type), types)}")
+        raise AuroraError(
+            f"{prefix}model_type: {arch} has no type {model_type!r}{near_names(str(model_type), types)}"
+        )
     return models[arch].default_config_path(model_type)
 
 
 def _preset(arch: str) -> str:
     if arch not in PRESETS:
         raise AuroraError(
-            f"model.mode_approx.targets: there is no preset for {arch}; name the layers by regular expressions, or try "
-            f"the preset attention"
+            f"model.mode_approx.targets: there is no preset for {arch}; name the layers by regular expressions, or "
+            f"try the preset attention"
         )
     return arch
 
