@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavis_aurora.mode_approx.adapted import AdaptedModule
 from lavis_aurora.mode_approx.factors import ModeFactors
 
 
@@ -47,7 +48,7 @@ def _folded(weight: Tensor, u: Tensor, v: Tensor, w: Tensor) -> Tensor:
     return torch.addmm(weight, rows, u.t())
 
 
-class ModeApproxLinear(nn.Linear):
+class ModeApproxLinear(AdaptedModule, nn.Linear):
     """y = x W0 + b + x dW_k (paper eq. 4), with the keys of the nn.Linear it replaces.
 
     Checkpoints of the backbone load unmodified: ``weight`` and ``bias`` keep their names, and the factors
@@ -63,15 +64,8 @@ class ModeApproxLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, factors: ModeFactors, slots: Sequence[int]) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.slots = tuple(slots)
-        # Not a submodule: the factors are registered once, at the model.
-        self.__dict__["factors"] = factors
+        self.adapt(factors, slots)
         self.train(linear.training)
-
-    @property
-    def slot_width(self) -> int:
-        """d_out of each slot."""
-        return self.out_features // len(self.slots)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features)."""
@@ -91,10 +85,6 @@ class ModeApproxLinear(nn.Linear):
             return False
         tokens = x.numel() // x.shape[-1]
         return tokens * (self.in_features + self.out_features) > self.in_features * self.out_features
-
-    def delta_weight(self, name: str = "default") -> Tensor:
-        """The whole update of this layer, shape (out_features, in_features)."""
-        return self.factors.sets[name].delta_weight(self.slots, self.in_features, self.slot_width)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, slots={self.slots}"
