@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.files import written_whole
 
 
 def write_checkpoint(state: dict[str, Any], path: str | Path) -> None:
-    """Write beside ``path`` and rename, so that no interrupted write leaves a broken file."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise AuroraError(f"cannot write {path} ({error}); free some space or change run.output_dir") from error
+    """Write a checkpoint, whole or not at all."""
+    with written_whole(path) as file:
+        torch.save(state, file)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

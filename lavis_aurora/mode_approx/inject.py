@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -98,7 +99,8 @@ def inject_mode_approx(
         raise AuroraError("the model has mode_approx factors already; inject them once")
     names = find_targets(model, targets if config.targets is None else config.targets)
     slots, rows = _assign_slots(model, names, slot_name)
-    factors = ModeFactors(slots, config)
+    # What was targeted, the slots say.
+    factors = ModeFactors(slots, replace(config, targets=None))
     index = {slot: i for i, slot in enumerate(slots)}
     adapted = {}
     for name in names:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from lavis_aurora.mode_approx.adapted import AdaptedLayer
+from lavis_aurora.mode_approx.adapted import AdaptedModule
 from lavis_aurora.mode_approx.factors import ModeFactors
 
 # Input weights of nn.MultiheadAttention with the projections in their rows: one for all, or three where the widths
@@ -19,7 +19,7 @@ IN_WEIGHTS = {
 }
 
 
-class ModeApproxMultiheadAttention(AdaptedLayer, nn.MultiheadAttention):
+class ModeApproxMultiheadAttention(AdaptedModule, nn.MultiheadAttention):
     """nn.MultiheadAttention with dW_k (paper eq. 4) folded into its input projections, with the same keys.
 
     torch computes with the weights as they are, by several ways (its fused kernels read them from the encoder layer
@@ -29,7 +29,6 @@ class ModeApproxMultiheadAttention(AdaptedLayer, nn.MultiheadAttention):
         attention: the module to replace; its parameters are taken over, not copied.
         factors: the shared factors.
         slots: rows of P and lambda for each of ``IN_WEIGHTS`` that the module has.
-        pinned: the factor set to read, whichever is active.
     """
 
     def __init__(
@@ -37,9 +36,8 @@ class ModeApproxMultiheadAttention(AdaptedLayer, nn.MultiheadAttention):
         attention: nn.MultiheadAttention,
         factors: ModeFactors,
         slots: Mapping[str, Sequence[int]],
-        pinned: str | None = None,
     ) -> None:
-        self.take_over(attention, factors, slots, pinned)
+        self.adapt(attention, factors, slots)
 
     @property
     def in_proj_weight(self) -> Tensor | None:

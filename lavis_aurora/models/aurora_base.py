@@ -13,6 +13,7 @@ from lavis_aurora.config import BlipAuroraConfig
 from lavis_aurora.config_check import parse_config
 from lavis_aurora.errors import AuroraError, near_names
 from lavis_aurora.mode_approx import ModeFactors, inject_mode_approx, trainable_parameters_summary
+from lavis_aurora.mode_approx.companions import bind_companions, keep_base_heads
 from lavis_aurora.mode_approx.trainable import adapter_parameters
 from lavis_aurora.models.checkpoint import load_backbone, read_state_dict
 from lavis_aurora.models.fusion import add_gates
@@ -58,7 +59,7 @@ class AuroraBase(RunState):
         self.mode_approx = None
         if cfg.tuning == "aurora":
             inject_mode_approx(self, cfg.mode_approx, targets, slot_name)
-            add_gates(gated, cfg.gate)
+            add_gates(gated, cfg.gate, self.mode_approx)
         if cfg.tuning == "full":
             return
         self.requires_grad_(False)
@@ -67,6 +68,8 @@ class AuroraBase(RunState):
         if cfg.tuning != "frozen" and cfg.train_heads:
             for head in self.heads:
                 head.requires_grad_(True)
+        if self.mode_approx is not None:
+            bind_companions(self, self.mode_approx, cfg.train_heads)
 
     def load_checkpoint_from_config(self, cfg: BlipAuroraConfig, **_kwargs) -> None:
         """Load ``finetuned`` or ``pretrained``; with neither, the random weights stay and the log says so."""
@@ -81,9 +84,11 @@ class AuroraBase(RunState):
         """Load backbone weights from a URL or file; see :func:`load_backbone` for what is refused."""
         adapter = {id(parameter) for _, parameter in adapter_parameters(self)}
         new = {name for name, parameter in self.named_parameters() if id(parameter) in adapter}
-        new |= {name for name in self.state_dict() if name.partition(".")[0].endswith("_m")}
+        new |= {name for name in self.state_dict() if name.partition(".")[0].endswith(("_m", "mode_approx"))}
         source = f"{key} {url_or_filename}"
         load_backbone(self, self.complete_state(read_state_dict(url_or_filename, key), source), source, new)
+        if self.mode_approx is not None:
+            keep_base_heads(self.mode_approx)
         if hasattr(self, "copy_params"):
             self.copy_params()
 
