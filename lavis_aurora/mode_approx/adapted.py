@@ -114,7 +114,7 @@ class AdaptedModule(nn.Module):
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedModule]]:
-    """Name and module of every adapted layer, in the model's order; one that stands in several places has each name."""
+    """Name and module of every adapted layer, in the model's order; one in several places comes with each name."""
     modules = model.named_modules(remove_duplicate=False)
     return ((name, module) for name, module in modules if isinstance(module, AdaptedModule))
 

@@ -127,6 +127,14 @@ class ModeApproxModel(RunState, BaseModel):
                 raise
             return getattr(self.base, name)
 
+    def train(self, mode: bool = True) -> ModeApproxModel:
+        """torch's, but frozen batch normalisation (CLIP's ResNet) keeps its running statistics."""
+        super().train(mode)
+        for module in self.base.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(mode and any(p.requires_grad for p in module.parameters()))
+        return self
+
     def forward(self, *args, **kwargs) -> Any:
         """The base's, e.g. ``model(samples)["loss"]``."""
         return self.base(*args, **kwargs)
