@@ -17,6 +17,7 @@ from lavis_aurora.mode_approx import ModeFactors, inject_mode_approx, trainable_
 from lavis_aurora.mode_approx.trainable import adapter_parameters
 from lavis_aurora.models.checkpoint import load_backbone, read_state_dict
 from lavis_aurora.models.fusion import add_gates
+from lavis_aurora.models.visual import VisualFeatures, encode_visual, visual_input
 
 
 class AuroraBase:
@@ -102,6 +103,10 @@ class AuroraBase:
             max_length=self.max_txt_len,
             return_tensors="pt",
         )
+
+    def visual_features(self, samples: dict) -> VisualFeatures:
+        """Tokens and pooled features of the pictures or videos of a batch, wherever it is."""
+        return encode_visual(self.visual_encoder, visual_input(samples).to(self.device))
 
     def _run_parameters(self) -> dict[str, nn.Parameter]:
         """What a run changes: trained parameters and their momentum copies."""

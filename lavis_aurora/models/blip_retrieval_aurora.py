@@ -19,6 +19,7 @@ from lavis_aurora.errors import AuroraError
 from lavis_aurora.models.aurora_base import AuroraBase
 from lavis_aurora.models.matching import draw_negatives, gather, shared_seed
 from lavis_aurora.models.towers import build_text_encoder, build_tokenizer, build_vision_encoder, check_vocabulary
+from lavis_aurora.models.visual import encode_visual, visual_input
 from lavis_aurora.paths import package_file
 from lavis_aurora.retrieval.rerank import retrieval_scores
 
@@ -98,9 +99,9 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         """Momentum embeddings and normalised ITC features of images and texts."""
         factors = nullcontext() if self.mode_approx is None else self.mode_approx.use("momentum")
         with factors:
-            image_embeds = getattr(self, "visual_encoder_m", self.visual_encoder).forward_features(image)
+            image_embeds, pooled = encode_visual(getattr(self, "visual_encoder_m", self.visual_encoder), image)
             text_embeds = getattr(self, "text_encoder_m", self.text_encoder).forward_text(text).last_hidden_state
-        image_feat = F.normalize(self.vision_proj_m(image_embeds[:, 0]), dim=-1)
+        image_feat = F.normalize(self.vision_proj_m(pooled), dim=-1)
         text_feat = F.normalize(self.text_proj_m(text_embeds[:, 0]), dim=-1)
         return image_embeds, text_embeds, image_feat, text_feat
 
@@ -125,20 +126,21 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         """ITC with momentum distillation and queues, ITM with hard negatives.
 
         Args:
-            samples: ``image`` (batch, 3, height, width), ``text_input`` (list of str), ``image_id`` (batch,),
-                ``epoch``, ``iters``, ``num_iters_per_epoch``, as for LAVIS's blip_retrieval.
+            samples: ``image`` (batch, 3, height, width) or ``video`` (batch, 3, frames, height, width),
+                ``text_input`` (list of str), ``image_id`` (batch,), ``epoch``, ``iters``, ``num_iters_per_epoch``,
+                as for LAVIS's blip_retrieval.
 
         Returns:
             ``loss``, ``loss_itc``, ``loss_itm`` and LAVIS's further fields.
         """
-        image, idx = samples["image"], samples["image_id"].view(-1, 1)
+        image, idx = visual_input(samples), samples["image_id"].view(-1, 1)
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
         # Processes exchange texts, which must then be of one length.
         text = self.tokenize(samples["text_input"], to_longest=not self._gathers).to(image.device)
-        image_embeds = self.visual_encoder.forward_features(image)
+        image_embeds, pooled = encode_visual(self.visual_encoder, image)
         text_embeds = self.text_encoder.forward_text(text).last_hidden_state
-        image_feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
+        image_feat = F.normalize(self.vision_proj(pooled), dim=-1)
         text_feat = F.normalize(self.text_proj(text_embeds[:, 0]), dim=-1)
         loss_itc, sims, teacher = self._contrastive(samples, image, text, image_feat, text_feat, idx)
         loss_itm, matching = self._matching(
