@@ -1,94 +1,111 @@
-"""What every adapted layer has in common: a weight whose rows carry slots."""
+"""What layers over the shared factors have in common; merging and files need nothing else of a layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from lavis_aurora.errors import AuroraError
-from lavis_aurora.mode_approx.factors import ModeFactors
+from lavis_aurora.mode_approx.factors import FactorSet, ModeFactors
 
 
-class AdaptedModule(nn.Module):
-    """Mixin in front of the class of the layer that is adapted; merging and files need nothing else of it.
+class AdaptedLayer(nn.Module):
+    """Mixin in front of a layer whose weights are W0 + dW, with W0 under its old name.
 
-    The weight keeps its name, so that checkpoints of the backbone load unmodified. While merged, state dicts still
-    hold the backbone's own weight.
+    Checkpoints of the backbone load unmodified: parameters keep their names and order, and the factors live in one
+    place of the model, outside this module. While an adapter is merged, state dicts still hold W0.
 
     Attributes:
-        WEIGHT: name of the adapted parameter, (slots * d_out, d_in).
-        factors: the factors shared by all adapted layers of the model.
-        slots: consecutive rows of P and lambda, one for each block of rows of the weight.
-        original: the backbone's weight while the update is merged, else None.
+        factors: the shared factors.
+        slots_of: rows of P and lambda by weight. Several of them are several weights stacked in the rows of one.
+        pinned: the factor set this layer always reads; None reads the active one. A momentum copy is pinned.
+        originals: W0 by weight while an adapter is merged into the layer, else empty.
     """
 
-    WEIGHT = "weight"
     factors: ModeFactors
-    slots: tuple[int, ...]
-    original: Tensor | None
+    slots_of: dict[str, tuple[int, ...]]
+    pinned: str | None
+    originals: dict[str, Tensor]
 
-    def adapt(self, factors: ModeFactors, slots: Sequence[int]) -> None:
-        """Take the factors and slots; a constructor calls it once."""
+    def take_over(
+        self,
+        layer: nn.Module,
+        factors: ModeFactors,
+        slots: Mapping[str, Sequence[int]],
+        pinned: str | None = None,
+    ) -> None:
+        """Become ``layer``, whose class this one extends: its very parameters, children, hooks and settings."""
+        self.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in layer.__dict__.items()})
         # Not a submodule: the factors are registered once, at the model.
         self.__dict__["factors"] = factors
-        self.slots = tuple(slots)
-        self.original = None
+        self.slots_of = {name: tuple(rows) for name, rows in slots.items()}
+        self.pinned = pinned
+        self.originals = {}
 
     @property
-    def adapted_weight(self) -> nn.Parameter:
-        """The parameter that the update is for, the slots stacked in its rows."""
-        return getattr(self, self.WEIGHT)
+    def active_set(self) -> FactorSet | None:
+        """The set that forwards must add now; None while the factors are disabled or merged into the weights."""
+        if self.pinned is None or self.factors.active is None or self.factors.merged is not None:
+            return self.factors.active_set
+        return self.factors.sets[self.pinned]
 
-    @property
-    def backbone_weight(self) -> Tensor:
-        """The weight without any update, merged or not."""
-        return self.adapted_weight.detach() if self.original is None else self.original
+    def adapted_weights(self) -> dict[str, nn.Parameter]:
+        """The parameters that updates are for, by name, the slots stacked in their rows."""
+        return {name: self._parameters[name] for name in self.slots_of}
 
-    @property
-    def slot_width(self) -> int:
-        """d_out of each slot."""
-        return len(self.adapted_weight) // len(self.slots)
+    def backbone_weights(self) -> dict[str, Tensor]:
+        """W0 by name, merged or not."""
+        return {name: self.originals.get(name, weight.detach()) for name, weight in self.adapted_weights().items()}
 
-    def delta_weight(self, name: str = "default") -> Tensor:
-        """The whole update of this layer by the adapter ``name``, shaped like :attr:`adapted_weight`."""
-        return self.factors.sets[name].delta_weight(self.slots, self.adapted_weight.shape[1], self.slot_width)
+    def delta_weights(self, name: str = "default") -> dict[str, Tensor]:
+        """The updates of these weights, of the same shapes, from the set ``name`` (or the pinned one)."""
+        source = self.factors.sets[self.pinned or name]
+        return {weight: self._delta(source, weight) for weight in self.slots_of}
 
-    def merged_weight(self, name: str) -> Tensor:
+    def _delta(self, source: FactorSet, weight: str) -> Tensor:
+        rows, d_in = self._parameters[weight].shape
+        slots = self.slots_of[weight]
+        return source.delta_weight(slots, d_in, rows // len(slots))
+
+    def merged_weights(self, name: str) -> dict[str, Tensor]:
         """W0 + dW in the dtype of W0, computed in that of the factors. Changes nothing."""
-        delta = self.delta_weight(name).detach()
-        return (self.backbone_weight.to(delta.dtype) + delta).to(self.adapted_weight.dtype)
+        deltas = self.delta_weights(name)
+        return {
+            weight: (original.to(deltas[weight].dtype) + deltas[weight].detach()).to(original.dtype)
+            for weight, original in self.backbone_weights().items()
+        }
 
-    def merge(self, merged: Tensor) -> None:
-        """Put ``merged`` in the weight's place and keep the backbone's own."""
-        self.original = self.backbone_weight
-        self.adapted_weight.data = merged
+    def merge(self, merged: Mapping[str, Tensor]) -> None:
+        """Put ``merged`` in the weights' place and keep W0."""
+        self.originals = self.backbone_weights()
+        for name, weight in self.adapted_weights().items():
+            weight.data = merged[name]
 
     def unmerge(self) -> None:
-        """Put the backbone's own weight back, the very same numbers."""
-        if self.original is not None:
-            self.adapted_weight.data, self.original = self.original, None
+        """Put W0 back, the very same numbers."""
+        for name, original in self.originals.items():
+            self._parameters[name].data = original
+        self.originals = {}
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        if self.original is not None:
-            self.original = fn(self.original)
+        self.originals = {name: fn(original) for name, original in self.originals.items()}
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.original is not None:
-            destination[prefix + self.WEIGHT] = self.original
+        destination.update({prefix + name: original for name, original in self.originals.items()})
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        if self.original is not None and prefix + self.WEIGHT in state_dict:
-            raise AuroraError(f"{prefix}{self.WEIGHT}: an adapter is merged; unmerge_adapter(model) before loading")
+        if any(prefix + name in state_dict for name in self.originals):
+            raise AuroraError(f"{prefix[:-1]}: an adapter is merged; unmerge_adapter(model) before loading weights")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedModule]]:
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     """Name and module of every adapted layer, in the model's order."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedModule))
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLayer))
 
 
 def factors_of(model: nn.Module) -> ModeFactors:
