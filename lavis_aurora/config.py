@@ -132,6 +132,8 @@ class BlipAuroraConfig:
         tuning: aurora (the method), heads (only the heads), full (the whole model, the baseline), frozen.
         train_heads: also train the heads (projections, matching head, temperature), reported apart.
         mode_approx, gate: parts of the method.
+        adapter: folder of an adapter to start from, see save_adapter; its mode_approx and gate are the defaults then.
+        adapter_check_base: refuse an adapter that was tuned on other weights than the model's.
     """
 
     arch: Optional[str] = None
@@ -153,9 +155,15 @@ class BlipAuroraConfig:
     train_heads: bool = True
     mode_approx: ModeApproxConfig = field(default_factory=ModeApproxConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    adapter: Optional[str] = None
+    adapter_check_base: bool = True
 
     def __post_init__(self) -> None:
         _one_of("model.tuning", self.tuning, TUNINGS)
+        if self.adapter is not None and self.tuning != "aurora":
+            raise AuroraError(
+                f"model.adapter: needs model.tuning: aurora, not {self.tuning}; leave one of the two out"
+            )
         _one_of("model.vit_type", self.vit_type, ("base", "large"))
         _require(self.image_size >= 1, "model.image_size", self.image_size, "1 or more (pixels)")
         _require(self.max_txt_len >= 2, "model.max_txt_len", self.max_txt_len, "2 or more (tokens)")
@@ -236,6 +244,9 @@ class ModeApproxModelConfig:
         base: ``model:`` of the model inside: its arch, its model_type, and what differs from that type's defaults.
         mode_approx: the method; without targets those of the preset for ``base.arch``.
         modules_to_save: regular expressions over names of modules that are trained besides, e.g. a new classifier.
+        adapter: folder of an adapter to start from, see save_adapter; the base and the method are then its own,
+            where they are left out.
+        adapter_check_base: refuse an adapter that was tuned on other weights than the model's.
     """
 
     arch: Optional[str] = None
@@ -243,6 +254,8 @@ class ModeApproxModelConfig:
     base: dict[str, Any] = field(default_factory=dict)
     mode_approx: ModeApproxConfig = field(default_factory=ModeApproxConfig)
     modules_to_save: Any = None
+    adapter: Optional[str] = None
+    adapter_check_base: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.base.get("arch"), str):
@@ -266,6 +279,11 @@ class RunConfig:
         use_dist_eval_sampler: LAVIS's; here the task knows whether processes may share a split, and it has no effect.
         grad_clip: largest norm of the gradient; 0 for no clipping.
         output_dir: relative paths start at the current directory; each run adds a folder of its own.
+        resume: auto goes on with the newest run under output_dir of the same configuration, if there is one; none.
+        checkpoint_every: steps between checkpoints within an epoch; 0 for none but at its end.
+        save_queue: also keep the queue of features in checkpoints (118 MB with LAVIS's sizes), so that a resumed run
+            is exactly the run that was interrupted.
+        skip_nonfinite: leave out steps whose gradient is not finite, and count them, instead of stopping.
     """
 
     task: str = "retrieval_aurora"
@@ -306,10 +324,17 @@ class RunConfig:
     amp: bool = False
     log_freq: int = 50
     resume_ckpt_path: Optional[str] = None
+    resume: str = "none"
+    checkpoint_every: int = 0
+    save_queue: bool = False
+    skip_nonfinite: bool = False
     evaluate: bool = False
 
     def __post_init__(self) -> None:
         _one_of("run.device", self.device, ("auto", "cuda", "cpu"))
+        _one_of("run.resume", self.resume, ("auto", "none"))
+        if self.resume == "auto" and self.resume_ckpt_path:
+            raise AuroraError("run.resume: auto finds the run by itself; leave out run.resume_ckpt_path, or set none")
         _one_of("run.inference_method", self.inference_method, INFERENCE_METHODS)
         for key in (
             "max_epoch",
@@ -333,6 +358,7 @@ class RunConfig:
             "k_test",
             "warmup_steps",
             "min_len",
+            "checkpoint_every",
         ):
             _require(getattr(self, key) >= 0, f"run.{key}", getattr(self, key), "0 or more")
         if self.lr_sched == "linear_warmup_step_lr" and self.lr_decay_rate is None:

@@ -1,6 +1,6 @@
 """Mode approximation (paper 3.2): the method itself. Knows torch, not LAVIS."""
 
-from lavis_aurora.mode_approx.adapted import AdaptedModule
+from lavis_aurora.mode_approx.adapted import AdaptedLayer
 from lavis_aurora.mode_approx.adapter_file import load_adapter, save_adapter
 from lavis_aurora.mode_approx.adapters import delete_adapter, disable_adapter, list_adapters, set_adapter
 from lavis_aurora.mode_approx.companions import bind_companions
@@ -12,7 +12,7 @@ from lavis_aurora.mode_approx.multihead import ModeApproxMultiheadAttention
 from lavis_aurora.mode_approx.trainable import trainable_parameters_summary
 
 __all__ = [
-    "AdaptedModule",
+    "AdaptedLayer",
     "FactorSet",
     "ModeApproxLinear",
     "ModeApproxMultiheadAttention",

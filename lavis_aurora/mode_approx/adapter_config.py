@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Optional, get_type_hints
@@ -64,9 +65,11 @@ class AdapterConfig:
             AuroraError: a metric or a setting is no JSON value.
         """
         try:
-            return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
+            text = json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
             raise AuroraError(f"the adapter's settings and metrics must be plain JSON values ({error})") from error
+        # A slot on one line, not on four.
+        return re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text)
 
     @classmethod
     def from_json(cls, text: str) -> AdapterConfig:

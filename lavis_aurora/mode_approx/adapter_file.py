@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.files import written_whole
-from lavis_aurora.mode_approx.adapted import adapted_modules, factors_of
+from lavis_aurora.mode_approx.adapted import adapted_layers, factors_of
 from lavis_aurora.mode_approx.adapter_config import AdapterConfig, BaseConfig
 from lavis_aurora.mode_approx.factors import ModeFactors
 from lavis_aurora.version import __version__
@@ -174,8 +174,8 @@ def base_hash(model: nn.Module) -> str:
     """
     factors = factors_of(model)
     # Momentum copies follow the others, and round differently.
-    modules = [module for _, module in adapted_modules(model) if module.pinned is None]
-    weights = [module.backbone_weight(weight) for module in modules for weight in module.slots_of]
+    layers = [layer for _, layer in adapted_layers(model) if layer.pinned is None]
+    weights = [weight for layer in layers for weight in layer.backbone_weights().values()]
     state = [(weight.data_ptr(), weight._version, str(weight.device), weight.dtype) for weight in weights]
     if factors.base_hash is None or factors.base_hash[0] != state:
         digest = hashlib.sha256()

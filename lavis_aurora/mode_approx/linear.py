@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_aurora.mode_approx.adapted import AdaptedModule
-from lavis_aurora.mode_approx.factors import ModeFactors
+from lavis_aurora.mode_approx.adapted import AdaptedLayer
+from lavis_aurora.mode_approx.factors import FactorSet, ModeFactors
 
 
 class FoldedLinear(torch.autograd.Function):
@@ -48,7 +48,7 @@ def _folded(weight: Tensor, u: Tensor, v: Tensor, w: Tensor) -> Tensor:
     return torch.addmm(weight, rows, u.t())
 
 
-class ModeApproxLinear(AdaptedModule, nn.Linear):
+class ModeApproxLinear(AdaptedLayer, nn.Linear):
     """y = x W0 + b + x dW_k (paper eq. 4), with the keys of the nn.Linear it replaces.
 
     Args:
@@ -59,11 +59,11 @@ class ModeApproxLinear(AdaptedModule, nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, factors: ModeFactors, slots: Sequence[int]) -> None:
-        self.adapt(linear, factors, {"weight": slots})
+        self.take_over(linear, factors, {"weight": slots})
 
     @property
     def weight(self) -> Tensor:
-        """W0 + dW, see :class:`AdaptedModule`."""
+        """W0 + dW, see :class:`AdaptedLayer`."""
         return self.effective_weight("weight")
 
     @property
@@ -81,26 +81,26 @@ class ModeApproxLinear(AdaptedModule, nn.Linear):
         """d_out of each slot."""
         return self.out_features // len(self.slots)
 
+    def delta_weight(self, name: str = "default") -> Tensor:
+        """The whole update of this layer, shape (out_features, in_features)."""
+        return self.delta_weights(name)["weight"]
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features)."""
         active, weight = self.active_set, self.adapted_weight
-        if active is not None and self._folds(x):
+        if active is not None and self._folds(x, active):
             return FoldedLinear.apply(x, weight, self.bias, *active.parts(self.slots, x.shape[-1], self.slot_width))
         y = F.linear(x, weight, self.bias)
         return y if active is None else y + active.project(x, self.slots, self.slot_width).to(y.dtype)
 
-    def _folds(self, x: Tensor) -> bool:
+    def _folds(self, x: Tensor, active: FactorSet) -> bool:
         """Whether folding is cheaper than the products beside the layer, and safe: one dtype, a frozen layer."""
-        plain = x.dtype == self.adapted_weight.dtype == self.active_set.P.dtype
+        plain = x.dtype == self.adapted_weight.dtype == active.P.dtype
         trained = self.adapted_weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if not plain or trained or torch.is_autocast_enabled(x.device.type):
             return False
         tokens = x.numel() // x.shape[-1]
         return tokens * (self.in_features + self.out_features) > self.in_features * self.out_features
-
-    def delta_weight(self, name: str = "default") -> Tensor:
-        """The whole update of this layer by the adapter ``name``, shape (out_features, in_features)."""
-        return self.update_of("weight", name)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, slots={self.slots}"

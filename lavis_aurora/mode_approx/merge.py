@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_aurora.errors import AuroraError
-from lavis_aurora.mode_approx.adapted import adapted_modules, factors_of
+from lavis_aurora.mode_approx.adapted import adapted_layers, factors_of
 from lavis_aurora.mode_approx.trainable import adapter_parameters
 
 
@@ -17,12 +17,12 @@ def merged_weights(model: nn.Module, name: str) -> dict[str, Tensor]:
         AuroraError: a merged weight is not finite.
     """
     merged = {}
-    for path, module in adapted_modules(model):
-        for weight in module.slots_of:
+    for path, layer in adapted_layers(model):
+        for weight, value in layer.merged_weights(name).items():
             key = f"{path}.{weight}"
-            merged[key] = module.merged_weight(weight, name)
-            if not torch.isfinite(merged[key]).all():
+            if not torch.isfinite(value).all():
                 raise AuroraError(f"{key}: not finite once the adapter {name!r} is merged; nothing was changed")
+            merged[key] = value
     return merged
 
 
@@ -39,18 +39,17 @@ def merge_adapter(model: nn.Module) -> None:
         return
     weights = merged_weights(model, _active(factors.active))
     # Layers may share a weight: all of them remember it before one changes it.
-    for _, module in adapted_modules(model):
-        module.keep_originals()
-    for path, module in adapted_modules(model):
-        for weight in module.slots_of:
-            module.merge(weight, weights[f"{path}.{weight}"])
+    for _, layer in adapted_layers(model):
+        layer.keep_originals()
+    for path, layer in adapted_layers(model):
+        layer.merge({weight: weights[f"{path}.{weight}"] for weight in layer.slots_of})
     factors.merged = factors.active
 
 
 def unmerge_adapter(model: nn.Module) -> None:
     """Put the backbone's own weights back, bit for bit; without a merged adapter nothing happens."""
-    for _, module in adapted_modules(model):
-        module.unmerge()
+    for _, layer in adapted_layers(model):
+        layer.unmerge()
     factors_of(model).merged = None
 
 
@@ -58,7 +57,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the plain model with the active adapter folded into its weights. Changes nothing.
 
     Its keys are those of the model without the adapter: a checkpoint of LAVIS, or of nn.Linear layers. A model that
-    shares towers with its momentum teacher adds the teacher's in ``complete_merged_state(state, merged_weights)``.
+    shares towers with its momentum teacher adds the teacher's in ``complete_merged_state(state)``.
     Tensors that the adapter does not touch are the model's own, as in ``state_dict``.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from lavis_aurora.mode_approx.adapted import AdaptedModule
+from lavis_aurora.mode_approx.adapted import AdaptedLayer
 from lavis_aurora.mode_approx.factors import ModeFactors
 
 # Input weights of nn.MultiheadAttention with the projections in their rows: one for all, or three where the widths
@@ -19,7 +19,7 @@ IN_WEIGHTS = {
 }
 
 
-class ModeApproxMultiheadAttention(AdaptedModule, nn.MultiheadAttention):
+class ModeApproxMultiheadAttention(AdaptedLayer, nn.MultiheadAttention):
     """nn.MultiheadAttention with dW_k (paper eq. 4) folded into its input projections, with the same keys.
 
     torch computes with the weights as they are, by several ways (its fused kernels read them from the encoder layer
@@ -37,7 +37,7 @@ class ModeApproxMultiheadAttention(AdaptedModule, nn.MultiheadAttention):
         factors: ModeFactors,
         slots: Mapping[str, Sequence[int]],
     ) -> None:
-        self.adapt(attention, factors, slots)
+        self.take_over(attention, factors, slots)
 
     @property
     def in_proj_weight(self) -> Tensor | None:

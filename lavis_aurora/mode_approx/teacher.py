@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lavis_aurora.mode_approx.adapted import AdaptedModule
+from lavis_aurora.mode_approx.adapted import AdaptedLayer
 from lavis_aurora.mode_approx.factors import ModeFactors
 
 # The factor set of the moving average.
@@ -27,10 +27,10 @@ def adapt_copies(model: nn.Module, factors: ModeFactors) -> None:
 
     The frozen weights of copy and original are alike, and so is their average. A model without copies stays as it is.
     """
-    twins: list[tuple[nn.Module, str, AdaptedModule]] = []
+    twins: list[tuple[nn.Module, str, AdaptedLayer]] = []
     for trained, copy in momentum_copies(model):
         for name, layer in trained.named_modules():
-            if name and isinstance(layer, AdaptedModule):
+            if name and isinstance(layer, AdaptedLayer):
                 twins.append((copy, name, layer))
     if not twins:
         return

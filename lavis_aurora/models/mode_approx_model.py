@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from lavis.common.registry import registry
@@ -14,7 +16,14 @@ from torch import Tensor, nn
 from lavis_aurora.config import ModeApproxConfig, ModeApproxModelConfig
 from lavis_aurora.config_check import parse_config
 from lavis_aurora.errors import AuroraError, near_names
-from lavis_aurora.mode_approx import ModeFactors, inject_mode_approx, trainable_parameters_summary
+from lavis_aurora.mode_approx import (
+    ModeFactors,
+    bind_companions,
+    inject_mode_approx,
+    load_adapter,
+    trainable_parameters_summary,
+)
+from lavis_aurora.mode_approx.companions import keep_base_heads
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.mode_approx.teacher import momentum_copies
 from lavis_aurora.models.aurora_base import AuroraBase
@@ -52,6 +61,8 @@ class ModeApproxModel(RunState, BaseModel):
     DEFAULT_MODEL_TYPE = "default"
     PRETRAINED_MODEL_CONFIG_DICT = {"default": package_file("configs/models/mode_approx_default.yaml")}
 
+    ADAPTER_KEYS = ("base", "mode_approx", "modules_to_save")
+
     def __init__(self, base: nn.Module, config: ModeApproxConfig, modules_to_save: list[str] | None = None) -> None:
         super().__init__()
         heads = _find_modules(base, modules_to_save or [])
@@ -60,6 +71,10 @@ class ModeApproxModel(RunState, BaseModel):
             head.requires_grad_(True)
         self.base = base
         self.heads = heads
+        self.settings = ModeApproxModelConfig(
+            base={"arch": _registered_name(base)}, mode_approx=config, modules_to_save=modules_to_save
+        )
+        bind_companions(self, self.mode_approx, train_heads=True)
 
     @classmethod
     def from_config(cls, cfg: DictConfig | None = None) -> ModeApproxModel:
@@ -79,6 +94,10 @@ class ModeApproxModel(RunState, BaseModel):
             raise AuroraError(f"model.base.tuning: leave it out; mode_approx itself tunes the {arch}")
         base = base_cls.from_config(OmegaConf.create(settings.base))
         model = cls(base, settings.mode_approx, settings.modules_to_save)
+        model.settings = settings
+        if settings.adapter:
+            load_adapter(model, settings.adapter, check_base=settings.adapter_check_base)
+            logging.info("model.adapter: loaded %s", settings.adapter)
         logging.info("mode_approx around %s\n%s", arch, trainable_parameters_summary(model))
         return model
 
@@ -89,9 +108,10 @@ class ModeApproxModel(RunState, BaseModel):
         Raises:
             AuroraError: the base is not named, or not registered.
         """
-        base = cfg.model.get("base") or {}
-        path = _base_config_path(base.get("arch"), base.get("model_type"), "model.base.")
-        defaults = OmegaConf.load(path)
+        base = cfg.model.get("base")
+        if not isinstance(base, DictConfig):
+            raise AuroraError("model.base: missing; name the model to wrap, e.g. {arch: blip_vqa, model_type: vqav2}")
+        defaults = OmegaConf.load(_base_config_path(base.get("arch"), base.get("model_type"), "model.base."))
         preprocess = {"preprocess": defaults.preprocess} if "preprocess" in defaults else {}
         return OmegaConf.merge(preprocess, {"model": {"base": defaults.model}}, cfg)
 
@@ -106,13 +126,23 @@ class ModeApproxModel(RunState, BaseModel):
         return cls.PRETRAINED_MODEL_CONFIG_DICT[model_type]
 
     @classmethod
-    def from_pretrained(cls, model_type: str) -> ModeApproxModel:
-        """The method around a model with the weights of its type, e.g. ``blip_vqa/vqav2``."""
-        cls.default_config_path(model_type)
+    def type_defaults(cls, model_type: str) -> DictConfig:
+        """``model`` and ``preprocess`` of a type."""
         arch, separator, base_type = str(model_type).partition("/")
         if not separator:
+            return OmegaConf.load(cls.default_config_path(model_type))
+        cls.default_config_path(model_type)
+        own = OmegaConf.load(cls.PRETRAINED_MODEL_CONFIG_DICT["default"])
+        own.model.base = {"arch": arch, "model_type": base_type}
+        return cls.with_base_defaults(own)
+
+    @classmethod
+    def from_pretrained(cls, model_type: str) -> ModeApproxModel:
+        """The method around a model with the weights of its type, e.g. ``blip_vqa/vqav2``."""
+        cfg = cls.type_defaults(model_type).model
+        if "base" not in cfg:
             raise AuroraError("mode_approx: name the model inside as ARCH/TYPE, e.g. blip_retrieval/coco")
-        return cls.from_config(OmegaConf.create({"base": {"arch": arch, "model_type": base_type}}))
+        return cls.from_config(cfg)
 
     @property
     def mode_approx(self) -> ModeFactors:
@@ -145,17 +175,47 @@ class ModeApproxModel(RunState, BaseModel):
 
     def load_checkpoint(self, url_or_filename: str) -> Any:
         """Load a checkpoint of the base, unmodified, by the base's own rules; the factors stay as they are."""
-        return self.base.load_checkpoint(url_or_filename)
+        message = self.base.load_checkpoint(url_or_filename)
+        keep_base_heads(self.mode_approx)
+        return message
 
-    def complete_merged_state(self, state: dict[str, Tensor], *args) -> dict[str, Tensor]:
+    def queues(self) -> dict[str, Tensor]:
+        """The base's queues of features: buffers at its top, as LAVIS's retrieval models have them."""
+        own = getattr(self.base, "queues", None)
+        return own() if own else {name: b for name, b in self.base.named_buffers(recurse=False) if "queue" in name}
+
+    def complete_merged_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A merged state under the base's own keys, for a plain model of its class."""
         state = {key.removeprefix("base."): value for key, value in state.items()}
         complete = getattr(self.base, "complete_merged_state", None)
-        return state if complete is None else complete(state, *args)
+        return state if complete is None else complete(state)
 
-    def load_checkpoint_from_config(self, cfg: DictConfig, **kwargs) -> Any:
-        """Likewise, as the base's configuration names it."""
-        return self.base.load_checkpoint_from_config(cfg, **kwargs)
+    def describe_adapter(self) -> dict[str, Any]:
+        """What an adapter folder says of the model: all that builds it again, and the base's preprocessing."""
+        settings = {key: value for key, value in asdict(self.settings).items() if key in self.ADAPTER_KEYS}
+        base, preprocess = self.settings.base, {}
+        if base.get("model_type") is not None:
+            path = _base_config_path(base["arch"], base["model_type"], "")
+            preprocess = OmegaConf.to_container(OmegaConf.load(path).get("preprocess") or OmegaConf.create())
+        return {"arch": "mode_approx", "model_type": "default", "settings": settings, "preprocess": preprocess}
+
+    def base_name(self) -> str | None:
+        """File or URL of the base's checkpoint."""
+        return self.settings.base.get("finetuned" if self.settings.base.get("load_finetuned", True) else "pretrained")
+
+    def adapter_differences(self, description: Mapping[str, Any]) -> list[str]:
+        """None besides those of slots and weights: models that share their towers may share adapters."""
+        return []
+
+    def adapter_loaded(self, name: str) -> None:
+        """Let the momentum teacher start as the adapter that is trained."""
+        if name == "default" and hasattr(self.base, "copy_params") and hasattr(self.base, "model_pairs"):
+            self.base.copy_params()
+
+
+def _registered_name(model: nn.Module) -> str:
+    names = registry.mapping["model_name_mapping"]
+    return next((name for name, cls in names.items() if cls is type(model)), type(model).__name__)
 
 
 def _base_config_path(arch: str | None, model_type: str | None, prefix: str) -> str:

@@ -20,7 +20,7 @@ from lavis_aurora import (
     trainable_parameters_summary,
     unmerge_adapter,
 )
-from lavis_aurora.mode_approx import AdaptedModule
+from lavis_aurora.mode_approx import AdaptedLayer
 from lavis_aurora.mode_approx.inject import find_targets
 from lavis_aurora.mode_approx.presets import ATTENTION, PRESETS
 from lavis_aurora.mode_approx.teacher import TEACHER_SET
@@ -89,7 +89,7 @@ def test_every_preset_is_built_here():
 @every_model
 def test_the_preset_names_every_attention_projection(name):
     model = plain(name)
-    assert not any(isinstance(module, AdaptedModule) for module in model.modules())
+    assert not any(isinstance(module, AdaptedLayer) for module in model.modules())
     every = [layer for layer in find_targets(model, ATTENTION) if not layer.startswith(LEFT_OUT.get(name, ("-",)))]
     assert find_targets(model, [name.partition("/")[0]]) == every
 
