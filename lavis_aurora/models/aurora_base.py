@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 
 from lavis.models.med import BertModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BatchEncoding
 
 from lavis_aurora.config import BlipAuroraConfig

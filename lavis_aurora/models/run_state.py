@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.models.checkpoint import check_finite
 
 
 class RunState:
@@ -22,7 +23,8 @@ class RunState:
         return {name: parameter.detach().cpu() for name, parameter in self._run_parameters().items()}
 
     def load_run_state(self, state: dict[str, Tensor], source: str) -> None:
-        """Load what :meth:`run_state` gave; anything missing, foreign or of another shape is an error."""
+        """Load what :meth:`run_state` gave; anything missing, foreign, of another shape or NaN is an error."""
+        check_finite(state, source)
         own = self._run_parameters()
         problems = [f"{name} is missing" for name in own.keys() - state.keys()]
         problems += [f"{name} is not trained here" for name in state.keys() - own.keys()]
