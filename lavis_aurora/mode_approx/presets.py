@@ -58,7 +58,9 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "blip_nlvr": (VIT, *TEXT),
     "blip_pretrain": (VIT, *TEXT, *DECODER),
     "blip_retrieval": (VIT, *TEXT),
+    "blip_retrieval_aurora": (VIT, *TEXT),
     "blip_vqa": (VIT, *TEXT, *DECODER),
+    "blip_vqa_aurora": (VIT, *TEXT, *DECODER),
     "clip": CLIP,
     "clip_feature_extractor": CLIP,
 }

@@ -17,6 +17,7 @@ from lavis_aurora.alignment import enhance_context
 from lavis_aurora.config import RetrievalAuroraConfig
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.mode_approx.merge import merged_weights
+from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.mode_approx.teacher import TEACHER_SET
 from lavis_aurora.models.aurora_base import AuroraBase
 from lavis_aurora.models.matching import draw_negatives, gather, shared_seed
@@ -24,12 +25,6 @@ from lavis_aurora.models.towers import build_text_encoder, build_tokenizer, buil
 from lavis_aurora.models.visual import encode_visual, visual_input
 from lavis_aurora.paths import package_file
 from lavis_aurora.retrieval.rerank import retrieval_scores
-
-TARGETS = (
-    r"visual_encoder\.blocks\.\d+\.attn\.qkv",
-    r"text_encoder\.encoder\.layer\.\d+\.attention\.self\.(query|key|value)",
-    r"text_encoder\.encoder\.layer\.\d+\.crossattention\.self\.(query|key|value)",
-)
 
 
 @registry.register_model("blip_retrieval_aurora")
@@ -78,7 +73,7 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
             # The backbone is frozen: its moving average is itself.
             del self.visual_encoder_m, self.text_encoder_m
             self.model_pairs = [[self.vision_proj, self.vision_proj_m], [self.text_proj, self.text_proj_m]]
-        self.set_up_tuning(cfg, TARGETS, self.text_encoder)
+        self.set_up_tuning(cfg, PRESETS["blip_retrieval_aurora"], self.text_encoder)
         if not cfg.train_temp:
             self.temp.requires_grad_(False)
         if self.mode_approx is not None:

@@ -28,8 +28,9 @@ from lavis_aurora.models.mode_approx_model import ModeApproxModel
 
 # The frozen towers of BLIP-2, which its presets leave out.
 LEFT_OUT = {name: ("visual_encoder.", "opt_model.", "t5_model.") for name in BUILDERS if name.startswith("blip2")}
-# Registered twice by LAVIS, the same class.
+# Of the same class, or of a subclass with the same towers.
 ALIASES = {"blip2_feature_extractor": "blip2", "clip_feature_extractor": "clip"}
+ALIASES |= {"blip_retrieval_aurora": "blip_retrieval", "blip_vqa_aurora": "blip_vqa"}
 every_model = pytest.mark.parametrize("name", BUILDERS)
 COPIES = ("albef_classification", "albef_nlvr", "albef_pretrain", "albef_retrieval", "albef_vqa")
 COPIES += ("blip_classification", "blip_pretrain", "blip_retrieval")
