@@ -187,3 +187,26 @@ def test_the_teacher_is_the_moving_average_of_the_tuned_model(name):
     for key, value in average.state_dict().items():
         torch.testing.assert_close(value, expected[key])
     assert not any(p.requires_grad for p in average.parameters())
+
+
+def test_the_vision_tower_of_blip2_computes_with_the_update_though_it_reads_the_weight_itself():
+    """EVA's attention multiplies with ``qkv.weight`` and biases of its own; it never calls ``qkv``."""
+    model = copy.deepcopy(plain("blip2"))
+    targets = [r"visual_encoder\.blocks\.\d+\.attn\.qkv"]
+    model = activate(ModeApproxModel(model, ModeApproxConfig(rank=4, targets=targets)), std=0.4).eval()
+    loss_of("blip2", model, samples("blip2")).backward()
+    assert all(row.abs().max() > 0 for row in model.mode_approx.sets["default"].P.grad)
+    tuned = loss("blip2", model)
+    with model.mode_approx.disabled():
+        torch.testing.assert_close(loss("blip2", model), loss("blip2", plain("blip2")))
+    exported = copy.deepcopy(plain("blip2"))
+    exported.load_state_dict(merged_state_dict(model))
+    torch.testing.assert_close(loss("blip2", exported), tuned, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(tuned, loss("blip2", plain("blip2")), atol=1e-4)
+
+
+def test_layers_of_albef_nlvr_that_share_a_weight_share_its_update():
+    slots = list(wrapped("albef_nlvr").mode_approx.slots)
+    cross = [slot for slot in slots if ".crossattention." in slot]
+    assert len([slot for slot in cross if slot.endswith("query")]) == 12
+    assert len([slot for slot in cross if not slot.endswith("query")]) == 12
