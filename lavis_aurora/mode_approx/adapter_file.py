@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -87,9 +88,12 @@ def save_adapter(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AuroraError(f"cannot write {folder} ({error}); name another folder") from error
-    for file_name, data in ((TENSORS, content), (CONFIG, text.encode())):
-        with written_whole(folder / file_name) as file:
+    # Both are on the disk before either takes its place; whoever reads between the two renames sees it by the hash.
+    with written_whole(folder / TENSORS) as tensor_file, written_whole(folder / CONFIG) as config_file:
+        for file, data in ((tensor_file, content), (config_file, text.encode())):
             file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", check_base: bool = True) -> None:
