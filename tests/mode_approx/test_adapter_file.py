@@ -172,12 +172,31 @@ def test_the_base_is_hashed_once_while_it_stays_the_same(saved, tmp_path, monkey
     assert adapter_file.base_hash(model) != before
 
 
-def test_heads_and_gates_that_have_no_place_are_named(saved):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"heads.head.weight": torch.ones(3, 6)}, "heads.head.weight has no place here"),
+        ({"factors.P": None}, "factors.P is missing there"),
+        ({"factors.P": torch.ones(2, 4)}, r"factors.P is \(2, 4\) there and \(5, 4\) here"),
+        ({"factors.P": torch.full((5, 4), torch.nan)}, "factors.P is not finite there"),
+    ],
+)
+def test_tensors_other_than_the_settings_announce_are_named(saved, change, words):
     model, folder = saved
-    tensors = {**load_file(folder / TENSORS), "heads.head.weight": torch.ones(3, 6)}
+    tensors = {key: value for key, value in {**load_file(folder / TENSORS), **change}.items() if value is not None}
     save_file(tensors, folder / TENSORS)
     edit(folder, tensors_sha256=adapter_file.hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest())
-    with pytest.raises(AuroraError, match="heads.head.weight has no place here"):
+    with pytest.raises(AuroraError, match=words):
+        load_adapter(model, folder)
+
+
+def test_names_that_cannot_be_loaded_under(saved):
+    model, folder = saved
+    model.mode_approx.add_set("momentum", ModeApproxConfig(rank=4))
+    with pytest.raises(AuroraError, match="cannot be called 'momentum', which a model keeps for its training"):
+        load_adapter(model, folder, "momentum")
+    merge_adapter(model)
+    with pytest.raises(AuroraError, match="'default' is merged into the weights; unmerge_adapter"):
         load_adapter(model, folder)
 
 

@@ -14,7 +14,8 @@ from lavis_aurora import (
     list_adapters,
     set_adapter,
 )
-from lavis_aurora.mode_approx.companions import BASE, bind_companions, keep_base_heads
+from lavis_aurora.mode_approx.companions import bind_companions, keep_base_heads
+from lavis_aurora.mode_approx.factors import BASE
 
 
 def two_adapters():
@@ -124,7 +125,7 @@ def test_names():
     model = two_adapters()
     with pytest.raises(AuroraError, match="no adapter 'wied'; did you mean 'wide'"):
         set_adapter(model, "wied")
-    for name in ("a.b", "", "keys", "a b"):
+    for name in ("a.b", "", "keys", "a b", "base"):
         with pytest.raises(AuroraError, match="an adapter cannot be called"):
             model.mode_approx.add_set(name, ModeApproxConfig())
     with pytest.raises(AuroraError, match="there is an adapter 'wide' already"):
