@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_aurora.mode_approx.adapted import AdaptedLayer
-from lavis_aurora.mode_approx.factors import FactorSet, ModeFactors
+from lavis_aurora.mode_approx.factors import ModeFactors
 
 
 class FoldedLinear(torch.autograd.Function):
@@ -84,16 +84,16 @@ class ModeApproxLinear(AdaptedLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features)."""
         active = self.active_set
-        if active is not None and self._folds(x, active):
+        if active is not None and self._folds(x):
             return FoldedLinear.apply(
                 x, self.weight, self.bias, *active.parts(self.slots, x.shape[-1], self.slot_width)
             )
         y = F.linear(x, self.weight, self.bias)
         return y if active is None else y + active.project(x, self.slots, self.slot_width).to(y.dtype)
 
-    def _folds(self, x: Tensor, active: FactorSet) -> bool:
+    def _folds(self, x: Tensor) -> bool:
         """Whether folding is cheaper than the products beside the layer, and safe: one dtype, a frozen layer."""
-        plain = x.dtype == self.weight.dtype == active.P.dtype
+        plain = x.dtype == self.weight.dtype == self.active_set.P.dtype
         trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if not plain or trained or torch.is_autocast_enabled(x.device.type):
             return False
