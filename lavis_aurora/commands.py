@@ -93,7 +93,7 @@ def _describe(config: AdapterConfig) -> list[str]:
 def _tensor_table(tensors: Mapping[str, Tensor]) -> str:
     """Counts by name; numbers in names are left out, so that layers of a kind share a row."""
     rows: dict[tuple, list[int]] = defaultdict(list)
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):  # the order in a safetensors file means nothing
         key = (_without_numbers(name), _shape(tensor), str(tensor.dtype).removeprefix("torch."))
         rows[key].append(tensor.numel())
     width = max((len(name) for name, _, _ in rows), default=4)
