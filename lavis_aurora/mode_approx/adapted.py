@@ -15,8 +15,8 @@ class AdaptedLayer(nn.Module):
 
     Checkpoints of the backbone load unmodified: parameters keep their names and order, and the factors live in one
     place of the model, outside this module. Whoever reads a weight as an attribute instead of calling the layer
-    (torch's attention, the ViT of BLIP-2) gets W0 + dW, so that no way of computing passes the update by. While an
-    adapter is merged, state dicts still hold W0.
+    (torch's attention, the ViT of BLIP-2) gets W0 + dW, so that no way of computing passes the update by; what would
+    change W0 itself takes it from ``adapted_weights()``. While an adapter is merged, state dicts still hold W0.
 
     Attributes:
         factors: the shared factors.
