@@ -130,6 +130,11 @@ def _complete_processors(cfg: AuroraConfig) -> None:
     preprocess = cfg.config.get("preprocess") or {}
     size = cfg.model_cfg.get("image_size")
     for name, dataset in cfg.datasets_cfg.items():
+        if dataset.get("data_type") == "videos" and dataset.get("vis_processor") is None:
+            raise AuroraError(
+                f"datasets.{name}.vis_processor: missing; videos need aurora_video_train and aurora_video_eval with "
+                f"n_frms and image_size, see projects/aurora/msrvtt_ret.yaml"
+            )
         for kind in ("vis_processor", "text_processor"):
             if dataset.get(kind) is None and preprocess.get(kind) is not None:
                 dataset[kind] = preprocess[kind]

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ChainDataset, DataLoader, DistributedSampler
 
 from lavis_aurora.checkpointing import read_checkpoint, write_checkpoint
+from lavis_aurora.data.samples import start_epoch
 from lavis_aurora.errors import AuroraError, near_names
 
 TRAINING_METRIC = "agg_metrics"
@@ -101,8 +102,8 @@ class AuroraRunner(RunnerBase):
     def create_loaders(self, datasets, num_workers, batch_sizes, is_trains, collate_fns, dataset_ratios=None) -> list:
         """A loader for each dataset. Arguments are LAVIS's.
 
-        Training order depends on seed and epoch alone: the samples of a step are the same for any number of
-        processes with the same global batch.
+        Training order depends on seed and epoch alone, and what is random in a sample on seed, epoch and sample: a
+        step is the same for any number of workers, and of processes with the same global batch.
         """
         streamed = (tuple, list, ChainDataset, wds.DataPipeline)
         if any(isinstance(dataset, streamed) for dataset in datasets):
@@ -169,8 +170,7 @@ class AuroraRunner(RunnerBase):
         loader = self.train_loader
         if isinstance(loader, (DataLoader, PrefetchLoader)):
             loader.sampler.set_epoch(epoch)
-            # Workers draw their own crops and flips on each process.
-            loader.generator.manual_seed(self.config.run_cfg.seed * 1_000_003 + epoch * 1009 + get_rank())
+            start_epoch(loader.dataset, self.config.run_cfg.seed, epoch)
         return super().train_epoch(epoch)
 
     def train(self) -> None:

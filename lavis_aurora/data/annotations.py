@@ -1,4 +1,4 @@
-"""Check annotation files and samples before and while LAVIS reads them, so that errors name the file."""
+"""Check annotation files before LAVIS reads them, so that errors name file and entry."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.datasets.datasets import retrieval_datasets as retrieval
 from lavis.datasets.datasets.coco_vqa_datasets import COCOVQADataset, COCOVQAEvalDataset
 from lavis.datasets.datasets.vg_vqa_datasets import VGVQADataset
+from lavis.datasets.datasets.video_vqa_datasets import VideoQADataset
 from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
+from lavis_aurora.data.samples import CheckedDataset, TrainingDataset
 from lavis_aurora.data.vqa_files import check_vqa_files, read_json
 from lavis_aurora.errors import AuroraError, near_names
 
@@ -37,6 +39,7 @@ TEXT = Rule(lambda value: isinstance(value, str), "one string")
 TEXTS = Rule(_texts, 'a list of strings, e.g. ["a cat"]')
 # Of a question, LAVIS's processor drops these.
 QUESTION = Rule(lambda value: isinstance(value, str) and bool(value.strip(' .!"()*#:;~')), "a string with words")
+ANSWER = Rule(lambda value: isinstance(value, str) and bool(value.strip()), "a string with words")
 NUMBER_OR_TEXT = Rule(lambda value: type(value) in (int, str), "a number or a string")
 
 # Keys that LAVIS's datasets read from each entry, and what they would misread.
@@ -47,35 +50,14 @@ ENTRIES: dict[type, dict[str, Rule]] = {
     retrieval.VideoRetrievalEvalDataset: {"video": ANYTHING, "caption": TEXTS},
     COCOVQADataset: {"image": ANYTHING, "question": QUESTION, "answer": TEXTS},
     VGVQADataset: {"image": ANYTHING, "question": QUESTION, "answer": TEXT},
+    VideoQADataset: {"video": ANYTHING, "question": QUESTION, "answer": ANSWER, "question_id": NUMBER_OR_TEXT},
     COCOVQAEvalDataset: {"image": ANYTHING, "question": QUESTION, "question_id": NUMBER_OR_TEXT},
 }
 # Checks of the files of a split behind the first, where they are no further entries.
 FURTHER_FILES: dict[type, Callable[[list[dict], list[str], str], None]] = {COCOVQAEvalDataset: check_vqa_files}
+# Of the annotation files, LAVIS makes datasets of these.
+SPLITS = ("train", "val", "test")
 REMEDY = "put it there, or set AURORA_DATA or the key to where it is"
-
-
-class CheckedDataset(Dataset):
-    """A LAVIS dataset whose unreadable samples raise an error that names the file."""
-
-    def __init__(self, inner: Dataset, name: str) -> None:
-        self.inner = inner
-        self.name = name
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __getitem__(self, index: int) -> dict:
-        try:
-            return self.inner[index]
-        except Exception as error:  # PIL, decord and the processors each have errors of their own
-            entry = self.inner.annotation[index]
-            file = os.path.join(self.inner.vis_root, str(entry.get("image", entry.get("video", "?"))))
-            raise AuroraError(f"{self.name}: cannot read {file} ({type(error).__name__}: {error})") from error
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner":  # not there yet while unpickling
-            raise AttributeError(name)
-        return getattr(self.inner, name)
 
 
 def annotation_files(name: str, cfg: DictConfig) -> Iterator[tuple[str, str, str]]:
@@ -109,7 +91,7 @@ def check_entries(entries: list[dict], dataset_cls: type, path: str, key: str) -
         AuroraError: a key is missing, or a value is of the wrong kind (LAVIS would silently split a string in place
             of a list into letters).
     """
-    rules = ENTRIES.get(dataset_cls, {})
+    rules = next((ENTRIES[cls] for cls in dataset_cls.__mro__ if cls in ENTRIES), {})
     for i, entry in enumerate(entries):
         for name, rule in rules.items():
             if name not in entry:
@@ -156,6 +138,8 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, Dataset]:
     files = list(annotation_files(name, cfg))
     missing = [(key, path) for _, key, path in files if not os.path.isfile(path)]
     for (split, key), paths in groupby(files, key=itemgetter(0, 1)):
+        if split not in SPLITS:
+            continue  # what a builder reads besides, and checks itself
         cls = builder.train_dataset_cls if split == "train" else builder.eval_dataset_cls
         paths = [path for _, _, path in paths]
         if all(map(os.path.isfile, paths)):
@@ -172,4 +156,7 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, Dataset]:
     if not os.path.isdir(vis_root):
         key = f"datasets.{name}.build_info.{cfg.data_type}.storage"
         raise AuroraError(f"{key}: no such folder: {vis_root}; {REMEDY}")
-    return {split: CheckedDataset(dataset, f"{name} {split}") for split, dataset in datasets.items()}
+    checked = {split: CheckedDataset(dataset, f"{name} {split}") for split, dataset in datasets.items()}
+    if "train" in datasets:
+        checked["train"] = TrainingDataset(datasets["train"], f"{name} train", replaces=data_type == "videos")
+    return checked

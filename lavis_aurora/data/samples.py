@@ -1,0 +1,145 @@
+"""Samples: errors name their files; those to train on are reproducible, with others in place of broken videos."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lavis.common.dist_utils import get_world_size, is_dist_avail_and_initialized, is_main_process
+from torch.utils.data import Dataset
+
+from lavis_aurora.data.frames import BrokenVideo
+from lavis_aurora.errors import AuroraError
+
+# Key of samples and batches: one text for each video that could not be read, with its path and the reason.
+BROKEN = "broken"
+# Of as many videos in a row, one can be read unless something is wrong with all of them.
+TRIES = 10
+SHOWN = 10
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Seed torch, numpy and random by ``numbers``, and put their states back afterwards."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    for seed, set_seed in zip(
+        np.random.SeedSequence(numbers).generate_state(3).tolist(), (torch.manual_seed, np.random.seed, random.seed)
+    ):
+        set_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+class CheckedDataset(Dataset):
+    """A LAVIS dataset whose unreadable samples raise an error that names the file."""
+
+    def __init__(self, inner: Dataset, name: str) -> None:
+        self.inner = inner
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> dict:
+        try:
+            return self.inner[index]
+        except Exception as error:  # PIL, decord and the processors each have errors of their own
+            raise AuroraError(
+                f"{self.name}: cannot read {self.file(index)} ({type(error).__name__}: {error})"
+            ) from error
+
+    def file(self, index: int) -> str:
+        """Path of the picture or video of a sample."""
+        entry = self.inner.annotation[index]
+        return os.path.join(self.inner.vis_root, str(entry.get("image", entry.get("video", "?"))))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":  # not there yet while unpickling
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+class TrainingDataset(CheckedDataset):
+    """A LAVIS dataset to train on.
+
+    What is random in a sample (frames, crops) depends on ``seed``, ``epoch`` and its index alone. With
+    ``replaces``, another sample stands in for one whose video is broken, and names it under :data:`BROKEN`.
+    """
+
+    def __init__(self, inner: Dataset, name: str, replaces: bool = False) -> None:
+        super().__init__(inner, name)
+        self.replaces = replaces
+        self.seed = self.epoch = 0
+
+    def __getitem__(self, index: int) -> dict:
+        with seeded(self.seed, self.epoch, index):
+            if not self.replaces:
+                return super().__getitem__(index)
+            broken: list[str] = []
+            for _ in range(TRIES):
+                try:
+                    return {**super().__getitem__(index), BROKEN: broken}
+                except AuroraError as error:
+                    if not isinstance(error.__cause__, BrokenVideo):
+                        raise
+                    broken.append(f"{self.file(index)} ({error.__cause__})")
+                index = int(torch.randint(len(self), ()))
+        raise AuroraError(f"{self.name}: {TRIES} videos in a row cannot be read, the last {broken[-1]}")
+
+    def collater(self, samples: list[dict]) -> dict:
+        """LAVIS's, with the broken videos of all samples."""
+        if not self.replaces:
+            return self.inner.collater(samples)
+        rest = [{key: value for key, value in sample.items() if key != BROKEN} for sample in samples]
+        return {**self.inner.collater(rest), BROKEN: [text for sample in samples for text in sample[BROKEN]]}
+
+
+def start_epoch(dataset: Dataset, seed: int, epoch: int) -> None:
+    """Tell a dataset, or several joined, what their samples draw from."""
+    for part in getattr(dataset, "datasets", [dataset]):
+        if isinstance(part, TrainingDataset):
+            part.seed, part.epoch = seed % 2**32, epoch
+
+
+def report_broken(broken: list[str], samples: int, allowed: float, path: Path) -> None:
+    """Say which videos of an epoch could not be read, on all processes together.
+
+    Args:
+        broken: those of this process.
+        samples: that this process trained on.
+        allowed: largest share of samples that others may stand in for.
+        path: where to write all of them, if there are any.
+
+    Raises:
+        AuroraError: there are more.
+    """
+    parts: list[list[str]] = [broken]
+    if is_dist_avail_and_initialized():
+        parts = [[] for _ in range(get_world_size())]
+        dist.all_gather_object(parts, broken)
+    videos = sorted({text for part in parts for text in part})
+    if not videos:
+        return
+    count, total = sum(map(len, parts)), samples * get_world_size()
+    if is_main_process():
+        path.write_text("\n".join(videos) + os.linesep, encoding="utf-8")
+    shown = "; ".join(videos[:SHOWN]) + (f"; and {len(videos) - SHOWN} more" if len(videos) > SHOWN else "")
+    said = f"{count} of {total} samples had a video that cannot be read, {len(videos)} different ones: {shown}"
+    logging.warning("%s; others were trained on in their place; all are in %s", said, path)
+    if count > allowed * total:
+        raise AuroraError(
+            f"{said}; that is more than run.max_broken_share, {allowed:g}; mend them (all are in {path}), leave them "
+            f"out of the annotations, or raise the share"
+        )
