@@ -176,8 +176,8 @@ def report(split: str, result: dict[str, Any]) -> str:
     if k[forth]:
         each = {"image": "an image", "video": "a video"}[kind]
         head += (
-            f"ITM + {result['itc_weight']:g} x ITC for the best {k[forth]} texts of {each} and {k[back]} {kind}s of a "
-            f"text by ITC"
+            f"ITM + {result['itc_weight']:g} x ITC for the best {k[forth]} texts of {each} and {k[back]} {kind}s of "
+            f"a text by ITC"
         )
     else:
         head += "ITC, not reranked"

@@ -55,6 +55,8 @@ ENTRIES: dict[type, dict[str, Rule]] = {
 }
 # Checks of the files of a split behind the first, where they are no further entries.
 FURTHER_FILES: dict[type, Callable[[list[dict], list[str], str], None]] = {COCOVQAEvalDataset: check_vqa_files}
+# Retrieved by one paragraph for each video.
+PARAGRAPHS = ("didemo_retrieval",)
 # Of the annotation files, LAVIS makes datasets of these.
 SPLITS = ("train", "val", "test")
 REMEDY = "put it there, or set AURORA_DATA or the key to where it is"
@@ -102,6 +104,17 @@ def check_entries(entries: list[dict], dataset_cls: type, path: str, key: str) -
                 )
 
 
+def check_paragraphs(files: list[str], key: str) -> None:
+    """Refuse several captions of a video where all of its descriptions make one (paper, appendix C: DiDeMo)."""
+    for path in files:
+        for i, entry in enumerate(read_entries(path, key)):
+            if len(entry["caption"]) > 1:
+                raise AuroraError(
+                    f"{key}: entry {i} of {path} has {len(entry['caption'])} captions; for paragraph-to-video "
+                    f"retrieval they are one, as python -m lavis_aurora.data.convert didemo joins them"
+                )
+
+
 def check_split(files: list[str], dataset_cls: type, key: str) -> None:
     """Check all annotation files of a split; see :func:`check_entries`."""
     further = FURTHER_FILES.get(dataset_cls)
@@ -144,6 +157,8 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, Dataset]:
         paths = [path for _, _, path in paths]
         if all(map(os.path.isfile, paths)):
             check_split(paths, cls, key)
+            if name in PARAGRAPHS and split != "train":
+                check_paragraphs(paths, key)
     try:
         datasets = builder.build_datasets()
     except (OSError, TypeError, ValueError) as error:

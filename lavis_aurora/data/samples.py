@@ -95,7 +95,8 @@ class TrainingDataset(CheckedDataset):
                     if not isinstance(error.__cause__, BrokenVideo):
                         raise
                     broken.append(f"{self.file(index)} ({error.__cause__})")
-                index = int(torch.randint(len(self), ()))
+                # Any other.
+                index = (index + 1 + int(torch.randint(max(len(self) - 1, 1), ()))) % len(self)
         raise AuroraError(f"{self.name}: {TRIES} videos in a row cannot be read, the last {broken[-1]}")
 
     def collater(self, samples: list[dict]) -> dict:
@@ -136,10 +137,10 @@ def report_broken(broken: list[str], samples: int, allowed: float, path: Path) -
     if is_main_process():
         path.write_text("\n".join(videos) + os.linesep, encoding="utf-8")
     shown = "; ".join(videos[:SHOWN]) + (f"; and {len(videos) - SHOWN} more" if len(videos) > SHOWN else "")
-    said = f"{count} of {total} samples had a video that cannot be read, {len(videos)} different ones: {shown}"
-    logging.warning("%s; others were trained on in their place; all are in %s", said, path)
+    said = f"videos could not be read {count} times in {total} samples, {len(videos)} different ones: {shown}"
+    logging.warning("%s; others were trained on in their place; all are named in %s", said, path)
     if count > allowed * total:
         raise AuroraError(
-            f"{said}; that is more than run.max_broken_share, {allowed:g}; mend them (all are in {path}), leave them "
-            f"out of the annotations, or raise the share"
+            f"{said}; that is more than run.max_broken_share, {allowed:g}; mend them (all are named in {path}), "
+            f"leave them out of the annotations, or raise the share"
         )
