@@ -252,6 +252,11 @@ class RunConfig:
         max_broken_share: share of an epoch's samples whose video may be missing or broken; others are trained on in
             their place, and the run stops above it.
         output_dir: relative paths start at the current directory; each run adds a folder of its own.
+        resume: auto goes on with the newest run under output_dir of the same configuration, if there is one; none.
+        checkpoint_every: steps between checkpoints within an epoch; 0 for none but at its end.
+        save_queue: also keep the queue of features in checkpoints (118 MB with LAVIS's sizes), so that a resumed run
+            is exactly the run that was interrupted.
+        skip_nonfinite: leave out steps whose gradient is not finite, and count them, instead of stopping.
     """
 
     task: str = "retrieval_aurora"
@@ -293,10 +298,17 @@ class RunConfig:
     amp: bool = False
     log_freq: int = 50
     resume_ckpt_path: Optional[str] = None
+    resume: str = "none"
+    checkpoint_every: int = 0
+    save_queue: bool = False
+    skip_nonfinite: bool = False
     evaluate: bool = False
 
     def __post_init__(self) -> None:
         _one_of("run.device", self.device, ("auto", "cuda", "cpu"))
+        _one_of("run.resume", self.resume, ("auto", "none"))
+        if self.resume == "auto" and self.resume_ckpt_path:
+            raise AuroraError("run.resume: auto finds the run by itself; leave out run.resume_ckpt_path, or set none")
         _one_of("run.inference_method", self.inference_method, INFERENCE_METHODS)
         for key in (
             "max_epoch",
@@ -320,6 +332,7 @@ class RunConfig:
             "k_test",
             "warmup_steps",
             "min_len",
+            "checkpoint_every",
         ):
             _require(getattr(self, key) >= 0, f"run.{key}", getattr(self, key), "0 or more")
         share = self.max_broken_share

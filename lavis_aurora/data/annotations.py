@@ -18,7 +18,7 @@ from lavis.datasets.datasets.video_vqa_datasets import VideoQADataset
 from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
-from lavis_aurora.data.samples import CheckedDataset, TrainingDataset
+from lavis_aurora.data.samples import CheckedDataset, ReplacingDataset
 from lavis_aurora.data.vqa_files import check_vqa_files, read_json
 from lavis_aurora.errors import AuroraError, near_names
 
@@ -172,6 +172,6 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, Dataset]:
         key = f"datasets.{name}.build_info.{cfg.data_type}.storage"
         raise AuroraError(f"{key}: no such folder: {vis_root}; {REMEDY}")
     checked = {split: CheckedDataset(dataset, f"{name} {split}") for split, dataset in datasets.items()}
-    if "train" in datasets:
-        checked["train"] = TrainingDataset(datasets["train"], f"{name} train", replaces=data_type == "videos")
+    if "train" in datasets and data_type == "videos":
+        checked["train"] = ReplacingDataset(datasets["train"], f"{name} train")
     return checked

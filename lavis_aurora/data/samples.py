@@ -1,16 +1,12 @@
-"""Samples: errors name their files; those to train on are reproducible, with others in place of broken videos."""
+"""Samples: errors name their files, and in training others stand in for broken videos."""
 
 from __future__ import annotations
 
 import logging
 import os
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_world_size, is_dist_avail_and_initialized, is_main_process
@@ -24,22 +20,6 @@ BROKEN = "broken"
 # Of as many videos in a row, one can be read unless something is wrong with all of them.
 TRIES = 10
 SHOWN = 10
-
-
-@contextmanager
-def seeded(*numbers: int) -> Iterator[None]:
-    """Seed torch, numpy and random by ``numbers``, and put their states back afterwards."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    for seed, set_seed in zip(
-        np.random.SeedSequence(numbers).generate_state(3).tolist(), (torch.manual_seed, np.random.seed, random.seed)
-    ):
-        set_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
 
 
 class CheckedDataset(Dataset):
@@ -71,47 +51,29 @@ class CheckedDataset(Dataset):
         return getattr(self.inner, name)
 
 
-class TrainingDataset(CheckedDataset):
-    """A LAVIS dataset to train on.
+class ReplacingDataset(CheckedDataset):
+    """A LAVIS dataset of videos to train on: another sample, drawn at random, stands in for one that cannot be read.
 
-    What is random in a sample (frames, crops) depends on ``seed``, ``epoch`` and its index alone. With
-    ``replaces``, another sample stands in for one whose video is broken, and names it under :data:`BROKEN`.
+    Samples name the videos that could not under :data:`BROKEN`.
     """
 
-    def __init__(self, inner: Dataset, name: str, replaces: bool = False) -> None:
-        super().__init__(inner, name)
-        self.replaces = replaces
-        self.seed = self.epoch = 0
-
     def __getitem__(self, index: int) -> dict:
-        with seeded(self.seed, self.epoch, index):
-            if not self.replaces:
-                return super().__getitem__(index)
-            broken: list[str] = []
-            for _ in range(TRIES):
-                try:
-                    return {**super().__getitem__(index), BROKEN: broken}
-                except AuroraError as error:
-                    if not isinstance(error.__cause__, BrokenVideo):
-                        raise
-                    broken.append(f"{self.file(index)} ({error.__cause__})")
-                # Any other.
-                index = (index + 1 + int(torch.randint(max(len(self) - 1, 1), ()))) % len(self)
+        broken: list[str] = []
+        for _ in range(TRIES):
+            try:
+                return {**super().__getitem__(index), BROKEN: broken}
+            except AuroraError as error:
+                if not isinstance(error.__cause__, BrokenVideo):
+                    raise
+                broken.append(f"{self.file(index)} ({error.__cause__})")
+            # Any other.
+            index = (index + 1 + int(torch.randint(max(len(self) - 1, 1), ()))) % len(self)
         raise AuroraError(f"{self.name}: {TRIES} videos in a row cannot be read, the last {broken[-1]}")
 
     def collater(self, samples: list[dict]) -> dict:
         """LAVIS's, with the broken videos of all samples."""
-        if not self.replaces:
-            return self.inner.collater(samples)
         rest = [{key: value for key, value in sample.items() if key != BROKEN} for sample in samples]
         return {**self.inner.collater(rest), BROKEN: [text for sample in samples for text in sample[BROKEN]]}
-
-
-def start_epoch(dataset: Dataset, seed: int, epoch: int) -> None:
-    """Tell a dataset, or several joined, what their samples draw from."""
-    for part in getattr(dataset, "datasets", [dataset]):
-        if isinstance(part, TrainingDataset):
-            part.seed, part.epoch = seed % 2**32, epoch
 
 
 def report_broken(broken: list[str], samples: int, allowed: float, path: Path) -> None:
