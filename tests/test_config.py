@@ -57,6 +57,8 @@ def _build_tiny(model_cfg: DictConfig) -> None:
     tiny |= {"pretrained": None, "finetuned": None, "load_finetuned": False}
     if "queue_size" in keys:
         tiny["queue_size"] = 8
+    if "adapter" in keys:
+        tiny["adapter"] = None
     model = cls.from_config(OmegaConf.merge(model_cfg, {"vit": None}, tiny))
     assert type(model) is cls
     assert any(p.requires_grad for p in model.parameters()) or model_cfg.get("tuning") == "frozen"
@@ -144,6 +146,38 @@ def test_retrieval_projects_have_the_papers_settings(project: str, k_test: int) 
     settings = parse_config(RetrievalAuroraConfig, model, "model")
     assert (settings.tuning, settings.mode_approx.rank) == ("aurora", 64)
     assert settings.pretrained and settings.pretrained.endswith("BLIP/models/model_base.pth")
+
+
+VIDEO = [
+    ("msrvtt_ret", "msrvtt_retrieval", 224, 8, 5),
+    ("didemo_ret", "didemo_retrieval", 224, 8, 5),
+    ("msrvtt_qa", "msrvtt_qa_aurora", 384, 4, 10),
+    ("zeroshot_msrvtt", "msrvtt_retrieval", 224, None, None),
+    ("zeroshot_didemo", "didemo_retrieval", 224, None, None),
+]
+
+
+@pytest.mark.parametrize(("project", "dataset", "size", "batch", "epochs"), VIDEO, ids=[row[0] for row in VIDEO])
+def test_video_projects_have_the_papers_settings(
+    project: str, dataset: str, size: int, batch: int | None, epochs: int | None
+) -> None:
+    cfg = load_config(str(ROOT / f"projects/aurora/{project}.yaml"))
+    run, model, processors = cfg.run_cfg, cfg.model_cfg, cfg.datasets_cfg[dataset].vis_processor
+    assert list(cfg.datasets_cfg) == [dataset]
+    assert model.model_type == "base" and model.image_size == size
+    assert {split: (p.name, p.n_frms, p.image_size) for split, p in processors.items()} == {
+        "train": ("aurora_video_train", 8, size),
+        "eval": ("aurora_video_eval", 16, size),
+    }
+    if batch is None:
+        assert run.evaluate and not run.train_splits and run.k_test == 128 and model.adapter
+        return
+    assert (run.batch_size_train, run.max_epoch, model.mode_approx.rank) == (batch, epochs, 64)
+    assert (run.init_lr, run.weight_decay, run.lr_sched) == (1e-4, 0.05, "linear_warmup_cosine_lr")
+    if project == "msrvtt_qa":
+        assert (run.task, run.inference_method, run.num_beams) == ("video_qa_aurora", "generate", 1)
+    else:
+        assert (run.task, run.k_test) == ("retrieval_aurora", 128)
 
 
 def test_defaults_are_lavis_own() -> None:
@@ -314,6 +348,8 @@ OUT_OF_RANGE = [
     ("model.momentum", "-0.1", "between 0 and 1"),
     ("model.momentum", "1.5", "between 0 and 1"),
     ("run.device", "tpu9", "known: auto, cpu, cuda"),
+    ("run.max_broken_share", "-0.1", "between 0 and 1"),
+    ("run.max_broken_share", "1.1", "between 0 and 1"),
     *[
         (f"run.{key}", "0", "1 or more")
         for key in ("max_epoch", "accum_grad_iters", "batch_size_train", "batch_size_eval", "log_freq")
