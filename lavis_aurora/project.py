@@ -140,16 +140,23 @@ def _check_registered(key: str, name: str | None, kind: str) -> None:
         raise AuroraError(f"{key}: {name!r} is not registered{near_names(str(name), known)}")
 
 
+def _check_video_processors(name: str, dataset: DictConfig) -> None:
+    """Refuse a dataset of videos that would get the model's processors, which are for pictures."""
+    for split in ("train", "eval"):
+        if not (dataset.get("vis_processor") or {}).get(split):
+            raise AuroraError(
+                f"datasets.{name}.vis_processor.{split}: missing; videos need aurora_video_{split} with n_frms and "
+                f"image_size, see projects/aurora/msrvtt_ret.yaml"
+            )
+
+
 def _complete_processors(cfg: AuroraConfig) -> None:
     """Give datasets without processors the model's, and compare picture sizes."""
     preprocess = cfg.config.get("preprocess") or {}
     size = cfg.model_cfg.get("image_size")
     for name, dataset in cfg.datasets_cfg.items():
-        if dataset.get("data_type") == "videos" and dataset.get("vis_processor") is None:
-            raise AuroraError(
-                f"datasets.{name}.vis_processor: missing; videos need aurora_video_train and aurora_video_eval with "
-                f"n_frms and image_size, see projects/aurora/msrvtt_ret.yaml"
-            )
+        if dataset.get("data_type") == "videos":
+            _check_video_processors(name, dataset)
         for kind in ("vis_processor", "text_processor"):
             for split, processor in (preprocess.get(kind) or {}).items():
                 if dataset.get(kind) is None:

@@ -18,12 +18,13 @@ from tiny import SPLITS, tiny_config, write_pictures
 from tiny_video import write_video_questions, write_videos
 from tiny_vqa import write_vqa
 
-from lavis_aurora.cli import train
+from lavis_aurora.cli import evaluate, train
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 6
 IMAGE_SIZE = 48
 TINY = tiny_config()
+TINY_WEIGHTS = Path(TINY.tokenizer) / "model.safetensors"
 VIT = [f"model.vit.{key}={value}" for key, value in TINY.vit.items()]
 # Sizes and paths; all else is the project's.
 MODEL = [
@@ -33,6 +34,7 @@ MODEL = [
     f"model.med_config_path={TINY.med_config_path}",
     f"model.tokenizer={TINY.tokenizer}",
 ]
+BACKBONE = f"model.pretrained={TINY_WEIGHTS}"
 RETRIEVAL = [*MODEL, "model.vit_ckpt_layer=2", "model.embed_dim=64", "model.queue_size=16"]
 RUN = ["run.max_epoch=1", "run.batch_size_train=3", "run.batch_size_eval=4", "run.num_workers=0", "run.device=cpu"]
 
@@ -146,6 +148,36 @@ def test_retrieval_trains_and_tests(tmp_path, capsys, project, dataset, kind, te
     check_retrieval(folder, kind, texts, capsys.readouterr().out)
     state = torch.load(folder / "checkpoint_best.pth", weights_only=True)
     assert any(key.startswith("mode_approx") for key in state["model"])
+
+
+@pytest.fixture(scope="module")
+def coco_adapter(tmp_path_factory, data) -> Path:
+    """The adapter of a run of coco_ret.yaml, at a rate at which one step shows."""
+    folder = tmp_path_factory.mktemp("coco")
+    before = registry.mapping["paths"]["cache_root"]
+    registry.mapping["paths"]["cache_root"] = str(data)
+    options = [*RETRIEVAL, BACKBONE, *RUN, *sizes("coco_retrieval"), "run.init_lr=0.03", "run.test_splits=[]"]
+    train(arguments("coco_ret", folder / "output", *options))
+    registry.mapping["paths"]["cache_root"] = before
+    return only_run(folder) / "adapter_best"
+
+
+@pytest.mark.parametrize("command", [train, evaluate])
+@pytest.mark.parametrize("name", ["msrvtt", "didemo"])
+def test_zero_shot_tests_an_adapter_of_coco(tmp_path, capsys, coco_adapter, name, command):
+    """Smaller frames than COCO's pictures, as in the paper; nothing is trained."""
+    size = 32
+    options = [o.replace(f"={IMAGE_SIZE}", f"={size}") for o in [*RETRIEVAL, *sizes(f"{name}_retrieval")]]
+    options += [BACKBONE, *RUN]
+    figures = []
+    for number, adapter in enumerate((str(coco_adapter), "null")):
+        output = tmp_path / str(number) / "output"
+        command(arguments(f"zeroshot_{name}", output, *options, f"model.adapter={adapter}"))
+        folder = only_run(output.parent)
+        assert not list(folder.glob("*.pth")) and not logged(folder, "train_loss")
+        check_retrieval(folder, "video", COUNT, capsys.readouterr().out, epoch="0")
+        figures.append(json.loads((folder / "result/test_epoch_0.json").read_text())["ranks"])
+    assert figures[0] != figures[1]
 
 
 def test_torchrun_with_two_processes_trains_and_tests_on_videos(tmp_path, capsys, data):
