@@ -72,15 +72,19 @@ def test_a_broken_video_stops_the_evaluation(tmp_path, options, capsys, split):
     assert f"msrvtt_retrieval {split}: cannot read {tmp_path}/data/videos/{split}_3.mp4 (BrokenVideo: " in line
 
 
-def test_videos_without_their_processors_are_refused(tmp_path, options, capsys):
+@pytest.mark.parametrize("given", ["train", "eval"])
+def test_videos_without_their_processors_are_refused(tmp_path, options, capsys, given):
     """The model's are for pictures."""
+    dataset = f"{{vis_processor: {{{given}: {{name: aurora_video_{given}, image_size: 48}}}}}}"
     (tmp_path / "project.yaml").write_text(
-        "model: {arch: blip_retrieval_aurora, model_type: tiny}\ndatasets: {msrvtt_retrieval: {}}\nrun: {k_test: 2}\n"
+        f"model: {{arch: blip_retrieval_aurora, model_type: tiny}}\ndatasets: {{msrvtt_retrieval: {dataset}}}\n"
+        f"run: {{k_test: 2}}\n"
     )
     with pytest.raises(SystemExit):
         train(["--cfg-path", str(tmp_path / "project.yaml")])
+    other = {"train": "eval", "eval": "train"}[given]
     expected = (
-        "datasets.msrvtt_retrieval.vis_processor: missing; videos need aurora_video_train and aurora_video_eval"
+        f"datasets.msrvtt_retrieval.vis_processor.{other}: missing; videos need aurora_video_{other} with n_frms"
     )
     assert expected in capsys.readouterr().err
 

@@ -159,7 +159,6 @@ def _report(rank: int, path: Path) -> str:
 def test_processes_count_together(tmp_path):
     messages = run_processes(2, _report, tmp_path / "broken.txt")
     assert messages[0] == messages[1]
-    assert messages[0].startswith(
-        "3 of 20 samples had a video that cannot be read, 2 different ones: 0.mp4 (text); 1"
-    )
+    expected = "videos could not be read 3 times in 20 samples, 2 different ones: 0.mp4 (text); 1.mp4 (text); "
+    assert messages[0].startswith(expected)
     assert (tmp_path / "broken.txt").read_text().splitlines() == ["0.mp4 (text)", "1.mp4 (text)"]
