@@ -30,16 +30,19 @@ class Rule(NamedTuple):
     need: str
 
 
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def _texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+    return isinstance(value, list) and bool(value) and all(map(_text, value))
 
 
 ANYTHING = Rule(lambda value: True, "")
-TEXT = Rule(lambda value: isinstance(value, str), "one string")
-TEXTS = Rule(_texts, 'a list of strings, e.g. ["a cat"]')
+TEXT = Rule(_text, "one string, not empty")
+TEXTS = Rule(_texts, 'a list of strings, none empty, e.g. ["a cat"]')
 # Of a question, LAVIS's processor drops these.
 QUESTION = Rule(lambda value: isinstance(value, str) and bool(value.strip(' .!"()*#:;~')), "a string with words")
-ANSWER = Rule(lambda value: isinstance(value, str) and bool(value.strip()), "a string with words")
 NUMBER_OR_TEXT = Rule(lambda value: type(value) in (int, str), "a number or a string")
 
 # Keys that LAVIS's datasets read from each entry, and what they would misread.
@@ -50,11 +53,15 @@ ENTRIES: dict[type, dict[str, Rule]] = {
     retrieval.VideoRetrievalEvalDataset: {"video": ANYTHING, "caption": TEXTS},
     COCOVQADataset: {"image": ANYTHING, "question": QUESTION, "answer": TEXTS},
     VGVQADataset: {"image": ANYTHING, "question": QUESTION, "answer": TEXT},
-    VideoQADataset: {"video": ANYTHING, "question": QUESTION, "answer": ANSWER, "question_id": NUMBER_OR_TEXT},
+    VideoQADataset: {"video": ANYTHING, "question": QUESTION, "answer": TEXT, "question_id": NUMBER_OR_TEXT},
     COCOVQAEvalDataset: {"image": ANYTHING, "question": QUESTION, "question_id": NUMBER_OR_TEXT},
 }
 # Checks of the files of a split behind the first, where they are no further entries.
 FURTHER_FILES: dict[type, Callable[[list[dict], list[str], str], None]] = {COCOVQAEvalDataset: check_vqa_files}
+# Datasets in which each picture or video must have one entry.
+RANKED = (retrieval.RetrievalEvalDataset, retrieval.VideoRetrievalEvalDataset)
+# Keys of a dataset's part of the YAML that LAVIS's builders read.
+DATASET_KEYS = ("data_type", "build_info", "vis_processor", "text_processor", "kw_processor", "type", "dataset_card")
 # Retrieved by one paragraph for each video.
 PARAGRAPHS = ("didemo_retrieval",)
 # Of the annotation files, LAVIS makes datasets of these.
@@ -115,12 +122,28 @@ def check_paragraphs(files: list[str], key: str) -> None:
                 )
 
 
+def check_unique(entries: list[dict], dataset_cls: type, path: str, key: str) -> None:
+    """Refuse a picture or video that is to be ranked twice: each of its captions would have one right entry only."""
+    if not issubclass(dataset_cls, RANKED):
+        return
+    kind = "video" if issubclass(dataset_cls, retrieval.VideoRetrievalEvalDataset) else "image"
+    first: dict[Any, int] = {}
+    for i, entry in enumerate(entries):
+        before = first.setdefault(entry[kind], i)
+        if before != i:
+            raise AuroraError(
+                f"{key}: entries {before} and {i} of {path} have the same {kind}, {entry[kind]!r}; make them one "
+                f"entry with all captions"
+            )
+
+
 def check_split(files: list[str], dataset_cls: type, key: str) -> None:
     """Check all annotation files of a split; see :func:`check_entries`."""
     further = FURTHER_FILES.get(dataset_cls)
     for path in files[:1] if further else files:
         entries = read_entries(path, key)
         check_entries(entries, dataset_cls, path, key)
+        check_unique(entries, dataset_cls, path, key)
         if further:
             further(entries, files, key)
 
@@ -136,6 +159,9 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, Dataset]:
         Datasets by split.
     """
     prefix = f"datasets.{name}"
+    for key in cfg:
+        if key not in DATASET_KEYS:
+            raise AuroraError(f"{prefix}.{key}: unknown key{near_names(key, DATASET_KEYS)}")
     data_type, info = cfg.get("data_type"), cfg.get("build_info") or {}
     kinds = [key for key in ("images", "videos", "features") if key in info]
     if data_type not in info:

@@ -5,7 +5,8 @@
     python -m lavis_aurora.data.convert didemo FOLDER_OF_TRAIN_VAL_TEST_DATA_JSON --videos didemo/videos
     python -m lavis_aurora.data.convert karpathy dataset_coco.json
 
-Numbers of pictures and videos are compared with the published splits, :data:`PUBLISHED`, before anything is written.
+Numbers of pictures and videos are compared with the published splits, :data:`PUBLISHED`, before anything is written;
+empty sentences are left out.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def msrvtt(paths: Sequence[Path], split: str, test_csv: Path | None) -> dict[str
             parts[_get(video, "video_id", path, f"video {i}")] = _get(video, "split", path, f"video {i}")
         for i, sentence in enumerate(_get(content, "sentences", path, "the file")):
             text = _get(sentence, "caption", path, f"sentence {i}")
-            captions[_get(sentence, "video_id", path, f"sentence {i}")].append(text)
+            if text.strip():
+                captions[_get(sentence, "video_id", path, f"sentence {i}")].append(text)
     without = sorted(parts.keys() - captions.keys())
     if without:
         raise AuroraError(f"{paths[0]}: {len(without)} videos have no sentence, among them {without[0]}")
@@ -158,14 +160,15 @@ def didemo(folder: Path, videos: Path | None) -> tuple[dict[str, Entries], list[
         paragraphs: dict[str, list[str]] = defaultdict(list)
         for i, item in enumerate(read_file(path)):
             text = _get(item, "description", path, f"entry {i}").strip()
-            paragraphs[_get(item, "video", path, f"entry {i}")].append(text)
+            if text:
+                paragraphs[_get(item, "video", path, f"entry {i}")].append(text)
         result[part] = []
         for video, texts in paragraphs.items():
             name = video if found is None else found.get(video) or found.get(Path(video).stem)
             if name is None:
                 missing.append(video)
                 continue
-            paragraph = " ".join(text for text in texts if text)
+            paragraph = " ".join(texts)
             result[part].append({"video": name, "caption": paragraph if part == "train" else [paragraph]})
     return result, missing
 
@@ -187,6 +190,7 @@ def karpathy(path: Path) -> tuple[str, dict[str, Entries]]:
         folder = _get(image, "filepath", path, what) if name == "coco" else "flickr30k-images"
         file = f"{folder}/{_get(image, 'filename', path, what)}"
         texts = [_get(sentence, "raw", path, what) for sentence in _get(image, "sentences", path, what)]
+        texts = [text for text in texts if text.strip()]
         part = _get(image, "split", path, what)
         part = "train" if part == "restval" else part
         if part not in parts:
@@ -194,7 +198,7 @@ def karpathy(path: Path) -> tuple[str, dict[str, Entries]]:
         if part == "train":
             number = image.get("cocoid", image.get("imgid", i))
             parts[part] += [{"image": file, "caption": text, "image_id": f"{name}_{number}"} for text in texts]
-        else:
+        elif texts:
             parts[part].append({"image": file, "caption": texts})
     return name, parts
 

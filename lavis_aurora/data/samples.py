@@ -10,11 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_world_size, is_dist_avail_and_initialized, is_main_process
+from PIL import Image
 from torch.utils.data import Dataset
 
 from lavis_aurora.data.frames import BrokenVideo
 from lavis_aurora.errors import AuroraError
 
+# PIL's modes of more than 8 bits a channel.
+DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 # Key of samples and batches: one text for each video that could not be read, with its path and the reason.
 BROKEN = "broken"
 # Of as many videos in a row, one can be read unless something is wrong with all of them.
@@ -34,11 +37,20 @@ class CheckedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         try:
+            self._check_depth(index)
             return self.inner[index]
         except Exception as error:  # PIL, decord and the processors each have errors of their own
             raise AuroraError(
                 f"{self.name}: cannot read {self.file(index)} ({type(error).__name__}: {error})"
             ) from error
+
+    def _check_depth(self, index: int) -> None:
+        """Refuse pictures of more than 8 bits a channel, which PIL would turn white; a JPEG never has them."""
+        picture = str(self.inner.annotation[index].get("image", ".jpg"))
+        if not picture.lower().endswith((".jpg", ".jpeg")):
+            with Image.open(os.path.join(self.inner.vis_root, picture)) as opened:
+                if opened.mode in DEEP_MODES:
+                    raise ValueError(f"its mode is {opened.mode}; convert it to 8 bits a channel")
 
     def file(self, index: int) -> str:
         """Path of the picture or video of a sample."""

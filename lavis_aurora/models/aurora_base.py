@@ -17,7 +17,7 @@ from lavis_aurora.mode_approx import ModeFactors, inject_mode_approx, load_adapt
 from lavis_aurora.mode_approx.companions import bind_companions, keep_base_heads
 from lavis_aurora.mode_approx.trainable import adapter_parameters
 from lavis_aurora.models.adapter_owner import AdapterOwnerMixin
-from lavis_aurora.models.checkpoint import load_backbone, read_state_dict
+from lavis_aurora.models.checkpoint import check_finite, load_backbone, read_state_dict
 from lavis_aurora.models.fusion import add_gates
 from lavis_aurora.models.visual import VisualFeatures, encode_visual, visual_input
 
@@ -130,7 +130,8 @@ class AuroraBase(AdapterOwnerMixin):
         return {name: parameter.detach().cpu() for name, parameter in self._run_parameters().items()}
 
     def load_run_state(self, state: dict[str, Tensor], source: str) -> None:
-        """Load what :meth:`run_state` gave; anything missing, foreign or of another shape is an error."""
+        """Load what :meth:`run_state` gave; anything missing, foreign, of another shape or NaN is an error."""
+        check_finite(state, source)
         own = self._run_parameters()
         problems = [f"{name} is missing" for name in own.keys() - state.keys()]
         problems += [f"{name} is not trained here" for name in state.keys() - own.keys()]

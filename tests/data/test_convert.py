@@ -61,7 +61,7 @@ def msrvtt(tmp_path: Path) -> list[str]:
             {"caption": f"sentence {s} of {i}", "video_id": f"video{i}", "sen_id": 3 * i + s}
             for s in range(3)
             for i in chosen
-        ]
+        ] + [{"caption": " ", "video_id": f"video{i}", "sen_id": 900 + i} for i in chosen]
         content = {"info": {"year": "2016"}, "videos": videos, "sentences": sentences}
         (tmp_path / f"{name}_videodatainfo.json").write_text(json.dumps(content))
     with (tmp_path / "test.csv").open("w", newline="") as file:
@@ -217,7 +217,7 @@ def karpathy_file(folder: Path, name: str) -> Path:
         {
             "filename": f"{i}.jpg",
             "split": split,
-            "sentences": [{"raw": f"Sentence {s} of {i}.", "tokens": []} for s in range(2)],
+            "sentences": [{"raw": text, "tokens": []} for text in (f"Sentence 0 of {i}.", "", f"Sentence 1 of {i}.")],
             **(
                 {"filepath": f"{'train' if split == 'train' else 'val'}2014", "cocoid": 70 + i}
                 if name == "coco"

@@ -67,7 +67,11 @@ def test_files_are_those_of_lavis():
         ("ans2label", "{}", "must hold answers with their numbers"),
         ("ans2label", "{", "is not readable json"),
         ("train", '[{"video": "a.mp4", "question": "what?", "question_id": 1}]', "entry 0 of .* has no 'answer'"),
-        ("test", '[{"video": "a.mp4", "question": "?", "question_id": 1, "answer": ""}]', "answer .* with words"),
+        (
+            "test",
+            '[{"video": "a.mp4", "question": "?", "question_id": 1, "answer": ""}]',
+            "answer .* must be one string, not empty",
+        ),
         ("val", '[{"video": "a.mp4", "question": " ", "question_id": 1, "answer": "a"}]', "question .* with words"),
     ],
 )
