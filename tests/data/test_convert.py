@@ -137,6 +137,7 @@ def test_msrvtt_files_that_cannot_be_used(tmp_path, msrvtt, change, message):
     ("edit", "message"),
     [
         (lambda c: c.pop("sentences"), "the file has no 'sentences'"),
+        (lambda c: c.update(videos={}), "videos must be a list, not '{}'"),
         (lambda c: c["videos"][1].pop("video_id"), "video 1 has no 'video_id'"),
         (lambda c: c["sentences"][0].pop("caption"), "sentence 0 has no 'caption'"),
         (lambda c: c["sentences"].clear(), "8 videos have no sentence, among them video0"),
@@ -201,6 +202,13 @@ def test_didemo_videos_are_found_under_other_endings_and_missing_ones_are_named(
 def test_didemo_without_its_folder_of_videos(didemo_files):
     with pytest.raises(AuroraError, match="--videos: no such folder"):
         main(["didemo", str(didemo_files), "--videos", str(didemo_files / "absent")])
+
+
+@pytest.mark.parametrize("content", ["3", '{"video": "a"}', "[3]", '["a"]'])
+def test_didemo_files_of_another_format(didemo_files, content):
+    (didemo_files / "val_data.json").write_text(content)
+    with pytest.raises(AuroraError, match="val_data.json: (the file must be a list|entry 0 has no 'description')"):
+        main(["didemo", str(didemo_files), "--allow-partial"])
 
 
 def test_empty_split(didemo_files):
