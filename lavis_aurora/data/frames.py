@@ -63,7 +63,7 @@ def read_frames(path: str, choose: Callable[[int], Tensor]) -> Tensor:
         with decord.bridge.use_torch():
             frames = reader.get_batch(choose(len(reader)).tolist())
     except (DECORDError, RuntimeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).replace(path, "it").split())[:200]
         # It takes the padding of short lines for a fourth colour.
         narrow = "decord cannot read videos less than 64 pixels wide: " if "from_size == to_size" in reason else ""
         raise BrokenVideo(narrow + reason) from error

@@ -108,11 +108,11 @@ def report_broken(broken: list[str], samples: int, allowed: float, path: Path) -
     if not videos:
         return
     count, total = sum(map(len, parts)), samples * get_world_size()
-    if is_main_process():
-        path.write_text("\n".join(videos) + os.linesep, encoding="utf-8")
     shown = "; ".join(videos[:SHOWN]) + (f"; and {len(videos) - SHOWN} more" if len(videos) > SHOWN else "")
     said = f"videos could not be read {count} times in {total} samples, {len(videos)} different ones: {shown}"
-    logging.warning("%s; others were trained on in their place; all are named in %s", said, path)
+    if is_main_process():
+        path.write_text("\n".join(videos) + os.linesep, encoding="utf-8")
+        logging.warning("%s; others were trained on in their place; all are named in %s", said, path)
     if count > allowed * total:
         raise AuroraError(
             f"{said}; that is more than run.max_broken_share, {allowed:g}; mend them (all are named in {path}), "
