@@ -33,9 +33,11 @@ def written_whole(path: str | Path, previous: str | Path | None = None) -> Itera
         if previous is not None and path.exists():
             path.replace(previous)
         partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer tells of a full disk by a RuntimeError
+    except BaseException as error:
         try:
             partial.unlink(missing_ok=True)
         except OSError:
             logging.warning("%s is left behind, unfinished", partial)
-        raise AuroraError(f"cannot write {path} ({error}); free some space or name another folder") from error
+        if isinstance(error, (OSError, RuntimeError)):  # torch's zip writer tells of a full disk by a RuntimeError
+            raise AuroraError(f"cannot write {path} ({error}); free some space or name another folder") from error
+        raise

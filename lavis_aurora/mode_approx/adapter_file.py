@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from lavis_aurora.errors import AuroraError
 from lavis_aurora.files import written_whole
 from lavis_aurora.mode_approx.adapted import adapted_layers, factors_of
 from lavis_aurora.mode_approx.adapter_config import AdapterConfig, BaseConfig
-from lavis_aurora.mode_approx.factors import ModeFactors
+from lavis_aurora.mode_approx.factors import INTERNAL, ModeFactors
 from lavis_aurora.version import __version__
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -87,9 +88,12 @@ def save_adapter(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AuroraError(f"cannot write {folder} ({error}); name another folder") from error
-    for file_name, data in ((TENSORS, content), (CONFIG, text.encode())):
-        with written_whole(folder / file_name) as file:
+    # Both are on the disk before either takes its place; whoever reads between the two renames sees it by the hash.
+    with written_whole(folder / TENSORS) as tensor_file, written_whole(folder / CONFIG) as config_file:
+        for file, data in ((tensor_file, content), (config_file, text.encode())):
             file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", check_base: bool = True) -> None:
@@ -109,10 +113,14 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", ch
             unchanged then.
     """
     factors = factors_of(model)
+    if name in INTERNAL:
+        raise AuroraError(f"an adapter cannot be called {name!r}, which a model keeps for its training")
+    if name == factors.merged:
+        raise AuroraError(f"the adapter {name!r} is merged into the weights; unmerge_adapter(model) before loading")
     config, tensors = read_adapter(folder)
     differences = _differences(model, factors, config, name, check_base)
     if not differences:
-        differences = _shape_differences(factors, config, tensors)
+        differences = _tensor_differences(factors, config, tensors)
     if differences:
         raise AuroraError(f"{folder} does not fit this model: {_some(differences)}")
     if name not in factors.sets:
@@ -221,8 +229,8 @@ def _differences(
     return problems
 
 
-def _shape_differences(factors: ModeFactors, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> list[str]:
-    """How the tensors differ from those that the settings announce."""
+def _tensor_differences(factors: ModeFactors, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> list[str]:
+    """How the tensors differ from those that the settings announce, and from numbers."""
     expected = {f"{FACTORS}.{key}": shape for key, shape in factor_shapes(config).items()}
     for group, part in factors.companions.items():
         if group == "gate" or any(key.startswith(f"{group}.") for key in tensors):
@@ -235,6 +243,7 @@ def _shape_differences(factors: ModeFactors, config: AdapterConfig, tensors: Map
         for key in expected.keys() & tensors.keys()
         if tuple(tensors[key].shape) != expected[key]
     ]
+    problems += [f"{key} is not finite there" for key, tensor in tensors.items() if not tensor.isfinite().all()]
     return sorted(problems)
 
 

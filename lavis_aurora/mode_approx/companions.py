@@ -7,12 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from lavis_aurora.mode_approx.factors import ModeFactors
+from lavis_aurora.mode_approx.factors import BASE, ModeFactors
 from lavis_aurora.mode_approx.trainable import adapter_parameters, head_parameters
 from lavis_aurora.precision import SinglePrecision
-
-# Who owns the heads of the backbone itself.
-BASE = "base"
 
 
 class Companions(SinglePrecision):

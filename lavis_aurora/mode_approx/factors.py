@@ -18,6 +18,8 @@ from lavis_aurora.precision import SinglePrecision
 U_DEVIATION = 0.1
 # Sets that belong to a model's training and are no adapters.
 INTERNAL = ("momentum",)
+# Whose the heads of the backbone itself are, see Companions.
+BASE = "base"
 
 
 class FactorSet(SinglePrecision):
@@ -114,8 +116,8 @@ class ModeFactors(nn.Module):
         """
         if name in self.sets:
             raise AuroraError(f"there is an adapter {name!r} already; delete_adapter it, or choose another name")
-        if not re.fullmatch(r"\w[\w-]*", name) or hasattr(self.sets, name):
-            raise AuroraError(f"an adapter cannot be called {name!r}; use letters, digits, _ and -")
+        if not re.fullmatch(r"\w[\w-]*", name) or hasattr(self.sets, name) or name == BASE:
+            raise AuroraError(f"an adapter cannot be called {name!r}; use another word of letters, digits, _ and -")
         self.sets[name] = FactorSet(list(self.slots.values()), config).to(self.sets_device())
         return self.sets[name]
 
