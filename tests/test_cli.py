@@ -281,7 +281,10 @@ def test_caption_string_at_evaluation(project: Path, data: Path, failing: Callab
     entries = json.loads((data / "val.json").read_text())
     entries[1]["caption"] = "a cat"
     (data / "val.json").write_text(json.dumps(entries))
-    expected = f"the caption of entry 1 of {data / 'val.json'} must be a list of strings, none empty, e.g. [\"a cat\"], not 'a cat'"
+    expected = (
+        f"the caption of entry 1 of {data / 'val.json'} must be a list of strings, none empty, "
+        f"e.g. [\"a cat\"], not 'a cat'"
+    )
     assert expected in failing(project)
 
 
