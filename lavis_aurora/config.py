@@ -7,6 +7,7 @@ without LAVIS.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -29,6 +30,21 @@ def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
         raise AuroraError(f"{key}: unknown value {value!r}{near_names(str(value), known)}")
 
 
+def _patterns(key: str, value: Any) -> list[str]:
+    """Regular expressions, from one or a list of them."""
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, (list, tuple)) or not patterns or not all(isinstance(p, str) for p in patterns):
+        raise AuroraError(
+            f"{key}: {value!r} cannot be used; it must be a name or regular expression, or a list of them"
+        )
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise AuroraError(f"{key}: {pattern!r} is no regular expression ({error})") from None
+    return list(patterns)
+
+
 @dataclass
 class ModeApproxConfig:
     """Mode approximation (paper 3.2, eq. 2-4).
@@ -37,14 +53,19 @@ class ModeApproxConfig:
         rank: R, the number of rank-one components. The paper uses 64 and 128.
         scale: factor on the whole update; the rest of the scaling follows rank and width by itself. With 8, the
             learning rate that suits the heads suits the factors.
+        targets: which layers are adapted: regular expressions over their whole names, or names of presets
+            (``mode_approx/presets.py``), one or a list; null for those that the model is meant for.
     """
 
     rank: int = 64
     scale: float = 8.0
+    targets: Any = None
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "mode_approx.rank", self.rank, "1 or more")
         _require(self.scale > 0, "mode_approx.scale", self.scale, "above 0")
+        if self.targets is not None:
+            self.targets = _patterns("mode_approx.targets", self.targets)
 
 
 @dataclass
@@ -241,6 +262,35 @@ class VideoProcessorConfig:
         for key in ("mean", "std"):
             value = getattr(self, key)
             _require(value is None or len(value) == 3, key, value, "three numbers, of red, green and blue")
+
+
+@dataclass
+class ModeApproxModelConfig:
+    """``model:`` of mode_approx: the method around any model that is registered with LAVIS.
+
+    Attributes:
+        arch, model_type: LAVIS's own; there is one type, default.
+        base: ``model:`` of the model inside: its arch, its model_type, and what differs from that type's defaults.
+        mode_approx: the method; without targets those of the preset for ``base.arch``.
+        modules_to_save: regular expressions over names of modules that are trained besides, e.g. a new classifier.
+        adapter: folder of an adapter to start from, see save_adapter; the base and the method are then its own,
+            where they are left out.
+        adapter_check_base: refuse an adapter that was tuned on other weights than the model's.
+    """
+
+    arch: Optional[str] = None
+    model_type: Optional[str] = None
+    base: dict[str, Any] = field(default_factory=dict)
+    mode_approx: ModeApproxConfig = field(default_factory=ModeApproxConfig)
+    modules_to_save: Any = None
+    adapter: Optional[str] = None
+    adapter_check_base: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base.get("arch"), str):
+            raise AuroraError("model.base.arch: missing; name the registered model to wrap, e.g. blip_retrieval")
+        if self.modules_to_save is not None:
+            self.modules_to_save = _patterns("model.modules_to_save", self.modules_to_save)
 
 
 @dataclass

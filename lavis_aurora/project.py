@@ -31,6 +31,13 @@ class AuroraConfig(Config):
             self.build_runner_config(user), self.build_model_config(user), self.build_dataset_config(user), user
         )
 
+    @staticmethod
+    def build_model_config(config: DictConfig, **kwargs) -> DictConfig:
+        """LAVIS's; a model around another one takes over the defaults and processors of that."""
+        completed = Config.build_model_config(config, **kwargs)
+        complete = getattr(registry.get_model_class(completed.model.arch), "with_base_defaults", None)
+        return completed if complete is None else complete(completed)
+
 
 def load_config(cfg_path: str, options: Sequence[str] | None = None, evaluate: bool = False) -> AuroraConfig:
     """Read and check a project YAML.
@@ -153,7 +160,10 @@ def _check_video_processors(name: str, dataset: DictConfig) -> None:
 def _complete_processors(cfg: AuroraConfig) -> None:
     """Give datasets without processors the model's, and compare picture sizes."""
     preprocess = cfg.config.get("preprocess") or {}
-    size = cfg.model_cfg.get("image_size")
+    model = cfg.model_cfg
+    key, size = "model.image_size", model.get("image_size")
+    if "base" in model:
+        key, size = "model.base.image_size", model.base.get("image_size")
     for name, dataset in cfg.datasets_cfg.items():
         if dataset.get("data_type") == "videos":
             _check_video_processors(name, dataset)
@@ -164,11 +174,9 @@ def _complete_processors(cfg: AuroraConfig) -> None:
                 if dataset[kind].get(split) is None:
                     dataset[kind][split] = processor
             for split, processor in (dataset.get(kind) or {}).items():
-                key = f"datasets.{name}.{kind}.{split}.name"
-                _check_registered(key, processor.get("name"), "processor_name_mapping")
+                named = f"datasets.{name}.{kind}.{split}.name"
+                _check_registered(named, processor.get("name"), "processor_name_mapping")
         for split, processor in (dataset.get("vis_processor") or {}).items():
             own = processor.get("image_size")
             if size is not None and own is not None and own != size:
-                raise AuroraError(
-                    f"datasets.{name}.vis_processor.{split}.image_size: {own} is not model.image_size, {size}"
-                )
+                raise AuroraError(f"datasets.{name}.vis_processor.{split}.image_size: {own} is not {key}, {size}")

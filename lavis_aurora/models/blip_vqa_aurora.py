@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from lavis_aurora.config import INFERENCE_METHODS, VqaAuroraConfig
 from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.aurora_base import AuroraBase
 from lavis_aurora.models.towers import build_text_encoder, build_tokenizer, build_vision_encoder, check_vocabulary
 from lavis_aurora.models.visual import encode_visual, visual_input
@@ -24,14 +25,6 @@ from lavis_aurora.vqa.decoder import CachedDecoder
 from lavis_aurora.vqa.ranking import AnswerList, rank_answers
 
 ENCODER, DECODER = "text_encoder.", "text_decoder.bert."
-TARGETS = (
-    r"visual_encoder\.blocks\.\d+\.attn\.qkv",
-    *(
-        rf"{tower}\.encoder\.layer\.\d+\.{attention}\.self\.(query|key|value)"
-        for tower in ("text_encoder", r"text_decoder\.bert")
-        for attention in ("attention", "crossattention")
-    ),
-)
 
 
 def encoder_slot(name: str) -> str:
@@ -79,7 +72,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         self.tuning = cfg.tuning
         self._answers: AnswerList | None = None
         slot_name = {"slot_name": encoder_slot} if cfg.share_decoder else {}
-        self.set_up_tuning(cfg, TARGETS, self.text_encoder, **slot_name)
+        self.set_up_tuning(cfg, PRESETS["blip_vqa_aurora"], self.text_encoder, **slot_name)
 
     @property
     def heads(self) -> list[nn.Module]:
