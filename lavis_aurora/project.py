@@ -148,12 +148,13 @@ def _check_registered(key: str, name: str | None, kind: str) -> None:
 
 
 def _check_video_processors(name: str, dataset: DictConfig) -> None:
-    """Refuse a dataset of videos that would get the model's processors, which are for pictures."""
+    """Refuse a dataset of videos with processors for pictures, which it gets where the model's are such."""
     for split in ("train", "eval"):
-        if not (dataset.get("vis_processor") or {}).get(split):
+        processor = (dataset.get("vis_processor") or {}).get(split) or {}
+        if "_image_" in processor.get("name", "_image_"):
             raise AuroraError(
-                f"datasets.{name}.vis_processor.{split}: missing; videos need aurora_video_{split} with n_frms and "
-                f"image_size, see projects/aurora/msrvtt_ret.yaml"
+                f"datasets.{name}.vis_processor.{split}: {processor.get('name')} cannot read videos; they need "
+                f"aurora_video_{split} with n_frms and image_size, see projects/aurora/msrvtt_ret.yaml"
             )
 
 
@@ -165,8 +166,6 @@ def _complete_processors(cfg: AuroraConfig) -> None:
     if "base" in model:
         key, size = "model.base.image_size", model.base.get("image_size")
     for name, dataset in cfg.datasets_cfg.items():
-        if dataset.get("data_type") == "videos":
-            _check_video_processors(name, dataset)
         for kind in ("vis_processor", "text_processor"):
             for split, processor in (preprocess.get(kind) or {}).items():
                 if dataset.get(kind) is None:
@@ -176,6 +175,8 @@ def _complete_processors(cfg: AuroraConfig) -> None:
             for split, processor in (dataset.get(kind) or {}).items():
                 named = f"datasets.{name}.{kind}.{split}.name"
                 _check_registered(named, processor.get("name"), "processor_name_mapping")
+        if dataset.get("data_type") == "videos":
+            _check_video_processors(name, dataset)
         for split, processor in (dataset.get("vis_processor") or {}).items():
             own = processor.get("image_size")
             if size is not None and own is not None and own != size:

@@ -83,7 +83,7 @@ def test_videos_without_their_processors_are_refused(tmp_path, options, capsys, 
     with pytest.raises(SystemExit):
         train(["--cfg-path", str(tmp_path / "project.yaml")])
     other = {"train": "eval", "eval": "train"}[given]
-    expected = f"datasets.msrvtt_retrieval.vis_processor.{other}: missing; videos need aurora_video_{other}"
+    expected = f"datasets.msrvtt_retrieval.vis_processor.{other}: blip_image_eval cannot read videos; they need"
     assert expected in capsys.readouterr().err
 
 
