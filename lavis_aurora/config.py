@@ -236,6 +236,35 @@ class VqaAuroraConfig(BlipAuroraConfig):
 
 
 @dataclass
+class VideoProcessorConfig:
+    """``vis_processor.train`` or ``.eval`` of a dataset of videos: aurora_video_train, aurora_video_eval.
+
+    Attributes:
+        n_frms: T, frames of a video (LAVIS's name; the paper has 8 in training and 16 at test, D.3).
+        image_size: pixels of a side.
+        mean, std: of the three colours; BLIP's by default.
+        min_scale, max_scale: share of a frame's area that a random crop keeps; in training only.
+    """
+
+    name: Optional[str] = None
+    n_frms: int = 8
+    image_size: int = 224
+    mean: Optional[list[float]] = None
+    std: Optional[list[float]] = None
+    min_scale: float = 0.5
+    max_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for key in ("n_frms", "image_size"):
+            _require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        _require(0 < self.min_scale <= 1, "min_scale", self.min_scale, "above 0, and at most 1")
+        _require(self.min_scale <= self.max_scale <= 1, "max_scale", self.max_scale, "min_scale to 1")
+        for key in ("mean", "std"):
+            value = getattr(self, key)
+            _require(value is None or len(value) == 3, key, value, "three numbers, of red, green and blue")
+
+
+@dataclass
 class ModeApproxModelConfig:
     """``model:`` of mode_approx: the method around any model that is registered with LAVIS.
 
@@ -278,6 +307,8 @@ class RunConfig:
         prompt: wording around each question at evaluation, ``{}`` in the question's place; empty for none.
         use_dist_eval_sampler: LAVIS's; here the task knows whether processes may share a split, and it has no effect.
         grad_clip: largest norm of the gradient; 0 for no clipping.
+        max_broken_share: share of an epoch's samples whose video may be missing or broken; others are trained on in
+            their place, and the run stops above it.
         output_dir: relative paths start at the current directory; each run adds a folder of its own.
         resume: auto goes on with the newest run under output_dir of the same configuration, if there is one; none.
         checkpoint_every: steps between checkpoints within an epoch; 0 for none but at its end.
@@ -297,6 +328,7 @@ class RunConfig:
     weight_decay: float = 0.05
     beta2: float = 0.999
     grad_clip: float = 0.0
+    max_broken_share: float = 0.01
     max_epoch: int = 6
     accum_grad_iters: int = 1
     num_workers: int = 4
@@ -361,5 +393,7 @@ class RunConfig:
             "checkpoint_every",
         ):
             _require(getattr(self, key) >= 0, f"run.{key}", getattr(self, key), "0 or more")
+        share = self.max_broken_share
+        _require(0 <= share <= 1, "run.max_broken_share", share, "between 0 and 1")
         if self.lr_sched == "linear_warmup_step_lr" and self.lr_decay_rate is None:
             raise AuroraError("run.lr_decay_rate: missing; run.lr_sched linear_warmup_step_lr needs it, e.g. 0.9")

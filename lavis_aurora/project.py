@@ -147,6 +147,17 @@ def _check_registered(key: str, name: str | None, kind: str) -> None:
         raise AuroraError(f"{key}: {name!r} is not registered{near_names(str(name), known)}")
 
 
+def _check_video_processors(name: str, dataset: DictConfig) -> None:
+    """Refuse a dataset of videos with processors for pictures, which it gets where the model's are such."""
+    for split in ("train", "eval"):
+        processor = (dataset.get("vis_processor") or {}).get(split) or {}
+        if "_image_" in processor.get("name", "_image_"):
+            raise AuroraError(
+                f"datasets.{name}.vis_processor.{split}: {processor.get('name')} cannot read videos; they need "
+                f"aurora_video_{split} with n_frms and image_size, see projects/aurora/msrvtt_ret.yaml"
+            )
+
+
 def _complete_processors(cfg: AuroraConfig) -> None:
     """Give datasets without processors the model's, and compare picture sizes."""
     preprocess = cfg.config.get("preprocess") or {}
@@ -164,6 +175,8 @@ def _complete_processors(cfg: AuroraConfig) -> None:
             for split, processor in (dataset.get(kind) or {}).items():
                 named = f"datasets.{name}.{kind}.{split}.name"
                 _check_registered(named, processor.get("name"), "processor_name_mapping")
+        if dataset.get("data_type") == "videos":
+            _check_video_processors(name, dataset)
         for split, processor in (dataset.get("vis_processor") or {}).items():
             own = processor.get("image_size")
             if size is not None and own is not None and own != size:

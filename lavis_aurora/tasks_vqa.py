@@ -28,6 +28,9 @@ from lavis_aurora.training.loop import AuroraTrainMixin
 class VqaAuroraTask(AuroraTrainMixin, VQATask):
     """LAVIS's vqa: the likeliest answer of a list, or a generated one, and VQAv2's accuracy by answer type."""
 
+    # What a result is known by, when processes have answered a question twice.
+    result_key = "question_id"
+
     @classmethod
     def setup_task(cls, cfg) -> VqaAuroraTask:
         """A task with the settings of ``run:``."""
@@ -93,7 +96,7 @@ class VqaAuroraTask(AuroraTrainMixin, VQATask):
             val_result,
             result_dir=registry.get_path("result_dir"),
             filename=f"{split_name}_epoch_{epoch}_vqa_result",
-            remove_duplicate="question_id",
+            remove_duplicate=self.result_key,
         )
         return self._report_metrics(result_file=path, split=split_name)
 

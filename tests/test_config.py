@@ -43,6 +43,11 @@ def _name(path: Path) -> str:
     return path.stem
 
 
+def _load(path: Path) -> AuroraConfig:
+    """A project without the adapter that it is to evaluate, which has to be made first."""
+    return load_config(str(path), ["model.adapter=null"] if OmegaConf.load(path).model.get("adapter") else None)
+
+
 def _registered(kind: str, name: str) -> type:
     known = registry.mapping[kind]
     assert name in known, f"{name} is not among {sorted(known)}"
@@ -93,7 +98,7 @@ def test_every_yaml_is_found_and_of_one_kind() -> None:
 
 @pytest.mark.parametrize("path", PROJECTS, ids=_name)
 def test_project_loads_names_registered_things_and_builds(path: Path) -> None:
-    cfg = load_config(str(path))
+    cfg = _load(path)
     for key, kind in (("task", "task"), ("runner", "runner"), ("lr_sched", "lr_scheduler")):
         _registered(f"{kind}_name_mapping", cfg.run_cfg[key])
     assert cfg.datasets_cfg
@@ -160,6 +165,44 @@ def test_retrieval_projects_have_the_papers_settings(project: str, k_test: int) 
     settings = parse_config(RetrievalAuroraConfig, model, "model")
     assert (settings.tuning, settings.mode_approx.rank) == ("aurora", 64)
     assert settings.pretrained and settings.pretrained.endswith("BLIP/models/model_base.pth")
+
+
+VIDEO = [
+    ("msrvtt_ret", "msrvtt_retrieval", 224, 8, 5),
+    ("didemo_ret", "didemo_retrieval", 224, 8, 5),
+    ("msrvtt_qa", "msrvtt_qa_aurora", 384, 4, 10),
+    ("zeroshot_msrvtt", "msrvtt_retrieval", 224, None, None),
+    ("zeroshot_didemo", "didemo_retrieval", 224, None, None),
+]
+
+
+@pytest.mark.parametrize(("project", "dataset", "size", "batch", "epochs"), VIDEO, ids=[row[0] for row in VIDEO])
+def test_video_projects_have_the_papers_settings(
+    project: str, dataset: str, size: int, batch: int | None, epochs: int | None
+) -> None:
+    cfg = _load(ROOT / f"projects/aurora/{project}.yaml")
+    run, model, processors = cfg.run_cfg, cfg.model_cfg, cfg.datasets_cfg[dataset].vis_processor
+    assert list(cfg.datasets_cfg) == [dataset]
+    assert model.model_type == "base" and model.image_size == size
+    assert {split: (p.name, p.n_frms, p.image_size) for split, p in processors.items()} == {
+        "train": ("aurora_video_train", 8, size),
+        "eval": ("aurora_video_eval", 16, size),
+    }
+    if batch is None:
+        assert run.evaluate and not run.train_splits and run.k_test == 128
+        return
+    assert (run.batch_size_train, run.max_epoch, model.mode_approx.rank) == (batch, epochs, 64)
+    assert (run.init_lr, run.weight_decay, run.lr_sched) == (1e-4, 0.05, "linear_warmup_cosine_lr")
+    if project == "msrvtt_qa":
+        assert (run.task, run.inference_method, run.num_beams) == ("video_qa_aurora", "generate", 1)
+    else:
+        assert (run.task, run.k_test) == ("retrieval_aurora", 128)
+
+
+@pytest.mark.parametrize("project", ["zeroshot_msrvtt", "zeroshot_didemo"])
+def test_zero_shot_projects_need_an_adapter(project: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _refused(ROOT / f"projects/aurora/{project}.yaml", "model.adapter: ", "output/coco_ret/adapter_best")
 
 
 def test_defaults_are_lavis_own() -> None:
@@ -330,6 +373,8 @@ OUT_OF_RANGE = [
     ("model.momentum", "-0.1", "between 0 and 1"),
     ("model.momentum", "1.5", "between 0 and 1"),
     ("run.device", "tpu9", "known: auto, cpu, cuda"),
+    ("run.max_broken_share", "-0.1", "between 0 and 1"),
+    ("run.max_broken_share", "1.1", "between 0 and 1"),
     *[
         (f"run.{key}", "0", "1 or more")
         for key in ("max_epoch", "accum_grad_iters", "batch_size_train", "batch_size_eval", "log_freq")
