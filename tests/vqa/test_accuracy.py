@@ -32,7 +32,7 @@ def formula(answers: list[str], answer: str) -> float:
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
     """results, questions, annotations"""
-    head = {key: "" for key in ("info", "task_type", "data_type", "data_subtype", "license")}
+    head = dict.fromkeys(("info", "task_type", "data_type", "data_subtype", "license"), "")
     asked = [{"question_id": i, "image_id": i, "question": "?"} for i in range(len(QUESTIONS))]
     truth = [
         {
