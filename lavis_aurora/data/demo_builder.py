@@ -81,14 +81,15 @@ class DemoVqaBuilder(DemoBuilder):
     }
 
     def _entries(self, info: DictConfig, split: str) -> int:
-        return super()._entries(info, split) * int(info.each)
+        captions = bool(info.captions) and split == "train"
+        return super()._entries(info, split) * (int(info.each) + captions)
 
     def _is_first(self, entry: dict[str, Any], split: str, info: DictConfig) -> bool:
         _, question, answers = next(iter_questions(info.domain, split, int(info.seed), int(info.each)))
         return entry["question"] == question.text and entry.get("answer", answers) == answers
 
     def _make(self, folder: Path, counts: dict[str, int], info: DictConfig) -> None:
-        generate_questions(folder, info.domain, counts, int(info.seed), int(info.each))
+        generate_questions(folder, info.domain, counts, int(info.seed), int(info.each), bool(info.captions))
 
 
 def _paths(storage: str | list[str]) -> list[Path]:

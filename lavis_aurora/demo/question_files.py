@@ -17,11 +17,11 @@ from typing import Any
 from tqdm import tqdm
 
 from lavis_aurora.demo.pictures import generate_pictures
-from lavis_aurora.demo.questions import ANSWER_TYPES, answers_of, iter_questions
-from lavis_aurora.demo.scenes import DOMAINS, SPLITS
+from lavis_aurora.demo.questions import ANSWER_TYPES, DESCRIBE, answers_of, iter_questions
+from lavis_aurora.demo.scenes import DOMAINS, SPLITS, iter_captions
 
 EACH = 4  # questions about a picture
-_PER_PICTURE = 100  # ids of its questions
+_PER_PICTURE = 100  # ids of its questions, the last one for its caption
 
 
 def split_files(folder: str | Path, domain: str, split: str) -> list[Path]:
@@ -54,6 +54,19 @@ def entries_of(domain: str, split: str, count: int, seed: int = 0, each: int = E
     return entries
 
 
+def captions_of(domain: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Further entries to train on: what is in each picture, answered by its caption."""
+    return [
+        {
+            "image": f"{domain}/train/{index:05d}.jpg",
+            "question": DESCRIBE[domain],
+            "question_id": (index + 1) * _PER_PICTURE - 1,
+            "answer": [caption],
+        }
+        for index, caption in enumerate(islice(iter_captions(domain, seed), count))
+    ]
+
+
 def _contents(domain: str, split: str, entries: list[dict[str, Any]]) -> list[Any]:
     """What the files of :func:`split_files` hold."""
 
@@ -79,7 +92,12 @@ def _contents(domain: str, split: str, entries: list[dict[str, Any]]) -> list[An
 
 
 def generate_questions(
-    folder: str | Path, domain: str, counts: Mapping[str, int], seed: int = 0, each: int = EACH
+    folder: str | Path,
+    domain: str,
+    counts: Mapping[str, int],
+    seed: int = 0,
+    each: int = EACH,
+    captions: bool = False,
 ) -> dict[str, list[Path]]:
     """Writes pictures and questions about them in the format of VQAv2, as LAVIS's coco_vqa reads it.
 
@@ -92,6 +110,8 @@ def generate_questions(
         counts: split ("train", "val", "test") -> number of pictures.
         seed: the same seed gives the same files.
         each: questions about a picture.
+        captions: also ask what is in each picture of the train split; its caption is the answer. A caption teaches
+            more than a question does: for pretraining.
 
     Returns:
         The files of each split.
@@ -99,8 +119,8 @@ def generate_questions(
     Raises:
         ValueError: for an unknown domain or split, a negative count, or more questions than a picture answers.
     """
-    if not 1 <= each <= _PER_PICTURE:
-        raise ValueError(f"{each} questions about each picture: give 1 to {_PER_PICTURE}")
+    if not 1 <= each < _PER_PICTURE:
+        raise ValueError(f"{each} questions about each picture: give 1 to {_PER_PICTURE - 1}")
     done = {}
     for split in counts:
         split_files(folder, domain, split)[0].unlink(missing_ok=True)
@@ -108,6 +128,8 @@ def generate_questions(
     for split, count in counts.items():
         done[split] = split_files(folder, domain, split)
         contents = _contents(domain, split, entries_of(domain, split, count, seed, each))
+        if captions and split == "train":
+            contents[0] += captions_of(domain, count, seed)
         for path, content in reversed([*zip(done[split], contents)]):
             unfinished = path.with_suffix(".unfinished")
             unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -125,13 +147,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--{split}", type=int, default=count, help="pictures; 0: left out (default: %(default)s)"
         )
     parser.add_argument("--each", type=int, default=EACH, help="questions about a picture (default: %(default)s)")
+    parser.add_argument("--captions", action="store_true", help="also train on captions, as answers")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
     counts = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
     if not counts:
         parser.error("nothing to do: give --train, --val or --test a number above 0")
     try:
-        files = generate_questions(args.folder, args.domain, counts, args.seed, args.each)
+        files = generate_questions(args.folder, args.domain, counts, args.seed, args.each, args.captions)
     except ValueError as error:
         parser.error(str(error))
     for split, paths in files.items():

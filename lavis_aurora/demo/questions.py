@@ -74,6 +74,8 @@ _PREDICATES = {
         "is the {shape} at {position}?",
     ),
 }
+# Answered by the whole caption, in training only.
+DESCRIBE = {"clean": "what is in the picture?", "shifted": "what does the image have?"}
 # What an annotator says who sees another color than the rest.
 _NEAR_COLORS = {
     "red": "orange", "orange": "red", "yellow": "orange", "brown": "orange", "green": "cyan", "cyan": "blue",

@@ -58,8 +58,11 @@ def _made(monkeypatch) -> list[dict]:
 def test_made_on_first_use_and_kept(build, name: str, kind: str, tmp_path: Path, monkeypatch) -> None:
     made = _made(monkeypatch)
     datasets = build(kind)
-    each = 4 if name == "demo_vqa" else 1
-    assert {split: len(dataset) for split, dataset in datasets.items()} == {s: n * each for s, n in COUNTS.items()}
+    each = {"demo_retrieval": 1, "demo_vqa": 2 if kind == "clean" else 4}[name]
+    expected = {split: count * each for split, count in COUNTS.items()}
+    if (name, kind) == ("demo_vqa", "clean"):
+        expected["train"] += COUNTS["train"]  # captions
+    assert {split: len(dataset) for split, dataset in datasets.items()} == expected
     sample = datasets["train"][0]
     assert sample["image"].shape == (3, 48, 48) and sample["text_input"]
     domain = "clean" if kind == "clean" else "shifted"

@@ -107,12 +107,26 @@ def test_interrupted_run_leaves_nothing_that_looks_complete(tmp_path: Path, monk
     assert not split_files(tmp_path, "shifted", broken)[0].exists()
 
 
+def test_captions_are_answers_to_train_on(tmp_path: Path) -> None:
+    """They come behind the questions, which stay the same; what is evaluated on stays too."""
+    without = generate_questions(tmp_path / "without", "clean", COUNTS, each=EACH)
+    paths = generate_questions(tmp_path / "with", "clean", COUNTS, each=EACH, captions=True)
+    questions, entries = _read(without["train"][0]), _read(paths["train"][0])
+    assert entries[: len(questions)] == questions
+    shown = _read(tmp_path / "with" / "clean_train.json")
+    assert [entry["answer"] for entry in entries[len(questions) :]] == [[row["caption"]] for row in shown]
+    assert [entry["image"] for entry in entries[len(questions) :]] == [row["image"] for row in shown]
+    assert len({entry["question_id"] for entry in entries}) == len(entries)
+    for split in ("val", "test"):
+        assert [path.read_bytes() for path in paths[split]] == [path.read_bytes() for path in without[split]]
+
+
 def test_errors_name_the_valid_values(tmp_path: Path) -> None:
     for wrong, message in (
         (("dirty", COUNTS), "unknown domain 'dirty': choose one of clean, shifted"),
         (("clean", {"dev": 1}), "unknown split 'dev': choose from train, val, test"),
         (("clean", {"val": -1}), "count of 'val' is -1"),
-        (("clean", COUNTS, 0, 0), "0 questions about each picture: give 1 to 100"),
+        (("clean", COUNTS, 0, 0), "0 questions about each picture: give 1 to 99"),
     ):
         with pytest.raises(ValueError, match=message):
             generate_questions(tmp_path, *wrong)

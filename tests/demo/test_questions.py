@@ -179,6 +179,7 @@ def test_every_word_is_in_the_vocabulary(domain: str) -> None:
         words = question.text.replace("?", " ?").split()
         assert {*words, *(word for answer in answers for word in answer.split())} <= known
         assert len(words) + 2 <= 35
+    assert {*questions.DESCRIBE[domain].replace("?", " ?").split()} <= known
 
 
 def test_domains_ask_in_other_words() -> None:
