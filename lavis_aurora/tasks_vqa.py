@@ -21,7 +21,7 @@ from lavis.tasks.vqa import VQATask
 from torch.utils.data import Dataset
 
 from lavis_aurora.errors import AuroraError
-from lavis_aurora.tasks import AuroraTrainMixin
+from lavis_aurora.training.loop import AuroraTrainMixin
 from lavis_aurora.vqa.accuracy import vqa_accuracy
 
 SHOWN_TYPES = 12  # question types that a report lists; VQAv2 has 65

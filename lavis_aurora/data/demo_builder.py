@@ -17,6 +17,7 @@ from lavis_aurora.demo.pictures import generate_pictures
 from lavis_aurora.demo.question_files import generate_questions
 from lavis_aurora.demo.questions import iter_questions
 from lavis_aurora.demo.scenes import iter_captions
+from lavis_aurora.errors import AuroraError
 from lavis_aurora.paths import package_file
 
 
@@ -26,9 +27,12 @@ class DemoBuilder(BaseDatasetBuilder):
     def _download_data(self) -> None:
         info = self.config.build_info
         files = {split: _paths(part.storage) for split, part in info.annotations.items()}
-        if not all(self._holds(files[split], split, info) for split in files):
-            counts = {split: int(part.count) for split, part in info.annotations.items()}
-            self._make(next(iter(files.values()))[0].parent, counts, info)
+        try:
+            if not all(self._holds(files[split], split, info) for split in files):
+                counts = {split: int(part.count) for split, part in info.annotations.items()}
+                self._make(next(iter(files.values()))[0].parent, counts, info)
+        except (TypeError, ValueError) as error:  # of numbers that are none, and of the generator
+            raise AuroraError(f"build_info: the demo's data cannot be made of its keys ({error})") from error
 
     def _holds(self, paths: list[Path], split: str, info: DictConfig) -> bool:
         """Whether the files are there, as many samples as asked for and of this seed."""

@@ -15,8 +15,9 @@ from lavis_aurora.config_check import parse_config
 from lavis_aurora.errors import AuroraError, near_names
 from lavis_aurora.mode_approx import ModeFactors, inject_mode_approx, trainable_parameters_summary
 from lavis_aurora.mode_approx.trainable import adapter_parameters
-from lavis_aurora.models.checkpoint import load_backbone, read_state_dict
+from lavis_aurora.models.checkpoint import check_finite, load_backbone, read_state_dict
 from lavis_aurora.models.fusion import add_gates
+from lavis_aurora.models.visual import VisualFeatures, encode_visual, visual_input
 
 
 class AuroraBase:
@@ -103,6 +104,10 @@ class AuroraBase:
             return_tensors="pt",
         )
 
+    def visual_features(self, samples: dict) -> VisualFeatures:
+        """Tokens and pooled features of the pictures or videos of a batch, wherever it is."""
+        return encode_visual(self.visual_encoder, visual_input(samples).to(self.device))
+
     def _run_parameters(self) -> dict[str, nn.Parameter]:
         """What a run changes: trained parameters and their momentum copies."""
         teacher = {id(p) for _, copy in getattr(self, "model_pairs", ()) for p in copy.parameters()}
@@ -113,7 +118,8 @@ class AuroraBase:
         return {name: parameter.detach().cpu() for name, parameter in self._run_parameters().items()}
 
     def load_run_state(self, state: dict[str, Tensor], source: str) -> None:
-        """Load what :meth:`run_state` gave; anything missing, foreign or of another shape is an error."""
+        """Load what :meth:`run_state` gave; anything missing, foreign, of another shape or NaN is an error."""
+        check_finite(state, source)
         own = self._run_parameters()
         problems = [f"{name} is missing" for name in own.keys() - state.keys()]
         problems += [f"{name} is not trained here" for name in state.keys() - own.keys()]
@@ -128,3 +134,20 @@ class AuroraBase:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
+
+    def queues(self) -> dict[str, Tensor]:
+        """Features of earlier batches that training compares with, by name; most models have none."""
+        return {}
+
+    def queue_state(self) -> dict[str, Tensor]:
+        """Copies of the queues, for a checkpoint."""
+        return {name: queue.cpu() for name, queue in self.queues().items()}
+
+    def load_queue_state(self, state: dict[str, Tensor]) -> bool:
+        """Put back what :meth:`queue_state` gave; False, with nothing done, if it is not there or of another size."""
+        own = self.queues()
+        if any(name not in state or state[name].shape != queue.shape for name, queue in own.items()):
+            return False
+        for name, queue in own.items():
+            queue.copy_(state[name])
+        return True

@@ -94,8 +94,8 @@ def _encode_images(model, data_loader, share: range) -> tuple[Tensor, dict[int, 
     feats, tokens = [], {}
     start = 0
     for samples in tqdm(data_loader, desc="encoding images", unit="batch", mininterval=5, disable=get_rank() != 0):
-        embeds = model.visual_encoder.forward_features(samples["image"].to(model.device))
-        feats.append(F.normalize(model.vision_proj(embeds[:, 0]), dim=-1).float())
+        embeds, pooled = model.visual_features(samples)
+        feats.append(F.normalize(model.vision_proj(pooled), dim=-1).float())
         for i, one in enumerate(embeds.cpu()):
             if start + i in share:
                 tokens[start + i] = one.clone()

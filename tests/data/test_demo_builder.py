@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from lavis_aurora.cli import load_config
 from lavis_aurora.data import demo_builder
 from lavis_aurora.data.annotations import build_checked
+from lavis_aurora.errors import AuroraError
 
 COUNTS = {"train": 5, "val": 4, "test": 3}
 MODELS = {"demo_retrieval": "blip_retrieval_aurora", "demo_vqa": "blip_vqa_aurora"}
@@ -28,9 +29,11 @@ def build(tmp_path: Path, monkeypatch, name: str):
 
     def build_so(kind: str = "default", **info) -> dict:
         annotations = {split: {"count": count} for split, count in COUNTS.items()}
+        info = {"annotations": {}, **info}
+        info["annotations"] = {**annotations, **info["annotations"]}
         project = {
             "model": {"arch": MODELS[name], "model_type": "tiny", "pretrained": None},
-            "datasets": {name: {"type": kind, "build_info": {"annotations": annotations, **info}}},
+            "datasets": {name: {"type": kind, "build_info": info}},
             "run": {"task": "vqa_aurora" if "vqa" in name else "retrieval_aurora"},
         }
         path = tmp_path / "project.yaml"
@@ -98,6 +101,25 @@ def test_made_anew_where_a_file_is_gone(build, name: str, tmp_path: Path, monkey
     (storage or tmp_path / "demo_ret" / "shifted_val.json").unlink()
     build()
     assert made == [COUNTS]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"domain": "dirty"}, "unknown domain 'dirty': choose one of clean, shifted"),
+        ({"seed": "x"}, "invalid literal for int"),
+        ({"annotations": {"train": {"count": -3}}}, "count of 'train' is -3"),
+        ({"annotations": {"train": {"count": None}}}, "build_info: the demo's data cannot be made"),
+        ({"each": 0}, "0 questions about each picture: give 1 to 99"),
+        ({"each": 90}, "90 questions about each picture are too many"),
+    ],
+)
+def test_keys_that_cannot_be_used(build, name: str, change: dict, message: str, tmp_path: Path) -> None:
+    if "each" in change and name != "demo_vqa":
+        pytest.skip("of questions")
+    with pytest.raises(AuroraError, match=message):
+        build(**change)
+    assert not [*tmp_path.rglob("*vqa_train.json")]
 
 
 def test_shipped_types_name_their_own_files(name: str) -> None:

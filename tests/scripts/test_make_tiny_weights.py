@@ -13,10 +13,10 @@ from tiny import tiny_config
 from tiny_vqa import vqa_config
 
 from lavis_aurora import AuroraError
-from lavis_aurora.checkpointing import write_checkpoint
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
 from lavis_aurora.paths import package_file
+from lavis_aurora.training.checkpointing import KEYS, write_checkpoint
 
 KINDS = {"retrieval": (BlipRetrievalAurora, tiny_config), "vqa": (BlipVqaAurora, vqa_config)}
 
@@ -32,9 +32,9 @@ def _checkpoint(folder: Path, kind: str, **overrides) -> tuple[Path, torch.nn.Mo
     cfg = defaults(**{"tuning": "full", **overrides})
     model = cls.from_config(cfg)
     path = folder / "checkpoint_best.pth"
-    rest = dict.fromkeys(("optimizer", "scaler", "epoch", "best_metric", "best_epoch"))
+    rest = dict.fromkeys(KEYS - {"model"})
     config = {"model": OmegaConf.to_container(cfg, resolve=True)}
-    write_checkpoint({"model": model.run_state(), "config": config, **rest}, path)
+    write_checkpoint({**rest, "model": model.run_state(), "config": config}, path)
     return path, model
 
 
