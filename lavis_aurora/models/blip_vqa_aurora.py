@@ -42,7 +42,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
     Supported model types:
         - base: BLIP base, pretrained on 129M pairs with CapFilt, 480 px (default).
         - vqav2: BLIP base fine-tuned on VQAv2, as LAVIS's blip_vqa vqav2.
-        - tiny: a BLIP of 2.4M random weights, for the demo and for tests.
+        - tiny: a BLIP of 2.4M weights that come with the package, for the demo and for tests.
 
     Usage:
         >>> from lavis_aurora import load_model_and_preprocess
