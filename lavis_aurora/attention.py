@@ -1,8 +1,10 @@
-"""Attention over keys and values that several queries share. Torch only."""
+"""Heads of attention, and texts of many lengths without padding. Torch only."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from collections.abc import Iterable, Iterator
+
+import torch
 from torch import Tensor
 
 
@@ -16,27 +18,43 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(width) + mask) v, by torch's fused kernel.
+class Packing:
+    """Several texts that follow one another without padding: a batch of one, (1, tokens, d).
 
-    With fewer keys than queries in the batch, consecutive queries share them: query i reads keys i // (batch /
-    groups). The queries of a group are then one long query, and its keys are read once.
+    All of them then attend to one image as one long query, and nothing is computed for padding. Where a text is
+    looked at as a whole, texts of about the same length are padded together for the moment.
 
     Args:
-        query: (batch, heads, length, width).
-        key, value: (groups, heads, keys, width), where groups divides batch.
-        mask: added to the scores, broadcast to (batch, heads, length, keys); only with groups = batch.
-        dropout: probability of dropping an attention weight.
+        lengths: tokens of each text, (texts,), rising, from 1.
+        device: of the texts.
 
-    Returns:
-        (batch, heads, length, width).
+    Attributes:
+        first: place of each text's first token, (texts,).
     """
-    batch, heads, length, width = query.shape
-    groups = key.shape[0]
-    if groups == batch:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-    if batch % groups or mask is not None:
-        raise ValueError(f"{batch} queries cannot share {groups} keys" + (" with a mask" if mask is not None else ""))
-    grouped = query.unflatten(0, (groups, -1)).transpose(1, 2).reshape(groups, heads, -1, width)
-    attended = F.scaled_dot_product_attention(grouped, key, value, dropout_p=dropout)
-    return attended.view(groups, heads, -1, length, width).transpose(1, 2).flatten(0, 1)
+
+    def __init__(self, lengths: Tensor, device: torch.device) -> None:
+        ends = lengths.cumsum(0)
+        self.first = (ends - lengths).to(device)
+        self._groups = []
+        start = 0
+        while start < len(lengths):
+            # Padding adds less than a third.
+            stop = int(torch.searchsorted(lengths, lengths[start] * 4 // 3, right=True))
+            positions = torch.arange(int(lengths[stop - 1]))
+            keep = positions < lengths[start:stop, None]
+            sources = (self.first[start:stop, None].cpu() + positions).clamp(max=int(ends[-1]) - 1)
+            self._groups.append(tuple(x.to(device) for x in (keep, sources, keep.flatten().nonzero()[:, 0])))
+            start = stop
+
+    def padded(self, *packed: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Groups of texts: where they are no padding, (texts, longest), and of each input (texts, longest, d).
+
+        What stands at the padding is finite and means nothing.
+        """
+        for keep, sources, _ in self._groups:
+            yield (keep, *(x[0, sources] for x in packed))
+
+    def packed(self, groups: Iterable[Tensor]) -> Tensor:
+        """(1, tokens, d) of results for each group, (texts, longest, d)."""
+        parts = [x.flatten(0, 1)[places] for x, (_, _, places) in zip(groups, self._groups)]
+        return torch.cat(parts).unsqueeze(0)
