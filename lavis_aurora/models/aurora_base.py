@@ -133,3 +133,20 @@ class AuroraBase:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
+
+    def queues(self) -> dict[str, Tensor]:
+        """Features of earlier batches that training compares with, by name; most models have none."""
+        return {}
+
+    def queue_state(self) -> dict[str, Tensor]:
+        """Copies of the queues, for a checkpoint."""
+        return {name: queue.cpu() for name, queue in self.queues().items()}
+
+    def load_queue_state(self, state: dict[str, Tensor]) -> bool:
+        """Put back what :meth:`queue_state` gave; False, with nothing done, if it is not there or of another size."""
+        own = self.queues()
+        if any(name not in state or state[name].shape != queue.shape for name, queue in own.items()):
+            return False
+        for name, queue in own.items():
+            queue.copy_(state[name])
+        return True
