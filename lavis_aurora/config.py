@@ -112,6 +112,8 @@ class BlipAuroraConfig:
         tuning: aurora (the method), heads (only the heads), full (the whole model, the baseline), frozen.
         train_heads: also train the heads (projections, matching head, temperature), reported apart.
         mode_approx, gate: parts of the method.
+        adapter: folder of an adapter to start from, see save_adapter; its mode_approx and gate are the defaults then.
+        adapter_check_base: refuse an adapter that was tuned on other weights than the model's.
     """
 
     arch: Optional[str] = None
@@ -133,9 +135,15 @@ class BlipAuroraConfig:
     train_heads: bool = True
     mode_approx: ModeApproxConfig = field(default_factory=ModeApproxConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    adapter: Optional[str] = None
+    adapter_check_base: bool = True
 
     def __post_init__(self) -> None:
         _one_of("model.tuning", self.tuning, TUNINGS)
+        if self.adapter is not None and self.tuning != "aurora":
+            raise AuroraError(
+                f"model.adapter: needs model.tuning: aurora, not {self.tuning}; leave one of the two out"
+            )
         _one_of("model.vit_type", self.vit_type, ("base", "large"))
         _require(self.image_size >= 1, "model.image_size", self.image_size, "1 or more (pixels)")
         _require(self.max_txt_len >= 2, "model.max_txt_len", self.max_txt_len, "2 or more (tokens)")

@@ -15,6 +15,7 @@ from yaml import YAMLError
 from lavis_aurora.config import RunConfig
 from lavis_aurora.config_check import parse_config
 from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.mode_approx.adapter_file import read_adapter_config
 
 SECTIONS = ("datasets", "model", "run")
 
@@ -62,6 +63,7 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
         if not user.get(name):
             raise AuroraError(f"{name}: the section is missing")
     _check_types(user)
+    _take_adapter_settings(user)
     cfg = AuroraConfig(user, argparse.Namespace(cfg_path=cfg_path, options=options))
     run = parse_config(RunConfig, cfg.config.run, "run")
     run.evaluate = run.evaluate or evaluate
@@ -117,6 +119,19 @@ def _check_types(user: DictConfig) -> None:
         kind = user.datasets[name].get("type", "default")
         if kind not in known:
             raise AuroraError(f"datasets.{name}.type: unknown type {kind!r}{near_names(str(kind), known)}")
+
+
+def _take_adapter_settings(user: DictConfig) -> None:
+    """With ``model.adapter``, its settings stand in for those that the YAML leaves out."""
+    folder = user.model.get("adapter")
+    keys = getattr(registry.get_model_class(user.model.arch), "ADAPTER_KEYS", ())
+    if folder is None or not keys:
+        return
+    try:
+        settings = read_adapter_config(str(folder)).model.get("settings") or {}
+    except AuroraError as error:
+        raise AuroraError(f"model.adapter: {error}") from error
+    user.model = OmegaConf.merge({key: settings[key] for key in keys if key in settings}, user.model)
 
 
 def _check_registered(key: str, name: str | None, kind: str) -> None:

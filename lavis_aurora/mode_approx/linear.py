@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_aurora.mode_approx.factors import ModeFactors
+from lavis_aurora.mode_approx.adapted import AdaptedLayer
+from lavis_aurora.mode_approx.factors import FactorSet, ModeFactors
 
 
 class FoldedLinear(torch.autograd.Function):
@@ -47,7 +48,7 @@ def _folded(weight: Tensor, u: Tensor, v: Tensor, w: Tensor) -> Tensor:
     return torch.addmm(weight, rows, u.t())
 
 
-class ModeApproxLinear(nn.Linear):
+class ModeApproxLinear(AdaptedLayer, nn.Linear):
     """y = x W0 + b + x dW_k (paper eq. 4), with the keys of the nn.Linear it replaces.
 
     Checkpoints of the backbone load unmodified: ``weight`` and ``bias`` keep their names, and the factors
@@ -58,43 +59,46 @@ class ModeApproxLinear(nn.Linear):
         factors: the shared factors.
         slots: consecutive rows of P and lambda. Several slots are several weights stacked in the rows of this one,
             as q, k and v in LAVIS's ViT.
+        pinned: the factor set to read, whichever is active.
     """
 
-    def __init__(self, linear: nn.Linear, factors: ModeFactors, slots: Sequence[int]) -> None:
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        self.slots = tuple(slots)
-        # Not a submodule: the factors are registered once, at the model.
-        self.__dict__["factors"] = factors
-        self.train(linear.training)
+    def __init__(
+        self, linear: nn.Linear, factors: ModeFactors, slots: Sequence[int], pinned: str | None = None
+    ) -> None:
+        self.take_over(linear, factors, {"weight": slots}, pinned)
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Rows of P and lambda."""
+        return self.slots_of["weight"]
 
     @property
     def slot_width(self) -> int:
         """d_out of each slot."""
         return self.out_features // len(self.slots)
 
+    def delta_weight(self, name: str = "default") -> Tensor:
+        """The whole update of this layer, shape (out_features, in_features)."""
+        return self.delta_weights(name)["weight"]
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features)."""
-        active = self.factors.active_set
-        if active is not None and self._folds(x):
+        active = self.active_set
+        if active is not None and self._folds(x, active):
             return FoldedLinear.apply(
                 x, self.weight, self.bias, *active.parts(self.slots, x.shape[-1], self.slot_width)
             )
         y = F.linear(x, self.weight, self.bias)
         return y if active is None else y + active.project(x, self.slots, self.slot_width).to(y.dtype)
 
-    def _folds(self, x: Tensor) -> bool:
+    def _folds(self, x: Tensor, active: FactorSet) -> bool:
         """Whether folding is cheaper than the products beside the layer, and safe: one dtype, a frozen layer."""
-        plain = x.dtype == self.weight.dtype == self.factors.active_set.P.dtype
+        plain = x.dtype == self.weight.dtype == active.P.dtype
         trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if not plain or trained or torch.is_autocast_enabled(x.device.type):
             return False
         tokens = x.numel() // x.shape[-1]
         return tokens * (self.in_features + self.out_features) > self.in_features * self.out_features
-
-    def delta_weight(self, name: str = "default") -> Tensor:
-        """The whole update of this layer, shape (out_features, in_features)."""
-        return self.factors.sets[name].delta_weight(self.slots, self.in_features, self.slot_width)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, slots={self.slots}"

@@ -13,19 +13,22 @@ from transformers import BatchEncoding
 from lavis_aurora.config import BlipAuroraConfig
 from lavis_aurora.config_check import parse_config
 from lavis_aurora.errors import AuroraError, near_names
-from lavis_aurora.mode_approx import ModeFactors, inject_mode_approx, trainable_parameters_summary
+from lavis_aurora.mode_approx import ModeFactors, inject_mode_approx, load_adapter, trainable_parameters_summary
+from lavis_aurora.mode_approx.companions import bind_companions, keep_base_heads
 from lavis_aurora.mode_approx.trainable import adapter_parameters
+from lavis_aurora.models.adapter_owner import AdapterOwnerMixin
 from lavis_aurora.models.checkpoint import load_backbone, read_state_dict
 from lavis_aurora.models.fusion import add_gates
 from lavis_aurora.models.visual import VisualFeatures, encode_visual, visual_input
 
 
-class AuroraBase:
+class AuroraBase(AdapterOwnerMixin):
     """Mixin in front of one of LAVIS's BLIP models."""
 
     CONFIG_CLASS: type[BlipAuroraConfig]
     DEFAULT_MODEL_TYPE: str
     mode_approx: ModeFactors | None
+    settings: BlipAuroraConfig
 
     @classmethod
     def default_config_path(cls, model_type: str) -> str:
@@ -45,6 +48,9 @@ class AuroraBase:
         settings = parse_config(cls.CONFIG_CLASS, cfg or {}, "model")
         model = cls(settings)
         model.load_checkpoint_from_config(settings)
+        if settings.adapter:
+            load_adapter(model, settings.adapter, check_base=settings.adapter_check_base)
+            logging.info("model.adapter: loaded %s", settings.adapter)
         logging.info("%s (%s)\n%s", cls.__name__, settings.tuning, trainable_parameters_summary(model))
         return model
 
@@ -57,9 +63,10 @@ class AuroraBase:
     ) -> None:
         """Freeze the backbone and add what ``cfg.tuning`` trains; layers of the same ``slot_name`` share a slot."""
         self.mode_approx = None
+        self.settings = cfg
         if cfg.tuning == "aurora":
             inject_mode_approx(self, cfg.mode_approx, targets, slot_name)
-            add_gates(gated, cfg.gate)
+            add_gates(gated, cfg.gate, self.mode_approx)
         if cfg.tuning == "full":
             return
         self.requires_grad_(False)
@@ -68,6 +75,8 @@ class AuroraBase:
         if cfg.tuning != "frozen" and cfg.train_heads:
             for head in self.heads:
                 head.requires_grad_(True)
+        if self.mode_approx is not None:
+            bind_companions(self, self.mode_approx, cfg.train_heads)
 
     def load_checkpoint_from_config(self, cfg: BlipAuroraConfig, **_kwargs) -> None:
         """Load ``finetuned`` or ``pretrained``; with neither, the random weights stay and the log says so."""
@@ -82,9 +91,12 @@ class AuroraBase:
         """Load backbone weights from a URL or file; see :func:`load_backbone` for what is refused."""
         adapter = {id(parameter) for _, parameter in adapter_parameters(self)}
         new = {name for name, parameter in self.named_parameters() if id(parameter) in adapter}
-        new |= {name for name in self.state_dict() if name.partition(".")[0].endswith("_m")}
+        new |= {name for name in self.state_dict() if name.partition(".")[0].endswith(("_m", "mode_approx"))}
         source = f"{key} {url_or_filename}"
         load_backbone(self, self.complete_state(read_state_dict(url_or_filename, key), source), source, new)
+        self.backbone_source = url_or_filename
+        if self.mode_approx is not None:
+            keep_base_heads(self.mode_approx)
         if hasattr(self, "copy_params"):
             self.copy_params()
 

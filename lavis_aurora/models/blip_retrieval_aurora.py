@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lavis_aurora.alignment import enhance_context
 from lavis_aurora.config import RetrievalAuroraConfig, RunConfig
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.mode_approx.merge import merged_weights
 from lavis_aurora.models.aurora_base import AuroraBase
 from lavis_aurora.models.matching import draw_negatives, gather, shared_seed
 from lavis_aurora.models.towers import build_text_encoder, build_tokenizer, build_vision_encoder, check_vocabulary
@@ -100,6 +101,18 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
                 teacher = self.mode_approx.add_set("momentum", default.config)
                 self.model_pairs.append([default, teacher])
         self.copy_params()
+
+    def complete_merged_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A merged state with LAVIS's momentum towers: W0 + dW of the teacher's factors."""
+        teacher = {**state, **merged_weights(self, "momentum")}
+        towers = ("visual_encoder", "text_encoder")
+        copies = {
+            f"{tower}_m{key[len(tower) :]}": value
+            for key, value in teacher.items()
+            for tower in towers
+            if key.startswith(f"{tower}.")
+        }
+        return {**state, **copies}
 
     @torch.no_grad()
     def _teacher_features(self, image: Tensor, text: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:

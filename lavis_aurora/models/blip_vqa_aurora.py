@@ -58,6 +58,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
 
     CONFIG_CLASS = VqaAuroraConfig
     DEFAULT_MODEL_TYPE = "base"
+    ADAPTER_KEYS = ("mode_approx", "gate", "share_decoder")
     PRETRAINED_MODEL_CONFIG_DICT = {
         name: package_file(f"configs/models/blip_vqa_aurora_{name}.yaml") for name in ("base", "vqav2", "tiny")
     }

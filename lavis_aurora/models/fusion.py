@@ -8,6 +8,7 @@ from torch import Tensor
 from lavis_aurora.alignment import AffineGate, QueryGate
 from lavis_aurora.attention import Packing
 from lavis_aurora.config import GateConfig
+from lavis_aurora.mode_approx import ModeFactors
 from lavis_aurora.models.fused import retyped
 
 
@@ -19,6 +20,8 @@ class GatedCrossAttention(BertAttention):
     ) -> tuple:
         """As LAVIS's; ``attention_mask`` is the text's additive mask, (batch, 1, 1, length), or its packing."""
         f, *rest = super().forward(hidden_states, attention_mask, *args, **kwargs)
+        if self.factors.active is None:
+            return (f, *rest)
         if isinstance(attention_mask, Packing):
             parts = (self.gate(t, f, keep) for keep, t, f in attention_mask.padded(hidden_states, f))
             return (attention_mask.packed(parts), *rest)
@@ -38,7 +41,9 @@ class AffineLayer(BertLayer):
         """The feed-forward block; its input is f, or t itself in a text-only pass."""
         output = super().feed_forward_chunk(attention_output)
         query, self.crossattention.query = self.crossattention.query, None
-        return output if query is None else output + self.gate(query, attention_output)
+        if query is None or self.factors.active is None:
+            return output
+        return output + self.gate(query, attention_output)
 
 
 class RememberedCrossAttention(BertAttention):
@@ -52,8 +57,11 @@ class RememberedCrossAttention(BertAttention):
         return super().forward(hidden_states, *args, **kwargs)
 
 
-def add_gates(encoder: BertModel, config: GateConfig) -> None:
-    """Put a gate into every cross-attention layer of ``encoder``, in place. No key of the backbone changes."""
+def add_gates(encoder: BertModel, config: GateConfig, factors: ModeFactors) -> None:
+    """Put a gate into every cross-attention layer of ``encoder``, in place. No key of the backbone changes.
+
+    While ``factors`` are disabled, the gates are too.
+    """
     if config.form == "none":
         return
     layers = encoder.encoder.layer
@@ -62,7 +70,9 @@ def add_gates(encoder: BertModel, config: GateConfig) -> None:
         if config.form == "affine":
             layers[i] = layer = retyped(AffineLayer, layer)
             layer.crossattention = retyped(RememberedCrossAttention, layer.crossattention)
-            layer.gate = AffineGate(dim, config)
+            gated, layer.gate = layer, AffineGate(dim, config)
         else:
-            layer.crossattention = retyped(GatedCrossAttention, layer.crossattention)
-            layer.crossattention.gate = QueryGate(dim, config)
+            gated = layer.crossattention = retyped(GatedCrossAttention, layer.crossattention)
+            gated.gate = QueryGate(dim, config)
+        # Not a submodule: the factors are registered once, at the model.
+        gated.__dict__["factors"] = factors
