@@ -134,7 +134,7 @@ class ImageTokens:
         model: the retrieval model.
         data_loader: over the whole split.
         budget_gb: 10^9 bytes of main memory for the tokens that this process keeps.
-        dtype: of all tokens between the encoders, kept or not.
+        dtype: to which all tokens are rounded, kept or not.
 
     Attributes:
         feats: normalised ITC features of all images, (images, d), in main memory.
@@ -146,10 +146,12 @@ class ImageTokens:
         total = len(data_loader.dataset)
         self.share = list(own_share(total))
         self._kept: dict[int, Tensor] = {}
+        self._given = torch.float32
         left = budget_gb * 1e9
         feats = [torch.empty(0, model.vision_proj.out_features)]
         for image, tokens, feat in encode_images(model, data_loader, self.share, "encoding images"):
             feats.append(feat.cpu().unsqueeze(0))
+            self._given = tokens.dtype
             left -= tokens.numel() * dtype.itemsize
             if left >= 0:
                 # A copy: the tokens are a view of the whole batch.
@@ -157,11 +159,14 @@ class ImageTokens:
         self.feats = gather_rows(torch.tensor(self.share, dtype=torch.long), torch.cat(feats), total)
 
     def of(self, images: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """Each of these images of the share, with its tokens (tokens, d); what is kept is given up on the way."""
+        """Each of these images of the share, with its tokens (tokens, d) in the vision tower's dtype.
+
+        What is kept is given up on the way.
+        """
         again = [image for image in images if image not in self._kept]
         for image in images:
             if image in self._kept:
-                yield image, self._kept.pop(image)
+                yield image, self._kept.pop(image).to(self._given)
         if again:
             logging.info(
                 "the tokens of %d of %d images are beyond run.token_budget_gb (%g): these images are encoded again",
@@ -170,4 +175,4 @@ class ImageTokens:
                 self.budget_gb,
             )
             for image, tokens, _ in encode_images(self.model, self.data_loader, again, "encoding images again"):
-                yield image, tokens.to(self.dtype)
+                yield image, tokens.to(self.dtype).to(self._given)

@@ -119,7 +119,7 @@ def score_pairs(model, images: ImageTokens, texts: Texts, keys: Tensor) -> Tenso
             chosen = keys[starts[image] : starts[image + 1]] - image * count
             order = texts.lengths[chosen].argsort()
             places.append(starts[image] + order)
-            logits.append(_match(model, tokens.to(model.device, torch.float32), texts, chosen[order]))
+            logits.append(_match(model, tokens.to(model.device), texts, chosen[order]))
             bar.update(len(chosen))
     return gather_rows(torch.cat(places), torch.cat(logits), len(keys))
 
