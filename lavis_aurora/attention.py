@@ -21,8 +21,8 @@ def merge_heads(x: Tensor) -> Tensor:
 class Packing:
     """Several texts that follow one another without padding: a batch of one, (1, tokens, d).
 
-    All of them then attend to one image as one long query, and nothing is computed for padding. Where a text is
-    looked at as a whole, texts of about the same length are padded together for the moment.
+    All of them then attend to one image as one long query. Where a text is looked at as a whole, those of the same
+    length are a batch.
 
     Args:
         lengths: tokens of each text, (texts,), rising, from 1.
@@ -33,28 +33,15 @@ class Packing:
     """
 
     def __init__(self, lengths: Tensor, device: torch.device) -> None:
-        ends = lengths.cumsum(0)
-        self.first = (ends - lengths).to(device)
-        self._groups = []
-        start = 0
-        while start < len(lengths):
-            # Padding adds less than a third.
-            stop = int(torch.searchsorted(lengths, lengths[start] * 4 // 3, right=True))
-            positions = torch.arange(int(lengths[stop - 1]))
-            keep = positions < lengths[start:stop, None]
-            sources = (self.first[start:stop, None].cpu() + positions).clamp(max=int(ends[-1]) - 1)
-            self._groups.append(tuple(x.to(device) for x in (keep, sources, keep.flatten().nonzero()[:, 0])))
-            start = stop
+        self.first = (lengths.cumsum(0) - lengths).to(device)
+        self._sizes = [pair.tolist() for pair in lengths.unique_consecutive(return_counts=True)]
+        self._tokens = [length * texts for length, texts in zip(*self._sizes)]
 
-    def padded(self, *packed: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Groups of texts: where they are no padding, (texts, longest), and of each input (texts, longest, d).
-
-        What stands at the padding is finite and means nothing.
-        """
-        for keep, sources, _ in self._groups:
-            yield (keep, *(x[0, sources] for x in packed))
+    def unpacked(self, *packed: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Views of the texts of each length, (texts, length, d), for each input."""
+        parts = zip(*(x[0].split(self._tokens) for x in packed))
+        return (tuple(x.unflatten(0, (-1, length)) for x in group) for length, group in zip(self._sizes[0], parts))
 
     def packed(self, groups: Iterable[Tensor]) -> Tensor:
-        """(1, tokens, d) of results for each group, (texts, longest, d)."""
-        parts = [x.flatten(0, 1)[places] for x, (_, _, places) in zip(groups, self._groups)]
-        return torch.cat(parts).unsqueeze(0)
+        """(1, tokens, d) of results for each length, (texts, length, d)."""
+        return torch.cat([x.flatten(0, 1) for x in groups]).unsqueeze(0)

@@ -271,7 +271,8 @@ def measure(args: argparse.Namespace) -> dict:
             command += ["--profile"] if args.profile and run == 0 else []
             done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             if done.returncode:
-                sys.exit(f"bench_eval: {side}, {kind} failed:\n{done.stderr[-3000:]}")
+                killed = " (killed: is there enough memory? see --k)" if done.returncode == -9 else ""
+                sys.exit(f"bench_eval: {side}, {kind} failed{killed}:\n{done.stderr[-3000:]}")
             took[side, kind] = time.time() - start
             found[kind][side].append(torch.load(path, weights_only=False))
             if Path(f"{path}.profile").exists():

@@ -86,7 +86,7 @@ class FusedTextAttention(BertSelfAttention):
             source, mask = encoder_hidden_states, encoder_attention_mask if self.keys_are_padded else None
         query, key, value = self.query(hidden_states), self.key(source), self.value(source)
         if isinstance(mask, Packing):
-            parts = (self._attend(*x, keep[:, None, None, :])[0] for keep, *x in mask.padded(query, key, value))
+            parts = (self._attend(*texts)[0] for texts in mask.unpacked(query, key, value))
             return mask.packed(parts), (key, value)
         past = past_key_value if encoder_hidden_states is None else None
         return self._attend(query, key, value, mask, past)
@@ -96,7 +96,7 @@ class FusedTextAttention(BertSelfAttention):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | None = None,
         past: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """From projections (batch, length, d) to the same shape, and the keys and values by head."""

@@ -23,7 +23,7 @@ class GatedCrossAttention(BertAttention):
         if self.factors.active is None:
             return (f, *rest)
         if isinstance(attention_mask, Packing):
-            parts = (self.gate(t, f, keep) for keep, t, f in attention_mask.padded(hidden_states, f))
+            parts = (self.gate(t, f) for t, f in attention_mask.unpacked(hidden_states, f))
             return (attention_mask.packed(parts), *rest)
         keep = None if attention_mask is None else attention_mask[:, 0, 0, :] == 0
         return (self.gate(hidden_states, f, keep), *rest)

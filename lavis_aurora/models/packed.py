@@ -44,9 +44,6 @@ def _last_layer(layer: BertLayer, hidden: Tensor, texts: Packing, image: Tensor)
         f = layer.crossattention(t, texts, encoder_hidden_states=image)[0][:, texts.first]
     else:
         # The first token attends to its text as it does to an image: keys and values are of other tokens.
-        t = [
-            layer.attention(x[:, :1], encoder_hidden_states=x, encoder_attention_mask=keep[:, None, None, :])[0]
-            for keep, x in texts.padded(hidden)
-        ]
+        t = [layer.attention(x[:, :1], encoder_hidden_states=x)[0] for (x,) in texts.unpacked(hidden)]
         f = layer.crossattention(torch.cat(t).transpose(0, 1), encoder_hidden_states=image)[0]
     return layer.feed_forward_chunk(f)[0]

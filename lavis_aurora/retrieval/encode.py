@@ -87,7 +87,7 @@ def encode_texts(model, texts: Sequence[str]) -> Texts:
             longest = int(lengths[part].max())
             batch = {"input_ids": ids[part, :longest], "attention_mask": mask[part, :longest]}
             hidden = model.text_encoder.forward_text(BatchEncoding(batch).to(model.device)).last_hidden_state
-            feats.append(F.normalize(model.text_proj(hidden[:, 0]), dim=-1).float().cpu())
+            feats.append(F.normalize(model.text_proj(hidden[:, 0]).float(), dim=-1).cpu())
             bar.update(len(part))
     ids = ids[:, : int(lengths.max())].clone()
     ids[:, 0] = model.tokenizer.enc_token_id
@@ -120,7 +120,7 @@ def encode_images(model, data_loader, indices: Sequence[int], what: str) -> Iter
             frames = visual.shape[2] if visual.dim() == 5 else 1
             for few in visual.split(max(1, PICTURES_AT_ONCE // frames)):
                 features = encode_visual(model.visual_encoder, few.to(model.device))
-                feats = F.normalize(model.vision_proj(features.pooled), dim=-1).float()
+                feats = F.normalize(model.vision_proj(features.pooled).float(), dim=-1)
                 for tokens, feat in zip(features.tokens, feats):
                     yield indices[position], tokens, feat
                     position += 1
