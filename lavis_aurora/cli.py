@@ -25,6 +25,7 @@ from lavis_aurora.commands import add_commands
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.project import AuroraConfig, load_config
 from lavis_aurora.training.checkpointing import run_to_resume
+from lavis_aurora.training.lavis_tasks import runnable_task
 from lavis_aurora.training.stopping import Stopped
 
 # Long enough for the main process to download or make the data.
@@ -81,7 +82,7 @@ def run_config(cfg: AuroraConfig) -> None:
     setup_logger()
     job_id = _job_id(cfg)
     _set_seeds(run.seed + get_rank())
-    task = registry.get_task_class(run.task).setup_task(cfg=cfg)
+    task = runnable_task(registry.get_task_class(run.task)).setup_task(cfg=cfg)
     datasets = task.build_datasets(cfg)
     model = task.build_model(cfg)
     runner_cls = registry.get_runner_class(run.runner)

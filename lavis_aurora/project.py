@@ -31,6 +31,13 @@ class AuroraConfig(Config):
             self.build_runner_config(user), self.build_model_config(user), self.build_dataset_config(user), user
         )
 
+    @staticmethod
+    def build_model_config(config: DictConfig, **kwargs) -> DictConfig:
+        """LAVIS's; a model around another one takes over the defaults and processors of that."""
+        completed = Config.build_model_config(config, **kwargs)
+        complete = getattr(registry.get_model_class(completed.model.arch), "with_base_defaults", None)
+        return completed if complete is None else complete(completed)
+
 
 def load_config(cfg_path: str, options: Sequence[str] | None = None, evaluate: bool = False) -> AuroraConfig:
     """Read and check a project YAML.
@@ -140,10 +147,24 @@ def _check_registered(key: str, name: str | None, kind: str) -> None:
         raise AuroraError(f"{key}: {name!r} is not registered{near_names(str(name), known)}")
 
 
+def _check_video_processors(name: str, dataset: DictConfig) -> None:
+    """Refuse a dataset of videos with processors for pictures, which it gets where the model's are such."""
+    for split in ("train", "eval"):
+        processor = (dataset.get("vis_processor") or {}).get(split) or {}
+        if "_image_" in processor.get("name", "_image_"):
+            raise AuroraError(
+                f"datasets.{name}.vis_processor.{split}: {processor.get('name')} cannot read videos; they need "
+                f"aurora_video_{split} with n_frms and image_size, see projects/aurora/msrvtt_ret.yaml"
+            )
+
+
 def _complete_processors(cfg: AuroraConfig) -> None:
     """Give datasets without processors the model's, and compare picture sizes."""
     preprocess = cfg.config.get("preprocess") or {}
-    size = cfg.model_cfg.get("image_size")
+    model = cfg.model_cfg
+    key, size = "model.image_size", model.get("image_size")
+    if "base" in model:
+        key, size = "model.base.image_size", model.base.get("image_size")
     for name, dataset in cfg.datasets_cfg.items():
         for kind in ("vis_processor", "text_processor"):
             for split, processor in (preprocess.get(kind) or {}).items():
@@ -152,11 +173,11 @@ def _complete_processors(cfg: AuroraConfig) -> None:
                 if dataset[kind].get(split) is None:
                     dataset[kind][split] = processor
             for split, processor in (dataset.get(kind) or {}).items():
-                key = f"datasets.{name}.{kind}.{split}.name"
-                _check_registered(key, processor.get("name"), "processor_name_mapping")
+                named = f"datasets.{name}.{kind}.{split}.name"
+                _check_registered(named, processor.get("name"), "processor_name_mapping")
+        if dataset.get("data_type") == "videos":
+            _check_video_processors(name, dataset)
         for split, processor in (dataset.get("vis_processor") or {}).items():
             own = processor.get("image_size")
             if size is not None and own is not None and own != size:
-                raise AuroraError(
-                    f"datasets.{name}.vis_processor.{split}.image_size: {own} is not model.image_size, {size}"
-                )
+                raise AuroraError(f"datasets.{name}.vis_processor.{split}.image_size: {own} is not {key}, {size}")

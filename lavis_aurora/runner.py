@@ -99,7 +99,7 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
     def create_loaders(self, datasets, num_workers, batch_sizes, is_trains, collate_fns, dataset_ratios=None) -> list:
         """A loader for each dataset. Arguments are LAVIS's.
 
-        Training order and random crops depend on seed and epoch alone: the samples of a step are the same for any
+        Training order, random crops and frames depend on seed and epoch alone: a step has the same samples for any
         number of processes with the same global batch, and wherever the run is resumed.
         """
         streamed = (tuple, list, ChainDataset, wds.DataPipeline)

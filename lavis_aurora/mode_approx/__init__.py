@@ -8,12 +8,14 @@ from lavis_aurora.mode_approx.factors import FactorSet, ModeFactors
 from lavis_aurora.mode_approx.inject import inject_mode_approx
 from lavis_aurora.mode_approx.linear import ModeApproxLinear
 from lavis_aurora.mode_approx.merge import merge_adapter, merged_state_dict, unmerge_adapter
+from lavis_aurora.mode_approx.multihead import ModeApproxMultiheadAttention
 from lavis_aurora.mode_approx.trainable import trainable_parameters_summary
 
 __all__ = [
     "AdaptedLayer",
     "FactorSet",
     "ModeApproxLinear",
+    "ModeApproxMultiheadAttention",
     "ModeFactors",
     "bind_companions",
     "delete_adapter",

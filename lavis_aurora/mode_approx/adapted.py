@@ -14,7 +14,9 @@ class AdaptedLayer(nn.Module):
     """Mixin in front of a layer whose weights are W0 + dW, with W0 under its old name.
 
     Checkpoints of the backbone load unmodified: parameters keep their names and order, and the factors live in one
-    place of the model, outside this module. While an adapter is merged, state dicts still hold W0.
+    place of the model, outside this module. Whoever reads a weight as an attribute instead of calling the layer
+    (torch's attention, the ViT of BLIP-2) gets W0 + dW, so that no way of computing passes the update by; what would
+    change W0 itself takes it from ``adapted_weights()``. While an adapter is merged, state dicts still hold W0.
 
     Attributes:
         factors: the shared factors.
@@ -43,12 +45,25 @@ class AdaptedLayer(nn.Module):
         self.pinned = pinned
         self.originals = {}
 
+    def twin(self, layer: nn.Module, pinned: str) -> AdaptedLayer:
+        """This layer's class and slots around ``layer``, another of its shape, for a factor set of its own."""
+        twin = type(self).__new__(type(self))
+        twin.take_over(layer, self.factors, self.slots_of, pinned)
+        return twin
+
     @property
     def active_set(self) -> FactorSet | None:
         """The set that forwards must add now; None while the factors are disabled or merged into the weights."""
         if self.pinned is None or self.factors.active is None or self.factors.merged is not None:
             return self.factors.active_set
         return self.factors.sets[self.pinned]
+
+    def effective_weight(self, name: str) -> Tensor | None:
+        """What forwards compute with: W0 + dW of the active set, or the parameter itself while there is none."""
+        weight, active = self._parameters[name], self.active_set
+        if active is None or name not in self.slots_of:
+            return weight
+        return (weight + self._delta(active, name)).to(weight.dtype)
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
         """The parameters that updates are for, by name, the slots stacked in their rows."""
@@ -76,9 +91,12 @@ class AdaptedLayer(nn.Module):
             for weight, original in self.backbone_weights().items()
         }
 
-    def merge(self, merged: Mapping[str, Tensor]) -> None:
-        """Put ``merged`` in the weights' place and keep W0."""
+    def keep_originals(self) -> None:
+        """Remember W0, before :meth:`merge`."""
         self.originals = self.backbone_weights()
+
+    def merge(self, merged: Mapping[str, Tensor]) -> None:
+        """Put ``merged`` in the weights' place."""
         for name, weight in self.adapted_weights().items():
             weight.data = merged[name]
 
@@ -104,8 +122,9 @@ class AdaptedLayer(nn.Module):
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
-    """Name and module of every adapted layer, in the model's order."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLayer))
+    """Name and module of every adapted layer, in the model's order; one in several places comes with each name."""
+    modules = model.named_modules(remove_duplicate=False)
+    return ((name, module) for name, module in modules if isinstance(module, AdaptedLayer))
 
 
 def factors_of(model: nn.Module) -> ModeFactors:

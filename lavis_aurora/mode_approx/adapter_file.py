@@ -181,7 +181,9 @@ def base_hash(model: nn.Module) -> str:
     It tells backbones apart and does not depend on picture size, queue or heads. It is kept until a weight changes.
     """
     factors = factors_of(model)
-    weights = [weight for _, layer in adapted_layers(model) for weight in layer.backbone_weights().values()]
+    # Momentum copies follow the others, and round differently.
+    layers = [layer for _, layer in adapted_layers(model) if layer.pinned is None]
+    weights = [weight for layer in layers for weight in layer.backbone_weights().values()]
     state = [(weight.data_ptr(), weight._version, str(weight.device), weight.dtype) for weight in weights]
     if factors.base_hash is None or factors.base_hash[0] != state:
         digest = hashlib.sha256()

@@ -51,21 +51,25 @@ def _folded(weight: Tensor, u: Tensor, v: Tensor, w: Tensor) -> Tensor:
 class ModeApproxLinear(AdaptedLayer, nn.Linear):
     """y = x W0 + b + x dW_k (paper eq. 4), with the keys of the nn.Linear it replaces.
 
-    Checkpoints of the backbone load unmodified: ``weight`` and ``bias`` keep their names, and the factors
-    live in one place of the model, outside this module.
-
     Args:
         linear: the layer to replace; its parameters are taken over, not copied.
         factors: the shared factors.
         slots: consecutive rows of P and lambda. Several slots are several weights stacked in the rows of this one,
             as q, k and v in LAVIS's ViT.
-        pinned: the factor set to read, whichever is active.
     """
 
-    def __init__(
-        self, linear: nn.Linear, factors: ModeFactors, slots: Sequence[int], pinned: str | None = None
-    ) -> None:
-        self.take_over(linear, factors, {"weight": slots}, pinned)
+    def __init__(self, linear: nn.Linear, factors: ModeFactors, slots: Sequence[int]) -> None:
+        self.take_over(linear, factors, {"weight": slots})
+
+    @property
+    def weight(self) -> Tensor:
+        """W0 + dW, see :class:`AdaptedLayer`."""
+        return self.effective_weight("weight")
+
+    @property
+    def adapted_weight(self) -> nn.Parameter:
+        """The parameter that the update is for, the slots stacked in its rows."""
+        return self._parameters["weight"]
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -83,18 +87,16 @@ class ModeApproxLinear(AdaptedLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features)."""
-        active = self.active_set
+        active, weight = self.active_set, self.adapted_weight
         if active is not None and self._folds(x):
-            return FoldedLinear.apply(
-                x, self.weight, self.bias, *active.parts(self.slots, x.shape[-1], self.slot_width)
-            )
-        y = F.linear(x, self.weight, self.bias)
+            return FoldedLinear.apply(x, weight, self.bias, *active.parts(self.slots, x.shape[-1], self.slot_width))
+        y = F.linear(x, weight, self.bias)
         return y if active is None else y + active.project(x, self.slots, self.slot_width).to(y.dtype)
 
     def _folds(self, x: Tensor) -> bool:
         """Whether folding is cheaper than the products beside the layer, and safe: one dtype, a frozen layer."""
-        plain = x.dtype == self.weight.dtype == self.active_set.P.dtype
-        trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        plain = x.dtype == self.adapted_weight.dtype == self.active_set.P.dtype
+        trained = self.adapted_weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if not plain or trained or torch.is_autocast_enabled(x.device.type):
             return False
         tokens = x.numel() // x.shape[-1]

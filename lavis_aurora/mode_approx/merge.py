@@ -38,6 +38,9 @@ def merge_adapter(model: nn.Module) -> None:
     if factors.merged is not None:
         return
     weights = merged_weights(model, _active(factors.active))
+    # Layers may share a weight: all of them remember it before one changes it.
+    for _, layer in adapted_layers(model):
+        layer.keep_originals()
     for path, layer in adapted_layers(model):
         layer.merge({weight: weights[f"{path}.{weight}"] for weight in layer.slots_of})
     factors.merged = factors.active

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
 from lavis.models.med import BertModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BatchEncoding
 
 from lavis_aurora.config import BlipAuroraConfig
@@ -17,12 +16,13 @@ from lavis_aurora.mode_approx import ModeFactors, inject_mode_approx, load_adapt
 from lavis_aurora.mode_approx.companions import bind_companions, keep_base_heads
 from lavis_aurora.mode_approx.trainable import adapter_parameters
 from lavis_aurora.models.adapter_owner import AdapterOwnerMixin
-from lavis_aurora.models.checkpoint import check_finite, load_backbone, read_state_dict
+from lavis_aurora.models.checkpoint import load_backbone, read_state_dict
 from lavis_aurora.models.fusion import add_gates
+from lavis_aurora.models.run_state import RunState
 from lavis_aurora.models.visual import VisualFeatures, encode_visual, visual_input
 
 
-class AuroraBase(AdapterOwnerMixin):
+class AuroraBase(AdapterOwnerMixin, RunState):
     """Mixin in front of one of LAVIS's BLIP models."""
 
     CONFIG_CLASS: type[BlipAuroraConfig]
@@ -119,47 +119,3 @@ class AuroraBase(AdapterOwnerMixin):
     def visual_features(self, samples: dict) -> VisualFeatures:
         """Tokens and pooled features of the pictures or videos of a batch, wherever it is."""
         return encode_visual(self.visual_encoder, visual_input(samples).to(self.device))
-
-    def _run_parameters(self) -> dict[str, nn.Parameter]:
-        """What a run changes: trained parameters and their momentum copies."""
-        teacher = {id(p) for _, copy in getattr(self, "model_pairs", ()) for p in copy.parameters()}
-        return {name: p for name, p in self.named_parameters() if p.requires_grad or id(p) in teacher}
-
-    def run_state(self) -> dict[str, Tensor]:
-        """State that a checkpoint of a run must hold: trained parameters and their momentum copies."""
-        return {name: parameter.detach().cpu() for name, parameter in self._run_parameters().items()}
-
-    def load_run_state(self, state: dict[str, Tensor], source: str) -> None:
-        """Load what :meth:`run_state` gave; anything missing, foreign, of another shape or NaN is an error."""
-        check_finite(state, source)
-        own = self._run_parameters()
-        problems = [f"{name} is missing" for name in own.keys() - state.keys()]
-        problems += [f"{name} is not trained here" for name in state.keys() - own.keys()]
-        problems += [
-            f"{name} is {tuple(state[name].shape)} there and {tuple(own[name].shape)} here"
-            for name in own.keys() & state.keys()
-            if own[name].shape != state[name].shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise AuroraError(f"{source} does not fit this model: {'; '.join(sorted(problems)[:4])}{more}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
-
-    def queues(self) -> dict[str, Tensor]:
-        """Features of earlier batches that training compares with, by name; most models have none."""
-        return {}
-
-    def queue_state(self) -> dict[str, Tensor]:
-        """Copies of the queues, for a checkpoint."""
-        return {name: queue.cpu() for name, queue in self.queues().items()}
-
-    def load_queue_state(self, state: dict[str, Tensor]) -> bool:
-        """Put back what :meth:`queue_state` gave; False, with nothing done, if it is not there or of another size."""
-        own = self.queues()
-        if any(name not in state or state[name].shape != queue.shape for name, queue in own.items()):
-            return False
-        for name, queue in own.items():
-            queue.copy_(state[name])
-        return True

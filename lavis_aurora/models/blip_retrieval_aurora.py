@@ -17,18 +17,14 @@ from lavis_aurora.alignment import enhance_context
 from lavis_aurora.config import RetrievalAuroraConfig
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.mode_approx.merge import merged_weights
+from lavis_aurora.mode_approx.presets import PRESETS
+from lavis_aurora.mode_approx.teacher import TEACHER_SET
 from lavis_aurora.models.aurora_base import AuroraBase
 from lavis_aurora.models.matching import draw_negatives, gather, shared_seed
 from lavis_aurora.models.towers import build_text_encoder, build_tokenizer, build_vision_encoder, check_vocabulary
 from lavis_aurora.models.visual import encode_visual, visual_input
 from lavis_aurora.paths import package_file
 from lavis_aurora.retrieval.rerank import retrieval_scores
-
-TARGETS = (
-    r"visual_encoder\.blocks\.\d+\.attn\.qkv",
-    r"text_encoder\.encoder\.layer\.\d+\.attention\.self\.(query|key|value)",
-    r"text_encoder\.encoder\.layer\.\d+\.crossattention\.self\.(query|key|value)",
-)
 
 
 @registry.register_model("blip_retrieval_aurora")
@@ -73,10 +69,17 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         check_vocabulary(self.tokenizer, text.config.vocab_size, cfg)
         self.context_form = cfg.context.form if cfg.tuning == "aurora" else "none"
         self._negative_seed: int | None = None
-        self.set_up_tuning(cfg, TARGETS, self.text_encoder)
+        if cfg.tuning != "full":
+            # The backbone is frozen: its moving average is itself.
+            del self.visual_encoder_m, self.text_encoder_m
+            self.model_pairs = [[self.vision_proj, self.vision_proj_m], [self.text_proj, self.text_proj_m]]
+        self.set_up_tuning(cfg, PRESETS["blip_retrieval_aurora"], self.text_encoder)
         if not cfg.train_temp:
             self.temp.requires_grad_(False)
-        self._set_up_teacher(cfg.tuning)
+        if self.mode_approx is not None:
+            default = self.mode_approx.sets["default"]
+            self.model_pairs.append([default, self.mode_approx.add_set(TEACHER_SET, default.config)])
+        self.copy_params()
 
     @property
     def heads(self) -> list[nn.Module | nn.Parameter]:
@@ -88,21 +91,9 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         names = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
         return {name: getattr(self, name) for name in names} if self.queue_size else {}
 
-    def _set_up_teacher(self, tuning: str) -> None:
-        """Momentum copies of what is trained, and of nothing else."""
-        if tuning != "full":
-            # The backbone is frozen: its moving average is itself.
-            del self.visual_encoder_m, self.text_encoder_m
-            self.model_pairs = [[self.vision_proj, self.vision_proj_m], [self.text_proj, self.text_proj_m]]
-            if self.mode_approx is not None:
-                default = self.mode_approx.sets["default"]
-                teacher = self.mode_approx.add_set("momentum", default.config)
-                self.model_pairs.append([default, teacher])
-        self.copy_params()
-
     def complete_merged_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A merged state with LAVIS's momentum towers: W0 + dW of the teacher's factors."""
-        teacher = {**state, **merged_weights(self, "momentum")}
+        teacher = {**state, **merged_weights(self, TEACHER_SET)}
         towers = ("visual_encoder", "text_encoder")
         copies = {
             f"{tower}_m{key[len(tower) :]}": value
@@ -115,7 +106,7 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
     @torch.no_grad()
     def _teacher_features(self, image: Tensor, text: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Momentum embeddings and normalised ITC features of images and texts."""
-        factors = nullcontext() if self.mode_approx is None else self.mode_approx.use("momentum")
+        factors = nullcontext() if self.mode_approx is None else self.mode_approx.use(TEACHER_SET)
         with factors:
             image_embeds, pooled = encode_visual(getattr(self, "visual_encoder_m", self.visual_encoder), image)
             text_embeds = getattr(self, "text_encoder_m", self.text_encoder).forward_text(text).last_hidden_state

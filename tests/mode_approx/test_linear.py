@@ -35,7 +35,7 @@ def path(request, monkeypatch) -> str:
 
 
 def _one_dtype(module: ModeApproxLinear, x: torch.Tensor) -> bool:
-    return x.dtype == module.weight.dtype == module.factors.active_set.P.dtype
+    return x.dtype == module.adapted_weight.dtype == module.factors.active_set.P.dtype
 
 
 @pytest.mark.parametrize("slots", [1, 3])
@@ -44,7 +44,7 @@ def test_forward_is_the_linear_layer_with_the_updated_weight(slots, shape):
     module = layer(slots)
     x = torch.randn(*shape, D_IN, dtype=torch.float64)
     delta = torch.cat([module.factors.delta_weight(f"s{i}") for i in range(slots)])
-    torch.testing.assert_close(module(x), F.linear(x, module.weight + delta, module.bias))
+    torch.testing.assert_close(module(x), F.linear(x, module.adapted_weight + delta, module.bias))
     torch.testing.assert_close(module.delta_weight(), delta)
 
 
@@ -55,7 +55,7 @@ def test_gradients_are_those_of_the_explicit_weight(slots):
     x = torch.randn(6, D_IN, dtype=torch.float64, requires_grad=True)
     target = torch.randn(6, slots * D_OUT, dtype=torch.float64)
     ours = torch.autograd.grad((module(x) * target).sum(), [x, *parameters])
-    explicit = F.linear(x, module.weight + module.delta_weight(), module.bias)
+    explicit = F.linear(x, module.adapted_weight + module.delta_weight(), module.bias)
     theirs = torch.autograd.grad((explicit * target).sum(), [x, *parameters])
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b)
@@ -90,7 +90,7 @@ def test_the_path_is_chosen_by_tokens_and_only_where_it_is_exact():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not module._folds(many)
     assert not module._folds(many.float())
-    module.weight.requires_grad_(True)
+    module.adapted_weight.requires_grad_(True)
     assert not module._folds(many)
 
 
@@ -98,15 +98,15 @@ def test_disabled_is_the_plain_layer_bit_for_bit():
     module = layer(2)
     x = torch.randn(3, D_IN, dtype=torch.float64)
     with module.factors.disabled():
-        assert torch.equal(module(x), F.linear(x, module.weight, module.bias))
-    assert not torch.equal(module(x), F.linear(x, module.weight, module.bias))
+        assert torch.equal(module(x), F.linear(x, module.adapted_weight, module.bias))
+    assert not torch.equal(module(x), F.linear(x, module.adapted_weight, module.bias))
 
 
 def test_keys_and_parameters_are_those_of_the_layer_it_replaces():
     linear = nn.Linear(D_IN, D_OUT)
     module = ModeApproxLinear(linear, ModeFactors({"a": (D_IN, D_OUT)}, ModeApproxConfig(rank=2)), [0])
     assert list(module.state_dict()) == ["weight", "bias"]
-    assert module.weight is linear.weight
+    assert module.adapted_weight is linear.weight
     assert module.bias is linear.bias
 
 
@@ -115,7 +115,7 @@ def test_fp32_factors_over_a_half_precision_layer(dtype):
     module = layer(3, torch.float32)
     reference = module(x := torch.randn(6, D_IN))
     half = ModeApproxLinear(copy.deepcopy(nn.Linear(D_IN, 3 * D_OUT)), module.factors, range(3))
-    half.weight, half.bias = (nn.Parameter(p.to(dtype)) for p in (module.weight, module.bias))
+    half.weight, half.bias = (nn.Parameter(p.to(dtype)) for p in (module.adapted_weight, module.bias))
     y = half(x.to(dtype))
     assert y.dtype == dtype
     torch.testing.assert_close(y.float(), reference, atol=0.1, rtol=0.05)

@@ -130,7 +130,7 @@ def test_a_merged_model_may_be_copied_and_cast():
     other = copy.deepcopy(model).double()
     torch.testing.assert_close(other(x.double()), expected.double())
     unmerge_adapter(other)
-    assert torch.equal(other.query.weight, before["query.weight"].double())
+    assert torch.equal(other.query.adapted_weight, before["query.weight"].double())
     assert model.mode_approx.merged == "default"
 
 
