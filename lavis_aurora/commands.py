@@ -85,7 +85,7 @@ def _describe(config: AdapterConfig) -> list[str]:
     for key, value in config.metrics.items():
         shown = value if isinstance(value, dict) else {"": value}
         numbers = (f"{k} {v:.4g}".strip() if isinstance(v, (int, float)) else f"{k} {v}" for k, v in shown.items())
-        lines[f"metrics: {key}"] = ", ".join(text for text in numbers if "chance" not in text)
+        lines[f"metrics: {key}"] = ", ".join(text for text in numbers if not re.search("chance|_itc_", text))
     lines["written by"] = ", ".join(f"{key} {value}" for key, value in config.versions.items())
     return [f"{key:<16} {value}" for key, value in lines.items()]
 
