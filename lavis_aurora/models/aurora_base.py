@@ -19,7 +19,6 @@ from lavis_aurora.models.adapter_owner import AdapterOwnerMixin
 from lavis_aurora.models.checkpoint import load_backbone, read_state_dict
 from lavis_aurora.models.fusion import add_gates
 from lavis_aurora.models.run_state import RunState
-from lavis_aurora.models.visual import VisualFeatures, encode_visual, visual_input
 
 
 class AuroraBase(AdapterOwnerMixin, RunState):
@@ -115,7 +114,3 @@ class AuroraBase(AdapterOwnerMixin, RunState):
             max_length=self.max_txt_len,
             return_tensors="pt",
         )
-
-    def visual_features(self, samples: dict) -> VisualFeatures:
-        """Tokens and pooled features of the pictures or videos of a batch, wherever it is."""
-        return encode_visual(self.visual_encoder, visual_input(samples).to(self.device))

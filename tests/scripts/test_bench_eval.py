@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench_eval.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_eval.py"
 
 
 @pytest.mark.slow
