@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 from tiny import project_yaml
+from tiny_video import video_overrides, write_video_questions, write_videos
 from tiny_vqa import vqa_project
 
 from lavis_aurora.cli import train
@@ -17,6 +18,7 @@ from lavis_aurora.errors import AuroraError
 from lavis_aurora.paper.compare import add_arguments, compare, comparison, read_measured
 from lavis_aurora.paper.tables import paper_tables
 
+ROOT = Path(__file__).resolve().parents[2]
 PAPER_RUN = {
     "world_size": 8,
     "init_lr": 1e-4,
@@ -165,6 +167,38 @@ def test_what_real_runs_write_is_read(tmp_path):
     [val] = read_measured(vqa / "result" / "val_epoch_0_vqa_result.json")
     assert val.counts["questions"] == 6
     assert comparison(val)["values"] == {"val": val.metrics["agg_metrics"]}
+
+
+@pytest.mark.parametrize(
+    ("project", "builder", "write"),
+    [
+        ("msrvtt_ret", "msrvtt_retrieval", write_videos),
+        ("msrvtt_qa", "msrvtt_qa_aurora", write_video_questions),
+    ],
+)
+def test_what_real_runs_on_videos_write_is_read(tmp_path, project, builder, write):
+    options = [
+        *video_overrides(builder, write(tmp_path / "data", 4)),
+        *(f"datasets.{builder}.vis_processor.{split}.n_frms=2" for split in ("train", "eval")),
+        *("model.model_type=tiny", "model.image_size=48", "model.pretrained=null", "run.num_workers=0"),
+        *("run.max_epoch=1", "run.batch_size_train=2", "run.batch_size_eval=4", "run.device=cpu"),
+        f"run.output_dir={tmp_path / 'output'}",
+    ]
+    train(["--cfg-path", str(ROOT / f"projects/aurora/{project}.yaml"), "--options", *options])
+    [run] = (tmp_path / "output").iterdir()
+    [measured] = read_measured(run)
+    found = comparison(measured)
+    assert found["benchmark"] == builder and found["like"] == "Aurora (r=64)"
+    assert ("backbone", "random weights", "BLIP base, 129M pairs") in found["setup"]
+    assert ("frames_test", 2, 16) in found["setup"]
+    if builder == "msrvtt_retrieval":
+        assert measured.counts == {"videos": 4, "texts": 4}
+        assert found["values"]["text_to_video_r1"] == measured.metrics["text_to_video_r1"]
+        assert ("videos tested", 4, 1000) in found["setup"]
+    else:
+        assert measured.counts == {"questions": 4}
+        assert found["values"] == {"accuracy": measured.metrics["agg_metrics"]}
+    assert paper_tables()["benchmarks"][builder]["name"] in text_of(str(run))
 
 
 def test_a_run_on_other_data_is_shown_alone(tmp_path):
