@@ -1,11 +1,11 @@
-"""Train a project once for each cell of a grid of options, and write one table of what came out.
+r"""Train a project once for each cell of a grid of options, and write one table of what came out.
 
     python scripts/sweep.py --cfg-path projects/aurora/demo_ret.yaml --output output/sweep_rank --jobs 2 \
         --grid model.mode_approx.rank=4,16,64 run.seed=1,2
 
 Each cell is `python train.py` in a process and a folder of its own. The same command again goes on: finished cells
-are kept, interrupted ones resume, failed ones start again. sweep.csv holds a row for each cell, and mean and spread
-(sample standard deviation) over the seeds.
+are kept, interrupted ones resume, failed ones are tried again. sweep.csv holds a row for each cell, and mean and
+spread (sample standard deviation) over the seeds.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Cell:
 
 
 def cell_name(settings: dict[str, str]) -> str:
-    """Name of a cell and of its folder: sections are left out where the rest of a key is clear."""
+    """Name of a cell and of its folder."""
     shown = ",".join(f"{key}={value}" for key, value in settings.items())
     return re.sub(r"[^\w.,=+-]", "_", shown)
 
