@@ -19,6 +19,7 @@ SHARINGS = ("global", "tower")
 CONTEXT_FORMS = ("attention", "mean", "random", "none")
 TUNINGS = ("aurora", "heads", "full", "frozen")
 INFERENCE_METHODS = ("rank", "generate")
+TOKEN_DTYPES = ("float32", "bfloat16")
 
 
 def _require(ok: bool, key: str, value: object, need: str) -> None:
@@ -306,6 +307,10 @@ class RunConfig:
         device: auto (a GPU if there is one), cuda or cpu.
         itc_weight: score of a reranked pair = ITM + itc_weight * ITC (1 as LAVIS and BLIP; 0 is ITM alone).
         k_test: candidates per query that are reranked; 0 ranks by ITC alone.
+        token_budget_gb: 10^9 bytes of main memory in which each process keeps tokens of images or videos for the
+            reranking; those beyond go through the vision tower a second time.
+        token_dtype: of these tokens, float32 (LAVIS's scores) or bfloat16 (twice as many in the same memory).
+        eval_bf16: retrieval is evaluated in bfloat16 (autocast), tokens too; faster on hardware that has it.
         inference_method: how questions are answered: rank (the likeliest of a list) or generate.
         num_ans_candidates: answers of the list that are scored as a whole, the likeliest by their first token.
         num_beams, max_len, min_len: of generated answers; 1 beam is greedy, lengths in tokens.
@@ -345,6 +350,9 @@ class RunConfig:
     train_dataset_ratios: Any = None
     k_test: int = 128
     itc_weight: float = 1.0
+    token_budget_gb: float = 4.0
+    token_dtype: str = "float32"
+    eval_bf16: bool = False
     inference_method: str = "rank"
     num_ans_candidates: int = 128
     num_beams: int = 3
@@ -373,6 +381,7 @@ class RunConfig:
         if self.resume == "auto" and self.resume_ckpt_path:
             raise AuroraError("run.resume: auto finds the run by itself; leave out run.resume_ckpt_path, or set none")
         _one_of("run.inference_method", self.inference_method, INFERENCE_METHODS)
+        _one_of("run.token_dtype", self.token_dtype, TOKEN_DTYPES)
         for key in (
             "max_epoch",
             "accum_grad_iters",
@@ -393,6 +402,7 @@ class RunConfig:
             "grad_clip",
             "num_workers",
             "k_test",
+            "token_budget_gb",
             "warmup_steps",
             "min_len",
             "checkpoint_every",
