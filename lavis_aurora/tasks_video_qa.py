@@ -14,7 +14,7 @@ from lavis.common.vqa_tools.vqa_eval import VQAEval
 from torch.utils.data import Dataset
 
 from lavis_aurora.errors import AuroraError
-from lavis_aurora.tasks_vqa import VqaAuroraTask, report
+from lavis_aurora.tasks_vqa import VqaAuroraTask
 
 # Of MSRVTT-QA (Xu et al., ACM MM 2017), whose questions all begin with one of them.
 QUESTION_WORDS = ("what", "who", "how", "when", "where")
@@ -71,6 +71,8 @@ class VideoQaAuroraTask(VqaAuroraTask):
         """Exact match in percent, and the number of questions."""
         results = json.loads(Path(result_file).read_text())
         metrics = {**exact_match(results), "questions": len(results)}
-        print(report(split, metrics), flush=True)
+        words = ", ".join(f"{w} {metrics[w]:.2f}" for w in (*QUESTION_WORDS, "other") if w in metrics)
+        accuracy = metrics["agg_metrics"]
+        print(f"{split}: {len(results)} questions, accuracy {accuracy:.2f} % ({words})", flush=True)
         logging.info("answers written to %s", result_file)
         return metrics
