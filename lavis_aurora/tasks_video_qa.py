@@ -70,9 +70,13 @@ class VideoQaAuroraTask(VqaAuroraTask):
     def _report_metrics(self, result_file: str, split: str) -> dict[str, Any]:
         """Exact match in percent, and the number of questions."""
         results = json.loads(Path(result_file).read_text())
-        metrics = {**exact_match(results), "questions": len(results)}
-        words = ", ".join(f"{w} {metrics[w]:.2f}" for w in (*QUESTION_WORDS, "other") if w in metrics)
-        accuracy = metrics["agg_metrics"]
-        print(f"{split}: {len(results)} questions, accuracy {accuracy:.2f} % ({words})", flush=True)
+        metrics = exact_match(results)
+        print(report(split, len(results), metrics), flush=True)
         logging.info("answers written to %s", result_file)
-        return metrics
+        return {**metrics, "questions": len(results)}
+
+
+def report(split: str, count: int, metrics: dict[str, float]) -> str:
+    """One line: number of questions, accuracy, and accuracy by question word."""
+    shown = ", ".join(f"{word} {value:.2f}" for word, value in metrics.items() if word != "agg_metrics")
+    return f"{split}: {count} questions, accuracy {metrics['agg_metrics']:.2f} % ({shown})"

@@ -7,7 +7,7 @@ import torch
 
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.models.visual import encode_visual, visual_input
-from tests.tiny import tiny_model
+from tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
