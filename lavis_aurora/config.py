@@ -15,6 +15,7 @@ from lavis_aurora.errors import AuroraError, near_names
 
 GATE_FORMS = ("residual", "convex", "affine", "none")
 GATE_INITS = ("zeros", "ones")
+SHARINGS = ("global", "tower")
 CONTEXT_FORMS = ("attention", "mean", "random", "none")
 TUNINGS = ("aurora", "heads", "full", "frozen")
 INFERENCE_METHODS = ("rank", "generate")
@@ -54,17 +55,21 @@ class ModeApproxConfig:
         rank: R, the number of rank-one components. The paper uses 64 and 128.
         scale: factor on the whole update; the rest of the scaling follows rank and width by itself. With 8, the
             learning rate that suits the heads suits the factors.
+        sharing: global (one U and V for all towers, the paper) or tower (one for each, the paper's comparison in 4.4,
+            with 2dr more parameters for each tower beyond the first).
         targets: which layers are adapted: regular expressions over their whole names, or names of presets
             (``mode_approx/presets.py``), one or a list; null for those that the model is meant for.
     """
 
     rank: int = 64
     scale: float = 8.0
+    sharing: str = "global"
     targets: Any = None
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "mode_approx.rank", self.rank, "1 or more")
         _require(self.scale > 0, "mode_approx.scale", self.scale, "above 0")
+        _one_of("mode_approx.sharing", self.sharing, SHARINGS)
         if self.targets is not None:
             self.targets = _patterns("mode_approx.targets", self.targets)
 
