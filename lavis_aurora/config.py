@@ -15,7 +15,8 @@ from lavis_aurora.errors import AuroraError, near_names
 GATE_FORMS = ("residual", "convex", "affine", "none")
 GATE_INITS = ("zeros", "ones")
 CONTEXT_FORMS = ("attention", "mean", "random", "none")
-TUNINGS = ("aurora", "heads", "full", "frozen")
+TUNINGS = ("aurora", "heads", "lora", "uniadapter", "full", "frozen")
+LORA_TARGETS = ("attention", "feed_forward")
 INFERENCE_METHODS = ("rank", "generate")
 
 
@@ -37,14 +38,18 @@ class ModeApproxConfig:
         rank: R, the number of rank-one components. The paper uses 64 and 128.
         scale: factor on the whole update; the rest of the scaling follows rank and width by itself. With 8, the
             learning rate that suits the heads suits the factors.
+        dropout: probability of dropping a feature that the update reads, in training. With it the update is
+            computed beside the layer, which costs time and memory.
     """
 
     rank: int = 64
     scale: float = 8.0
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "mode_approx.rank", self.rank, "1 or more")
         _require(self.scale > 0, "mode_approx.scale", self.scale, "above 0")
+        _require(0 <= self.dropout < 1, "mode_approx.dropout", self.dropout, "0 or more and below 1")
 
 
 @dataclass
@@ -80,6 +85,48 @@ class ContextConfig:
 
 
 @dataclass
+class LoraConfig:
+    """LoRA, a baseline (arXiv 2106.09685; the Aurora paper's tables have rank 32).
+
+    Attributes:
+        rank: of the update of each weight.
+        alpha: the update is multiplied by alpha / rank.
+        dropout: probability of dropping a feature that the update reads, in training.
+        targets: attention (query, key, value), feed_forward, or both, which gives the paper's 10.6M parameters.
+    """
+
+    rank: int = 32
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "lora.rank", self.rank, "1 or more")
+        _require(self.alpha > 0, "lora.alpha", self.alpha, "above 0")
+        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "0 or more and below 1")
+        _require(bool(self.targets), "lora.targets", self.targets, f"some of {', '.join(LORA_TARGETS)}")
+        for target in self.targets:
+            _one_of("lora.targets", target, LORA_TARGETS)
+
+
+@dataclass
+class UniAdapterConfig:
+    """UniAdapter, a baseline (arXiv 2302.06605; the Aurora paper's tables have ranks 128 and 512).
+
+    Attributes:
+        rank: width of the bottlenecks.
+        scale: factor on their output, 0.1 as in its authors' code.
+    """
+
+    rank: int = 512
+    scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "uniadapter.rank", self.rank, "1 or more")
+        _require(self.scale > 0, "uniadapter.scale", self.scale, "above 0")
+
+
+@dataclass
 class VitConfig:
     """A ViT of any size, instead of LAVIS's ``vit_type: base | large``. Sizes in pixels, dimensions, layers."""
 
@@ -108,9 +155,11 @@ class BlipAuroraConfig:
         vit_ckpt_layer, vit_drop_path_rate, vit_layer_norm_epsilon, med_config_path, max_txt_len: LAVIS's own.
         vit: sizes of another ViT than LAVIS's two.
         tokenizer: hub name of a BERT tokenizer, or a folder with its vocab.txt.
-        tuning: aurora (the method), heads (only the heads), full (the whole model, the baseline), frozen.
+        tuning: aurora (the method), heads (only the heads), frozen, and the baselines lora, uniadapter, full (the
+            whole model).
         train_heads: also train the heads (projections, matching head, temperature), reported apart.
         mode_approx, gate: parts of the method.
+        lora, uniadapter: settings of these baselines.
     """
 
     arch: Optional[str] = None
@@ -132,6 +181,8 @@ class BlipAuroraConfig:
     train_heads: bool = True
     mode_approx: ModeApproxConfig = field(default_factory=ModeApproxConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    uniadapter: UniAdapterConfig = field(default_factory=UniAdapterConfig)
 
     def __post_init__(self) -> None:
         _one_of("model.tuning", self.tuning, TUNINGS)

@@ -47,8 +47,10 @@ class FactorSet(nn.Module):
         return self.config.scale / (U_DEVIATION * math.sqrt(d_in * self.config.rank))
 
     def slot_weights(self, slots: Sequence[int], d_in: int) -> Tensor:
-        """s * lambda * P of consecutive slots, shape (len(slots), rank)."""
-        rows = slice(slots[0], slots[-1] + 1)
+        """s * lambda * P of the slots, shape (len(slots), rank)."""
+        rows = list(slots)
+        if rows == list(range(rows[0], rows[-1] + 1)):
+            rows = slice(rows[0], rows[-1] + 1)  # no copy, and nothing to send to a GPU
         return self.scale(d_in) * self.coefficients[rows] * self.P[rows]
 
     def parts(self, slots: Sequence[int], d_in: int, d_out: int) -> tuple[Tensor, Tensor, Tensor]:

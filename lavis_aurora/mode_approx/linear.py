@@ -15,36 +15,63 @@ class FoldedLinear(torch.autograd.Function):
     """y = x (W0 + dW)^T + b with the update folded into the weight: one product beside the folding.
 
     The backward pass never forms the gradient of the folded weight: with A = x U and B = g V for each slot, the
-    gradients of U, V and w = s * lambda * P follow from products of width ``rank``.
+    gradients of U, V and w = s * lambda * P follow from products of width ``rank``. The weight is folded in the
+    factors' precision and then rounded to that of x, as a trained weight is in mixed precision.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, w: Tensor) -> Tensor:
-        """x (..., d_in), weight (slots * d_out, d_in), u (d_in, rank), v (d_out, rank), w (slots, rank)."""
-        ctx.save_for_backward(x, weight, u, v, w)
-        return F.linear(x, _folded(weight, u, v, w), bias)
+    def forward(ctx, x: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, w: Tensor, *weights: Tensor) -> Tensor:
+        """x (..., d_in), u (d_in, rank), v (d_out, rank), w (slots, rank); weights, (slots * d_out, d_in) in all."""
+        ctx.save_for_backward(x, u, v, w, *weights)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, _folded(x.dtype, u, v, w, *weights), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        """Gradients of x, u, v and w; weight and bias are frozen."""
-        x, weight, u, v, w = ctx.saved_tensors
-        grad_x = grad @ _folded(weight, u, v, w) if ctx.needs_input_grad[0] else None
-        if not any(ctx.needs_input_grad[3:]):
-            return grad_x, None, None, None, None, None
+        """Gradients of x, u, v and w; weights and bias are frozen."""
+        x, u, v, w, *weights = ctx.saved_tensors
+        grad_x = grad @ _folded(x.dtype, u, v, w, *weights) if ctx.needs_input_grad[0] else None
+        frozen = (None,) * len(weights)
+        if not any(ctx.needs_input_grad[2:5]):
+            return grad_x, None, None, None, None, *frozen
         x, grad = x.flatten(0, -2), grad.flatten(0, -2).unflatten(-1, (len(w), -1))
-        a = x @ u
-        b = grad @ v
-        grad_w = (a.unsqueeze(1) * b).sum(dim=0)
-        grad_u = x.t() @ (b * w).sum(dim=1)
-        scaled = (a.unsqueeze(1) * w).flatten(0, 1)
-        grad_v = grad.flatten(0, 1).t() @ scaled
-        return grad_x, None, None, grad_u, grad_v, grad_w
+        scale = w.to(x.dtype)
+        a = x @ u.to(x.dtype)
+        b = grad @ v.to(x.dtype)
+        grad_w = (a.unsqueeze(1) * b).sum(dim=0, dtype=w.dtype)
+        grad_u = x.t() @ (b * scale).sum(dim=1)
+        grad_v = grad.flatten(0, 1).t() @ (a.unsqueeze(1) * scale).flatten(0, 1)
+        return grad_x, None, grad_u.to(u.dtype), grad_v.to(v.dtype), grad_w, *frozen
 
 
-def _folded(weight: Tensor, u: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    """W0 + dW."""
+def _folded(dtype: torch.dtype, u: Tensor, v: Tensor, w: Tensor, *weights: Tensor) -> Tensor:
+    """W0 + dW of layers whose weights are stacked in rows."""
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     rows = (w.unsqueeze(1) * v).flatten(0, 1)
-    return torch.addmm(weight, rows, u.t())
+    return torch.addmm(weight.to(v.dtype), rows, u.t()).to(dtype)
+
+
+def linear_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """``layer(x)`` of each layer; those of this module that fold are one product, sharing A = x U."""
+    first = layers[0]
+    together = all(
+        isinstance(layer, ModeApproxLinear)
+        and layer.factors is first.factors
+        and layer.slot_width == first.slot_width
+        and layer.folds(x)
+        for layer in layers
+    )
+    if not together:
+        return tuple(layer(x) for layer in layers)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    slots = [slot for layer in layers for slot in layer.slots]
+    parts = first.factors.active_set.parts(slots, first.in_features, first.slot_width)
+    bias = first.bias
+    if len(layers) > 1 and bias is not None:
+        bias = torch.cat([layer.bias for layer in layers])
+    y = FoldedLinear.apply(x, bias, *parts, *(layer.weight for layer in layers))
+    return y.split([layer.out_features for layer in layers], dim=-1)
 
 
 class ModeApproxLinear(nn.Linear):
@@ -75,19 +102,21 @@ class ModeApproxLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features)."""
-        active = self.factors.active_set
-        if active is not None and self._folds(x):
-            return FoldedLinear.apply(
-                x, self.weight, self.bias, *active.parts(self.slots, x.shape[-1], self.slot_width)
-            )
+        if self.folds(x):
+            return linear_together(x, self)[0]
         y = F.linear(x, self.weight, self.bias)
-        return y if active is None else y + active.project(x, self.slots, self.slot_width).to(y.dtype)
+        active = self.factors.active_set
+        if active is None:
+            return y
+        x = F.dropout(x, active.config.dropout, self.training)
+        return y + active.project(x, self.slots, self.slot_width).to(y.dtype)
 
-    def _folds(self, x: Tensor) -> bool:
-        """Whether folding is cheaper than the products beside the layer, and safe: one dtype, a frozen layer."""
-        plain = x.dtype == self.weight.dtype == self.factors.active_set.P.dtype
-        trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        if not plain or trained or torch.is_autocast_enabled(x.device.type):
+    def folds(self, x: Tensor) -> bool:
+        """Whether the update is folded into the weight: where that is the cheaper way, and the layer is frozen."""
+        active = self.factors.active_set
+        if active is None or self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
+            return False
+        if self.training and active.config.dropout:
             return False
         tokens = x.numel() // x.shape[-1]
         return tokens * (self.in_features + self.out_features) > self.in_features * self.out_features

@@ -10,6 +10,9 @@ from lavis.models.med import BertModel
 from torch import Tensor, nn
 from transformers import BatchEncoding
 
+from lavis_aurora.baselines import add_baseline
+from lavis_aurora.baselines.lora import LoraSets
+from lavis_aurora.baselines.uniadapter import UniAdapters
 from lavis_aurora.config import BlipAuroraConfig
 from lavis_aurora.config_check import parse_config
 from lavis_aurora.errors import AuroraError, near_names
@@ -17,6 +20,7 @@ from lavis_aurora.mode_approx import ModeFactors, inject_mode_approx, trainable_
 from lavis_aurora.mode_approx.trainable import adapter_parameters
 from lavis_aurora.models.checkpoint import load_backbone, read_state_dict
 from lavis_aurora.models.fusion import add_gates
+from lavis_aurora.models.matching import longest_anywhere
 from lavis_aurora.models.visual import VisualFeatures, encode_visual, visual_input
 
 
@@ -26,6 +30,7 @@ class AuroraBase:
     CONFIG_CLASS: type[BlipAuroraConfig]
     DEFAULT_MODEL_TYPE: str
     mode_approx: ModeFactors | None
+    baseline: LoraSets | UniAdapters | None
 
     @classmethod
     def default_config_path(cls, model_type: str) -> str:
@@ -57,6 +62,7 @@ class AuroraBase:
     ) -> None:
         """Freeze the backbone and add what ``cfg.tuning`` trains; layers of the same ``slot_name`` share a slot."""
         self.mode_approx = None
+        self.baseline = add_baseline(self, cfg, targets)
         if cfg.tuning == "aurora":
             inject_mode_approx(self, cfg.mode_approx, targets, slot_name)
             add_gates(gated, cfg.gate)
@@ -84,7 +90,10 @@ class AuroraBase:
         new = {name for name, parameter in self.named_parameters() if id(parameter) in adapter}
         new |= {name for name in self.state_dict() if name.partition(".")[0].endswith("_m")}
         source = f"{key} {url_or_filename}"
-        load_backbone(self, self.complete_state(read_state_dict(url_or_filename, key), source), source, new)
+        state = self.complete_state(read_state_dict(url_or_filename, key), source)
+        if isinstance(self.baseline, LoraSets):
+            state = self.baseline.backbone_state(state)
+        load_backbone(self, state, source, new)
         if hasattr(self, "copy_params"):
             self.copy_params()
 
@@ -94,15 +103,25 @@ class AuroraBase:
         """The weights of a checkpoint, with those filled in that the model can start without; here there are none."""
         return state
 
-    def tokenize(self, texts: Iterable[str], to_longest: bool = False) -> BatchEncoding:
-        """Token ids and mask on the CPU, cut at ``max_txt_len`` and padded to it or to the longest text."""
-        return self.tokenizer(
+    def tokenize(self, texts: Iterable[str], to_longest: bool = False, everywhere: bool = False) -> BatchEncoding:
+        """Token ids and mask on the CPU, cut at ``max_txt_len``.
+
+        Args:
+            texts: what to tokenize.
+            to_longest: pad to the longest text rather than to ``max_txt_len``.
+            everywhere: pad to the longest text of all processes.
+        """
+        tokens = self.tokenizer(
             list(texts),
-            padding="longest" if to_longest else "max_length",
+            padding="longest" if to_longest or everywhere else "max_length",
             truncation=True,
             max_length=self.max_txt_len,
             return_tensors="pt",
         )
+        if everywhere:
+            length = longest_anywhere(tokens.input_ids.shape[1])
+            tokens = self.tokenizer.pad(tokens, padding="max_length", max_length=length, return_tensors="pt")
+        return tokens
 
     def visual_features(self, samples: dict) -> VisualFeatures:
         """Tokens and pooled features of the pictures or videos of a batch, wherever it is."""
