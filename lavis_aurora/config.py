@@ -253,7 +253,7 @@ class VqaAuroraConfig(BlipAuroraConfig):
         _require(self.rank_chunk >= 1, "model.rank_chunk", self.rank_chunk, "1 or more (pairs)")
         if self.tuning == "heads":
             raise AuroraError(
-                "model.tuning: blip_vqa_aurora has no heads besides its answer decoder; use aurora, full or frozen"
+                "model.tuning: blip_vqa_aurora has no heads besides its answer decoder; use aurora, lora, uniadapter, full or frozen"
             )
 
 
@@ -270,6 +270,7 @@ class RunConfig:
         num_beams, max_len, min_len: of generated answers; 1 beam is greedy, lengths in tokens.
         prompt: wording around each question at evaluation, ``{}`` in the question's place; empty for none.
         use_dist_eval_sampler: LAVIS's; here the task knows whether processes may share a split, and it has no effect.
+        compile: compile the layers of the towers with torch.compile; the first steps then take minutes.
         grad_clip: largest norm of the gradient; 0 for no clipping.
         output_dir: relative paths start at the current directory; each run adds a folder of its own.
     """
@@ -310,6 +311,7 @@ class RunConfig:
     seed: int = 42
     output_dir: str = "output"
     amp: bool = False
+    compile: bool = False
     log_freq: int = 50
     resume_ckpt_path: Optional[str] = None
     evaluate: bool = False

@@ -64,6 +64,8 @@ class AuroraRunner(RunnerBase):
         """The model on its device, wrapped for several processes."""
         if self._wrapped_model is None:
             self._model = self._model.to(self.device)
+            if self.config.run_cfg.get("compile", False) and not self.evaluate_only:
+                self._model.compile_layers()
             self._wrapped_model = self._model
             if self.use_distributed and any(p.requires_grad for p in self._model.parameters()):
                 # Queues start alike, are filled alike on all processes, and need not be sent each step.

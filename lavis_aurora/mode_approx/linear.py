@@ -8,15 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_aurora.mode_approx.factors import ModeFactors
+from lavis_aurora.mode_approx.factors import FactorSet, ModeFactors
 
 
 class FoldedLinear(torch.autograd.Function):
     """y = x (W0 + dW)^T + b with the update folded into the weight: one product beside the folding.
 
-    The backward pass never forms the gradient of the folded weight: with A = x U and B = g V for each slot, the
-    gradients of U, V and w = s * lambda * P follow from products of width ``rank``. The weight is folded in the
-    factors' precision and then rounded to that of x, as a trained weight is in mixed precision.
+    The backward pass never forms the gradient of the folded weight. With A = x U, w = s * lambda * P and g_k the
+    gradient of slot k's output, everything follows from products of width ``rank``:
+
+        C_k = g_k^T A,   dV = sum_k C_k diag(w_k),   dw_k = diag(V^T C_k),   dU = x^T sum_k g_k V diag(w_k)
+
+    The weight is folded in the factors' precision and then rounded to that of x, as a trained weight is in mixed
+    precision.
     """
 
     @staticmethod
@@ -34,21 +38,22 @@ class FoldedLinear(torch.autograd.Function):
         frozen = (None,) * len(weights)
         if not any(ctx.needs_input_grad[2:5]):
             return grad_x, None, None, None, None, *frozen
-        x, grad = x.flatten(0, -2), grad.flatten(0, -2).unflatten(-1, (len(w), -1))
-        scale = w.to(x.dtype)
-        a = x @ u.to(x.dtype)
-        b = grad @ v.to(x.dtype)
-        grad_w = (a.unsqueeze(1) * b).sum(dim=0, dtype=w.dtype)
-        grad_u = x.t() @ (b * scale).sum(dim=1)
-        grad_v = grad.flatten(0, 1).t() @ (a.unsqueeze(1) * scale).flatten(0, 1)
-        return grad_x, None, grad_u.to(u.dtype), grad_v.to(v.dtype), grad_w, *frozen
+        x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+        grad_u = x.t() @ (grad @ _rows(v, w).to(x.dtype))
+        # For each slot g^T A, (slots, d_out, rank): both other gradients follow from it.
+        c = (grad.t() @ (x @ u.to(x.dtype))).to(v.dtype).unflatten(0, (len(w), -1))
+        return grad_x, None, grad_u.to(u.dtype), (c * w.unsqueeze(1)).sum(dim=0), (c * v).sum(dim=1), *frozen
+
+
+def _rows(v: Tensor, w: Tensor) -> Tensor:
+    """V diag(w) of the slots one below the other, (slots * d_out, rank)."""
+    return (w.unsqueeze(1) * v).flatten(0, 1)
 
 
 def _folded(dtype: torch.dtype, u: Tensor, v: Tensor, w: Tensor, *weights: Tensor) -> Tensor:
     """W0 + dW of layers whose weights are stacked in rows."""
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-    rows = (w.unsqueeze(1) * v).flatten(0, 1)
-    return torch.addmm(weight.to(v.dtype), rows, u.t()).to(dtype)
+    return torch.addmm(weight.to(v.dtype), _rows(v, w), u.t()).to(dtype)
 
 
 def linear_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
@@ -56,7 +61,7 @@ def linear_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     first = layers[0]
     together = all(
         isinstance(layer, ModeApproxLinear)
-        and layer.factors is first.factors
+        and layer.active_set is first.active_set
         and layer.slot_width == first.slot_width
         and layer.folds(x)
         for layer in layers
@@ -65,8 +70,12 @@ def linear_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
         return tuple(layer(x) for layer in layers)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    slots = [slot for layer in layers for slot in layer.slots]
-    parts = first.factors.active_set.parts(slots, first.in_features, first.slot_width)
+    if torch.compiler.is_compiling():
+        # As numbers they would be part of the code, and every layer would be compiled anew.
+        slots = torch.cat([layer.rows for layer in layers])
+    else:
+        slots = [slot for layer in layers for slot in layer.slots]
+    parts = first.active_set.parts(slots, first.in_features, first.slot_width)
     bias = first.bias
     if len(layers) > 1 and bias is not None:
         bias = torch.cat([layer.bias for layer in layers])
@@ -93,27 +102,34 @@ class ModeApproxLinear(nn.Linear):
         self.slots = tuple(slots)
         # Not a submodule: the factors are registered once, at the model.
         self.__dict__["factors"] = factors
+        self.register_buffer("rows", torch.tensor(self.slots, device=linear.weight.device), persistent=False)
         self.train(linear.training)
+
+    @property
+    def active_set(self) -> FactorSet | None:
+        """The set that forwards use now; None while disabled."""
+        return self.factors.active_set
 
     @property
     def slot_width(self) -> int:
         """d_out of each slot."""
-        return self.out_features // len(self.slots)
+        return self.out_features // len(self.rows)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features)."""
         if self.folds(x):
             return linear_together(x, self)[0]
         y = F.linear(x, self.weight, self.bias)
-        active = self.factors.active_set
+        active = self.active_set
         if active is None:
             return y
         x = F.dropout(x, active.config.dropout, self.training)
-        return y + active.project(x, self.slots, self.slot_width).to(y.dtype)
+        slots = self.rows if torch.compiler.is_compiling() else self.slots
+        return y + active.project(x, slots, self.slot_width).to(y.dtype)
 
     def folds(self, x: Tensor) -> bool:
         """Whether the update is folded into the weight: where that is the cheaper way, and the layer is frozen."""
-        active = self.factors.active_set
+        active = self.active_set
         if active is None or self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
             return False
         if self.training and active.config.dropout:

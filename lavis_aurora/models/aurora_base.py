@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from lavis.models.med import BertModel
+from lavis.models.med import BertLayer, BertModel
+from lavis.models.vit import Block
 from torch import Tensor, nn
 from transformers import BatchEncoding
 
@@ -126,6 +127,14 @@ class AuroraBase:
     def visual_features(self, samples: dict) -> VisualFeatures:
         """Tokens and pooled features of the pictures or videos of a batch, wherever it is."""
         return encode_visual(self.visual_encoder, visual_input(samples).to(self.device))
+
+    def compile_layers(self) -> None:
+        """Compile the layers of the towers (``run.compile``); layers of one kind share what is compiled."""
+        # Text alone or with images, trained or by the teacher, the first layer or a later one: each is compiled once.
+        torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+        for module in self.modules():
+            if isinstance(module, (Block, BertLayer)):
+                module.compile()
 
     def _run_parameters(self) -> dict[str, nn.Parameter]:
         """What a run changes: trained parameters and their momentum copies."""

@@ -117,5 +117,5 @@ def drops(module: nn.Module) -> bool:
     """Whether anything is dropped at random in training."""
     if any(isinstance(part, nn.Dropout) and part.p or isinstance(part, DropPath) for part in module.modules()):
         return True
-    adapted = (part.factors.active_set for part in module.modules() if isinstance(part, ModeApproxLinear))
+    adapted = (part.active_set for part in module.modules() if isinstance(part, ModeApproxLinear))
     return any(active is not None and active.config.dropout for active in adapted)
