@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
 import secrets
@@ -10,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ from lavis.common.registry import registry
 import lavis_aurora.register  # noqa: F401
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.project import AuroraConfig, load_config
+from lavis_aurora.training.checkpointing import run_to_resume
+from lavis_aurora.training.stopping import Stopped
 
 # Long enough for the main process to download or make the data.
 INIT_TIMEOUT = timedelta(hours=12)
@@ -54,9 +58,16 @@ def _set_seeds(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _job_id() -> str:
-    """A name for this run that no other run has, the same on all processes."""
+def _job_id(cfg: AuroraConfig) -> str:
+    """The name of the run to go on with, or one that no other run has; the same on all processes."""
+    run = cfg.run_cfg
     name = [f"{datetime.now():%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"]
+    if run.resume == "auto" and not run.evaluate and get_rank() == 0:
+        folder = run_to_resume(Path(run.output_dir).expanduser(), cfg.to_dict())
+        if folder is None:
+            logging.info("run.resume: no run of this configuration under %s; a new one starts", run.output_dir)
+        else:
+            name = [folder.name]
     if dist.is_initialized():
         dist.broadcast_object_list(name, src=0)
     return name[0]
@@ -67,7 +78,7 @@ def run_config(cfg: AuroraConfig) -> None:
     run = cfg.run_cfg
     _set_up_processes(run)
     setup_logger()
-    job_id = _job_id()
+    job_id = _job_id(cfg)
     _set_seeds(run.seed + get_rank())
     task = registry.get_task_class(run.task).setup_task(cfg=cfg)
     datasets = task.build_datasets(cfg)
@@ -90,11 +101,16 @@ def _main(argv: Sequence[str] | None, description: str, evaluate: bool) -> None:
 
 
 def _exit_on_error(action: Callable[[], None]) -> None:
-    """Run; an AuroraError becomes one line on stderr and exit code 1."""
+    """Run; an AuroraError becomes one line on stderr and exit code 1, a signal 128 + its number."""
     try:
         action()
     except Exception as error:
-        if isinstance(error, AuroraError):
+        code = 1
+        if isinstance(error, Stopped):
+            code = 128 + error.signum
+            if get_rank() == 0:
+                print(error, file=sys.stderr, flush=True)
+        elif isinstance(error, AuroraError):
             # From a data loader's worker it comes with that process's traceback in front.
             line = " ".join(str(error).rpartition("AuroraError: ")[2].split())
             rank = f" [process {os.environ['RANK']}]" if "RANK" in os.environ else ""
@@ -107,8 +123,8 @@ def _exit_on_error(action: Callable[[], None]) -> None:
             # The others may wait for this process: an orderly end could wait for them in turn.
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(1)
-        sys.exit(1)
+            os._exit(code)
+        sys.exit(code)
 
 
 def train(argv: Sequence[str] | None = None) -> None:

@@ -273,6 +273,11 @@ class RunConfig:
         compile: compile the layers of the towers with torch.compile; the first steps then take minutes.
         grad_clip: largest norm of the gradient; 0 for no clipping.
         output_dir: relative paths start at the current directory; each run adds a folder of its own.
+        resume: auto goes on with the newest run under output_dir of the same configuration, if there is one; none.
+        checkpoint_every: steps between checkpoints within an epoch; 0 for none but at its end.
+        save_queue: also keep the queue of features in checkpoints (118 MB with LAVIS's sizes), so that a resumed run
+            is exactly the run that was interrupted.
+        skip_nonfinite: leave out steps whose gradient is not finite, and count them, instead of stopping.
     """
 
     task: str = "retrieval_aurora"
@@ -314,10 +319,17 @@ class RunConfig:
     compile: bool = False
     log_freq: int = 50
     resume_ckpt_path: Optional[str] = None
+    resume: str = "none"
+    checkpoint_every: int = 0
+    save_queue: bool = False
+    skip_nonfinite: bool = False
     evaluate: bool = False
 
     def __post_init__(self) -> None:
         _one_of("run.device", self.device, ("auto", "cuda", "cpu"))
+        _one_of("run.resume", self.resume, ("auto", "none"))
+        if self.resume == "auto" and self.resume_ckpt_path:
+            raise AuroraError("run.resume: auto finds the run by itself; leave out run.resume_ckpt_path, or set none")
         _one_of("run.inference_method", self.inference_method, INFERENCE_METHODS)
         for key in (
             "max_epoch",
@@ -341,6 +353,7 @@ class RunConfig:
             "k_test",
             "warmup_steps",
             "min_len",
+            "checkpoint_every",
         ):
             _require(getattr(self, key) >= 0, f"run.{key}", getattr(self, key), "0 or more")
         if self.lr_sched == "linear_warmup_step_lr" and self.lr_decay_rate is None:

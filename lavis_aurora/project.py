@@ -131,8 +131,11 @@ def _complete_processors(cfg: AuroraConfig) -> None:
     size = cfg.model_cfg.get("image_size")
     for name, dataset in cfg.datasets_cfg.items():
         for kind in ("vis_processor", "text_processor"):
-            if dataset.get(kind) is None and preprocess.get(kind) is not None:
-                dataset[kind] = preprocess[kind]
+            for split, processor in (preprocess.get(kind) or {}).items():
+                if dataset.get(kind) is None:
+                    dataset[kind] = {}
+                if dataset[kind].get(split) is None:
+                    dataset[kind][split] = processor
             for split, processor in (dataset.get(kind) or {}).items():
                 key = f"datasets.{name}.{kind}.{split}.name"
                 _check_registered(key, processor.get("name"), "processor_name_mapping")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -12,29 +11,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import webdataset as wds
-from lavis.common.dist_utils import (
-    get_rank,
-    get_world_size,
-    is_dist_avail_and_initialized,
-    is_main_process,
-    main_process,
-)
+from lavis.common.dist_utils import is_dist_avail_and_initialized, is_main_process
 from lavis.common.registry import registry
 from lavis.datasets.datasets.dataloader_utils import PrefetchLoader
 from lavis.runners.runner_base import RunnerBase
 from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import ChainDataset, DataLoader, DistributedSampler
+from torch.utils.data import ChainDataset, DataLoader
 
-from lavis_aurora.checkpointing import read_checkpoint, write_checkpoint
-from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.errors import AuroraError
+from lavis_aurora.training.checkpointing import BEST
+from lavis_aurora.training.finite import FiniteGuard
+from lavis_aurora.training.loaders import build_loader, check_splits
+from lavis_aurora.training.saving import SavingMixin
+from lavis_aurora.training.stopping import Stopped, StopRequest
 
 TRAINING_METRIC = "agg_metrics"
 
 
 @registry.register_runner("runner_aurora")
-class AuroraRunner(RunnerBase):
+class AuroraRunner(SavingMixin, RunnerBase):
     """RunnerBase with what is broken there overridden, and nothing else.
 
     On top of LAVIS: any device, one process or several, outputs under the current directory, the best epoch
@@ -103,90 +100,89 @@ class AuroraRunner(RunnerBase):
     def create_loaders(self, datasets, num_workers, batch_sizes, is_trains, collate_fns, dataset_ratios=None) -> list:
         """A loader for each dataset. Arguments are LAVIS's.
 
-        Training order depends on seed and epoch alone: the samples of a step are the same for any number of
-        processes with the same global batch.
+        Training order and random crops depend on seed and epoch alone: the samples of a step are the same for any
+        number of processes with the same global batch, and wherever the run is resumed.
         """
         streamed = (tuple, list, ChainDataset, wds.DataPipeline)
         if any(isinstance(dataset, streamed) for dataset in datasets):
             return super().create_loaders(
                 datasets, num_workers, batch_sizes, is_trains, collate_fns, dataset_ratios=dataset_ratios
             )
-        loaders = []
-        for dataset, batch_size, is_train, collate in zip(datasets, batch_sizes, is_trains, collate_fns):
-            sampler = None
-            if is_train or (self.use_distributed and self.task.shards_evaluation):
-                sampler = DistributedSampler(
-                    dataset,
-                    num_replicas=get_world_size(),
-                    rank=get_rank(),
-                    shuffle=is_train,
-                    seed=self.config.run_cfg.seed,
-                    drop_last=is_train,
-                )
-            loader = DataLoader(
+        share = self.task.shards_evaluation and self.use_distributed
+        loaders = [
+            build_loader(
                 dataset,
-                batch_size=batch_size,
+                batch_size,
+                collate,
+                seed=self.config.run_cfg.seed,
                 num_workers=num_workers,
+                is_train=is_train,
+                shared=is_train or share,
                 pin_memory=self.cuda_enabled,
-                sampler=sampler,
-                collate_fn=collate,
-                drop_last=is_train,
-                generator=torch.Generator(),
             )
-            if is_train and len(loader) == 0:
-                raise AuroraError(
-                    f"run.batch_size_train: {batch_size} on {get_world_size()} processes is more than the "
-                    f"{len(dataset)} samples of the train split"
-                )
-            loaders.append(PrefetchLoader(loader) if self.cuda_enabled else loader)
-        return loaders
+            for dataset, batch_size, is_train, collate in zip(datasets, batch_sizes, is_trains, collate_fns)
+        ]
+        return [PrefetchLoader(loader) for loader in loaders] if self.cuda_enabled else loaders
 
     @property
     def dataloaders(self) -> dict:
         """Loaders by split; the splits that the YAML names must be there."""
         if self._dataloaders is None:
-            self._check_splits()
+            check_splits(self.config.run_cfg, self.datasets, self.task.shards_evaluation)
         return super().dataloaders
 
-    def _check_splits(self) -> None:
-        """Refuse splits that are not there, or with which LAVIS could not train or rank."""
-        run = self.config.run_cfg
-        for split in ("val", "test"):
-            names = [name for name, splits in self.datasets.items() if split in splits]
-            if len(names) > 1:
-                raise AuroraError(f"datasets: {' and '.join(names)} have a {split} split each; name one of them")
-        known = {split for splits in self.datasets.values() for split in splits}
-        for key in ("train_splits", "valid_splits", "test_splits"):
-            for split in run[key]:
-                if split not in known:
-                    raise AuroraError(f"run.{key}: no split {split!r} in the datasets{near_names(split, known)}")
-        if not run.evaluate and "train" not in run.train_splits:
-            raise AuroraError("run.train_splits: training takes the split train; name it, or use evaluate.py")
-        for key in ("valid_splits", "test_splits"):
-            if "train" in run[key] and not self.task.shards_evaluation:
-                raise AuroraError(f"run.{key}: the split train holds pairs and cannot be ranked; name val or test")
-
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """LAVIS's, in the order of this epoch."""
-        loader = self.train_loader
+        """LAVIS's, in the order of this epoch, from the step where it was interrupted."""
+        loader, run = self.train_loader, self.config.run_cfg
+        self.task.first_step = self.start_step
         if isinstance(loader, (DataLoader, PrefetchLoader)):
+            loader.dataset.epoch = epoch
             loader.sampler.set_epoch(epoch)
-            # Workers draw their own crops and flips on each process.
-            loader.generator.manual_seed(self.config.run_cfg.seed * 1_000_003 + epoch * 1009 + get_rank())
-        return super().train_epoch(epoch)
+            loader.sampler.first = self.start_step * run.batch_size_train
+        self.task.finite = FiniteGuard(self.output_dir, skip=run.skip_nonfinite)
+        self.task.after_step = lambda done: self._after_step(epoch, done)
+        self.stop.stepping = True
+        stats = super().train_epoch(epoch)
+        if self.task.finite.skipped:
+            stats["skipped_steps"] = self.task.finite.skipped
+        self.start_step = 0
+        return stats
+
+    def _after_step(self, epoch: int, done: int) -> None:
+        """Save if it is time to, and stop if that is asked for; the end of the epoch has its own turn."""
+        if done == len(self.train_loader):
+            return
+        every = self.config.run_cfg.checkpoint_every
+        signum = self.stop.signum()
+        if signum or (every and done % every == 0):
+            self.task.finite.flush()
+            self._save_checkpoint(epoch, done)
+        self._heed(signum)
+
+    def _heed(self, signum: int | None) -> None:
+        if signum:
+            raise Stopped(signum, f"go on with --options run.resume=auto; all is in {self.output_dir}")
 
     def train(self) -> None:
         """Train, select the best epoch on the first validation split, and test; or only evaluate."""
+        with StopRequest() as self.stop:
+            self._train()
+
+    def _train(self) -> None:
         start = time.time()
         self.log_config()
-        self.best_metric, self.best_epoch = float("-inf"), None
-        if self.resume_ckpt_path:
-            self._load_checkpoint(self.resume_ckpt_path)
+        self.best_metric, self.best_epoch, self.start_step = float("-inf"), None, 0
+        self._resume()
         epoch = self.start_epoch - 1
         for epoch in range(self.start_epoch, 0 if self.evaluate_only else self.max_epoch):
-            self.log_stats(split_name="train", stats={"epoch": epoch, **self.train_epoch(epoch)})
+            if self.start_step < len(self.train_loader):
+                self.log_stats(split_name="train", stats={"epoch": epoch, **self.train_epoch(epoch)})
+                self._save_checkpoint(epoch, len(self.train_loader))
+                self._heed(self.stop.signum())
+                self.stop.stepping = False
+            self.start_step = 0
             self._validate(epoch)
-            self._save_checkpoint(epoch)
+            self._save_checkpoint(epoch, len(self.train_loader), validated=True)
         trained = time.time() - start
         if self.evaluate_only and not self.test_splits:
             raise AuroraError("run.test_splits: name a split to evaluate")
@@ -211,65 +207,11 @@ class AuroraRunner(RunnerBase):
         """Evaluate the validation splits; the first one decides which epoch is best."""
         for i, split in enumerate(self.valid_splits):
             log = self.eval_epoch(split_name=split, cur_epoch=epoch)
-            if log is None:
-                continue
-            if i == 0 and log[TRAINING_METRIC] > self.best_metric:
-                self.best_metric, self.best_epoch = log[TRAINING_METRIC], epoch
-                self._save_checkpoint(epoch, is_best=True)
-            self.log_stats({"epoch": epoch, **log, "best_epoch": self.best_epoch}, split)
-        if is_dist_avail_and_initialized():
-            dist.barrier()
-
-    @main_process
-    def _save_checkpoint(self, cur_epoch: int, is_best: bool = False) -> None:
-        """Write checkpoint_best.pth or checkpoint_latest.pth, whole or not at all."""
-        path = self.output_dir / f"checkpoint_{'best' if is_best else 'latest'}.pth"
-        state = {
-            "model": self.unwrap_dist_model(self.model).run_state(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict() if self.scaler else None,
-            "config": self.config.to_dict(),
-            "epoch": cur_epoch,
-            "best_metric": self.best_metric,
-            "best_epoch": self.best_epoch,
-        }
-        write_checkpoint(state, path)
-
-    def _reload_best_model(self, model: nn.Module) -> nn.Module:
-        """Put the best epoch's weights back."""
-        path = self.output_dir / "checkpoint_best.pth"
-        model.load_run_state(read_checkpoint(path)["model"], str(path))
-        return model
-
-    def _load_checkpoint(self, url_or_filename: str) -> None:
-        """Take up a run where its checkpoint left it; for evaluation, only its weights."""
-        if not os.path.isfile(url_or_filename):
-            raise AuroraError(f"run.resume_ckpt_path: no such file: {url_or_filename}")
-        state = read_checkpoint(url_or_filename)
-        self.unwrap_dist_model(self.model).load_run_state(state["model"], url_or_filename)
-        if self.evaluate_only:
-            return
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, ValueError) as error:
-            raise AuroraError(
-                f"run.resume_ckpt_path: {url_or_filename} does not fit the optimizer ({error})"
-            ) from error
-        if self.scaler and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        self.start_epoch = state["epoch"] + 1
-        self.best_metric, self.best_epoch = state["best_metric"], state["best_epoch"]
-        if self.start_epoch >= self.max_epoch:
-            raise AuroraError(f"run.max_epoch: {self.max_epoch} epochs are done; raise it, or test with evaluate.py")
-        self._keep_best(Path(url_or_filename), state["epoch"])
-        logging.info("resumed after epoch %d from %s", state["epoch"] + 1, url_or_filename)
-        logging.warning("the queue of features and the random numbers start anew")
-
-    def _keep_best(self, resumed: Path, epoch: int) -> None:
-        """Take over the best epoch so far, which may stay the best; without its file, look for a new one."""
-        best = resumed.with_name("checkpoint_best.pth")
-        source = best if best.is_file() else resumed if self.best_epoch == epoch else None
-        if self.best_epoch is None or source is None:
-            self.best_metric, self.best_epoch = float("-inf"), None
-        elif is_main_process():
-            write_checkpoint(read_checkpoint(source), self.output_dir / best.name)
+            metric = [log[TRAINING_METRIC] if log is not None else float("nan")]
+            if is_dist_avail_and_initialized():
+                dist.broadcast_object_list(metric, src=0)
+            if i == 0 and metric[0] > self.best_metric:
+                self.best_metric, self.best_epoch = metric[0], epoch
+                self._save_checkpoint(epoch, len(self.train_loader), validated=True, name=BEST)
+            if log is not None:
+                self.log_stats({"epoch": epoch, **log, "best_epoch": self.best_epoch}, split)

@@ -5,99 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from lavis.common.dist_utils import get_world_size, is_dist_avail_and_initialized, is_main_process
+from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
-from lavis.datasets.data_utils import prepare_sample
 from lavis.tasks.retrieval import RetrievalTask
-from torch import Tensor
 
-from lavis_aurora.data.annotations import build_checked
-from lavis_aurora.progress import TrainingProgress
 from lavis_aurora.retrieval.metrics import chance_recall, recall_metrics, target_ranks
 from lavis_aurora.retrieval.rerank import NOT_RERANKED
-
-
-class AuroraTrainMixin:
-    """Training and data for any LAVIS task, on CPU and GPU, in one process or several."""
-
-    # Whether processes may share an evaluation split by samples; retrieval ranks the whole split at once.
-    shards_evaluation = True
-
-    def build_datasets(self, cfg) -> dict:
-        """Datasets by name and split, their files checked."""
-        return {name: build_checked(name, cfg.datasets_cfg[name]) for name in cfg.datasets_cfg}
-
-    def _train_inner_loop(
-        self,
-        epoch,
-        iters_per_epoch,
-        model,
-        data_loader,
-        optimizer,
-        lr_scheduler,
-        scaler=None,
-        start_iters=None,
-        log_freq=50,
-        cuda_enabled=False,
-        accum_grad_iters=1,
-    ) -> dict[str, float]:
-        """One epoch; returns the mean of each loss over steps and processes. Arguments are LAVIS's.
-
-        LAVIS's own loop waits for the GPU every step and gathers its means on a GPU only.
-        """
-        device = "cuda" if cuda_enabled else "cpu"
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        progress = TrainingProgress(epoch, int(self.cfg.max_epoch), iters_per_epoch)
-        totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-        for i, samples in enumerate(data_loader):
-            samples = prepare_sample(samples, cuda_enabled=cuda_enabled)
-            samples.update(epoch=epoch, num_iters_per_epoch=iters_per_epoch, iters=i)
-            lr_scheduler.step(cur_epoch=epoch, cur_step=i)
-            with torch.autocast(device, enabled=scaler is not None):
-                output = model(samples)
-            # The last steps of an epoch may be fewer than are accumulated.
-            rest = iters_per_epoch % accum_grad_iters
-            loss = output["loss"] / (rest if i >= iters_per_epoch - rest else accum_grad_iters)
-            (loss if scaler is None else scaler.scale(loss)).backward()
-            if (i + 1) % accum_grad_iters == 0 or i + 1 == iters_per_epoch:
-                _step(optimizer, scaler, trained, float(self.cfg.get("grad_clip", 0)))
-            losses = {key: output[key].detach() for key in output if "loss" in key and output[key] is not None}
-            for key, value in losses.items():
-                totals[key] = totals[key] + value.double()
-            if (i + 1) % log_freq == 0 or i + 1 == iters_per_epoch:
-                progress.log(i, {key: float(v) for key, v in losses.items()}, optimizer.param_groups[0]["lr"])
-        return _means(totals, iters_per_epoch)
-
-
-def _step(optimizer, scaler, trained: list[Tensor], clip: float) -> None:
-    if clip:
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(trained, clip)
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def _means(totals: dict[str, Tensor], steps: int) -> dict[str, float]:
-    """Mean over steps and processes."""
-    if not totals:
-        return {}
-    stacked = torch.stack(list(totals.values()))
-    if is_dist_avail_and_initialized():
-        dist.all_reduce(stacked)
-    values = (stacked / (steps * get_world_size())).tolist()
-    return dict(zip(totals, values))
+from lavis_aurora.training.loop import AuroraTrainMixin
 
 
 @registry.register_task("retrieval_aurora")

@@ -21,7 +21,7 @@ from lavis.tasks.vqa import VQATask
 from torch.utils.data import Dataset
 
 from lavis_aurora.errors import AuroraError
-from lavis_aurora.tasks import AuroraTrainMixin
+from lavis_aurora.training.loop import AuroraTrainMixin
 
 
 @registry.register_task("vqa_aurora")

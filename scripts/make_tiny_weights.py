@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lavis_aurora.checkpointing import read_checkpoint
 from lavis_aurora.loading import load_model_and_preprocess
 from lavis_aurora.paths import package_file
+from lavis_aurora.training.checkpointing import read_checkpoint
 
 TARGET = "configs/models/tiny/model.safetensors"
 

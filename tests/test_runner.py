@@ -40,6 +40,7 @@ def test_a_run_leaves_configuration_checkpoints_results_and_log(tmp_path, capsys
         "log.txt",
         "checkpoint_best.pth",
         "checkpoint_latest.pth",
+        "checkpoint_previous.pth",
         "result",
     }
     assert "weight_decay: 0.05" in (folder / "config.yaml").read_text()

@@ -15,6 +15,7 @@ from lavis.datasets.datasets import retrieval_datasets as retrieval
 from lavis.datasets.datasets.coco_vqa_datasets import COCOVQADataset, COCOVQAEvalDataset
 from lavis.datasets.datasets.vg_vqa_datasets import VGVQADataset
 from omegaconf import DictConfig
+from PIL import Image
 from torch.utils.data import Dataset
 
 from lavis_aurora.data.vqa_files import check_vqa_files, read_json
@@ -28,13 +29,17 @@ class Rule(NamedTuple):
     need: str
 
 
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def _texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+    return isinstance(value, list) and bool(value) and all(map(_text, value))
 
 
 ANYTHING = Rule(lambda value: True, "")
-TEXT = Rule(lambda value: isinstance(value, str), "one string")
-TEXTS = Rule(_texts, 'a list of strings, e.g. ["a cat"]')
+TEXT = Rule(_text, "one string, not empty")
+TEXTS = Rule(_texts, 'a list of strings, none empty, e.g. ["a cat"]')
 # Of a question, LAVIS's processor drops these.
 QUESTION = Rule(lambda value: isinstance(value, str) and bool(value.strip(' .!"()*#:;~')), "a string with words")
 NUMBER_OR_TEXT = Rule(lambda value: type(value) in (int, str), "a number or a string")
@@ -51,6 +56,12 @@ ENTRIES: dict[type, dict[str, Rule]] = {
 }
 # Checks of the files of a split behind the first, where they are no further entries.
 FURTHER_FILES: dict[type, Callable[[list[dict], list[str], str], None]] = {COCOVQAEvalDataset: check_vqa_files}
+# Datasets in which each picture or video must have one entry.
+RANKED = (retrieval.RetrievalEvalDataset, retrieval.VideoRetrievalEvalDataset)
+# PIL's modes of more than 8 bits a channel.
+DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+# Keys of a dataset's part of the YAML that LAVIS's builders read.
+DATASET_KEYS = ("data_type", "build_info", "vis_processor", "text_processor", "kw_processor", "type", "dataset_card")
 REMEDY = "put it there, or set AURORA_DATA or the key to where it is"
 
 
@@ -66,11 +77,20 @@ class CheckedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         try:
+            self._check_depth(index)
             return self.inner[index]
         except Exception as error:  # PIL, decord and the processors each have errors of their own
             entry = self.inner.annotation[index]
             file = os.path.join(self.inner.vis_root, str(entry.get("image", entry.get("video", "?"))))
             raise AuroraError(f"{self.name}: cannot read {file} ({type(error).__name__}: {error})") from error
+
+    def _check_depth(self, index: int) -> None:
+        """Refuse pictures of more than 8 bits a channel, which PIL would turn white; a JPEG never has them."""
+        picture = str(self.inner.annotation[index].get("image", ".jpg"))
+        if not picture.lower().endswith((".jpg", ".jpeg")):
+            with Image.open(os.path.join(self.inner.vis_root, picture)) as opened:
+                if opened.mode in DEEP_MODES:
+                    raise ValueError(f"its mode is {opened.mode}; convert it to 8 bits a channel")
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # not there yet while unpickling
@@ -120,12 +140,28 @@ def check_entries(entries: list[dict], dataset_cls: type, path: str, key: str) -
                 )
 
 
+def check_unique(entries: list[dict], dataset_cls: type, path: str, key: str) -> None:
+    """Refuse a picture or video that is to be ranked twice: each of its captions would have one right entry only."""
+    if not issubclass(dataset_cls, RANKED):
+        return
+    kind = "video" if issubclass(dataset_cls, retrieval.VideoRetrievalEvalDataset) else "image"
+    first: dict[Any, int] = {}
+    for i, entry in enumerate(entries):
+        before = first.setdefault(entry[kind], i)
+        if before != i:
+            raise AuroraError(
+                f"{key}: entries {before} and {i} of {path} have the same {kind}, {entry[kind]!r}; make them one "
+                f"entry with all captions"
+            )
+
+
 def check_split(files: list[str], dataset_cls: type, key: str) -> None:
     """Check all annotation files of a split; see :func:`check_entries`."""
     further = FURTHER_FILES.get(dataset_cls)
     for path in files[:1] if further else files:
         entries = read_entries(path, key)
         check_entries(entries, dataset_cls, path, key)
+        check_unique(entries, dataset_cls, path, key)
         if further:
             further(entries, files, key)
 
@@ -141,6 +177,9 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, Dataset]:
         Datasets by split.
     """
     prefix = f"datasets.{name}"
+    for key in cfg:
+        if key not in DATASET_KEYS:
+            raise AuroraError(f"{prefix}.{key}: unknown key{near_names(key, DATASET_KEYS)}")
     data_type, info = cfg.get("data_type"), cfg.get("build_info") or {}
     kinds = [key for key in ("images", "videos", "features") if key in info]
     if data_type not in info:

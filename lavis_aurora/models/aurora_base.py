@@ -19,7 +19,7 @@ from lavis_aurora.config_check import parse_config
 from lavis_aurora.errors import AuroraError, near_names
 from lavis_aurora.mode_approx import ModeFactors, inject_mode_approx, trainable_parameters_summary
 from lavis_aurora.mode_approx.trainable import adapter_parameters
-from lavis_aurora.models.checkpoint import load_backbone, read_state_dict
+from lavis_aurora.models.checkpoint import check_finite, load_backbone, read_state_dict
 from lavis_aurora.models.fusion import add_gates
 from lavis_aurora.models.matching import longest_anywhere
 from lavis_aurora.models.visual import VisualFeatures, encode_visual, visual_input
@@ -146,7 +146,8 @@ class AuroraBase:
         return {name: parameter.detach().cpu() for name, parameter in self._run_parameters().items()}
 
     def load_run_state(self, state: dict[str, Tensor], source: str) -> None:
-        """Load what :meth:`run_state` gave; anything missing, foreign or of another shape is an error."""
+        """Load what :meth:`run_state` gave; anything missing, foreign, of another shape or NaN is an error."""
+        check_finite(state, source)
         own = self._run_parameters()
         problems = [f"{name} is missing" for name in own.keys() - state.keys()]
         problems += [f"{name} is not trained here" for name in state.keys() - own.keys()]
@@ -161,3 +162,20 @@ class AuroraBase:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
+
+    def queues(self) -> dict[str, Tensor]:
+        """Features of earlier batches that training compares with, by name; most models have none."""
+        return {}
+
+    def queue_state(self) -> dict[str, Tensor]:
+        """Copies of the queues, for a checkpoint."""
+        return {name: queue.cpu() for name, queue in self.queues().items()}
+
+    def load_queue_state(self, state: dict[str, Tensor]) -> bool:
+        """Put back what :meth:`queue_state` gave; False, with nothing done, if it is not there or of another size."""
+        own = self.queues()
+        if any(name not in state or state[name].shape != queue.shape for name, queue in own.items()):
+            return False
+        for name, queue in own.items():
+            queue.copy_(state[name])
+        return True

@@ -100,6 +100,11 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         """What has a momentum copy in the place of a momentum tower."""
         return self.mode_approx if self.baseline is None else self.baseline
 
+    def queues(self) -> dict[str, Tensor]:
+        """LAVIS's queues; none if their size is 0."""
+        names = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
+        return {name: getattr(self, name) for name in names} if self.queue_size else {}
+
     def _set_up_teacher(self, tuning: str) -> None:
         """Momentum copies of what is trained, and of nothing else."""
         if tuning != "full":
@@ -145,8 +150,9 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
                 f"processes; make the queue larger, the batch smaller, or set 0 for no queue"
             )
         places = (self.queue_ptr + torch.arange(count, device=image_feat.device)) % self.queue_size
-        self.image_queue[:, places] = image_feat.t().to(self.image_queue.dtype)
-        self.text_queue[:, places] = text_feat.t().to(self.text_queue.dtype)
+        # One batch that is no number must not spoil the steps after it.
+        self.image_queue[:, places] = image_feat.t().to(self.image_queue.dtype).nan_to_num()
+        self.text_queue[:, places] = text_feat.t().to(self.text_queue.dtype).nan_to_num()
         self.idx_queue[:, places] = idxs.t()
         self.queue_ptr.copy_((self.queue_ptr + count) % self.queue_size)
 

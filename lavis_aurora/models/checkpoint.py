@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from lavis.common.dist_utils import download_cached_file
@@ -67,6 +67,13 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:4]) + more
 
 
+def check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that are no numbers."""
+    spoiled = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if spoiled:
+        raise AuroraError(f"{source} holds NaN or infinite weights: {_some(spoiled)}; take another checkpoint")
+
+
 def load_backbone(model: nn.Module, state: dict[str, Tensor], source: str, new_keys: set[str]) -> None:
     """Load weights of BLIP; afterwards the missing keys are exactly ``new_keys`` or fewer.
 
@@ -77,8 +84,10 @@ def load_backbone(model: nn.Module, state: dict[str, Tensor], source: str, new_k
         new_keys: keys that a plain BLIP checkpoint does not hold (the adapter's, the queue's, the teacher's).
 
     Raises:
-        AuroraError: a key is missing, has another shape, or belongs to a layer that the model does not have.
+        AuroraError: a key is missing, has another shape, belongs to a layer that the model does not have, or holds
+            NaN.
     """
+    check_finite(state, source)
     own = model.state_dict()
     # Queues and their pointer belong to a run, not to the weights; their size is the YAML's.
     transient = {key for key in own if "queue" in key}

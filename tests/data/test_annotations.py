@@ -202,7 +202,7 @@ def test_evaluation_takes_a_list_of_strings(cfg: DictConfig, data: Path, split: 
 @pytest.mark.parametrize("caption", [["a cat"], [], 3])
 def test_training_takes_one_string(cfg: DictConfig, data: Path, caption: object) -> None:
     _edit(data / "train.json", 4, caption=caption)
-    expected = f"the caption of entry 4 of {data / 'train.json'} must be one string, not {caption!r}"
+    expected = f"the caption of entry 4 of {data / 'train.json'} must be one string, not empty, not {caption!r}"
     _refused(cfg, _key("train"), expected)
 
 

@@ -55,7 +55,7 @@ def test_good_files_are_lavis_datasets(cfg: DictConfig) -> None:
 @pytest.mark.parametrize(
     ("file", "name", "value", "need"),
     [
-        ("train.json", "answer", [], 'must be a list of strings, e.g. ["a cat"], not []'),
+        ("train.json", "answer", [], 'must be a list of strings, none empty, e.g. ["a cat"], not []'),
         ("train.json", "answer", "red", "must be a list of strings"),
         ("train.json", "answer", ["red", 2], "must be a list of strings"),
         ("train.json", "question", "  ", "must be a string with words, not '  '"),
@@ -64,7 +64,7 @@ def test_good_files_are_lavis_datasets(cfg: DictConfig) -> None:
         ("val.json", "question", "", "must be a string with words, not ''"),
         ("val.json", "question_id", 1.5, "must be a number or a string, not 1.5"),
         ("test.json", "question_id", None, "must be a number or a string"),
-        ("vg.json", "answer", ["red"], "must be one string, not ['red']"),
+        ("vg.json", "answer", ["red"], "must be one string, not empty, not ['red']"),
     ],
 )
 def test_value_that_lavis_would_misread(cfg: DictConfig, edit: Callable, file: str, name: str, value, need) -> None:

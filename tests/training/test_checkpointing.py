@@ -1,14 +1,24 @@
+import os
+
 import pytest
 import torch
 
 from lavis_aurora import AuroraError
-from lavis_aurora.checkpointing import read_checkpoint, write_checkpoint
+from lavis_aurora.training.checkpointing import (
+    LATEST,
+    PREVIOUS,
+    read_checkpoint,
+    read_latest,
+    run_to_resume,
+    write_checkpoint,
+)
 
 STATE = {
     "model": {"a": torch.ones(2)},
     "optimizer": {"lr": 0.1},
     "scaler": None,
     "epoch": 3,
+    "step": 5,
     "best_metric": 1.0,
     "best_epoch": 2,
 }
@@ -47,3 +57,28 @@ def test_foreign_files_are_named(tmp_path):
     torch.save({"model": {}}, tmp_path / "a.pth")
     with pytest.raises(AuroraError, match="not a checkpoint of a run: it has no best_epoch, best_metric, epoch"):
         read_checkpoint(tmp_path / "a.pth")
+
+
+def test_the_one_before_is_kept_and_used_when_the_newest_is_broken(tmp_path):
+    for epoch in (1, 2):
+        write_checkpoint({**STATE, "epoch": epoch}, tmp_path / LATEST, previous=tmp_path / PREVIOUS)
+    state, path = read_latest(tmp_path)
+    assert (state["epoch"], path.name) == (2, LATEST)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    state, path = read_latest(tmp_path)
+    assert (state["epoch"], path.name) == (1, PREVIOUS)
+    path.unlink()
+    assert read_latest(tmp_path) is None
+
+
+def test_the_newest_run_of_the_same_configuration_is_found(tmp_path):
+    config = {"model": {"arch": "a"}, "run": {"seed": 1, "num_workers": 0}}
+    for i, seed in enumerate((1, 1, 2)):
+        folder = tmp_path / f"run{i}"
+        folder.mkdir()
+        write_checkpoint({**STATE, "config": {**config, "run": {"seed": seed, "num_workers": i}}}, folder / LATEST)
+        os.utime(folder, (i, i))
+    assert run_to_resume(tmp_path, config).name == "run1"
+    assert run_to_resume(tmp_path, {**config, "model": {"arch": "b"}}) is None
+    assert run_to_resume(tmp_path / "nowhere", config) is None

@@ -1,0 +1,115 @@
+"""The steps of an epoch, on CPU and GPU, in one process or several."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from lavis.common.dist_utils import get_world_size, is_dist_avail_and_initialized
+from lavis.datasets.data_utils import prepare_sample
+from torch import Tensor
+
+from lavis_aurora.data.annotations import build_checked
+from lavis_aurora.training.finite import FiniteGuard
+from lavis_aurora.training.progress import TrainingProgress
+
+
+class AuroraTrainMixin:
+    """Training and data for any LAVIS task.
+
+    Attributes:
+        shards_evaluation: whether processes may share an evaluation split by samples; retrieval ranks it as a whole.
+        first_step: where the epoch begins, if it was interrupted; ``totals`` are then the losses of the steps before.
+        after_step: called after each step of the optimizer with the number of batches done in the epoch.
+        finite: what watches the numbers of each step.
+    """
+
+    shards_evaluation = True
+    first_step = 0
+    after_step: Callable[[int], None] = staticmethod(lambda done: None)
+    finite: FiniteGuard | None = None
+    totals: dict[str, Tensor]
+
+    def build_datasets(self, cfg) -> dict:
+        """Datasets by name and split, their files checked."""
+        return {name: build_checked(name, cfg.datasets_cfg[name]) for name in cfg.datasets_cfg}
+
+    def _train_inner_loop(
+        self,
+        epoch,
+        iters_per_epoch,
+        model,
+        data_loader,
+        optimizer,
+        lr_scheduler,
+        scaler=None,
+        start_iters=None,
+        log_freq=50,
+        cuda_enabled=False,
+        accum_grad_iters=1,
+    ) -> dict[str, float]:
+        """One epoch; returns the mean of each loss over steps and processes. Arguments are LAVIS's.
+
+        LAVIS's own loop waits for the GPU every step and gathers its means on a GPU only.
+        """
+        device = "cuda" if cuda_enabled else "cpu"
+        first = self.first_step
+        progress = TrainingProgress(epoch, int(self.cfg.max_epoch), iters_per_epoch, first)
+        if not first:
+            self.totals = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+        for i, samples in enumerate(data_loader, start=first):
+            samples = prepare_sample(samples, cuda_enabled=cuda_enabled)
+            samples.update(epoch=epoch, num_iters_per_epoch=iters_per_epoch, iters=i)
+            lr_scheduler.step(cur_epoch=epoch, cur_step=i)
+            with torch.autocast(device, enabled=scaler is not None):
+                output = model(samples)
+            # The last steps of an epoch may be fewer than are accumulated.
+            rest = iters_per_epoch % accum_grad_iters
+            loss = output["loss"] / (rest if i >= iters_per_epoch - rest else accum_grad_iters)
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            losses = {key: output[key].detach() for key in output if "loss" in key and output[key] is not None}
+            for key, value in losses.items():
+                # Of a step that is skipped, nothing counts.
+                self.totals[key] = self.totals[key] + value.double().nan_to_num(0.0, 0.0, 0.0)
+            updates = (i + 1) % accum_grad_iters == 0 or i + 1 == iters_per_epoch
+            if updates:
+                self._update(optimizer, scaler, losses, samples)
+            if (i + 1) % log_freq == 0 or i + 1 == iters_per_epoch:
+                progress.log(i, {key: float(v) for key, v in losses.items()}, optimizer.param_groups[0]["lr"])
+            if updates:
+                self.after_step(i + 1)
+        if self.finite is not None:
+            self.finite.flush()
+        return _means(self.totals, iters_per_epoch)
+
+    def _update(self, optimizer, scaler, losses: dict[str, Tensor], samples: dict) -> None:
+        """One step of the optimizer, unless its numbers are refused."""
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        clip = float(self.cfg.get("grad_clip", 0)) or float("inf")
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(trained, clip)
+        if scaler is not None:
+            # Half precision overflows now and then: the scaler itself leaves such a step out.
+            norm = torch.zeros_like(norm)
+        if self.finite is None or self.finite.accepts(norm, losses.values(), samples):
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+        if scaler is not None:
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _means(totals: dict[str, Tensor], steps: int) -> dict[str, float]:
+    """Mean over steps and processes."""
+    if not totals:
+        return {}
+    stacked = torch.stack(list(totals.values()))
+    if is_dist_avail_and_initialized():
+        dist.all_reduce(stacked)
+    values = (stacked / (steps * get_world_size())).tolist()
+    return dict(zip(totals, values))

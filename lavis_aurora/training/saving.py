@@ -1,0 +1,128 @@
+"""Checkpoints of a runner: what they hold, and how a run goes on from one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lavis.common.dist_utils import get_rank, get_world_size, is_dist_avail_and_initialized, is_main_process
+from torch import nn
+
+from lavis_aurora.errors import AuroraError
+from lavis_aurora.training.checkpointing import BEST, LATEST, PREVIOUS, read_checkpoint, read_latest, write_checkpoint
+from lavis_aurora.training.order import random_state, set_random_state
+
+
+class SavingMixin:
+    """In front of LAVIS's runner: what is trained and where the run stands, and nothing of the frozen backbone.
+
+    Attributes:
+        start_epoch, start_step: where training begins, from 0.
+        best_metric, best_epoch: of the best epoch so far.
+    """
+
+    start_step = 0
+    best_metric = float("-inf")
+    best_epoch: int | None = None
+
+    def _save_checkpoint(self, epoch: int, step: int, validated: bool = False, name: str = LATEST) -> None:
+        """Write a checkpoint, whole or not at all; the one before it stays as checkpoint_previous.pth.
+
+        Args:
+            epoch: from 0.
+            step: batches of it that are done.
+            validated: the epoch is done, validation and all.
+            name: of the file.
+        """
+        local = {"random": random_state(), "losses": {key: float(x) for key, x in self.task.totals.items()}}
+        processes = [local]
+        if is_dist_avail_and_initialized():
+            processes = [None] * get_world_size()
+            dist.all_gather_object(processes, local)
+        if not is_main_process():
+            return
+        model = self.unwrap_dist_model(self.model)
+        state = {
+            "model": model.run_state(),
+            "queue": model.queue_state() if self.config.run_cfg.save_queue else {},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "config": self.config.to_dict(),
+            "epoch": epoch,
+            "step": step,
+            "steps_per_epoch": len(self.train_loader),
+            "validated": validated,
+            "processes": processes,
+            "best_metric": self.best_metric,
+            "best_epoch": self.best_epoch,
+        }
+        path = self.output_dir / name
+        write_checkpoint(state, path, previous=self.output_dir / PREVIOUS if name == LATEST else None)
+
+    def _reload_best_model(self, model: nn.Module) -> nn.Module:
+        """Put the best epoch's weights back."""
+        path = self.output_dir / BEST
+        model.load_run_state(read_checkpoint(path)["model"], str(path))
+        return model
+
+    def _resume(self) -> None:
+        """Go on with this very run, or from the checkpoint that the YAML names."""
+        if self.resume_ckpt_path:
+            if not os.path.isfile(self.resume_ckpt_path):
+                raise AuroraError(f"run.resume_ckpt_path: no such file: {self.resume_ckpt_path}")
+            self._load_checkpoint(read_checkpoint(self.resume_ckpt_path), Path(self.resume_ckpt_path))
+        elif self.config.run_cfg.resume == "auto" and (found := read_latest(self.output_dir)):
+            self._load_checkpoint(*found)
+
+    def _load_checkpoint(self, state: dict[str, Any], path: Path) -> None:
+        """Take up a run where its checkpoint left it; for evaluation, only its weights."""
+        model = self.unwrap_dist_model(self.model)
+        model.load_run_state(state["model"], str(path))
+        if self.evaluate_only:
+            return
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, ValueError) as error:
+            raise AuroraError(f"run.resume_ckpt_path: {path} does not fit the optimizer ({error})") from error
+        if self.scaler and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        if not model.load_queue_state(state.get("queue") or {}):
+            logging.warning("the queue of features starts anew: it is not in %s (run.save_queue)", path)
+        self._take_position(state)
+        if self.start_epoch >= self.max_epoch and not self._is_own(path):
+            raise AuroraError(f"run.max_epoch: {self.max_epoch} epochs are done; raise it, or test with evaluate.py")
+        self.best_metric, self.best_epoch = state["best_metric"], state["best_epoch"]
+        self._keep_best(path, state["epoch"])
+        logging.info("resumed at epoch %d, step %d from %s", self.start_epoch + 1, self.start_step + 1, path)
+
+    def _is_own(self, path: Path) -> bool:
+        return path.parent == self.output_dir
+
+    def _take_position(self, state: dict[str, Any]) -> None:
+        """Epoch, step, and each process's random numbers and losses so far."""
+        steps = len(self.train_loader)
+        validated = state.get("validated", True)
+        self.start_epoch, self.start_step = (state["epoch"] + 1, 0) if validated else (state["epoch"], state["step"])
+        if self.start_step and state["steps_per_epoch"] != steps:
+            logging.warning("epoch %d starts anew: it now has %d steps", self.start_epoch + 1, steps)
+            self.start_step = 0
+        processes = state.get("processes", [])
+        if len(processes) != get_world_size():
+            logging.warning("random numbers start anew: there were %d processes", len(processes))
+            return
+        local = processes[get_rank()]
+        set_random_state(local["random"])
+        self.task.totals = {key: torch.tensor(x, dtype=torch.float64) for key, x in local["losses"].items()}
+
+    def _keep_best(self, resumed: Path, epoch: int) -> None:
+        """Take over the best epoch so far, which may stay the best; without its file, look for a new one."""
+        best = resumed.with_name(BEST)
+        source = best if best.is_file() else resumed if self.best_epoch == epoch else None
+        if self.best_epoch is None or source is None:
+            self.best_metric, self.best_epoch = float("-inf"), None
+        elif is_main_process() and source.parent != self.output_dir:
+            write_checkpoint(read_checkpoint(source), self.output_dir / BEST)

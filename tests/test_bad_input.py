@@ -1,0 +1,257 @@
+"""Input that cannot be used: each gets one line that names what, where and the remedy; odd input works."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from tiny import project_yaml, tiny_model
+
+from lavis_aurora.cli import train
+from lavis_aurora.config import RetrievalAuroraConfig, RunConfig, VqaAuroraConfig
+from lavis_aurora.config_check import parse_config
+from lavis_aurora.errors import AuroraError
+from lavis_aurora.training.checkpointing import read_checkpoint
+
+COUNT = 4
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return project_yaml(tmp_path, count=COUNT)
+
+
+def refused(capsys: pytest.CaptureFixture[str], project: Path, *options: str) -> str:
+    """The one line of an error of training."""
+    with pytest.raises(SystemExit) as caught:
+        train(["--cfg-path", str(project), *(["--options", *options] if options else [])])
+    assert caught.value.code == 1
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert not list(project.parent.glob("output/*/*.partial"))
+    for checkpoint in project.parent.glob("output/*/*.pth"):
+        read_checkpoint(checkpoint)
+    return line
+
+
+# Every key of model and run, misspelt
+
+
+def keys(cls: type, prefix: str) -> list[tuple[type, str, str]]:
+    """(top class, key with its sections, name) of every key."""
+    found = []
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        section = next(
+            (t for t in (hints[field.name], *getattr(hints[field.name], "__args__", ())) if is_dataclass(t)), None
+        )
+        found.append(f"{prefix}{field.name}")
+        if section is not None:
+            found += keys(section, f"{prefix}{field.name}.")
+    return found
+
+
+KEYS = [
+    (cls, top, key)
+    for cls, top in ((RetrievalAuroraConfig, "model"), (VqaAuroraConfig, "model"), (RunConfig, "run"))
+    for key in keys(cls, "")
+]
+
+
+@pytest.mark.parametrize(("cls", "top", "key"), KEYS, ids=[f"{cls.__name__}.{key}" for cls, _, key in KEYS])
+def test_every_key_misspelt_names_the_right_one(cls: type, top: str, key: str) -> None:
+    parent, _, name = key.rpartition(".")
+    # The last two letters swapped, or another letter behind them.
+    wrong = name[:-2] + name[:-3:-1] if name[-1] != name[-2] else f"{name}x"
+    cfg = OmegaConf.create()
+    OmegaConf.update(cfg, f"{parent}.{wrong}" if parent else wrong, 1, force_add=True)
+    with pytest.raises(AuroraError) as caught:
+        parse_config(cls, cfg, top)
+    message = str(caught.value)
+    assert message.startswith(f"{top}.{parent + '.' if parent else ''}{wrong}: unknown key")
+    assert repr(name) in message
+
+
+@pytest.mark.parametrize(
+    ("key", "near"), [("vis_procesor", "vis_processor"), ("build_infos", "build_info"), ("typ", "type")]
+)
+def test_unknown_key_of_a_dataset(project: Path, capsys, key: str, near: str) -> None:
+    line = refused(capsys, project, f"datasets.coco_retrieval.{key}=1")
+    assert f"datasets.coco_retrieval.{key}: unknown key; did you mean '{near}'" in line
+
+
+# Pictures
+
+
+def replace(project: Path, split: str, index: int, name: str) -> Path:
+    """Let an entry name another picture; returns its path."""
+    data = project.parent / "data"
+    file = data / f"{split}.json"
+    entries = json.loads(file.read_text())
+    entries[index]["image"] = name
+    file.write_text(json.dumps(entries))
+    return data / "images" / name
+
+
+RNG = np.random.default_rng(0)
+USABLE = {
+    "grey": Image.fromarray(RNG.integers(0, 255, (64, 64), dtype=np.uint8)),
+    "grey with alpha": Image.fromarray(RNG.integers(0, 255, (64, 64, 2), dtype=np.uint8), "LA"),
+    "RGBA": Image.fromarray(RNG.integers(0, 255, (64, 64, 4), dtype=np.uint8), "RGBA"),
+    "palette": Image.fromarray(RNG.integers(0, 255, (64, 64, 3), dtype=np.uint8)).quantize(16),
+    "black and white": Image.new("1", (64, 64), 1),
+    "one pixel": Image.new("RGB", (1, 1), (255, 0, 0)),
+    "one row": Image.new("RGB", (500, 1), (255, 0, 0)),
+    "CMYK": Image.new("CMYK", (64, 64), (0, 255, 255, 0)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pictures_of_every_kind_are_read(project: Path) -> None:
+    for index, split in ((i, s) for i in range(COUNT) for s in ("train", "val")):
+        kind = list(USABLE)[index + COUNT * (split == "val")]
+        suffix = "jpg" if kind == "CMYK" else "png"
+        USABLE[kind].save(replace(project, split, index, f"{split}_{index}.{suffix}"))
+    train(["--cfg-path", str(project)])
+    [run] = (project.parent / "output").iterdir()
+    assert all(t.isfinite().all() for t in read_checkpoint(run / "checkpoint_latest.pth")["model"].values())
+
+
+def sixteen_bits(path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 1000, dtype=np.uint16)).save(path)
+
+
+def bomb(path: Path) -> None:
+    # A small file that would fill 400 million pixels.
+    Image.new("1", (20_000, 20_000)).save(path)
+
+
+SPOILED = {
+    "16 bits": (sixteen_bits, "its mode is I;16; convert it to 8 bits a channel"),
+    "bomb": (bomb, "decompression bomb"),
+    "html": (lambda path: path.write_text("<html>not found</html>"), "cannot identify image file"),
+    "zero bytes": (lambda path: path.write_bytes(b""), "cannot identify image file"),
+    "truncated": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00"), "cannot identify image file"),
+    "missing": (lambda path: None, "No such file"),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("kind", SPOILED)
+def test_pictures_that_cannot_be_used(project: Path, capsys, split: str, kind: str) -> None:
+    make, problem = SPOILED[kind]
+    path = replace(project, split, 1, "odd.png")
+    make(path)
+    line = refused(capsys, project)
+    assert f"coco_retrieval {split}: cannot read {path}" in line and problem in line
+
+
+# Captions and entries
+
+
+def edit(project: Path, split: str, change: Callable[[list[dict]], object]) -> None:
+    file = project.parent / "data" / f"{split}.json"
+    entries = json.loads(file.read_text())
+    change(entries)
+    file.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
+
+
+ODD_TEXTS = [
+    "猫が二匹いる",
+    "🐈 🐕",
+    "Ω∑ é ñ",
+    "word " * 500,
+    "x" * 5000,
+    "a\tcat\nsits",
+    "[ENC] [CLS] [MASK]",
+    "!!!",
+]
+
+
+def test_captions_of_every_kind_are_read(project: Path) -> None:
+    for split in ("train", "val"):
+
+        def odd(entries: list[dict], split: str = split) -> None:
+            for i, entry in enumerate(entries):
+                text = ODD_TEXTS[i + COUNT * (split == "val")]
+                entry["caption"] = text if split == "train" else [text]
+
+        edit(project, split, odd)
+    train(["--cfg-path", str(project)])
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+@pytest.mark.parametrize("text", ["", "   ", None, 3])
+def test_captions_that_are_none(project: Path, capsys, split: str, text: object) -> None:
+    edit(project, split, lambda entries: entries[2].update(caption=text if split == "train" else [text]))
+    line = refused(capsys, project)
+    assert f"the caption of entry 2 of {project.parent / 'data' / split}.json must be" in line
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_picture_that_is_to_be_ranked_twice(project: Path, capsys, split: str) -> None:
+    edit(project, split, lambda entries: entries[3].update(image=entries[1]["image"]))
+    assert "entries 1 and 3 of" in refused(capsys, project)
+
+
+def test_a_picture_may_be_trained_on_with_several_captions(project: Path) -> None:
+    edit(project, "train", lambda entries: entries[3].update(image=entries[1]["image"], image_id="train_1"))
+    train(["--cfg-path", str(project)])
+
+
+# Weights and disks
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(project: Path, tmp_path: Path, capsys, value: float) -> None:
+    state = tiny_model(tuning="heads").state_dict()
+    state["text_proj.weight"][0, 0] = value
+    torch.save(state, tmp_path / "nan.pth")
+    line = refused(capsys, project, f"model.pretrained={tmp_path / 'nan.pth'}")
+    assert "nan.pth holds NaN or infinite weights: text_proj.weight" in line
+
+
+def test_a_checkpoint_that_is_no_numbers(project: Path, tmp_path: Path, capsys) -> None:
+    state = tiny_model().run_state()
+    state["text_proj.weight"] = state["text_proj.weight"] * float("nan")
+    rest = {"optimizer": {}, "scaler": None, "epoch": 0, "step": 1, "best_metric": 0.0, "best_epoch": 0}
+    torch.save({"model": state, **rest}, tmp_path / "nan.pth")
+    line = refused(capsys, project, f"run.resume_ckpt_path={tmp_path / 'nan.pth'}")
+    assert "nan.pth holds NaN or infinite weights: text_proj.weight" in line
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(project: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """No file may grow beyond a limit that the second checkpoint meets: the system itself refuses the write."""
+    from lavis_aurora.training import saving
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    original, written = saving.write_checkpoint, []
+
+    def write(state, path, previous=None):
+        if written:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        original(state, path, previous)
+        written.append(path)
+
+    monkeypatch.setattr(saving, "write_checkpoint", write)
+    try:
+        with pytest.raises(SystemExit):
+            train(["--cfg-path", str(project), "--options", "run.max_epoch=2", "run.valid_splits=[]"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    [run] = (tmp_path / "output").iterdir()
+    error = capsys.readouterr().err
+    assert f"cannot write {run / 'checkpoint_latest.pth'}" in error and "free some space" in error
+    assert [path.name for path in run.glob("*.pth*")] == ["checkpoint_latest.pth"]
+    assert read_checkpoint(run / "checkpoint_latest.pth")["epoch"] == 0

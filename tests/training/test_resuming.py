@@ -1,0 +1,195 @@
+"""Law 8: a run that is interrupted anywhere and resumed ends where an undisturbed one ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import project_yaml
+from tiny_vqa import vqa_project
+
+from lavis_aurora.cli import train
+from lavis_aurora.training.checkpointing import read_checkpoint
+from lavis_aurora.training.stopping import Stopped
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = {"max_epoch": 2, "batch_size_train": 2, "resume": "auto", "save_queue": True, "checkpoint_every": 1}
+# Random crops, random context, dropout of paths, negatives from the queue: whatever draws random numbers.
+MODEL = {"context": {"form": "random"}, "vit_drop_path_rate": 0.1, "queue_size": 16}
+CROPS = {"coco_retrieval": {"vis_processor": {"train": {"name": "blip_image_train", "image_size": 48}}}}
+STATE = ("model", "queue", "optimizer", "epoch", "step", "best_metric", "best_epoch", "processes")
+
+
+def image_project(folder: Path, **run) -> Path:
+    folder.mkdir(exist_ok=True)
+    return project_yaml(folder, model=MODEL, datasets=CROPS, run={**RUN, **run})
+
+
+def assert_same(one, other, path="") -> None:
+    """Nested states are equal bit for bit."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), path
+        for i, pair in enumerate(zip(one, other)):
+            assert_same(*pair, f"{path}/{i}")
+    else:
+        assert one == other, path
+
+
+def only_run(folder: Path) -> Path:
+    [run] = (folder / "output").iterdir()
+    return run
+
+
+def final(folder: Path) -> dict:
+    """What must be equal at the end, tested ranks included."""
+    run = only_run(folder)
+    states = {name: read_checkpoint(run / f"checkpoint_{name}.pth") for name in ("latest", "best")}
+    results = {path.name: json.loads(path.read_text()) for path in (run / "result").glob("test_epoch_best*.json")}
+    for result in results.values():
+        if isinstance(result, dict):
+            result.pop("seconds")
+    return {name: {key: state[key] for key in STATE} for name, state in states.items()} | {"results": results}
+
+
+def command(yaml: Path, processes: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    return [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "train.py"), "--cfg-path", str(yaml)]
+
+
+def start(yaml: Path, processes: int = 1) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(yaml, processes), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def stop_in(monkeypatch, step: int) -> None:
+    """Send this process SIGTERM within the given step, counted over the whole run."""
+    from lavis_aurora.training.loop import AuroraTrainMixin
+
+    original, steps = AuroraTrainMixin._update, iter(range(10**6))
+
+    def update(self, *args):
+        if next(steps) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    monkeypatch.setattr(AuroraTrainMixin, "_update", update)
+
+
+@pytest.mark.parametrize(
+    "make", [image_project, lambda folder: vqa_project(folder, run=RUN)], ids=["retrieval", "vqa"]
+)
+def test_a_stopped_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, capsys, make):
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    train(["--cfg-path", str(make(tmp_path / "whole"))])
+    yaml = make(tmp_path / "stopped")
+    for step in (1, 3):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            stop_in(patch, step)
+            train(["--cfg-path", str(yaml)])
+        assert stopped.value.code == 128 + signal.SIGTERM
+        assert "stopped by SIGTERM; go on with --options run.resume=auto" in capsys.readouterr().err
+    train(["--cfg-path", str(yaml)])
+    assert_same(final(tmp_path / "whole"), final(tmp_path / "stopped"))
+    logs = [(only_run(tmp_path / name) / "log.txt").read_text().splitlines() for name in ("whole", "stopped")]
+    epochs = [[line for line in log if line.startswith('{"train_epoch')] for log in logs]
+    assert epochs[0] == epochs[1], "also the losses of the epochs that were interrupted"
+
+
+def test_another_number_of_workers_draws_the_same_crops(tmp_path):
+    ends = []
+    for workers in (0, 2):
+        folder = tmp_path / str(workers)
+        train(["--cfg-path", str(image_project(folder, max_epoch=1, num_workers=workers))])
+        ends.append(final(folder))
+    assert_same(*ends)
+
+
+def test_without_the_queue_the_log_says_so(tmp_path, caplog):
+    yaml = image_project(tmp_path, save_queue=False, max_epoch=1)
+    train(["--cfg-path", str(yaml)])
+    assert "queue of features starts anew" not in caplog.text
+    train(["--cfg-path", str(yaml)])
+    assert "the queue of features starts anew: it is not in" in caplog.text
+
+
+def test_another_configuration_starts_a_new_run(tmp_path):
+    yaml = image_project(tmp_path, max_epoch=1)
+    train(["--cfg-path", str(yaml)])
+    train(["--cfg-path", str(yaml), "--options", "run.init_lr=1e-4"])
+    assert len(list((tmp_path / "output").iterdir())) == 2
+
+
+def test_the_second_signal_and_one_outside_of_steps_stop_at_once():
+    from lavis_aurora.training.stopping import StopRequest
+
+    with StopRequest() as stop:
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        stop.stepping = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signum() == signal.SIGTERM
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+
+@pytest.mark.slow
+def test_killed_a_dozen_times_a_run_ends_as_an_undisturbed_one(tmp_path):
+    run = {"max_epoch": 6}
+    train(["--cfg-path", str(image_project(tmp_path / "whole", **run))])
+    yaml, kills, draw = image_project(tmp_path / "killed", **run), 0, random.Random(0)
+    while kills < 12:
+        process = start(yaml)
+        try:
+            # Importing takes a few seconds; then a step takes a fraction of one.
+            process.communicate(timeout=5 + draw.random() * 6)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+        else:
+            assert process.returncode == 0
+            break
+        for path in (tmp_path / "killed" / "output").glob("*/*.pth"):
+            read_checkpoint(path)
+    process = start(yaml)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert kills >= 3, "the kills came too late to mean anything"
+    assert_same(final(tmp_path / "whole"), final(tmp_path / "killed"))
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_resume(tmp_path):
+    for name in ("whole", "stopped"):
+        yaml = image_project(tmp_path / name)
+        if name == "stopped":
+            process = start(yaml, processes=2)
+            deadline = time.time() + 120
+            while not list((tmp_path / name / "output").glob("*/checkpoint_latest.pth")) and time.time() < deadline:
+                time.sleep(0.02)
+            process.send_signal(signal.SIGTERM)
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode != 0 and "stopped by SIGTERM" in output, output
+        process = start(yaml, processes=2)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    assert_same(final(tmp_path / "whole"), final(tmp_path / "stopped"))

@@ -1,0 +1,81 @@
+"""Runs of several processes through the real command: what one of them meets, all of them learn."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import project_yaml
+
+from lavis_aurora.training.checkpointing import read_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(yaml: Path, processes: int, *options: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    command += [str(ROOT / "train.py"), "--cfg-path", str(yaml), *(["--options", *options] if options else [])]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def children(pid: int) -> list[int]:
+    done = subprocess.run(["ps", "--ppid", str(pid), "-o", "pid="], capture_output=True, text=True)
+    return [int(line) for line in done.stdout.split()]
+
+
+def test_a_picture_that_one_process_cannot_read_ends_them_all(tmp_path):
+    yaml = project_yaml(tmp_path, count=6, run={"batch_size_train": 1})
+    (tmp_path / "data" / "images" / "train" / "002.jpg").write_bytes(b"")
+    process = start(yaml, 2)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    [line] = [line for line in output.splitlines() if line.startswith("error [process ")]
+    assert "cannot read" in line and "002.jpg" in line
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_takes_the_others_down(tmp_path):
+    yaml = project_yaml(tmp_path, run={"max_epoch": 1000, "batch_size_train": 2})
+    process = start(yaml, 2)
+    deadline = time.time() + 180
+    while not list((tmp_path / "output").glob("*/checkpoint_latest.pth")):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.1)
+    victim = children(process.pid)[-1]
+    os.kill(victim, signal.SIGKILL)
+    killed = time.time()
+    output, _ = process.communicate(timeout=120)
+    assert time.time() - killed < 60
+    assert process.returncode != 0
+    assert f"pid: {victim}" in output.replace("(pid", "pid") and "SIGKILL" in output
+    [run] = (tmp_path / "output").iterdir()
+    read_checkpoint(run / "checkpoint_latest.pth")
+
+
+@pytest.mark.slow
+def test_three_processes_test_as_one(tmp_path):
+    """7 pictures and 14 captions: no share is like another."""
+    results = []
+    for processes, batch in ((1, 6), (3, 2)):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        yaml = project_yaml(folder, count=7, captions_each=2, run={"batch_size_train": batch})
+        process = start(yaml, processes)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        [file] = folder.glob("output/*/result/test_epoch_best.json")
+        result = json.loads(file.read_text())
+        [log] = folder.glob("output/*/log.txt")
+        [stats] = [json.loads(line) for line in log.read_text().splitlines() if line.startswith('{"train_epoch')]
+        results.append((result["images"], result["texts"], stats))
+    (*counts, one), (*others, three) = results
+    assert counts == others == [7, 14]
+    for key, value in one.items():
+        assert three[key] == pytest.approx(value, abs=2e-3), key
