@@ -253,7 +253,8 @@ class VqaAuroraConfig(BlipAuroraConfig):
         _require(self.rank_chunk >= 1, "model.rank_chunk", self.rank_chunk, "1 or more (pairs)")
         if self.tuning == "heads":
             raise AuroraError(
-                "model.tuning: blip_vqa_aurora has no heads besides its answer decoder; use aurora, lora, uniadapter, full or frozen"
+                "model.tuning: blip_vqa_aurora has no heads besides its answer decoder; use aurora, lora, "
+                "uniadapter, full or frozen"
             )
 
 
