@@ -108,6 +108,9 @@ def lavis_model(task: str, cfg):
             tokens = super().forward_features(x.transpose(1, 2).flatten(0, 1))
             return tokens.unflatten(0, (len(x), -1)).flatten(1, 2)
 
+        def forward(self, x):
+            return self.forward_features(x)
+
     if cfg.vit is None:
         vision = VisionTransformerEncoder.from_config(OmegaConf.structured(cfg))
     else:

@@ -121,6 +121,21 @@ def test_every_path_gives_the_plain_gradients(gate, monkeypatch):
         assert (results[1][name] - grad).abs().max() < 1e-3 * grad.abs().max().clamp(min=1e-4), name
 
 
+def test_mixed_precision_is_near_single_precision():
+    results = []
+    for enabled in (False, True):
+        model = activate(tiny_model(context={"form": "none"}), std=0.1).train()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = model(batch())["loss"]
+        loss.backward()
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+        factors = model.mode_approx.sets["default"].parameters()
+        results.append((loss.detach(), torch.cat([p.grad.flatten() for p in factors])))
+    (loss, grad), (near, near_grad) = results
+    torch.testing.assert_close(near.float(), loss, atol=0.05, rtol=0)
+    assert torch.cosine_similarity(grad, near_grad, dim=0) > 0.98
+
+
 def repeated_keys(query, key, value, wrong_image, dropout):
     index = torch.cat([torch.arange(len(key)), wrong_image, torch.arange(len(key))])
     scores = query @ key[index].transpose(-1, -2) / query.shape[-1] ** 0.5
