@@ -8,16 +8,37 @@ from importlib.util import find_spec
 
 from lavis_aurora.config import ContextConfig, GateConfig, ModeApproxConfig
 from lavis_aurora.errors import AuroraError
-from lavis_aurora.mode_approx import inject_mode_approx, trainable_parameters_summary
+from lavis_aurora.mode_approx import (
+    delete_adapter,
+    disable_adapter,
+    inject_mode_approx,
+    list_adapters,
+    load_adapter,
+    merge_adapter,
+    merged_state_dict,
+    save_adapter,
+    set_adapter,
+    trainable_parameters_summary,
+    unmerge_adapter,
+)
+from lavis_aurora.version import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "AuroraError",
     "ContextConfig",
     "GateConfig",
     "ModeApproxConfig",
+    "delete_adapter",
+    "disable_adapter",
     "inject_mode_approx",
+    "list_adapters",
+    "load_adapter",
+    "merge_adapter",
+    "merged_state_dict",
+    "save_adapter",
+    "set_adapter",
     "trainable_parameters_summary",
+    "unmerge_adapter",
 ]
 
 if find_spec("lavis") is not None:

@@ -1,4 +1,4 @@
-"""Command lines: ``train.py`` and ``evaluate.py``."""
+"""Command lines: ``train.py``, ``evaluate.py`` and ``lavis-aurora``."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from lavis.common.logger import setup_logger
 from lavis.common.registry import registry
 
 import lavis_aurora.register  # noqa: F401
+from lavis_aurora.commands import add_commands
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.project import AuroraConfig, load_config
 from lavis_aurora.training.checkpointing import run_to_resume
+from lavis_aurora.training.lavis_tasks import runnable_task
 from lavis_aurora.training.stopping import Stopped
 
 # Long enough for the main process to download or make the data.
@@ -80,7 +82,7 @@ def run_config(cfg: AuroraConfig) -> None:
     setup_logger()
     job_id = _job_id(cfg)
     _set_seeds(run.seed + get_rank())
-    task = registry.get_task_class(run.task).setup_task(cfg=cfg)
+    task = runnable_task(registry.get_task_class(run.task)).setup_task(cfg=cfg)
     datasets = task.build_datasets(cfg)
     model = task.build_model(cfg)
     runner_cls = registry.get_runner_class(run.runner)
@@ -90,14 +92,18 @@ def run_config(cfg: AuroraConfig) -> None:
         dist.destroy_process_group()
 
 
-def _main(argv: Sequence[str] | None, description: str, evaluate: bool) -> None:
-    parser = argparse.ArgumentParser(description=description)
+def _add_run_arguments(parser: argparse.ArgumentParser, evaluate: bool) -> None:
+    """The arguments of train and evaluate, and what is done with them."""
     parser.add_argument("--cfg-path", required=True, help="project YAML, e.g. projects/aurora/flickr_ret.yaml")
     parser.add_argument(
         "--options", nargs="+", metavar="KEY=VALUE", help="override keys of the YAML, e.g. run.max_epoch=2"
     )
+    parser.set_defaults(action=lambda args: run_config(load_config(args.cfg_path, args.options, evaluate)))
+
+
+def _run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
     args = parser.parse_args(argv)
-    _exit_on_error(lambda: run_config(load_config(args.cfg_path, args.options, evaluate)))
+    _exit_on_error(lambda: args.action(args))
 
 
 def _exit_on_error(action: Callable[[], None]) -> None:
@@ -127,20 +133,29 @@ def _exit_on_error(action: Callable[[], None]) -> None:
         sys.exit(code)
 
 
+TRAIN = "train a model as a project YAML says, then test its best epoch"
+EVALUATE = "evaluate a model on the test splits of a project YAML"
+
+
 def train(argv: Sequence[str] | None = None) -> None:
     """``python train.py --cfg-path YAML [--options KEY=VALUE ...]``."""
-    _main(argv, "Train a model as a project YAML says, then test its best epoch.", evaluate=False)
+    parser = argparse.ArgumentParser(description=TRAIN)
+    _add_run_arguments(parser, evaluate=False)
+    _run_command(parser, argv)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> None:
     """``python evaluate.py --cfg-path YAML [--options KEY=VALUE ...]``."""
-    _main(argv, "Evaluate a model on the test splits of a project YAML.", evaluate=True)
+    parser = argparse.ArgumentParser(description=EVALUATE)
+    _add_run_arguments(parser, evaluate=True)
+    _run_command(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """``lavis-aurora train|evaluate ...``."""
-    commands = {"train": train, "evaluate": evaluate}
+    """``lavis-aurora train|evaluate|inspect|merge|targets|configs ...``."""
     parser = argparse.ArgumentParser(prog="lavis-aurora", description="Aurora for LAVIS.")
-    parser.add_argument("command", choices=commands)
-    args, rest = parser.parse_known_args(argv)
-    commands[args.command](rest)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_run_arguments(commands.add_parser("train", help=TRAIN), evaluate=False)
+    _add_run_arguments(commands.add_parser("evaluate", help=EVALUATE), evaluate=True)
+    add_commands(commands)
+    _run_command(parser, argv)

@@ -7,6 +7,7 @@ without LAVIS.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -30,6 +31,21 @@ def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
         raise AuroraError(f"{key}: unknown value {value!r}{near_names(str(value), known)}")
 
 
+def _patterns(key: str, value: Any) -> list[str]:
+    """Regular expressions, from one or a list of them."""
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, (list, tuple)) or not patterns or not all(isinstance(p, str) for p in patterns):
+        raise AuroraError(
+            f"{key}: {value!r} cannot be used; it must be a name or regular expression, or a list of them"
+        )
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise AuroraError(f"{key}: {pattern!r} is no regular expression ({error})") from None
+    return list(patterns)
+
+
 @dataclass
 class ModeApproxConfig:
     """Mode approximation (paper 3.2, eq. 2-4).
@@ -38,18 +54,23 @@ class ModeApproxConfig:
         rank: R, the number of rank-one components. The paper uses 64 and 128.
         scale: factor on the whole update; the rest of the scaling follows rank and width by itself. With 8, the
             learning rate that suits the heads suits the factors.
-        dropout: probability of dropping a feature that the update reads, in training. With it the update is
-            computed beside the layer, which costs time and memory.
+        dropout: probability of dropping a feature that the update of a linear layer reads, in training. The update
+            is then computed beside the layer, which costs time and memory.
+        targets: which layers are adapted: regular expressions over their whole names, or names of presets
+            (``mode_approx/presets.py``), one or a list; null for those that the model is meant for.
     """
 
     rank: int = 64
     scale: float = 8.0
     dropout: float = 0.0
+    targets: Any = None
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "mode_approx.rank", self.rank, "1 or more")
         _require(self.scale > 0, "mode_approx.scale", self.scale, "above 0")
         _require(0 <= self.dropout < 1, "mode_approx.dropout", self.dropout, "0 or more and below 1")
+        if self.targets is not None:
+            self.targets = _patterns("mode_approx.targets", self.targets)
 
 
 @dataclass
@@ -160,6 +181,8 @@ class BlipAuroraConfig:
         train_heads: also train the heads (projections, matching head, temperature), reported apart.
         mode_approx, gate: parts of the method.
         lora, uniadapter: settings of these baselines.
+        adapter: folder of an adapter to start from, see save_adapter; its mode_approx and gate are the defaults then.
+        adapter_check_base: refuse an adapter that was tuned on other weights than the model's.
     """
 
     arch: Optional[str] = None
@@ -183,9 +206,15 @@ class BlipAuroraConfig:
     gate: GateConfig = field(default_factory=GateConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     uniadapter: UniAdapterConfig = field(default_factory=UniAdapterConfig)
+    adapter: Optional[str] = None
+    adapter_check_base: bool = True
 
     def __post_init__(self) -> None:
         _one_of("model.tuning", self.tuning, TUNINGS)
+        if self.adapter is not None and self.tuning != "aurora":
+            raise AuroraError(
+                f"model.adapter: needs model.tuning: aurora, not {self.tuning}; leave one of the two out"
+            )
         _one_of("model.vit_type", self.vit_type, ("base", "large"))
         _require(self.image_size >= 1, "model.image_size", self.image_size, "1 or more (pixels)")
         _require(self.max_txt_len >= 2, "model.max_txt_len", self.max_txt_len, "2 or more (tokens)")
@@ -259,6 +288,64 @@ class VqaAuroraConfig(BlipAuroraConfig):
 
 
 @dataclass
+class VideoProcessorConfig:
+    """``vis_processor.train`` or ``.eval`` of a dataset of videos: aurora_video_train, aurora_video_eval.
+
+    Attributes:
+        n_frms: T, frames of a video (LAVIS's name; the paper has 8 in training and 16 at test, D.3).
+        image_size: pixels of a side.
+        mean, std: of the three colours; BLIP's by default.
+        min_scale, max_scale: share of a frame's area that a random crop keeps; in training only.
+    """
+
+    name: Optional[str] = None
+    n_frms: int = 8
+    image_size: int = 224
+    mean: Optional[list[float]] = None
+    std: Optional[list[float]] = None
+    min_scale: float = 0.5
+    max_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for key in ("n_frms", "image_size"):
+            _require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        _require(0 < self.min_scale <= 1, "min_scale", self.min_scale, "above 0, and at most 1")
+        _require(self.min_scale <= self.max_scale <= 1, "max_scale", self.max_scale, "min_scale to 1")
+        for key in ("mean", "std"):
+            value = getattr(self, key)
+            _require(value is None or len(value) == 3, key, value, "three numbers, of red, green and blue")
+
+
+@dataclass
+class ModeApproxModelConfig:
+    """``model:`` of mode_approx: the method around any model that is registered with LAVIS.
+
+    Attributes:
+        arch, model_type: LAVIS's own; there is one type, default.
+        base: ``model:`` of the model inside: its arch, its model_type, and what differs from that type's defaults.
+        mode_approx: the method; without targets those of the preset for ``base.arch``.
+        modules_to_save: regular expressions over names of modules that are trained besides, e.g. a new classifier.
+        adapter: folder of an adapter to start from, see save_adapter; the base and the method are then its own,
+            where they are left out.
+        adapter_check_base: refuse an adapter that was tuned on other weights than the model's.
+    """
+
+    arch: Optional[str] = None
+    model_type: Optional[str] = None
+    base: dict[str, Any] = field(default_factory=dict)
+    mode_approx: ModeApproxConfig = field(default_factory=ModeApproxConfig)
+    modules_to_save: Any = None
+    adapter: Optional[str] = None
+    adapter_check_base: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base.get("arch"), str):
+            raise AuroraError("model.base.arch: missing; name the registered model to wrap, e.g. blip_retrieval")
+        if self.modules_to_save is not None:
+            self.modules_to_save = _patterns("model.modules_to_save", self.modules_to_save)
+
+
+@dataclass
 class RunConfig:
     """``run:`` of runner_aurora: LAVIS's own keys, and these.
 
@@ -273,6 +360,8 @@ class RunConfig:
         use_dist_eval_sampler: LAVIS's; here the task knows whether processes may share a split, and it has no effect.
         compile: compile the layers of the towers with torch.compile; the first steps then take minutes.
         grad_clip: largest norm of the gradient; 0 for no clipping.
+        max_broken_share: share of an epoch's samples whose video may be missing or broken; others are trained on in
+            their place, and the run stops above it.
         output_dir: relative paths start at the current directory; each run adds a folder of its own.
         resume: auto goes on with the newest run under output_dir of the same configuration, if there is one; none.
         checkpoint_every: steps between checkpoints within an epoch; 0 for none but at its end.
@@ -292,6 +381,7 @@ class RunConfig:
     weight_decay: float = 0.05
     beta2: float = 0.999
     grad_clip: float = 0.0
+    max_broken_share: float = 0.01
     max_epoch: int = 6
     accum_grad_iters: int = 1
     num_workers: int = 4
@@ -357,5 +447,7 @@ class RunConfig:
             "checkpoint_every",
         ):
             _require(getattr(self, key) >= 0, f"run.{key}", getattr(self, key), "0 or more")
+        share = self.max_broken_share
+        _require(0 <= share <= 1, "run.max_broken_share", share, "between 0 and 1")
         if self.lr_sched == "linear_warmup_step_lr" and self.lr_decay_rate is None:
             raise AuroraError("run.lr_decay_rate: missing; run.lr_sched linear_warmup_step_lr needs it, e.g. 0.9")

@@ -15,6 +15,7 @@ from yaml import YAMLError
 from lavis_aurora.config import RunConfig
 from lavis_aurora.config_check import parse_config
 from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.mode_approx.adapter_file import read_adapter_config
 
 SECTIONS = ("datasets", "model", "run")
 
@@ -29,6 +30,13 @@ class AuroraConfig(Config):
         self.config = OmegaConf.merge(
             self.build_runner_config(user), self.build_model_config(user), self.build_dataset_config(user), user
         )
+
+    @staticmethod
+    def build_model_config(config: DictConfig, **kwargs) -> DictConfig:
+        """LAVIS's; a model around another one takes over the defaults and processors of that."""
+        completed = Config.build_model_config(config, **kwargs)
+        complete = getattr(registry.get_model_class(completed.model.arch), "with_base_defaults", None)
+        return completed if complete is None else complete(completed)
 
 
 def load_config(cfg_path: str, options: Sequence[str] | None = None, evaluate: bool = False) -> AuroraConfig:
@@ -62,6 +70,7 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
         if not user.get(name):
             raise AuroraError(f"{name}: the section is missing")
     _check_types(user)
+    _take_adapter_settings(user)
     cfg = AuroraConfig(user, argparse.Namespace(cfg_path=cfg_path, options=options))
     run = parse_config(RunConfig, cfg.config.run, "run")
     run.evaluate = run.evaluate or evaluate
@@ -119,16 +128,43 @@ def _check_types(user: DictConfig) -> None:
             raise AuroraError(f"datasets.{name}.type: unknown type {kind!r}{near_names(str(kind), known)}")
 
 
+def _take_adapter_settings(user: DictConfig) -> None:
+    """With ``model.adapter``, its settings stand in for those that the YAML leaves out."""
+    folder = user.model.get("adapter")
+    keys = getattr(registry.get_model_class(user.model.arch), "ADAPTER_KEYS", ())
+    if folder is None or not keys:
+        return
+    try:
+        settings = read_adapter_config(str(folder)).model.get("settings") or {}
+    except AuroraError as error:
+        raise AuroraError(f"model.adapter: {error}") from error
+    user.model = OmegaConf.merge({key: settings[key] for key in keys if key in settings}, user.model)
+
+
 def _check_registered(key: str, name: str | None, kind: str) -> None:
     known = registry.mapping[kind]
     if name not in known:
         raise AuroraError(f"{key}: {name!r} is not registered{near_names(str(name), known)}")
 
 
+def _check_video_processors(name: str, dataset: DictConfig) -> None:
+    """Refuse a dataset of videos with processors for pictures, which it gets where the model's are such."""
+    for split in ("train", "eval"):
+        processor = (dataset.get("vis_processor") or {}).get(split) or {}
+        if "_image_" in processor.get("name", "_image_"):
+            raise AuroraError(
+                f"datasets.{name}.vis_processor.{split}: {processor.get('name')} cannot read videos; they need "
+                f"aurora_video_{split} with n_frms and image_size, see projects/aurora/msrvtt_ret.yaml"
+            )
+
+
 def _complete_processors(cfg: AuroraConfig) -> None:
     """Give datasets without processors the model's, and compare picture sizes."""
     preprocess = cfg.config.get("preprocess") or {}
-    size = cfg.model_cfg.get("image_size")
+    model = cfg.model_cfg
+    key, size = "model.image_size", model.get("image_size")
+    if "base" in model:
+        key, size = "model.base.image_size", model.base.get("image_size")
     for name, dataset in cfg.datasets_cfg.items():
         for kind in ("vis_processor", "text_processor"):
             for split, processor in (preprocess.get(kind) or {}).items():
@@ -137,11 +173,11 @@ def _complete_processors(cfg: AuroraConfig) -> None:
                 if dataset[kind].get(split) is None:
                     dataset[kind][split] = processor
             for split, processor in (dataset.get(kind) or {}).items():
-                key = f"datasets.{name}.{kind}.{split}.name"
-                _check_registered(key, processor.get("name"), "processor_name_mapping")
+                named = f"datasets.{name}.{kind}.{split}.name"
+                _check_registered(named, processor.get("name"), "processor_name_mapping")
+        if dataset.get("data_type") == "videos":
+            _check_video_processors(name, dataset)
         for split, processor in (dataset.get("vis_processor") or {}).items():
             own = processor.get("image_size")
             if size is not None and own is not None and own != size:
-                raise AuroraError(
-                    f"datasets.{name}.vis_processor.{split}.image_size: {own} is not model.image_size, {size}"
-                )
+                raise AuroraError(f"datasets.{name}.vis_processor.{split}.image_size: {own} is not {key}, {size}")

@@ -15,8 +15,12 @@ register_resolvers()
 use_data_root()
 
 import lavis_aurora.data.demo_builder  # noqa: E402, F401
+import lavis_aurora.data.frames  # noqa: E402, F401
+import lavis_aurora.data.video_qa  # noqa: E402, F401
 import lavis_aurora.models.blip_retrieval_aurora  # noqa: E402, F401
 import lavis_aurora.models.blip_vqa_aurora  # noqa: E402, F401
+import lavis_aurora.models.mode_approx_model  # noqa: E402, F401
 import lavis_aurora.runner  # noqa: E402, F401
 import lavis_aurora.tasks  # noqa: E402, F401
+import lavis_aurora.tasks_video_qa  # noqa: E402, F401
 import lavis_aurora.tasks_vqa  # noqa: E402, F401

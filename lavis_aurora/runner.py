@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ChainDataset, DataLoader
 
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.training.adapters import AdapterMixin
 from lavis_aurora.training.checkpointing import BEST
 from lavis_aurora.training.finite import FiniteGuard
 from lavis_aurora.training.loaders import build_loader, check_splits
@@ -31,7 +32,7 @@ TRAINING_METRIC = "agg_metrics"
 
 
 @registry.register_runner("runner_aurora")
-class AuroraRunner(SavingMixin, RunnerBase):
+class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
     """RunnerBase with what is broken there overridden, and nothing else.
 
     On top of LAVIS: any device, one process or several, outputs under the current directory, the best epoch
@@ -100,7 +101,7 @@ class AuroraRunner(SavingMixin, RunnerBase):
     def create_loaders(self, datasets, num_workers, batch_sizes, is_trains, collate_fns, dataset_ratios=None) -> list:
         """A loader for each dataset. Arguments are LAVIS's.
 
-        Training order and random crops depend on seed and epoch alone: the samples of a step are the same for any
+        Training order, random crops and frames depend on seed and epoch alone: a step has the same samples for any
         number of processes with the same global batch, and wherever the run is resumed.
         """
         streamed = (tuple, list, ChainDataset, wds.DataPipeline)
@@ -181,13 +182,18 @@ class AuroraRunner(SavingMixin, RunnerBase):
                 self._heed(self.stop.signum())
                 self.stop.stepping = False
             self.start_step = 0
-            self._validate(epoch)
+            logs = self._validate(epoch)
             self._save_checkpoint(epoch, len(self.train_loader), validated=True)
+            self._save_adapter("last", {"epoch": epoch, **logs})
         trained = time.time() - start
         if self.evaluate_only and not self.test_splits:
             raise AuroraError("run.test_splits: name a split to evaluate")
         best = bool(self.valid_splits) and not self.evaluate_only
-        self.evaluate(cur_epoch="best" if best else max(epoch, 0), skip_reload=self.evaluate_only)
+        logs = self.evaluate(cur_epoch="best" if best else max(epoch, 0), skip_reload=self.evaluate_only)
+        if logs and not self.evaluate_only:
+            # The model holds the weights that were tested.
+            kind, tested = ("best", self.best_epoch) if best else ("last", epoch)
+            self._save_adapter(kind, {"epoch": tested, **logs})
         logging.info(
             "done in %s (training %s); outputs: %s",
             timedelta(seconds=round(time.time() - start)),
@@ -203,8 +209,9 @@ class AuroraRunner(SavingMixin, RunnerBase):
                 self.log_stats({"epoch": cur_epoch, **log}, f"final_{split}")
         return logs
 
-    def _validate(self, epoch: int) -> None:
-        """Evaluate the validation splits; the first one decides which epoch is best."""
+    def _validate(self, epoch: int) -> dict[str, Any]:
+        """Evaluate the validation splits; the first one decides which epoch is best. Returns metrics by split."""
+        logs: dict[str, Any] = {}
         for i, split in enumerate(self.valid_splits):
             log = self.eval_epoch(split_name=split, cur_epoch=epoch)
             metric = [log[TRAINING_METRIC] if log is not None else float("nan")]
@@ -213,5 +220,8 @@ class AuroraRunner(SavingMixin, RunnerBase):
             if i == 0 and metric[0] > self.best_metric:
                 self.best_metric, self.best_epoch = metric[0], epoch
                 self._save_checkpoint(epoch, len(self.train_loader), validated=True, name=BEST)
+                self._save_adapter("best", {"epoch": epoch, split: log or {}})
             if log is not None:
+                logs[split] = log
                 self.log_stats({"epoch": epoch, **log, "best_epoch": self.best_epoch}, split)
+        return logs

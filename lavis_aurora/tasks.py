@@ -20,7 +20,7 @@ from lavis_aurora.training.loop import AuroraTrainMixin
 
 @registry.register_task("retrieval_aurora")
 class RetrievalAuroraTask(AuroraTrainMixin, RetrievalTask):
-    """LAVIS's retrieval, with R@K and median rank in both directions, before and after reranking."""
+    """LAVIS's retrieval of pictures or videos: R@K and median rank both ways, before and after reranking."""
 
     shards_evaluation = False
 
@@ -31,16 +31,19 @@ class RetrievalAuroraTask(AuroraTrainMixin, RetrievalTask):
         if not is_main_process():
             return None
         dataset = data_loader.dataset
+        kind = "video" if "video" in dataset.annotation[0] else "image"
+        forth, back = directions(kind)
         targets = {
-            "image_to_text": [dataset.img2txt[i] for i in range(len(dataset.image))],
-            "text_to_image": [[dataset.txt2img[i]] for i in range(len(dataset.text))],
+            forth: [dataset.img2txt[i] for i in range(len(dataset.image))],
+            back: [[dataset.txt2img[i]] for i in range(len(dataset.text))],
         }
-        itc = {"image_to_text": scores.itc, "text_to_image": scores.itc.T}
-        final = {"image_to_text": scores.i2t, "text_to_image": scores.t2i}
+        itc = {forth: scores.itc, back: scores.itc.T}
+        final = {forth: scores.i2t, back: scores.t2i}
         result: dict[str, Any] = {
-            "images": len(dataset.image),
+            "kind": kind,
+            f"{kind}s": len(dataset.image),
             "texts": len(dataset.text),
-            "k_test": {"image_to_text": scores.k_i2t, "text_to_image": scores.k_t2i},
+            "k_test": {forth: scores.k_i2t, back: scores.k_t2i},
             "itc_weight": float(self.cfg.get("itc_weight", 1.0)),
             "metrics": {},
             "ranks": {},
@@ -62,7 +65,7 @@ class RetrievalAuroraTask(AuroraTrainMixin, RetrievalTask):
         if val_result is None:
             return None
         metrics = val_result["metrics"]
-        recalls = [metrics[f"{d}_r{k}"] for d in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+        recalls = [metrics[f"{d}_r{k}"] for d in directions(val_result["kind"]) for k in (1, 5, 10)]
         # LAVIS selects the best epoch by image-to-text alone; both directions count here.
         metrics["agg_metrics"] = float(np.mean(recalls))
         print(report(split_name, val_result), flush=True)
@@ -72,19 +75,28 @@ class RetrievalAuroraTask(AuroraTrainMixin, RetrievalTask):
         return dict(metrics)
 
 
+def directions(kind: str) -> tuple[str, str]:
+    """Names of both directions of a retrieval of ``kind`` image or video, texts of a picture or video first."""
+    return f"{kind}_to_text", f"text_to_{kind}"
+
+
 def report(split: str, result: dict[str, Any]) -> str:
     """The table of a split: counts, both directions, before and after reranking, chance."""
-    metrics, k = result["metrics"], result["k_test"]
-    head = (
-        f"{split}: {result['images']} images, {result['texts']} texts; score = ITM + {result['itc_weight']:g} x ITC "
-        f"for the best {k['image_to_text']} texts of an image and {k['text_to_image']} images of a text by ITC"
-    )
-    if not k["image_to_text"]:
-        head = f"{split}: {result['images']} images, {result['texts']} texts; score = ITC, not reranked"
+    metrics, k, kind = result["metrics"], result["k_test"], result["kind"]
+    forth, back = directions(kind)
+    head = f"{split}: {result[f'{kind}s']} {kind}s, {result['texts']} texts; score = "
+    if k[forth]:
+        each = {"image": "an image", "video": "a video"}[kind]
+        head += (
+            f"ITM + {result['itc_weight']:g} x ITC for the best {k[forth]} texts of {each} and {k[back]} {kind}s of "
+            f"a text by ITC"
+        )
+    else:
+        head += "ITC, not reranked"
     lines = [head, f"{'':<34}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'median rank':>13}"]
-    for direction in ("image_to_text", "text_to_image"):
+    for direction in (forth, back):
         for name, label in (("", ""), ("_itc", ", ITC only"), ("_chance", ", chance")):
-            if name == "_itc" and not k["image_to_text"]:
+            if name == "_itc" and not k[forth]:
                 continue
             prefix = f"{direction}{name}"
             row = "".join(f"{metrics[f'{prefix}_r{n}']:7.1f}" for n in (1, 5, 10))

@@ -22,11 +22,17 @@ from torch.utils.data import Dataset
 
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.training.loop import AuroraTrainMixin
+from lavis_aurora.vqa.accuracy import vqa_accuracy
+
+SHOWN_TYPES = 12  # question types that a report lists; VQAv2 has 65
 
 
 @registry.register_task("vqa_aurora")
 class VqaAuroraTask(AuroraTrainMixin, VQATask):
     """LAVIS's vqa: the likeliest answer of a list, or a generated one, and VQAv2's accuracy by answer type."""
+
+    # What a result is known by, when processes have answered a question twice.
+    result_key = "question_id"
 
     @classmethod
     def setup_task(cls, cfg) -> VqaAuroraTask:
@@ -93,7 +99,7 @@ class VqaAuroraTask(AuroraTrainMixin, VQATask):
             val_result,
             result_dir=registry.get_path("result_dir"),
             filename=f"{split_name}_epoch_{epoch}_vqa_result",
-            remove_duplicate="question_id",
+            remove_duplicate=self.result_key,
         )
         return self._report_metrics(result_file=path, split=split_name)
 
@@ -124,19 +130,32 @@ class VqaAuroraTask(AuroraTrainMixin, VQATask):
 
     @main_process
     def _report_metrics(self, result_file: str, split: str) -> dict[str, Any]:
-        """VQAv2's accuracy in percent, over all questions and by answer type; None where answers are not known."""
+        """VQAv2's accuracy in percent, over all questions and by answer type; None where answers are not known.
+
+        ``result/SPLIT_epoch_N_accuracy.json`` also has it by question type.
+        """
         count = len(json.loads(Path(result_file).read_text()))
-        metrics = {"agg_metrics": None, **super()._report_metrics(result_file, split), "questions": count}
-        print(report(split, metrics), flush=True)
         logging.info("answers written to %s", result_file)
+        metrics: dict[str, Any] = {"agg_metrics": None, "questions": count}
+        scores = None
+        if split in self.anno_files:
+            scores = vqa_accuracy(result_file, self.ques_files[split], self.anno_files[split])
+            path = Path(result_file.replace("_vqa_result.json", "_accuracy.json"))
+            path.write_text(json.dumps({"split": split, "questions": count, **scores}, indent=1))
+            metrics.update(scores["answer_types"], agg_metrics=scores["accuracy"])
+        print(report(split, count, scores), flush=True)
         return metrics
 
 
-def report(split: str, metrics: dict[str, Any]) -> str:
-    """One line: number of questions, accuracy, and accuracy by answer type."""
-    head = f"{split}: {metrics['questions']} questions"
-    if metrics["agg_metrics"] is None:
-        return f"{head} answered; their true answers are not known here"
-    kinds = {key: value for key, value in metrics.items() if key not in ("agg_metrics", "questions")}
-    shown = ", ".join(f"{kind} {value:.2f}" for kind, value in kinds.items())
-    return f"{head}, accuracy {metrics['agg_metrics']:.2f} % ({shown})"
+def report(split: str, count: int, scores: dict[str, Any] | None) -> str:
+    """Number of questions, accuracy, accuracy by answer type, and by question type if these are not too many."""
+    if scores is None:
+        return f"{split}: {count} questions answered; their true answers are not known here"
+
+    def shown(kind: str) -> str:
+        return ", ".join(f"{name} {value:.2f}" for name, value in sorted(scores[kind].items()))
+
+    text = f"{split}: {count} questions, accuracy {scores['accuracy']:.2f} % ({shown('answer_types')})"
+    if len(scores["question_types"]) <= SHOWN_TYPES:
+        text += f"\n{split}: by question type: {shown('question_types')}"
+    return text

@@ -26,7 +26,8 @@ mkdir "$work/source" "$work/empty"
 for file in setup.cfg pyproject.toml README.md LICENSE; do
     if [ -f "$file" ]; then cp "$file" "$work/source/"; fi
 done
-cp -R lavis_aurora "$work/source/"
+# lavis_aurora/projects is a link to projects/aurora.
+cp -R lavis_aurora projects "$work/source/"
 quietly "$python" -m pip wheel --no-deps --no-build-isolation --wheel-dir "$work/wheel" "$work/source"
 wheel=$(echo "$work"/wheel/lavis_aurora-*.whl)
 
@@ -41,6 +42,7 @@ kinds = (".py", ".yaml", ".json", ".txt", ".safetensors")
 source = {p.relative_to(root).as_posix() for p in (root / "lavis_aurora").rglob("*") if p.suffix in kinds}
 if not any(name.endswith(".yaml") for name in source):
     sys.exit("check_wheel: lavis_aurora holds no .yaml file")
+source |= {f"lavis_aurora/projects/{p.name}" for p in (root / "projects/aurora").glob("*.yaml")}
 missing = sorted(source - packed)
 if missing:
     sys.exit("check_wheel: not in the wheel: " + ", ".join(missing) + "; see package_data in setup.cfg")
@@ -70,4 +72,5 @@ if pathlib.Path(sys.prefix).resolve() not in file.parents:
 quietly "$work/venv/bin/python" -c \
     "from lavis_aurora import load_model_and_preprocess as f; f('blip_retrieval_aurora', 'tiny')"
 quietly "$work/venv/bin/lavis-aurora" --help
+quietly "$work/venv/bin/lavis-aurora" configs demo_ret
 echo "check_wheel: $(basename "$wheel") holds its data files and loads a model outside the source tree"

@@ -1,39 +1,70 @@
-"""Turn a checkpoint of projects/aurora/demo_pretrain.yaml into the weights that come with the package.
+"""Turn the checkpoint of a pretraining run of the demo into weights that come with the package.
 
     python train.py --cfg-path projects/aurora/demo_pretrain.yaml
     python scripts/make_tiny_weights.py output/demo_pretrain/RUN/checkpoint_best.pth
 
-The weights are stored in half precision, without the momentum copies.
+For question answering, which starts from those weights, likewise with demo_vqa_pretrain. The weights are stored in
+half precision, without the momentum copies.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-import torch
+from lavis.common.registry import registry
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from lavis_aurora.errors import AuroraError
 from lavis_aurora.loading import load_model_and_preprocess
 from lavis_aurora.paths import package_file
 from lavis_aurora.training.checkpointing import read_checkpoint
 
-TARGET = "configs/models/tiny/model.safetensors"
+# By architecture: the file that its type tiny reads, and the run that makes it.
+TARGETS = {
+    "blip_retrieval_aurora": ("model.safetensors", "projects/aurora/demo_pretrain.yaml"),
+    "blip_vqa_aurora": ("vqa.safetensors", "projects/aurora/demo_vqa_pretrain.yaml"),
+}
+
+
+def pretrained_model(checkpoint: Path) -> tuple[str, nn.Module]:
+    """Architecture and model of a run that trained every weight."""
+    state = read_checkpoint(checkpoint)
+    cfg = state["config"]["model"]
+    if cfg["arch"] not in TARGETS or cfg["tuning"] != "full":
+        raise AuroraError(f"{checkpoint}: a run of {cfg['arch']} with tuning {cfg['tuning']}, not a pretraining run")
+    model = registry.get_model_class(cfg["arch"]).from_config({**cfg, "pretrained": None})
+    model.load_run_state(state["model"], str(checkpoint))
+    return cfg["arch"], model
+
+
+def stored_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint of BLIP holds, in half precision: no momentum copies, no queues, no constants."""
+    return {
+        name: value.half()
+        for name, value in model.state_dict().items()
+        if not name.partition(".")[0].endswith("_m") and "queue" not in name and not name.endswith("position_ids")
+    }
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="checkpoint_best.pth of a run of demo_pretrain.yaml")
-    parser.add_argument("--output", type=Path, default=Path(package_file(TARGET)))
+    parser.add_argument("checkpoint", type=Path, help="checkpoint_best.pth of a pretraining run")
+    parser.add_argument("--output", type=Path, help="default: the file in the package")
     args = parser.parse_args()
-    state = read_checkpoint(args.checkpoint)["model"]
-    kept = {name: value.half() for name, value in state.items() if not name.partition(".")[0].endswith("_m")}
-    # The temperature may not be trained in pretraining, and is then not in the checkpoint.
-    kept.setdefault("temp", torch.tensor(0.07).half())
-    save_file(kept, args.output, metadata={"made_by": "projects/aurora/demo_pretrain.yaml"})
-    load_model_and_preprocess("blip_retrieval_aurora", "tiny")
-    print(f"{len(kept)} tensors, {args.output.stat().st_size / 2**20:.2f} MiB: {args.output}")
+    try:
+        arch, model = pretrained_model(args.checkpoint)
+        name, made_by = TARGETS[arch]
+        output = args.output or Path(package_file(f"configs/models/tiny/{name}"))
+        kept = stored_weights(model)
+        save_file(kept, output, metadata={"made_by": made_by})
+        load_model_and_preprocess(arch, "tiny")
+    except AuroraError as error:
+        sys.exit(f"error: {error}")
+    print(f"{len(kept)} tensors, {output.stat().st_size / 2**20:.2f} MiB: {output}")
 
 
 if __name__ == "__main__":

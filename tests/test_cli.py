@@ -282,7 +282,8 @@ def test_caption_string_at_evaluation(project: Path, data: Path, failing: Callab
     entries[1]["caption"] = "a cat"
     (data / "val.json").write_text(json.dumps(entries))
     expected = (
-        f"the caption of entry 1 of {data / 'val.json'} must be a list of strings, e.g. [\"a cat\"], not 'a cat'"
+        f"the caption of entry 1 of {data / 'val.json'} must be a list of strings, none empty, "
+        f"e.g. [\"a cat\"], not 'a cat'"
     )
     assert expected in failing(project)
 

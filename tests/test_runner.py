@@ -40,6 +40,8 @@ def test_a_run_leaves_configuration_checkpoints_results_and_log(tmp_path, capsys
         "log.txt",
         "checkpoint_best.pth",
         "checkpoint_latest.pth",
+        "adapter_best",
+        "adapter_last",
         "checkpoint_previous.pth",
         "result",
     }

@@ -44,7 +44,7 @@ def test_a_run_trains_scores_and_answers(tmp_path, capsys, string_ids, options):
     run(vqa_project(tmp_path, string_ids=string_ids), *options)
     folder, data = only_run(tmp_path), tmp_path / "data"
     results = {path.name for path in (folder / "result").iterdir()}
-    assert results == {"val_epoch_0_vqa_result.json", "test_epoch_best_vqa_result.json"}
+    assert results == {"val_epoch_0_vqa_result.json", "val_epoch_0_accuracy.json", "test_epoch_best_vqa_result.json"}
     ids = [entry["question_id"] for entry in json.loads((data / "test.json").read_text())]
     answers = json.loads((folder / "result" / "test_epoch_best_vqa_result.json").read_text())
     assert [entry["question_id"] for entry in answers] == ids
@@ -54,6 +54,9 @@ def test_a_run_trains_scores_and_answers(tmp_path, capsys, string_ids, options):
     truth = json.loads((data / "truth.json").read_text())["annotations"]
     assert log["val_agg_metrics"] == pytest.approx(accuracy_of(validated, truth), abs=0.01)
     assert {f"val_{kind}" for _, kind, _ in KINDS} <= log.keys() and log["val_questions"] == 6
+    scores = json.loads((folder / "result" / "val_epoch_0_accuracy.json").read_text())
+    assert scores["accuracy"] == log["val_agg_metrics"] and scores["questions"] == 6
+    assert scores["question_types"].keys() == {kind for kind, _, _ in KINDS}
     [tested] = logged(folder, "final_test_questions")
     assert tested["final_test_agg_metrics"] is None
     out = capsys.readouterr().out
@@ -141,9 +144,17 @@ def test_450_000_answers_are_saved_in_seconds(tmp_path):
 
 
 def test_report_of_a_split():
-    metrics = {"agg_metrics": 61.5, "yes/no": 80.0, "number": 43.0, "questions": 4}
-    assert report("val", metrics) == "val: 4 questions, accuracy 61.50 % (yes/no 80.00, number 43.00)"
-    assert "not known here" in report("test", {"agg_metrics": None, "questions": 4})
+    scores = {
+        "accuracy": 61.5,
+        "answer_types": {"yes/no": 80.0, "number": 43.0},
+        "question_types": {"is there a": 80.0, "how many": 43.0},
+    }
+    first, second = report("val", 4, scores).splitlines()
+    assert first == "val: 4 questions, accuracy 61.50 % (number 43.00, yes/no 80.00)"
+    assert second == "val: by question type: how many 43.00, is there a 80.00"
+    scores["question_types"] = {f"type {i}": 50.0 for i in range(65)}
+    assert report("val", 4, scores) == first
+    assert "not known here" in report("test", 4, None)
 
 
 # Bad input

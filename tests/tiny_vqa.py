@@ -115,7 +115,7 @@ def vqa_project(tmp_path: Path, count: int = 6, string_ids: bool = False, **over
 
     coco = {"annotations": annotations(train="train", val="val", test="test"), "images": images}
     config = {
-        "model": {"arch": "blip_vqa_aurora", "model_type": "tiny"},
+        "model": {"arch": "blip_vqa_aurora", "model_type": "tiny", "pretrained": None},
         "datasets": {
             "coco_vqa": {"build_info": coco},
             "vg_vqa": {"build_info": {"annotations": annotations(train="vg"), "images": images}},

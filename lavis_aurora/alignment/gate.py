@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lavis_aurora.config import GateConfig
+from lavis_aurora.precision import SinglePrecision
 
 
 def _start(dim: int, init: str) -> nn.Parameter:
     return nn.Parameter(torch.ones(dim) if init == "ones" else torch.zeros(dim))
 
 
-class QueryGate(nn.Module):
+class QueryGate(SinglePrecision):
     """Feeds the text query t back into the fusion features f of a cross-attention layer.
 
         t' = tanh(gamma * t) + beta,   g = softmax_i(sum_j <f_i, t'_j>)
@@ -51,7 +52,7 @@ class QueryGate(nn.Module):
             similarity = similarity.masked_fill(~keep, float("-inf"))
         g = similarity.softmax(dim=1).unsqueeze(-1)
         base = g * f if self.form == "convex" else f
-        return base + (1 - g) * transformed
+        return (base + (1 - g) * transformed).to(f.dtype)
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(group, parameter) of everything this module trains."""
@@ -59,7 +60,7 @@ class QueryGate(nn.Module):
         yield "gate", self.beta
 
 
-class AffineGate(nn.Module):
+class AffineGate(SinglePrecision):
     """The form in the authors' released code: 0.1 (gamma * x + beta) for x in (t, f), 4d numbers.
 
     It is added to the output of the whole layer, after the feed-forward block.
@@ -72,7 +73,7 @@ class AffineGate(nn.Module):
 
     def forward(self, t: Tensor, f: Tensor) -> Tensor:
         """What to add, (batch, length, d), for t and f as in :class:`QueryGate`."""
-        return 0.1 * (self.gamma_t * t + self.beta_t + self.gamma_f * f + self.beta_f)
+        return (0.1 * (self.gamma_t * t + self.beta_t + self.gamma_f * f + self.beta_f)).to(f.dtype)
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(group, parameter) of everything this module trains."""

@@ -1,4 +1,4 @@
-"""Check annotation files and samples before and while LAVIS reads them, so that errors name the file."""
+"""Check annotation files before LAVIS reads them, so that errors name file and entry."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.datasets.datasets import retrieval_datasets as retrieval
 from lavis.datasets.datasets.coco_vqa_datasets import COCOVQADataset, COCOVQAEvalDataset
 from lavis.datasets.datasets.vg_vqa_datasets import VGVQADataset
+from lavis.datasets.datasets.video_vqa_datasets import VideoQADataset
 from omegaconf import DictConfig
-from PIL import Image
 from torch.utils.data import Dataset
 
+from lavis_aurora.data.samples import CheckedDataset, ReplacingDataset
 from lavis_aurora.data.vqa_files import check_vqa_files, read_json
 from lavis_aurora.errors import AuroraError, near_names
 
@@ -52,50 +53,20 @@ ENTRIES: dict[type, dict[str, Rule]] = {
     retrieval.VideoRetrievalEvalDataset: {"video": ANYTHING, "caption": TEXTS},
     COCOVQADataset: {"image": ANYTHING, "question": QUESTION, "answer": TEXTS},
     VGVQADataset: {"image": ANYTHING, "question": QUESTION, "answer": TEXT},
+    VideoQADataset: {"video": ANYTHING, "question": QUESTION, "answer": TEXT, "question_id": NUMBER_OR_TEXT},
     COCOVQAEvalDataset: {"image": ANYTHING, "question": QUESTION, "question_id": NUMBER_OR_TEXT},
 }
 # Checks of the files of a split behind the first, where they are no further entries.
 FURTHER_FILES: dict[type, Callable[[list[dict], list[str], str], None]] = {COCOVQAEvalDataset: check_vqa_files}
 # Datasets in which each picture or video must have one entry.
 RANKED = (retrieval.RetrievalEvalDataset, retrieval.VideoRetrievalEvalDataset)
-# PIL's modes of more than 8 bits a channel.
-DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 # Keys of a dataset's part of the YAML that LAVIS's builders read.
 DATASET_KEYS = ("data_type", "build_info", "vis_processor", "text_processor", "kw_processor", "type", "dataset_card")
+# Retrieved by one paragraph for each video.
+PARAGRAPHS = ("didemo_retrieval",)
+# Of the annotation files, LAVIS makes datasets of these.
+SPLITS = ("train", "val", "test")
 REMEDY = "put it there, or set AURORA_DATA or the key to where it is"
-
-
-class CheckedDataset(Dataset):
-    """A LAVIS dataset whose unreadable samples raise an error that names the file."""
-
-    def __init__(self, inner: Dataset, name: str) -> None:
-        self.inner = inner
-        self.name = name
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __getitem__(self, index: int) -> dict:
-        try:
-            self._check_depth(index)
-            return self.inner[index]
-        except Exception as error:  # PIL, decord and the processors each have errors of their own
-            entry = self.inner.annotation[index]
-            file = os.path.join(self.inner.vis_root, str(entry.get("image", entry.get("video", "?"))))
-            raise AuroraError(f"{self.name}: cannot read {file} ({type(error).__name__}: {error})") from error
-
-    def _check_depth(self, index: int) -> None:
-        """Refuse pictures of more than 8 bits a channel, which PIL would turn white; a JPEG never has them."""
-        picture = str(self.inner.annotation[index].get("image", ".jpg"))
-        if not picture.lower().endswith((".jpg", ".jpeg")):
-            with Image.open(os.path.join(self.inner.vis_root, picture)) as opened:
-                if opened.mode in DEEP_MODES:
-                    raise ValueError(f"its mode is {opened.mode}; convert it to 8 bits a channel")
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner":  # not there yet while unpickling
-            raise AttributeError(name)
-        return getattr(self.inner, name)
 
 
 def annotation_files(name: str, cfg: DictConfig) -> Iterator[tuple[str, str, str]]:
@@ -129,7 +100,7 @@ def check_entries(entries: list[dict], dataset_cls: type, path: str, key: str) -
         AuroraError: a key is missing, or a value is of the wrong kind (LAVIS would silently split a string in place
             of a list into letters).
     """
-    rules = ENTRIES.get(dataset_cls, {})
+    rules = next((ENTRIES[cls] for cls in dataset_cls.__mro__ if cls in ENTRIES), {})
     for i, entry in enumerate(entries):
         for name, rule in rules.items():
             if name not in entry:
@@ -137,6 +108,17 @@ def check_entries(entries: list[dict], dataset_cls: type, path: str, key: str) -
             if not rule.holds(entry[name]):
                 raise AuroraError(
                     f"{key}: the {name} of entry {i} of {path} must be {rule.need}, not {entry[name]!r}"
+                )
+
+
+def check_paragraphs(files: list[str], key: str) -> None:
+    """Refuse several captions of a video where all of its descriptions make one (paper, appendix C: DiDeMo)."""
+    for path in files:
+        for i, entry in enumerate(read_entries(path, key)):
+            if len(entry["caption"]) > 1:
+                raise AuroraError(
+                    f"{key}: entry {i} of {path} has {len(entry['caption'])} captions; for paragraph-to-video "
+                    f"retrieval they are one, as python -m lavis_aurora.data.convert didemo joins them"
                 )
 
 
@@ -195,10 +177,14 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, Dataset]:
     files = list(annotation_files(name, cfg))
     missing = [(key, path) for _, key, path in files if not os.path.isfile(path)]
     for (split, key), paths in groupby(files, key=itemgetter(0, 1)):
+        if split not in SPLITS:
+            continue  # what a builder reads besides, and checks itself
         cls = builder.train_dataset_cls if split == "train" else builder.eval_dataset_cls
         paths = [path for _, _, path in paths]
         if all(map(os.path.isfile, paths)):
             check_split(paths, cls, key)
+            if name in PARAGRAPHS and split != "train":
+                check_paragraphs(paths, key)
     try:
         datasets = builder.build_datasets()
     except (OSError, TypeError, ValueError) as error:
@@ -211,4 +197,7 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, Dataset]:
     if not os.path.isdir(vis_root):
         key = f"datasets.{name}.build_info.{cfg.data_type}.storage"
         raise AuroraError(f"{key}: no such folder: {vis_root}; {REMEDY}")
-    return {split: CheckedDataset(dataset, f"{name} {split}") for split, dataset in datasets.items()}
+    checked = {split: CheckedDataset(dataset, f"{name} {split}") for split, dataset in datasets.items()}
+    if "train" in datasets and data_type == "videos":
+        checked["train"] = ReplacingDataset(datasets["train"], f"{name} train")
+    return checked

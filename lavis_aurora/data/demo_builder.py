@@ -1,22 +1,61 @@
-"""The demo's pictures as a LAVIS dataset: made on first use, as other datasets are downloaded."""
+"""The demo's pictures and questions as LAVIS datasets: made on first use, as other datasets are downloaded."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from lavis.common.registry import registry
 from lavis.common.utils import get_cache_path
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
+from lavis.datasets.datasets.coco_vqa_datasets import COCOVQADataset, COCOVQAEvalDataset
 from lavis.datasets.datasets.retrieval_datasets import RetrievalDataset, RetrievalEvalDataset
+from omegaconf import DictConfig
 
 from lavis_aurora.demo.pictures import generate_pictures
+from lavis_aurora.demo.question_files import generate_questions
+from lavis_aurora.demo.questions import iter_questions
 from lavis_aurora.demo.scenes import iter_captions
+from lavis_aurora.errors import AuroraError
 from lavis_aurora.paths import package_file
 
 
+class DemoBuilder(BaseDatasetBuilder):
+    """A dataset that is made in the numbers that the YAML asks for, unless it is there."""
+
+    def _download_data(self) -> None:
+        info = self.config.build_info
+        files = {split: _paths(part.storage) for split, part in info.annotations.items()}
+        try:
+            if not all(self._holds(files[split], split, info) for split in files):
+                counts = {split: int(part.count) for split, part in info.annotations.items()}
+                self._make(next(iter(files.values()))[0].parent, counts, info)
+        except (TypeError, ValueError) as error:  # of numbers that are none, and of the generator
+            raise AuroraError(f"build_info: the demo's data cannot be made of its keys ({error})") from error
+
+    def _holds(self, paths: list[Path], split: str, info: DictConfig) -> bool:
+        """Whether the files are there, as many samples as asked for and of this seed."""
+        if not all(path.is_file() for path in paths):
+            return False
+        entries = json.loads(paths[0].read_text(encoding="utf-8"))
+        return len(entries) == self._entries(info, split) and self._is_first(entries[0], split, info)
+
+    def _entries(self, info: DictConfig, split: str) -> int:
+        """Entries that the first file of a split must hold."""
+        return int(info.annotations[split].count)
+
+    def _is_first(self, entry: dict[str, Any], split: str, info: DictConfig) -> bool:
+        """Whether this is the first entry of the split and its seed."""
+        raise NotImplementedError
+
+    def _make(self, folder: Path, counts: dict[str, int], info: DictConfig) -> None:
+        """Write the splits, with so many pictures each."""
+        raise NotImplementedError
+
+
 @registry.register_builder("demo_retrieval")
-class DemoRetrievalBuilder(BaseDatasetBuilder):
+class DemoRetrievalBuilder(DemoBuilder):
     """Captioned pictures of shapes, in two domains: ``clean`` to pretrain on, ``shifted`` to tune on."""
 
     train_dataset_cls = RetrievalDataset
@@ -26,22 +65,36 @@ class DemoRetrievalBuilder(BaseDatasetBuilder):
         "clean": package_file("configs/datasets/demo_ret_clean.yaml"),
     }
 
-    def _download_data(self) -> None:
-        """Make the pictures unless they are there, in the numbers that the YAML asks for."""
-        info = self.config.build_info
-        counts = {split: int(part.count) for split, part in info.annotations.items()}
-        files = {split: Path(get_cache_path(part.storage)) for split, part in info.annotations.items()}
-        seed = int(info.seed)
-        if all(_holds(files[split], info.domain, split, count, seed) for split, count in counts.items()):
-            return
-        folder = next(iter(files.values())).parent
-        generate_pictures(folder, info.domain, counts, seed)
+    def _is_first(self, entry: dict[str, Any], split: str, info: DictConfig) -> bool:
+        first = next(iter_captions(info.domain, int(info.seed), split))
+        return entry["caption"] in (first, [first])
+
+    def _make(self, folder: Path, counts: dict[str, int], info: DictConfig) -> None:
+        generate_pictures(folder, info.domain, counts, int(info.seed))
 
 
-def _holds(path: Path, domain: str, split: str, count: int, seed: int) -> bool:
-    """Whether the pictures are there, as many as asked for and of this seed."""
-    if not path.is_file():
-        return False
-    entries = json.loads(path.read_text())
-    first = next(iter_captions(domain, seed, split))
-    return len(entries) == count and entries[0]["caption"] in (first, [first])
+@registry.register_builder("demo_vqa")
+class DemoVqaBuilder(DemoBuilder):
+    """Questions about pictures of shapes, in VQAv2's format and in two domains: ``clean`` and ``shifted``."""
+
+    train_dataset_cls = COCOVQADataset
+    eval_dataset_cls = COCOVQAEvalDataset
+    DATASET_CONFIG_DICT = {
+        "default": package_file("configs/datasets/demo_vqa_shifted.yaml"),
+        "clean": package_file("configs/datasets/demo_vqa_clean.yaml"),
+    }
+
+    def _entries(self, info: DictConfig, split: str) -> int:
+        captions = bool(info.captions) and split == "train"
+        return super()._entries(info, split) * (int(info.each) + captions)
+
+    def _is_first(self, entry: dict[str, Any], split: str, info: DictConfig) -> bool:
+        _, question, answers = next(iter_questions(info.domain, split, int(info.seed), int(info.each)))
+        return entry["question"] == question.text and entry.get("answer", answers) == answers
+
+    def _make(self, folder: Path, counts: dict[str, int], info: DictConfig) -> None:
+        generate_questions(folder, info.domain, counts, int(info.seed), int(info.each), bool(info.captions))
+
+
+def _paths(storage: str | list[str]) -> list[Path]:
+    return [Path(get_cache_path(path)) for path in ([storage] if isinstance(storage, str) else storage)]

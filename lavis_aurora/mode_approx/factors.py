@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -11,12 +12,17 @@ from torch import Tensor, nn
 
 from lavis_aurora.config import ModeApproxConfig
 from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.precision import SinglePrecision
 
 # Deviation of U at the start.
 U_DEVIATION = 0.1
+# Sets that belong to a model's training and are no adapters.
+INTERNAL = ("momentum",)
+# Whose the heads of the backbone itself are, see Companions.
+BASE = "base"
 
 
-class FactorSet(nn.Module):
+class FactorSet(SinglePrecision):
     """One adapter: U, V, P and the coefficients lambda for all slots.
 
         dW_k = s * sum_r lambda[k, r] P[k, r] outer(U[:, r], V[:, r]),   s = scale / (0.1 sqrt(d_in * rank))
@@ -96,13 +102,35 @@ class ModeFactors(nn.Module):
         super().__init__()
         self.slots = dict(slots)
         self.sets = nn.ModuleDict()
+        # What switches with the set: gates and heads, see Companions.
+        self.companions = nn.ModuleDict()
         self.active: str | None = "default"
+        self.merged: str | None = None
+        # The backbone's hash and what it was computed from, see base_hash.
+        self.base_hash: tuple[list, str] | None = None
         self.add_set("default", config)
 
     def add_set(self, name: str, config: ModeApproxConfig) -> FactorSet:
-        """Add a fresh set (dW = 0) under ``name``; it is not made active."""
-        self.sets[name] = FactorSet(list(self.slots.values()), config)
+        """Add a fresh set (dW = 0) under ``name``; it is not made active.
+
+        Raises:
+            AuroraError: the name is taken or cannot be used.
+        """
+        if name in self.sets:
+            raise AuroraError(f"there is an adapter {name!r} already; delete_adapter it, or choose another name")
+        if not re.fullmatch(r"\w[\w-]*", name) or hasattr(self.sets, name) or name == BASE:
+            raise AuroraError(f"an adapter cannot be called {name!r}; use another word of letters, digits, _ and -")
+        self.sets[name] = FactorSet(list(self.slots.values()), config).to(self.sets_device())
         return self.sets[name]
+
+    def sets_device(self) -> torch.device | None:
+        """Where the sets are; None before the first."""
+        return next((parameter.device for parameter in self.sets.parameters()), None)
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters, without sets that a model keeps for its training."""
+        return [name for name in self.sets if name not in INTERNAL]
 
     def slot_index(self, name: str) -> int:
         """Row of the slot in P and lambda."""
@@ -113,8 +141,31 @@ class ModeFactors(nn.Module):
 
     @property
     def active_set(self) -> FactorSet | None:
-        """The set that forwards use now; None while disabled."""
+        """The set that forwards must add now; None while disabled, and while merged into the weights.
+
+        Raises:
+            AuroraError: the model is trained while an adapter is merged.
+        """
+        if self.merged is not None:
+            if self.training and torch.is_grad_enabled():
+                raise AuroraError(
+                    f"the adapter {self.merged!r} is merged into the weights and cannot be trained; call "
+                    f"unmerge_adapter(model) before training, or model.eval() before scoring"
+                )
+            return None
         return None if self.active is None else self.sets[self.active]
+
+    def check_name(self, name: str) -> None:
+        """Refuse a name that no adapter has."""
+        if name not in self.names:
+            raise AuroraError(f"no adapter {name!r}{near_names(name, self.names)}")
+
+    def check_switch(self, name: str | None) -> None:
+        """Refuse a set that is not there, or any other than the merged one."""
+        if name not in (None, *INTERNAL):
+            self.check_name(name)
+        if self.merged is not None and name != self.merged:
+            raise AuroraError(f"the adapter {self.merged!r} is merged into the weights; unmerge_adapter(model) first")
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:
@@ -122,8 +173,7 @@ class ModeFactors(nn.Module):
 
         With gradient checkpointing the backward pass belongs inside the block too: it computes forward again.
         """
-        if name is not None and name not in self.sets:
-            raise AuroraError(f"no factor set {name!r}{near_names(name, self.sets)}")
+        self.check_switch(name)
         before, self.active = self.active, name
         try:
             yield

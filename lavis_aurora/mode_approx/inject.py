@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -11,31 +12,62 @@ from lavis_aurora.config import ModeApproxConfig
 from lavis_aurora.errors import AuroraError, near_names
 from lavis_aurora.mode_approx.factors import ModeFactors
 from lavis_aurora.mode_approx.linear import ModeApproxLinear
+from lavis_aurora.mode_approx.multihead import IN_WEIGHTS, ModeApproxMultiheadAttention
+from lavis_aurora.mode_approx.presets import ATTENTION, PRESETS, expand_presets
+from lavis_aurora.mode_approx.teacher import adapt_copies, momentum_copies
 
-# The attention projections of LAVIS's encoders.
-ATTENTION = (r"(.*\.)?(query|key|value|qkv)",)
-# Weights that hold query, key and value stacked in their rows, by the last part of their name.
+# Linear layers that hold query, key and value stacked in their rows, by the last part of their name.
 FUSED = {"qkv": ("query", "key", "value")}
 
 
 def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Names of the linear layers that match, in the model's order.
+    """Names of the layers that match, in the model's order.
+
+    Layers are nn.Linear and nn.MultiheadAttention; those of momentum copies are none, they follow the others.
 
     Args:
         model: any module.
-        targets: regular expressions that must match a layer's whole name.
+        targets: regular expressions that must match a layer's whole name, or names of presets.
 
     Raises:
-        AuroraError: a pattern matches no linear layer.
+        AuroraError: a pattern matches no such layer, or one that does not compute as torch's own.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    copies = {id(module) for _, copy in momentum_copies(model) for module in copy.modules()}
+    modules = {name: module for name, module in model.named_modules() if name and id(module) not in copies}
+    layers = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.MultiheadAttention))]
     found: set[str] = set()
-    for pattern in targets:
-        matches = {name for name in names if re.fullmatch(pattern, name)}
+    for pattern in expand_presets(targets):
+        matches = {name for name in layers if re.fullmatch(pattern, name)}
         if not matches:
-            raise AuroraError(f"target {pattern!r} matches no linear layer{near_names(pattern, names)}")
+            other = next((name for name in modules if re.fullmatch(pattern, name)), None)
+            which = f", but {other}, a {type(modules[other]).__name__}" if other else ""
+            near = near_names(pattern, layers if "." in pattern else [*layers, *PRESETS])
+            raise AuroraError(f"target {pattern!r} matches no linear or nn.MultiheadAttention layer{which}{near}")
         found |= matches
-    return [name for name in names if name in found]
+    names = [name for name in layers if name in found]
+    for name in names:
+        _check_plain(name, modules[name])
+    return names
+
+
+def _check_plain(name: str, layer: nn.Module) -> None:
+    """Refuse a layer that is more than torch's own, whose ways an adapted one would not have."""
+    kind = nn.Linear if isinstance(layer, nn.Linear) else nn.MultiheadAttention
+    if type(layer).forward is not kind.forward or "forward" in vars(layer):
+        raise AuroraError(
+            f"target {name} is a {type(layer).__name__} with a forward of its own; it cannot be adapted"
+        )
+    if not _projections(name, layer):
+        raise AuroraError(f"target {name}: its weight is computed from others (parametrized); remove that first")
+
+
+def _projections(name: str, layer: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Weights of a layer, and the endings of the slots in their rows."""
+    if isinstance(layer, nn.MultiheadAttention):
+        weights = {weight: tuple(f".{part}" for part in parts) for weight, parts in IN_WEIGHTS.items()}
+    else:
+        weights = {"weight": tuple(f".{part}" for part in FUSED.get(name.rpartition(".")[2], ())) or ("",)}
+    return {weight: parts for weight, parts in weights.items() if layer._parameters.get(weight) is not None}
 
 
 def inject_mode_approx(
@@ -44,15 +76,18 @@ def inject_mode_approx(
     targets: Sequence[str] = ATTENTION,
     slot_name: Callable[[str], str] = lambda name: name,
 ) -> ModeFactors:
-    """Replace the targets by :class:`ModeApproxLinear` over one :class:`ModeFactors`, ``model.mode_approx``.
+    """Put the target layers of a model over one :class:`ModeFactors`, ``model.mode_approx``.
 
-    Everything else is frozen: the factors alone are trainable afterwards.
+    Everything else is frozen: the factors alone are trainable afterwards. Momentum copies that LAVIS keeps in
+    ``model.model_pairs`` get the moving average of the factors, see :func:`adapt_copies`.
 
     Args:
         model: any module; changed in place.
-        config: rank and scale.
-        targets: regular expressions over layer names, see :func:`find_targets`; by default query, key, value and qkv.
-        slot_name: the slot that a layer uses, by the layer's name. Layers of the same slot share it.
+        config: rank, scale and, if set, the targets.
+        targets: which layers, unless the configuration says it, see :func:`find_targets`; by default the attention
+            projections by their usual names.
+        slot_name: the slot that a layer uses, by the layer's name. Layers of the same slot share it; layers that
+            share a weight always do.
 
     Returns:
         The factors, also at ``model.mode_approx``.
@@ -62,25 +97,54 @@ def inject_mode_approx(
     """
     if isinstance(getattr(model, "mode_approx", None), ModeFactors):
         raise AuroraError("the model has mode_approx factors already; inject them once")
-    slots: dict[str, tuple[int, int]] = {}
-    layers: dict[str, list[str]] = {}
-    for name in find_targets(model, targets):
-        linear = model.get_submodule(name)
-        parts = FUSED.get(name.rpartition(".")[2])
-        if parts and linear.out_features % len(parts):
-            raise AuroraError(f"{name}: {linear.out_features} rows do not divide into {', '.join(parts)}")
-        owned = [f"{slot_name(name)}.{part}" for part in parts] if parts else [slot_name(name)]
-        layers[name] = owned
-        for slot in owned:
-            shape = (linear.in_features, linear.out_features // len(owned))
-            if slots.setdefault(slot, shape) != shape:
-                raise AuroraError(f"{name}: cannot share slot {slot!r} of shape {slots[slot]} with {shape}")
-    factors = ModeFactors(slots, config)
+    names = find_targets(model, targets if config.targets is None else config.targets)
+    slots, rows = _assign_slots(model, names, slot_name)
+    # What was targeted, the slots say.
+    factors = ModeFactors(slots, replace(config, targets=None))
     index = {slot: i for i, slot in enumerate(slots)}
-    for name, owned in layers.items():
-        parent, _, child = name.rpartition(".")
-        linear = model.get_submodule(name)
-        setattr(model.get_submodule(parent), child, ModeApproxLinear(linear, factors, [index[s] for s in owned]))
+    adapted = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        owned = {weight: [index[slot] for slot in used] for weight, used in rows[name].items()}
+        if isinstance(layer, nn.MultiheadAttention):
+            adapted[id(layer)] = ModeApproxMultiheadAttention(layer, factors, owned)
+        else:
+            adapted[id(layer)] = ModeApproxLinear(layer, factors, owned["weight"])
+    _replace(model, adapted)
     model.requires_grad_(False)
-    model.mode_approx = factors.to(linear.weight.device)
+    model.mode_approx = factors.to(next(model.get_submodule(names[0]).parameters()).device)
+    adapt_copies(model, factors)
     return factors
+
+
+def _assign_slots(
+    model: nn.Module, names: Sequence[str], slot_name: Callable[[str], str]
+) -> tuple[dict[str, tuple[int, int]], dict[str, dict[str, list[str]]]]:
+    """Shape of each slot, in order, and the slots of each layer by weight."""
+    slots: dict[str, tuple[int, int]] = {}
+    rows: dict[str, dict[str, list[str]]] = {}
+    # One weight in several layers has one update, which can be merged into it.
+    used: dict[int, list[str]] = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        rows[name] = {}
+        for weight, endings in _projections(name, layer).items():
+            parameter = layer._parameters[weight]
+            owned = used.setdefault(id(parameter), [slot_name(name) + ending for ending in endings])
+            if len(parameter) % len(owned):
+                parts = ", ".join(ending[1:] for ending in endings)
+                raise AuroraError(f"{name}: {len(parameter)} rows do not divide into {parts}")
+            shape = (parameter.shape[1], len(parameter) // len(owned))
+            for slot in owned:
+                if slots.setdefault(slot, shape) != shape:
+                    raise AuroraError(f"{name}: cannot share slot {slot!r} of shape {slots[slot]} with {shape}")
+            rows[name][weight] = owned
+    return slots, rows
+
+
+def _replace(model: nn.Module, adapted: dict[int, nn.Module]) -> None:
+    """Put the adapted layers in the place of those whose id they have, wherever a module holds them."""
+    for parent in [*model.modules(), *adapted.values()]:
+        for name, child in list(parent._modules.items()):
+            if id(child) in adapted:
+                setattr(parent, name, adapted[id(child)])

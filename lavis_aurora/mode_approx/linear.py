@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_aurora.mode_approx.factors import FactorSet, ModeFactors
+from lavis_aurora.mode_approx.adapted import AdaptedLayer
+from lavis_aurora.mode_approx.factors import ModeFactors
 
 
 class FoldedLinear(torch.autograd.Function):
@@ -82,15 +83,12 @@ def linear_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     bias = first.bias
     if len(layers) > 1 and bias is not None:
         bias = torch.cat([layer.bias for layer in layers])
-    y = FoldedLinear.apply(x, bias, *parts, *(layer.weight for layer in layers))
+    y = FoldedLinear.apply(x, bias, *parts, *(layer.adapted_weight for layer in layers))
     return y.split([layer.out_features for layer in layers], dim=-1)
 
 
-class ModeApproxLinear(nn.Linear):
+class ModeApproxLinear(AdaptedLayer, nn.Linear):
     """y = x W0 + b + x dW_k (paper eq. 4), with the keys of the nn.Linear it replaces.
-
-    Checkpoints of the backbone load unmodified: ``weight`` and ``bias`` keep their names, and the factors
-    live in one place of the model, outside this module.
 
     Args:
         linear: the layer to replace; its parameters are taken over, not copied.
@@ -100,29 +98,43 @@ class ModeApproxLinear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, factors: ModeFactors, slots: Sequence[int]) -> None:
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        self.slots = tuple(slots)
-        # Not a submodule: the factors are registered once, at the model.
-        self.__dict__["factors"] = factors
-        self.register_buffer("rows", torch.tensor(self.slots, device=linear.weight.device), persistent=False)
-        self.train(linear.training)
+        self.take_over(linear, factors, {"weight": slots})
+
+    def take_over(self, *args, **kwargs) -> None:
+        """As :class:`AdaptedLayer`'s; the slots are there as a tensor too."""
+        super().take_over(*args, **kwargs)
+        device = self.adapted_weight.device
+        self.register_buffer("rows", torch.tensor(self.slots, device=device), persistent=False)
 
     @property
-    def active_set(self) -> FactorSet | None:
-        """The set that forwards use now; None while disabled."""
-        return self.factors.active_set
+    def weight(self) -> Tensor:
+        """W0 + dW, see :class:`AdaptedLayer`."""
+        return self.effective_weight("weight")
+
+    @property
+    def adapted_weight(self) -> nn.Parameter:
+        """The parameter that the update is for, the slots stacked in its rows."""
+        return self._parameters["weight"]
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Rows of P and lambda."""
+        return self.slots_of["weight"]
 
     @property
     def slot_width(self) -> int:
         """d_out of each slot."""
         return self.out_features // len(self.rows)
 
+    def delta_weight(self, name: str = "default") -> Tensor:
+        """The whole update of this layer, shape (out_features, in_features)."""
+        return self.delta_weights(name)["weight"]
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features)."""
         if self.folds(x):
             return linear_together(x, self)[0]
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(x, self.adapted_weight, self.bias)
         active = self.active_set
         if active is None:
             return y
@@ -132,17 +144,13 @@ class ModeApproxLinear(nn.Linear):
 
     def folds(self, x: Tensor) -> bool:
         """Whether the update is folded into the weight: where that is the cheaper way, and the layer is frozen."""
-        active = self.active_set
-        if active is None or self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
+        active, weight, bias = self.active_set, self.adapted_weight, self.bias
+        if active is None or weight.requires_grad or (bias is not None and bias.requires_grad):
             return False
         if self.training and active.config.dropout:
             return False
         tokens = x.numel() // x.shape[-1]
         return tokens * (self.in_features + self.out_features) > self.in_features * self.out_features
-
-    def delta_weight(self, name: str = "default") -> Tensor:
-        """The whole update of this layer, shape (out_features, in_features)."""
-        return self.factors.sets[name].delta_weight(self.slots, self.in_features, self.slot_width)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, slots={self.slots}"

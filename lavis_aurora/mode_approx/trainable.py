@@ -28,19 +28,30 @@ def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                     yield group, parameter
 
 
-def trainable_parameters_summary(model: nn.Module) -> str:
-    """What is trained: a line for each group, then PEFT's one line. Counts are numbers of scalars."""
-    group_of = {id(p): group for group, p in adapter_parameters(model)}
+def head_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of ``model.heads``, a list of modules and parameters; none without that attribute."""
     for head in getattr(model, "heads", ()):
-        group_of.update((id(p), "heads") for p in ([head] if isinstance(head, nn.Parameter) else head.parameters()))
-    groups: dict[str, int] = defaultdict(int)
-    total = 0
+        yield from [head] if isinstance(head, nn.Parameter) else head.parameters()
+
+
+def trainable_parameters_summary(model: nn.Module) -> str:
+    """What is trained: a row for each group, then PEFT's one line. Counts are numbers of scalars."""
+    group_of = {id(p): group for group, p in adapter_parameters(model)}
+    group_of.update((id(p), "heads") for p in head_parameters(model))
+    groups: dict[str, list[int]] = defaultdict(list)
+    frozen: list[int] = []
     for parameter in model.parameters():
-        total += parameter.numel()
-        if parameter.requires_grad:
-            groups[group_of.get(id(parameter), "backbone")] += parameter.numel()
-    trained = sum(groups.values())
-    lines = [f"  {group:<22}{count:>12,}" for group, count in groups.items()]
-    share = 100 * trained / total if total else 0.0
+        group = groups[group_of.get(id(parameter), "backbone")] if parameter.requires_grad else frozen
+        group.append(parameter.numel())
+    trained = sum(map(sum, groups.values()))
+    total = trained + sum(frozen)
+    rows = [*groups.items(), ("frozen", frozen)]
+    lines = [f"{'group':<22}{'tensors':>9}{'parameters':>14}{'%':>10}"]
+    lines += [f"{group:<22}{len(n):>9,}{sum(n):>14,}{_percent(sum(n), total):>10.4f}" for group, n in rows]
+    share = _percent(trained, total)
     lines.append(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f}")
     return "\n".join(lines)
+
+
+def _percent(part: int, whole: int) -> float:
+    return 100 * part / whole if whole else 0.0

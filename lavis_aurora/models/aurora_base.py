@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from lavis.models.med import BertLayer, BertModel
 from lavis.models.vit import Block
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BatchEncoding
 
 from lavis_aurora.baselines import add_baseline
@@ -17,21 +17,25 @@ from lavis_aurora.baselines.uniadapter import UniAdapters
 from lavis_aurora.config import BlipAuroraConfig
 from lavis_aurora.config_check import parse_config
 from lavis_aurora.errors import AuroraError, near_names
-from lavis_aurora.mode_approx import ModeFactors, inject_mode_approx, trainable_parameters_summary
+from lavis_aurora.mode_approx import ModeFactors, inject_mode_approx, load_adapter, trainable_parameters_summary
+from lavis_aurora.mode_approx.companions import bind_companions, keep_base_heads
 from lavis_aurora.mode_approx.trainable import adapter_parameters
-from lavis_aurora.models.checkpoint import check_finite, load_backbone, read_state_dict
+from lavis_aurora.models.adapter_owner import AdapterOwnerMixin
+from lavis_aurora.models.checkpoint import load_backbone, read_state_dict
 from lavis_aurora.models.fusion import add_gates
 from lavis_aurora.models.matching import longest_anywhere
+from lavis_aurora.models.run_state import RunState
 from lavis_aurora.models.visual import VisualFeatures, encode_visual, visual_input
 
 
-class AuroraBase:
+class AuroraBase(AdapterOwnerMixin, RunState):
     """Mixin in front of one of LAVIS's BLIP models."""
 
     CONFIG_CLASS: type[BlipAuroraConfig]
     DEFAULT_MODEL_TYPE: str
     mode_approx: ModeFactors | None
     baseline: LoraSets | UniAdapters | None
+    settings: BlipAuroraConfig
 
     @classmethod
     def default_config_path(cls, model_type: str) -> str:
@@ -51,6 +55,9 @@ class AuroraBase:
         settings = parse_config(cls.CONFIG_CLASS, cfg or {}, "model")
         model = cls(settings)
         model.load_checkpoint_from_config(settings)
+        if settings.adapter:
+            load_adapter(model, settings.adapter, check_base=settings.adapter_check_base)
+            logging.info("model.adapter: loaded %s", settings.adapter)
         logging.info("%s (%s)\n%s", cls.__name__, settings.tuning, trainable_parameters_summary(model))
         return model
 
@@ -63,10 +70,11 @@ class AuroraBase:
     ) -> None:
         """Freeze the backbone and add what ``cfg.tuning`` trains; layers of the same ``slot_name`` share a slot."""
         self.mode_approx = None
+        self.settings = cfg
         self.baseline = add_baseline(self, cfg, targets)
         if cfg.tuning == "aurora":
             inject_mode_approx(self, cfg.mode_approx, targets, slot_name)
-            add_gates(gated, cfg.gate)
+            add_gates(gated, cfg.gate, self.mode_approx)
         if cfg.tuning == "full":
             return
         self.requires_grad_(False)
@@ -75,6 +83,8 @@ class AuroraBase:
         if cfg.tuning != "frozen" and cfg.train_heads:
             for head in self.heads:
                 head.requires_grad_(True)
+        if self.mode_approx is not None:
+            bind_companions(self, self.mode_approx, cfg.train_heads)
 
     def load_checkpoint_from_config(self, cfg: BlipAuroraConfig, **_kwargs) -> None:
         """Load ``finetuned`` or ``pretrained``; with neither, the random weights stay and the log says so."""
@@ -89,12 +99,15 @@ class AuroraBase:
         """Load backbone weights from a URL or file; see :func:`load_backbone` for what is refused."""
         adapter = {id(parameter) for _, parameter in adapter_parameters(self)}
         new = {name for name, parameter in self.named_parameters() if id(parameter) in adapter}
-        new |= {name for name in self.state_dict() if name.partition(".")[0].endswith("_m")}
+        new |= {name for name in self.state_dict() if name.partition(".")[0].endswith(("_m", "mode_approx"))}
         source = f"{key} {url_or_filename}"
         state = self.complete_state(read_state_dict(url_or_filename, key), source)
         if isinstance(self.baseline, LoraSets):
             state = self.baseline.backbone_state(state)
         load_backbone(self, state, source, new)
+        self.backbone_source = url_or_filename
+        if self.mode_approx is not None:
+            keep_base_heads(self.mode_approx)
         if hasattr(self, "copy_params"):
             self.copy_params()
 
@@ -135,47 +148,3 @@ class AuroraBase:
         for module in self.modules():
             if isinstance(module, (Block, BertLayer)):
                 module.compile()
-
-    def _run_parameters(self) -> dict[str, nn.Parameter]:
-        """What a run changes: trained parameters and their momentum copies."""
-        teacher = {id(p) for _, copy in getattr(self, "model_pairs", ()) for p in copy.parameters()}
-        return {name: p for name, p in self.named_parameters() if p.requires_grad or id(p) in teacher}
-
-    def run_state(self) -> dict[str, Tensor]:
-        """State that a checkpoint of a run must hold: trained parameters and their momentum copies."""
-        return {name: parameter.detach().cpu() for name, parameter in self._run_parameters().items()}
-
-    def load_run_state(self, state: dict[str, Tensor], source: str) -> None:
-        """Load what :meth:`run_state` gave; anything missing, foreign, of another shape or NaN is an error."""
-        check_finite(state, source)
-        own = self._run_parameters()
-        problems = [f"{name} is missing" for name in own.keys() - state.keys()]
-        problems += [f"{name} is not trained here" for name in state.keys() - own.keys()]
-        problems += [
-            f"{name} is {tuple(state[name].shape)} there and {tuple(own[name].shape)} here"
-            for name in own.keys() & state.keys()
-            if own[name].shape != state[name].shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise AuroraError(f"{source} does not fit this model: {'; '.join(sorted(problems)[:4])}{more}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
-
-    def queues(self) -> dict[str, Tensor]:
-        """Features of earlier batches that training compares with, by name; most models have none."""
-        return {}
-
-    def queue_state(self) -> dict[str, Tensor]:
-        """Copies of the queues, for a checkpoint."""
-        return {name: queue.cpu() for name, queue in self.queues().items()}
-
-    def load_queue_state(self, state: dict[str, Tensor]) -> bool:
-        """Put back what :meth:`queue_state` gave; False, with nothing done, if it is not there or of another size."""
-        own = self.queues()
-        if any(name not in state or state[name].shape != queue.shape for name, queue in own.items()):
-            return False
-        for name, queue in own.items():
-            queue.copy_(state[name])
-        return True

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from lavis_aurora.alignment import enhance_context
 from lavis_aurora.config import RetrievalAuroraConfig
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.mode_approx.merge import merged_weights
+from lavis_aurora.mode_approx.presets import PRESETS
+from lavis_aurora.mode_approx.teacher import TEACHER_SET
 from lavis_aurora.models.aurora_base import AuroraBase
 from lavis_aurora.models.fused import drops
 from lavis_aurora.models.matching import draw_negatives, gather, shared_seed
@@ -25,12 +28,6 @@ from lavis_aurora.models.towers import build_text_encoder, build_tokenizer, buil
 from lavis_aurora.models.visual import VisualFeatures, encode_visual, visual_input
 from lavis_aurora.paths import package_file
 from lavis_aurora.retrieval.rerank import retrieval_scores
-
-TARGETS = (
-    r"visual_encoder\.blocks\.\d+\.attn\.qkv",
-    r"text_encoder\.encoder\.layer\.\d+\.attention\.self\.(query|key|value)",
-    r"text_encoder\.encoder\.layer\.\d+\.crossattention\.self\.(query|key|value)",
-)
 
 
 class TeacherFeatures(NamedTuple):
@@ -85,10 +82,19 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         check_vocabulary(self.tokenizer, text.config.vocab_size, cfg)
         self.context_form = cfg.context.form if cfg.tuning == "aurora" else "none"
         self._negative_seed: int | None = None
-        self.set_up_tuning(cfg, TARGETS, self.text_encoder)
+        if cfg.tuning != "full":
+            # The backbone is frozen: its moving average is itself.
+            del self.visual_encoder_m, self.text_encoder_m
+            self.model_pairs = [[self.vision_proj, self.vision_proj_m], [self.text_proj, self.text_proj_m]]
+        self.set_up_tuning(cfg, PRESETS["blip_retrieval_aurora"], self.text_encoder)
         if not cfg.train_temp:
             self.temp.requires_grad_(False)
-        self._set_up_teacher(cfg.tuning)
+        if self._adapters is not None:
+            default = self._adapters.sets["default"]
+            self.model_pairs.append([default, self._adapters.add_set(TEACHER_SET, default.config)])
+        # Besides the two projections.
+        self._towers_are_trained = len(self.model_pairs) > 2
+        self.copy_params()
 
     @property
     def heads(self) -> list[nn.Module | nn.Parameter]:
@@ -105,22 +111,21 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         names = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
         return {name: getattr(self, name) for name in names} if self.queue_size else {}
 
-    def _set_up_teacher(self, tuning: str) -> None:
-        """Momentum copies of what is trained, and of nothing else."""
-        if tuning != "full":
-            # The backbone is frozen: its moving average is itself.
-            del self.visual_encoder_m, self.text_encoder_m
-            self.model_pairs = [[self.vision_proj, self.vision_proj_m], [self.text_proj, self.text_proj_m]]
-            if self._adapters is not None:
-                default = self._adapters.sets["default"]
-                self.model_pairs.append([default, self._adapters.add_set("momentum", default.config)])
-        # Besides the two projections.
-        self._towers_are_trained = len(self.model_pairs) > 2
-        self.copy_params()
+    def complete_merged_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A merged state with LAVIS's momentum towers: W0 + dW of the teacher's factors."""
+        teacher = {**state, **merged_weights(self, TEACHER_SET)}
+        towers = ("visual_encoder", "text_encoder")
+        copies = {
+            f"{tower}_m{key[len(tower) :]}": value
+            for key, value in teacher.items()
+            for tower in towers
+            if key.startswith(f"{tower}.")
+        }
+        return {**state, **copies}
 
     def _teacher(self, image: Tensor, text: dict, visual: VisualFeatures, text_embeds: Tensor) -> TeacherFeatures:
         """The momentum towers' features; where a momentum tower is the tower itself, what that has computed."""
-        with nullcontext() if self._adapters is None else self._adapters.use("momentum"):
+        with nullcontext() if self._adapters is None else self._adapters.use(TEACHER_SET):
             if not self._is_own_teacher(self.visual_encoder):
                 visual = encode_visual(getattr(self, "visual_encoder_m", self.visual_encoder), image)
             if not self._is_own_teacher(self.text_encoder):

@@ -12,25 +12,20 @@ from lavis.models.blip_models.blip_outputs import BlipOutput
 from lavis.models.blip_models.blip_vqa import BlipVQA
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from lavis_aurora.config import INFERENCE_METHODS, VqaAuroraConfig
 from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.aurora_base import AuroraBase
 from lavis_aurora.models.fused import fuse_text
 from lavis_aurora.models.towers import build_text_encoder, build_tokenizer, build_vision_encoder, check_vocabulary
+from lavis_aurora.models.visual import encode_visual, visual_input
 from lavis_aurora.paths import package_file
 from lavis_aurora.vqa.decoder import CachedDecoder
 from lavis_aurora.vqa.ranking import AnswerList, rank_answers
 
 ENCODER, DECODER = "text_encoder.", "text_decoder.bert."
-TARGETS = (
-    r"visual_encoder\.blocks\.\d+\.attn\.qkv",
-    *(
-        rf"{tower}\.encoder\.layer\.\d+\.{attention}\.self\.(query|key|value)"
-        for tower in ("text_encoder", r"text_decoder\.bert")
-        for attention in ("attention", "crossattention")
-    ),
-)
 
 
 def encoder_slot(name: str) -> str:
@@ -48,7 +43,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
     Supported model types:
         - base: BLIP base, pretrained on 129M pairs with CapFilt, 480 px (default).
         - vqav2: BLIP base fine-tuned on VQAv2, as LAVIS's blip_vqa vqav2.
-        - tiny: a BLIP of 2.4M random weights, for the demo and for tests.
+        - tiny: a BLIP of 2.4M weights that come with the package, for the demo and for tests.
 
     Usage:
         >>> from lavis_aurora import load_model_and_preprocess
@@ -59,6 +54,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
 
     CONFIG_CLASS = VqaAuroraConfig
     DEFAULT_MODEL_TYPE = "base"
+    ADAPTER_KEYS = ("mode_approx", "gate", "share_decoder")
     PRETRAINED_MODEL_CONFIG_DICT = {
         name: package_file(f"configs/models/blip_vqa_aurora_{name}.yaml") for name in ("base", "vqav2", "tiny")
     }
@@ -78,7 +74,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         self.tuning = cfg.tuning
         self._answers: AnswerList | None = None
         slot_name = {"slot_name": encoder_slot} if cfg.share_decoder else {}
-        self.set_up_tuning(cfg, TARGETS, self.text_encoder, **slot_name)
+        self.set_up_tuning(cfg, PRESETS["blip_vqa_aurora"], self.text_encoder, **slot_name)
 
     @property
     def heads(self) -> list[nn.Module]:
@@ -113,16 +109,31 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         decoder[tied] = decoder[f"{DECODER}embeddings.word_embeddings.weight"]
         return {**state, **decoder}
 
+    def forward_encoder(self, samples: dict) -> tuple[ModelOutput, Tensor]:
+        """Questions fused with pictures, or with all frames of videos (paper D.2); arguments are LAVIS's.
+
+        Returns:
+            the question encoder's output, and the visual tokens.
+        """
+        visual = encode_visual(self.visual_encoder, samples["image"]).tokens
+        questions = self.tokenize(samples["text_input"], to_longest=True).to(self.device)
+        questions.input_ids[:, 0] = self.tokenizer.enc_token_id
+        samples["tokenized_text"] = questions
+        return self.text_encoder.forward_automask(tokenized_text=questions, visual_embeds=visual), visual
+
     def forward(self, samples: dict) -> BlipOutput:
         """Language model loss of the answers, weighted, per question.
 
         Args:
-            samples: ``image`` (batch, 3, height, width), ``text_input`` (questions), ``answer`` (list of str, those
-                of the first question first), ``n_answers`` (batch,), ``weight`` (answers,), as for LAVIS's blip_vqa.
+            samples: ``image`` (batch, 3, height, width) or ``video`` (batch, 3, frames, height, width),
+                ``text_input`` (questions), ``answer`` (list of str, those of the first question first), ``n_answers``
+                (batch,), ``weight`` (answers,), as for LAVIS's blip_vqa.
 
         Raises:
             AuroraError: a question is empty, or answers are missing or too long.
         """
+        # LAVIS reads the size of the batch from its image.
+        samples = {**samples, "image": visual_input(samples)}
         self._check_questions(samples["text_input"], samples["image"])
         counts = samples.get("n_answers")
         answers = samples.get("answer") or []
@@ -154,7 +165,8 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         """Answers to questions, one each.
 
         Args:
-            samples: ``image`` (batch, 3, height, width) and ``text_input``, a question or a list of them.
+            samples: ``image`` (batch, 3, height, width) or ``video`` (batch, 3, frames, height, width), and
+                ``text_input``, a question or a list of them.
             num_beams: of generation; 1 is greedy.
             inference_method: rank (the likeliest of ``answer_list``) or generate.
             max_len: tokens of a generated answer, [DEC] included.
@@ -175,11 +187,12 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
             raise AuroraError(f"max_len: {max_len} tokens do not fit the {self.positions} positions of the decoder")
         questions = samples["text_input"]
         questions = [questions] if isinstance(questions, str) else list(questions)
-        self._check_questions(questions, samples["image"])
+        visual = visual_input(samples)
+        self._check_questions(questions, visual)
         if prompt:
             questions = [prompt.replace("{}", question) for question in questions]
         return super().predict_answers(
-            {**samples, "text_input": questions},
+            {**samples, "image": visual, "text_input": questions},
             num_beams=num_beams,
             inference_method=inference_method,
             max_len=max_len,
@@ -189,9 +202,10 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         )
 
     @staticmethod
-    def _check_questions(questions: Sequence[str], image: Tensor) -> None:
-        if len(questions) != len(image):
-            raise AuroraError(f"samples: {len(questions)} questions for {len(image)} images; there must be one each")
+    def _check_questions(questions: Sequence[str], visual: Tensor) -> None:
+        if len(questions) != len(visual):
+            kind = "images" if visual.dim() == 4 else "videos"
+            raise AuroraError(f"samples: {len(questions)} questions for {len(visual)} {kind}; there must be one each")
         for i, question in enumerate(questions):
             if not isinstance(question, str) or not question.strip():
                 raise AuroraError(f"samples: question {i} of the batch is {question!r}; it must have words")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lavis_aurora.alignment import AffineGate, QueryGate
 from lavis_aurora.config import GateConfig
+from lavis_aurora.mode_approx import ModeFactors
 from lavis_aurora.models.fused import retyped
 
 
@@ -16,6 +17,8 @@ class GatedCrossAttention(BertAttention):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args, **kwargs) -> tuple:
         """As LAVIS's; ``attention_mask`` is the text's additive mask, (batch, 1, 1, length)."""
         f, *rest = super().forward(hidden_states, attention_mask, *args, **kwargs)
+        if self.factors.active is None:
+            return (f, *rest)
         keep = None if attention_mask is None else attention_mask[:, 0, 0, :] == 0
         return (self.gate(hidden_states, f, keep), *rest)
 
@@ -32,7 +35,9 @@ class AffineLayer(BertLayer):
         """The feed-forward block; its input is f, or t itself in a text-only pass."""
         output = super().feed_forward_chunk(attention_output)
         query, self.crossattention.query = self.crossattention.query, None
-        return output if query is None else output + self.gate(query, attention_output)
+        if query is None or self.factors.active is None:
+            return output
+        return output + self.gate(query, attention_output)
 
 
 class RememberedCrossAttention(BertAttention):
@@ -46,8 +51,11 @@ class RememberedCrossAttention(BertAttention):
         return super().forward(hidden_states, *args, **kwargs)
 
 
-def add_gates(encoder: BertModel, config: GateConfig) -> None:
-    """Put a gate into every cross-attention layer of ``encoder``, in place. No key of the backbone changes."""
+def add_gates(encoder: BertModel, config: GateConfig, factors: ModeFactors) -> None:
+    """Put a gate into every cross-attention layer of ``encoder``, in place. No key of the backbone changes.
+
+    While ``factors`` are disabled, the gates are too.
+    """
     if config.form == "none":
         return
     layers = encoder.encoder.layer
@@ -56,7 +64,9 @@ def add_gates(encoder: BertModel, config: GateConfig) -> None:
         if config.form == "affine":
             layers[i] = layer = retyped(AffineLayer, layer)
             layer.crossattention = retyped(RememberedCrossAttention, layer.crossattention)
-            layer.gate = AffineGate(dim, config)
+            gated, layer.gate = layer, AffineGate(dim, config)
         else:
-            layer.crossattention = retyped(GatedCrossAttention, layer.crossattention)
-            layer.crossattention.gate = QueryGate(dim, config)
+            gated = layer.crossattention = retyped(GatedCrossAttention, layer.crossattention)
+            gated.gate = QueryGate(dim, config)
+        # Not a submodule: the factors are registered once, at the model.
+        gated.__dict__["factors"] = factors

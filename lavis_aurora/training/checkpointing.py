@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.files import written_whole
 
 LATEST, PREVIOUS, BEST = "checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 KEYS = {"model", "optimizer", "scaler", "epoch", "step", "best_metric", "best_epoch"}
@@ -22,7 +22,7 @@ INCIDENTAL = {
 
 
 def write_checkpoint(state: dict[str, Any], path: str | Path, previous: str | Path | None = None) -> None:
-    """Write beside ``path`` and rename, so that no interrupted write leaves a broken file.
+    """Write a checkpoint, whole or not at all.
 
     Args:
         state: what to write.
@@ -32,22 +32,8 @@ def write_checkpoint(state: dict[str, Any], path: str | Path, previous: str | Pa
     Raises:
         AuroraError: the file cannot be written; the older one is still there.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            path.replace(previous)
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer tells of a full disk by a RuntimeError
-        try:
-            partial.unlink(missing_ok=True)
-        except OSError:
-            logging.warning("%s is left behind, unfinished", partial)
-        raise AuroraError(f"cannot write {path} ({error}); free some space or change run.output_dir") from error
+    with written_whole(path, previous) as file:
+        torch.save(state, file)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

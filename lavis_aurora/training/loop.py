@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_world_size, is_dist_avail_and_initialized
+from lavis.common.registry import registry
 from lavis.datasets.data_utils import prepare_sample
 from torch import Tensor
 
 from lavis_aurora.data.annotations import build_checked
+from lavis_aurora.data.samples import BROKEN, report_broken
 from lavis_aurora.training.finite import FiniteGuard
 from lavis_aurora.training.progress import TrainingProgress
 
@@ -59,8 +62,10 @@ class AuroraTrainMixin:
         progress = TrainingProgress(epoch, int(self.cfg.max_epoch), iters_per_epoch, first)
         if not first:
             self.totals = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+        broken: list[str] = []
         for i, samples in enumerate(data_loader, start=first):
             samples = prepare_sample(samples, cuda_enabled=cuda_enabled)
+            broken += samples.pop(BROKEN, [])
             samples.update(epoch=epoch, num_iters_per_epoch=iters_per_epoch, iters=i)
             lr_scheduler.step(cur_epoch=epoch, cur_step=i)
             with torch.autocast(device, enabled=scaler is not None):
@@ -82,6 +87,9 @@ class AuroraTrainMixin:
                 self.after_step(i + 1)
         if self.finite is not None:
             self.finite.flush()
+        path = Path(registry.get_path("output_dir")) / f"broken_videos_epoch_{epoch}.txt"
+        count = (iters_per_epoch - first) * int(self.cfg.batch_size_train)
+        report_broken(broken, count, float(self.cfg.max_broken_share), path)
         return _means(self.totals, iters_per_epoch)
 
     def _update(self, optimizer, scaler, losses: dict[str, Tensor], samples: dict) -> None:

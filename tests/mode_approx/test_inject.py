@@ -57,7 +57,9 @@ def test_shared_slots_must_have_one_shape():
 
 
 def test_a_target_that_matches_nothing_names_near_ones():
-    with pytest.raises(AuroraError, match="'quary' matches no linear layer; did you mean 'query'"):
+    with pytest.raises(
+        AuroraError, match="'quary' matches no linear or nn.MultiheadAttention layer; did you mean 'query'"
+    ):
         inject_mode_approx(Tower(), ModeApproxConfig(), ["qkv", "quary"])
 
 
@@ -75,3 +77,90 @@ def test_injecting_twice_is_refused():
 def test_a_fused_layer_must_divide():
     with pytest.raises(AuroraError, match="10 rows do not divide"):
         inject_mode_approx(nn.ModuleDict({"qkv": nn.Linear(4, 10)}), ModeApproxConfig(), ["qkv"])
+
+
+def test_targets_of_the_configuration_win():
+    model = Tower()
+    factors = inject_mode_approx(model, ModeApproxConfig(targets=["key"]), ["qkv", "query"])
+    assert list(factors.slots) == ["key"]
+    assert ModeApproxConfig(targets="key").targets == ["key"]
+
+
+def test_the_default_targets_are_attention_projections_of_either_kind():
+    model = nn.ModuleDict({"a": Tower(), "self_attn": nn.MultiheadAttention(4, 2), "fc": nn.Linear(4, 4)})
+    factors = inject_mode_approx(model, ModeApproxConfig(rank=2))
+    parts = ("query", "key", "value")
+    own = [f"a.qkv.{part}" for part in parts] + ["a.query", "a.key"] + [f"self_attn.{part}" for part in parts]
+    assert list(factors.slots) == own
+
+
+def test_a_target_of_another_kind_is_named():
+    model = nn.ModuleDict({"query": nn.Linear(4, 4), "conv": nn.Conv1d(4, 4, 1)})
+    with pytest.raises(AuroraError, match="'conv' matches no linear .* layer, but conv, a Conv1d"):
+        inject_mode_approx(model, ModeApproxConfig(), ["conv"])
+
+
+def test_an_unknown_preset_gets_the_nearest_ones():
+    with pytest.raises(AuroraError, match="target 'blip_retrival' .*did you mean 'blip_retrieval'"):
+        inject_mode_approx(Tower(), ModeApproxConfig(targets="blip_retrival"))
+
+
+@pytest.mark.parametrize("kind", ["class", "instance"])
+def test_a_linear_layer_with_a_forward_of_its_own_is_refused(kind):
+    class Quantized(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).round()
+
+    layer = Quantized(4, 4)
+    if kind == "instance":
+        layer = nn.Linear(4, 4)
+        layer.forward = lambda x: x
+    with pytest.raises(AuroraError, match=f"target query is a {type(layer).__name__} with a forward of its own"):
+        inject_mode_approx(nn.ModuleDict({"query": layer}), ModeApproxConfig(), ["query"])
+
+
+def test_a_parametrized_layer_is_refused():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    with pytest.raises(AuroraError, match="target query: its weight is computed from others"):
+        inject_mode_approx(nn.ModuleDict({"query": layer}), ModeApproxConfig(), ["query"])
+
+
+def test_layers_that_share_a_weight_share_its_slot():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
+    model["b"].weight = model["a"].weight
+    factors = inject_mode_approx(model, ModeApproxConfig(rank=2), ["a", "b", "c"])
+    assert list(factors.slots) == ["a", "c"]
+    assert [model[name].slots for name in "abc"] == [(0,), (0,), (1,)]
+
+
+def test_a_layer_that_stands_in_two_places_is_adapted_in_both():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": nn.ModuleDict({"query": shared}), "b": nn.ModuleDict({"query": shared})})
+    factors = inject_mode_approx(model, ModeApproxConfig(rank=2), [r"a\.query"])
+    assert model["a"]["query"] is model["b"]["query"]
+    assert isinstance(model["a"]["query"], ModeApproxLinear) and list(factors.slots) == ["a.query"]
+
+
+def test_hooks_and_mode_of_a_layer_stay():
+    model = nn.ModuleDict({"query": nn.Linear(4, 4)}).eval()
+    seen = []
+    model["query"].register_forward_hook(lambda *args: seen.append(args))
+    inject_mode_approx(model, ModeApproxConfig(rank=2), ["query"])
+    model["query"](torch.ones(1, 4))
+    assert len(seen) == 1 and not model["query"].training
+
+
+def test_whoever_reads_the_weight_itself_gets_the_update():
+    model = Tower().double()
+    factors = inject_mode_approx(model, ModeApproxConfig(rank=2), ["qkv", "query"]).double()
+    plain = model.query.adapted_weight
+    assert torch.equal(model.query.weight, plain)
+    for parameter in factors.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    ours = nn.functional.linear(x, model.qkv.weight, model.qkv.bias)
+    torch.testing.assert_close(ours, model.qkv(x))
+    one, two = (torch.autograd.grad(y.sin().sum(), factors.sets["default"].P)[0] for y in (ours, model.qkv(x)))
+    torch.testing.assert_close(one, two)
+    with factors.disabled():
+        assert model.query.weight is plain

@@ -43,7 +43,7 @@ def test_forward_is_the_linear_layer_with_the_updated_weight(slots, shape):
     module = layer(slots)
     x = torch.randn(*shape, D_IN, dtype=torch.float64)
     delta = torch.cat([module.factors.delta_weight(f"s{i}") for i in range(slots)])
-    torch.testing.assert_close(module(x), F.linear(x, module.weight + delta, module.bias))
+    torch.testing.assert_close(module(x), F.linear(x, module.adapted_weight + delta, module.bias))
     torch.testing.assert_close(module.delta_weight(), delta)
 
 
@@ -54,7 +54,7 @@ def test_gradients_are_those_of_the_explicit_weight(slots):
     x = torch.randn(6, D_IN, dtype=torch.float64, requires_grad=True)
     target = torch.randn(6, slots * D_OUT, dtype=torch.float64)
     ours = torch.autograd.grad((module(x) * target).sum(), [x, *parameters])
-    explicit = F.linear(x, module.weight + module.delta_weight(), module.bias)
+    explicit = F.linear(x, module.adapted_weight + module.delta_weight(), module.bias)
     theirs = torch.autograd.grad((explicit * target).sum(), [x, *parameters])
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b)
@@ -91,7 +91,7 @@ def test_the_path_is_chosen_by_tokens_and_only_over_a_frozen_layer():
     module.factors.sets["default"].config.dropout = 0.1
     assert not module.folds(many)
     assert module.eval().folds(many)
-    module.weight.requires_grad_(True)
+    module.adapted_weight.requires_grad_(True)
     assert not module.folds(many)
 
 
@@ -100,8 +100,8 @@ def test_dropout_falls_on_the_update_alone_and_in_training_alone():
     module = layer(1)
     module.factors.sets["default"].config.dropout = 0.999
     x = torch.randn(50, D_IN, dtype=torch.float64)
-    torch.testing.assert_close(module(x)[:3], F.linear(x, module.weight, module.bias)[:3])
-    torch.testing.assert_close(module.eval()(x), F.linear(x, module.weight + module.delta_weight(), module.bias))
+    torch.testing.assert_close(module(x)[:3], F.linear(x, module.adapted_weight, module.bias)[:3])
+    torch.testing.assert_close(module.eval()(x), F.linear(x, module.adapted_weight + module.delta_weight(), module.bias))
 
 
 def three_layers(dtype: torch.dtype = torch.float64, bias: bool = True) -> list[ModeApproxLinear]:
@@ -163,15 +163,15 @@ def test_disabled_is_the_plain_layer_bit_for_bit():
     module = layer(2)
     x = torch.randn(3, D_IN, dtype=torch.float64)
     with module.factors.disabled():
-        assert torch.equal(module(x), F.linear(x, module.weight, module.bias))
-    assert not torch.equal(module(x), F.linear(x, module.weight, module.bias))
+        assert torch.equal(module(x), F.linear(x, module.adapted_weight, module.bias))
+    assert not torch.equal(module(x), F.linear(x, module.adapted_weight, module.bias))
 
 
 def test_keys_and_parameters_are_those_of_the_layer_it_replaces():
     linear = nn.Linear(D_IN, D_OUT)
     module = ModeApproxLinear(linear, ModeFactors({"a": (D_IN, D_OUT)}, ModeApproxConfig(rank=2)), [0])
     assert list(module.state_dict()) == ["weight", "bias"]
-    assert module.weight is linear.weight
+    assert module.adapted_weight is linear.weight
     assert module.bias is linear.bias
 
 
@@ -180,7 +180,7 @@ def test_fp32_factors_over_a_half_precision_layer(dtype):
     module = layer(3, torch.float32)
     reference = module(x := torch.randn(6, D_IN))
     half = ModeApproxLinear(copy.deepcopy(nn.Linear(D_IN, 3 * D_OUT)), module.factors, range(3))
-    half.weight, half.bias = (nn.Parameter(p.to(dtype)) for p in (module.weight, module.bias))
+    half.weight, half.bias = (nn.Parameter(p.to(dtype)) for p in (module.adapted_weight, module.bias))
     y = half(x.to(dtype))
     assert y.dtype == dtype
     torch.testing.assert_close(y.float(), reference, atol=0.1, rtol=0.05)

@@ -298,3 +298,35 @@ def test_run_state_round_trip_and_its_errors():
         tiny_model(mode_approx={"rank": 8}).load_run_state(state, "x.pth")
     with pytest.raises(AuroraError, match="is not trained here"):
         tiny_model(tuning="heads").load_run_state(state, "x.pth")
+
+
+@pytest.mark.parametrize("tuning", ["aurora", "full"])
+def test_a_video_of_one_frame_is_a_picture(tuning):
+    """Losses and gradients, of the whole model with its teacher."""
+    results = []
+    for kind in ("image", "video"):
+        model = activate(tiny_model(tuning=tuning, queue_size=20)).train()
+        samples = batch()
+        if kind == "video":
+            samples["video"] = samples.pop("image").unsqueeze(2)
+        torch.manual_seed(0)
+        losses = model(samples)
+        losses["loss"].backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([losses[key].detach() for key in ("loss_itc", "loss_itm")] + gradients)
+    assert len(results[0]) == len(results[1]) > 10
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
+def test_more_frames_change_the_losses_and_are_trained_on():
+    model = activate(tiny_model(queue_size=20)).train()
+    samples = batch()
+    image = samples.pop("image")
+    losses = []
+    for video in (torch.stack([image, image], dim=2), torch.stack([image, image.flip(0)], dim=2)):
+        torch.manual_seed(0)
+        losses.append(model({**samples, "video": video})["loss"])
+    assert (losses[0] - losses[1]).abs() > 1e-3
+    losses[1].backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -325,3 +325,51 @@ def test_loads_by_name_with_processors():
     model, vis, txt = load_model_and_preprocess("blip_vqa_aurora", "tiny", is_eval=True)
     assert not model.training and set(vis) == set(txt) == {"train", "eval"}
     assert txt["eval"]("What is This?") == "what is this?"
+
+
+# Videos
+
+
+def as_video(samples: dict, frames: int = 1) -> dict:
+    """The same samples with the picture as a video of so many equal frames."""
+    rest = {key: value for key, value in samples.items() if key != "image"}
+    return {**rest, "video": samples["image"].unsqueeze(2).expand(-1, -1, frames, -1, -1)}
+
+
+@torch.no_grad()
+def test_a_video_of_one_frame_is_a_picture():
+    model = activate(vqa_model()).eval()
+    for seed in range(2):
+        samples = vqa_batch(seed=seed)
+        assert torch.equal(model(as_video(samples)).loss, model(samples).loss)
+        for method in (GREEDY, BEAMS, RANK):
+            assert model.predict_answers(as_video(samples), **method) == model.predict_answers(samples, **method)
+
+
+@torch.no_grad()
+def test_questions_see_the_tokens_of_all_frames():
+    """Against LAVIS's question encoder over the frames' tokens, one after the other."""
+    model = vqa_model().eval()
+    samples = vqa_batch()
+    video = torch.randn(4, 3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    output, tokens = model.forward_encoder({"image": video, "text_input": samples["text_input"]})
+    frames = [model.visual_encoder.forward_features(video[:, :, t]) for t in range(3)]
+    torch.testing.assert_close(tokens, torch.cat(frames, dim=1), atol=1e-5, rtol=1e-5)
+    twin = lavis_twin(model)
+
+    class Frames(nn.Module):
+        def forward_features(self, _image):
+            return torch.cat(frames, dim=1)
+
+    twin.visual_encoder = Frames()
+    theirs = twin.forward_encoder({**samples, "text_input": list(samples["text_input"])})[0]
+    torch.testing.assert_close(output.last_hidden_state, theirs.last_hidden_state, atol=1e-5, rtol=1e-5)
+    assert model.predict_answers({"video": video, "text_input": samples["text_input"]}, **GREEDY) == (
+        twin.predict_answers({**samples, "text_input": list(samples["text_input"])}, **GREEDY)
+    )
+
+
+def test_each_video_needs_its_question():
+    samples = as_video(vqa_batch(), frames=2)
+    with pytest.raises(AuroraError, match="3 questions for 4 videos"):
+        vqa_model().predict_answers({**samples, "text_input": samples["text_input"][:3]}, **GREEDY)

@@ -62,8 +62,14 @@ def test_other_shapes_are_refused_with_both(plain, tmp_path):
 
 
 def test_position_embeddings_are_stretched_to_the_image_size(plain, tmp_path):
-    model = load(plain, tmp_path, image_size=64)
-    assert model.visual_encoder.pos_embed.shape[1] == (64 // 8) ** 2 + 1
+    for size in (64, 32):
+        own = load(plain, tmp_path, image_size=size).visual_encoder.pos_embed
+        before = plain["visual_encoder.pos_embed"]
+        assert own.shape[1] == (size // 8) ** 2 + 1
+        assert torch.equal(own[:, 0], before[:, 0])
+        grid = before[0, 1:].T.reshape(1, -1, 6, 6)
+        stretched = torch.nn.functional.interpolate(grid, size=(size // 8, size // 8), mode="bicubic")
+        torch.testing.assert_close(own[0, 1:], stretched[0].flatten(1).T)
 
 
 def test_missing_file_names_the_key(tmp_path):

@@ -1,0 +1,212 @@
+"""What the command ``lavis-aurora`` can do besides running projects: look into adapters, merge them, list."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.files import written_whole
+from lavis_aurora.loading import load_model_and_preprocess
+from lavis_aurora.mode_approx import merged_state_dict
+from lavis_aurora.mode_approx.adapted import adapted_layers, factors_of
+from lavis_aurora.mode_approx.adapter_config import AdapterConfig
+from lavis_aurora.mode_approx.adapter_file import CONFIG, TENSORS, read_adapter, read_adapter_config
+from lavis_aurora.models.checkpoint import read_state_dict
+from lavis_aurora.paths import package_file
+
+PROJECTS = Path(package_file("projects"))
+
+
+def add_commands(parsers: argparse._SubParsersAction) -> None:
+    """Declare the commands; each leaves its function in ``action``."""
+    parser = parsers.add_parser("inspect", help="what is in an adapter folder, or in a file of weights")
+    parser.add_argument("path", metavar="FOLDER_OR_FILE")
+    parser.set_defaults(action=lambda args: print(inspect(args.path)))
+
+    parser = parsers.add_parser("merge", help="fold an adapter into its backbone: a checkpoint for plain LAVIS")
+    parser.add_argument("adapter", metavar="FOLDER", help="an adapter folder; its gate.form must be none")
+    parser.add_argument("output", metavar="FILE", help="the checkpoint to write, e.g. merged.pth")
+    parser.add_argument("--pretrained", help="file or URL of the backbone, instead of that of the model's type")
+    parser.set_defaults(action=lambda args: print(merge(args.adapter, args.output, args.pretrained)))
+
+    parser = parsers.add_parser("targets", help="which weights of a model would be adapted; loads no weights")
+    parser.add_argument("model", metavar="MODEL", help="registered name, e.g. blip_retrieval_aurora")
+    parser.add_argument("--model-type", help="one of its types")
+    parser.set_defaults(action=lambda args: print(targets(args.model, args.model_type)))
+
+    parser = parsers.add_parser("configs", help="list the project YAMLs that come with the package, or copy some")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="copy these")
+    parser.add_argument("--to", default=".", metavar="FOLDER", help="where to; the current directory by default")
+    parser.set_defaults(action=lambda args: print(configs(args.names, args.to)))
+
+
+def inspect(path: str) -> str:
+    """What an adapter folder or a file of weights holds, as text.
+
+    Raises:
+        AuroraError: it is neither.
+    """
+    place = Path(path)
+    if place.name == TENSORS and place.with_name(CONFIG).is_file():
+        place = place.parent
+    if not place.is_dir():
+        return _tensor_table(read_state_dict(str(place), "inspect"))
+    inner = sorted(folder.name for folder in place.glob("adapter_*") if (folder / CONFIG).is_file())
+    if inner and not (place / CONFIG).is_file():
+        raise AuroraError(f"{place} is the folder of a run; name one of its adapters: {', '.join(inner)}")
+    config, tensors = read_adapter(place)
+    return "\n".join([*_describe(config), "", _tensor_table(tensors)])
+
+
+def _describe(config: AdapterConfig) -> list[str]:
+    """The settings, a line each."""
+    widths: dict[str, int] = defaultdict(int)
+    for d_in, d_out in config.slots.values():
+        widths[f"{d_in} x {d_out}"] += 1
+    model = config.model
+    lines = {
+        "model": " ".join(str(model[key]) for key in ("arch", "model_type") if model.get(key)) or "any nn.Module",
+        "base": f"{config.base.name or 'without a name'} (sha256 {config.base.sha256[:12]})",
+        "mode_approx": ", ".join(f"{key} {value}" for key, value in vars(config.mode_approx).items()),
+        "slots": ", ".join(f"{count} of {shape}" for shape, count in widths.items()),
+    }
+    for key, value in (model.get("settings") or {}).items():
+        lines.setdefault(key, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value)
+    for key, value in config.metrics.items():
+        shown = value if isinstance(value, dict) else {"": value}
+        numbers = (f"{k} {v:.4g}".strip() if isinstance(v, (int, float)) else f"{k} {v}" for k, v in shown.items())
+        lines[f"metrics: {key}"] = ", ".join(text for text in numbers if "chance" not in text)
+    lines["written by"] = ", ".join(f"{key} {value}" for key, value in config.versions.items())
+    return [f"{key:<16} {value}" for key, value in lines.items()]
+
+
+def _tensor_table(tensors: Mapping[str, Tensor]) -> str:
+    """Counts by name; numbers in names are left out, so that layers of a kind share a row."""
+    rows: dict[tuple, list[int]] = defaultdict(list)
+    for name, tensor in sorted(tensors.items()):  # the order in a safetensors file means nothing
+        key = (_without_numbers(name), _shape(tensor), str(tensor.dtype).removeprefix("torch."))
+        rows[key].append(tensor.numel())
+    width = max((len(name) for name, _, _ in rows), default=4)
+    lines = [f"{'name':<{width}}  {'shape':<14}{'dtype':<10}{'tensors':>8}{'numbers':>14}"]
+    lines += [
+        f"{name:<{width}}  {shape:<14}{kind:<10}{len(counts):>8}{sum(counts):>14,}"
+        for (name, shape, kind), counts in rows.items()
+    ]
+    total = sum(tensor.numel() for tensor in tensors.values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return "\n".join([*lines, f"{len(tensors)} tensors, {total:,} numbers, {size / 1e6:.2f} MB"])
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "number"
+
+
+def merge(adapter: str, output: str, pretrained: str | None = None) -> str:
+    """Write a checkpoint that LAVIS's own model loads; what to do with it, as text.
+
+    Raises:
+        AuroraError: the file is there already, the adapter has gates, or backbone and adapter do not fit.
+    """
+    if Path(output).exists():
+        raise AuroraError(f"{output} is there already; name another file")
+    arch = read_adapter_config(adapter).model.get("arch")
+    if arch is None:
+        raise AuroraError(f"{adapter} does not name its model; use merged_state_dict(model) in Python")
+    model, _, _ = load_model_and_preprocess(arch, is_eval=True, adapter=adapter, pretrained=pretrained)
+    state = merged_state_dict(model)
+    with written_whole(output) as file:
+        torch.save({"model": state}, file)
+    plain = arch.removesuffix("_aurora")
+    return (
+        f"{output}: {len(state)} tensors; LAVIS's {plain} loads it, in a YAML by\n"
+        f"  model: {{arch: {plain}, load_finetuned: true, finetuned: {Path(output).absolute()}}}"
+    )
+
+
+def targets(name: str, model_type: str | None = None) -> str:
+    """The weights of a model that an adapter would update, as text; the model is built without its weights.
+
+    Raises:
+        AuroraError: no such model or type, or not one of this package.
+    """
+    cls = registry.get_model_class(name)
+    if cls is None:
+        raise AuroraError(f"no model {name!r}{near_names(name, registry.list_models())}")
+    if not hasattr(cls, "CONFIG_CLASS"):
+        known = (n for n, c in registry.mapping["model_name_mapping"].items() if hasattr(c, "CONFIG_CLASS"))
+        raise AuroraError(f"{name} is not a model of this package, as {', '.join(sorted(known))} are")
+    cfg = OmegaConf.load(cls.default_config_path(model_type or cls.DEFAULT_MODEL_TYPE)).model
+    # Any vocabulary will do, and that of the tiny model is at hand.
+    tokenizer = package_file("configs/models/tiny")
+    cfg.update(load_finetuned=False, pretrained=None, tokenizer=tokenizer)
+    return target_table(cls.from_config(cfg))
+
+
+def target_table(model: nn.Module) -> str:
+    """The adapted weights of a model with their slots; layers of a kind share a row."""
+    slots = list(factors_of(model).slots)
+    rows: dict[tuple, list[str]] = defaultdict(list)
+    owned = set()
+    for path, layer in adapted_layers(model):
+        for weight, parameter in layer.adapted_weights().items():
+            names = [slots[i] for i in layer.slots_of[weight]]
+            kinds = ", ".join(_slot_label(slot, path) for slot in names)
+            rows[(_without_numbers(f"{path}.{weight}"), _shape(parameter), kinds)] += names
+            owned.update(names)
+    width = max(len(weight) for weight, _, _ in rows)
+    lines = [f"{'weight':<{width}}  {'shape':<13}{'slots':>5}  their names"]
+    lines += [
+        f"{weight:<{width}}  {shape:<13}{len(set(names)):>5}  {kinds}"
+        for (weight, shape, kinds), names in rows.items()
+    ]
+    return "\n".join([*lines, f"{len(owned)} slots in all"])
+
+
+def _slot_label(slot: str, layer: str) -> str:
+    """A slot's name as seen from a layer that uses it."""
+    if slot == layer:
+        return "that of the layer"
+    return slot[len(layer) + 1 :] if slot.startswith(f"{layer}.") else _without_numbers(slot)
+
+
+def configs(names: list[str], folder: str = ".") -> str:
+    """List the project YAMLs, or copy those named to a folder; what was done, as text.
+
+    Raises:
+        AuroraError: no such project, or the file is there already.
+    """
+    known = {path.stem: path for path in sorted(PROJECTS.glob("*.yaml"))}
+    if not names:
+        width = max(map(len, known))
+        return "\n".join(f"{name:<{width}}  {_first_comment(path)}" for name, path in known.items())
+    copied = []
+    for name in names:
+        stem = name.removesuffix(".yaml")
+        if stem not in known:
+            raise AuroraError(f"no project {name!r}{near_names(stem, known)}")
+        target = Path(folder) / f"{stem}.yaml"
+        if target.exists():
+            raise AuroraError(f"{target} is there already; remove it, or name another folder by --to")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(known[stem], target)
+        copied.append(str(target))
+    return "\n".join(copied)
+
+
+def _first_comment(path: Path) -> str:
+    """The first line of a YAML, which says what it is."""
+    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")

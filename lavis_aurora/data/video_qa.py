@@ -1,0 +1,66 @@
+"""MSRVTT-QA with open answers: LAVIS's annotation files, read for a model that writes its answers."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from lavis.common.registry import registry
+from lavis.common.utils import get_cache_path
+from lavis.datasets.builders.video_qa_builder import VideoQABuilder
+from lavis.datasets.datasets.video_vqa_datasets import VideoQADataset
+
+from lavis_aurora.data.vqa_files import read_json
+from lavis_aurora.errors import AuroraError
+from lavis_aurora.paths import package_file
+
+
+class OpenVideoQADataset(VideoQADataset):
+    """LAVIS's VideoQADataset with answers as text, one of weight 1 to each question.
+
+    Attributes:
+        answer_list: the answers of LAVIS's classification, frequent ones of the train split, to rank.
+    """
+
+    @property
+    def answer_list(self) -> list[str]:
+        return list(self.class_labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = super().__getitem__(index)
+        sample["answer"] = self.annotation[index]["answer"]
+        del sample["answers"]  # the number of a class
+        return sample
+
+    def collater(self, samples: list[dict]) -> dict[str, Any]:
+        """A batch with ``answer``, ``weight`` and ``n_answers`` as BLIP's VQA takes them."""
+        batch = super().collater(samples)
+        batch["weight"] = torch.ones(len(samples))
+        batch["n_answers"] = torch.ones(len(samples), dtype=torch.long)
+        return batch
+
+
+@registry.register_builder("msrvtt_qa_aurora")
+class OpenVideoQABuilder(VideoQABuilder):
+    """MSRVTT-QA (paper 4.1, table 3), open-ended; the files are those of LAVIS's msrvtt_qa."""
+
+    train_dataset_cls = OpenVideoQADataset
+    eval_dataset_cls = OpenVideoQADataset
+    DATASET_CONFIG_DICT = {"default": package_file("configs/datasets/msrvtt_qa_aurora.yaml")}
+
+    def build(self) -> dict[str, OpenVideoQADataset]:
+        """Datasets by split.
+
+        Raises:
+            AuroraError: the file of answers is not there or holds something else.
+        """
+        key = "datasets.msrvtt_qa_aurora.build_info.annotations.ans2label"
+        info = self.config.build_info.annotations.get("ans2label")
+        if info is None:
+            raise AuroraError(f"{key}: missing; name the file of answers (url and storage)")
+        path = info.storage if os.path.isabs(info.storage) else get_cache_path(info.storage)
+        labels = read_json(path, f"{key}.storage")
+        if not isinstance(labels, dict) or not labels:
+            raise AuroraError(f'{key}.storage: {path} must hold answers with their numbers, e.g. {{"man": 0}}')
+        return super().build()

@@ -1,0 +1,261 @@
+"""An adapter as a folder: ``adapter_model.safetensors`` and ``adapter_config.json``. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lavis_aurora.errors import AuroraError
+from lavis_aurora.files import written_whole
+from lavis_aurora.mode_approx.adapted import adapted_layers, factors_of
+from lavis_aurora.mode_approx.adapter_config import AdapterConfig, BaseConfig
+from lavis_aurora.mode_approx.factors import INTERNAL, ModeFactors
+from lavis_aurora.version import __version__
+
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FACTORS = "factors"
+
+
+@runtime_checkable
+class AdapterOwner(Protocol):
+    """A model that has something to say about its adapters; any other nn.Module has them too."""
+
+    def describe_adapter(self) -> dict[str, Any]:
+        """What must be known to build the model again: JSON values, under ``model`` of the file."""
+
+    def base_name(self) -> str | None:
+        """File or URL of the backbone's checkpoint; None if there is none."""
+
+    def adapter_differences(self, description: Mapping[str, Any]) -> list[str]:
+        """How the model that ``description`` is of differs from this one, where an adapter cannot bridge it."""
+
+    def adapter_loaded(self, name: str) -> None:
+        """Called when the parameters of the adapter ``name`` have new values."""
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    name: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    description: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an adapter: factors, gates, heads that were trained with it, and all settings.
+
+    Args:
+        model: a model with an adapter.
+        folder: made if it is not there; files of an earlier adapter in it are replaced.
+        name: which adapter; by default the active one.
+        metrics: what was measured with it.
+        description: goes over what the model says of itself, e.g. the preprocessing that was used.
+
+    Raises:
+        AuroraError: there is no such adapter, a value is not finite, or the folder cannot be written.
+    """
+    factors = factors_of(model)
+    name = factors.active if name is None else name
+    if name is None:
+        raise AuroraError("no adapter is active: leave disable_adapter first, or name the adapter to save")
+    factors.check_name(name)
+    tensors = adapter_tensors(factors, name)
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AuroraError(f"{key}: not finite; the adapter was not written to {folder}")
+    content = safetensors.torch.save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+    owner = model if isinstance(model, AdapterOwner) else None
+    config = AdapterConfig(
+        mode_approx=factors.sets[name].config,
+        slots={slot: list(shape) for slot, shape in factors.slots.items()},
+        base=BaseConfig(sha256=base_hash(model), name=owner.base_name() if owner else None),
+        tensors_sha256=hashlib.sha256(content).hexdigest(),
+        model={**(owner.describe_adapter() if owner else {}), **(description or {})},
+        metrics=dict(metrics or {}),
+        versions={"lavis_aurora": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    )
+    text = config.to_json()
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AuroraError(f"cannot write {folder} ({error}); name another folder") from error
+    # Both are on the disk before either takes its place; whoever reads between the two renames sees it by the hash.
+    with written_whole(folder / TENSORS) as tensor_file, written_whole(folder / CONFIG) as config_file:
+        for file, data in ((tensor_file, content), (config_file, text.encode())):
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", check_base: bool = True) -> None:
+    """Load an adapter into a model that has the same layers.
+
+    Under a new name it stands beside the others, frozen, whatever its rank; ``set_adapter`` makes it active. Under a
+    name that is there, e.g. ``default``, its values replace those, and what is trained stays trained.
+
+    Args:
+        model: a model with an adapter, tuned or fresh.
+        folder: what :func:`save_adapter` wrote.
+        name: what the model shall call it.
+        check_base: refuse an adapter that was tuned on other weights than the model's.
+
+    Raises:
+        AuroraError: the folder cannot be read, or does not fit the model; says exactly what differs. The model is
+            unchanged then.
+    """
+    factors = factors_of(model)
+    if name in INTERNAL:
+        raise AuroraError(f"an adapter cannot be called {name!r}, which a model keeps for its training")
+    if name == factors.merged:
+        raise AuroraError(f"the adapter {name!r} is merged into the weights; unmerge_adapter(model) before loading")
+    config, tensors = read_adapter(folder)
+    differences = _differences(model, factors, config, name, check_base)
+    if not differences:
+        differences = _tensor_differences(factors, config, tensors)
+    if differences:
+        raise AuroraError(f"{folder} does not fit this model: {_some(differences)}")
+    if name not in factors.sets:
+        factors.add_set(name, config.mode_approx).requires_grad_(False)
+    with torch.no_grad():
+        for key, parameter in factors.sets[name].named_parameters():
+            parameter.copy_(tensors[f"{FACTORS}.{key}"])
+        for group, part in factors.companions.items():
+            values = {path: tensors[f"{group}.{path}"] for path in part.names if f"{group}.{path}" in tensors}
+            if values:
+                part.add(name, values)
+    if isinstance(model, AdapterOwner):
+        model.adapter_loaded(name)
+
+
+def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Settings and tensors of an adapter folder.
+
+    Raises:
+        AuroraError: names the file and what is wrong with it.
+    """
+    config = read_adapter_config(folder)
+    path = Path(folder) / TENSORS
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise AuroraError(f"{path} cannot be read ({error.strerror}); save the adapter again") from error
+    if hashlib.sha256(content).hexdigest() != config.tensors_sha256:
+        raise AuroraError(f"{path} is not the file that {CONFIG} beside it belongs to; copy or save both again")
+    try:
+        return config, safetensors.torch.load(content)
+    except SafetensorError as error:
+        raise AuroraError(f"{path} is not a readable safetensors file ({error})") from error
+
+
+def read_adapter_config(folder: str | Path) -> AdapterConfig:
+    """Settings of an adapter folder, without its tensors."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise AuroraError(f"{folder} is no adapter folder: it has no {CONFIG}")
+    try:
+        return AdapterConfig.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, AuroraError) as error:
+        raise AuroraError(f"{path}: {error}") from error
+
+
+def adapter_tensors(factors: ModeFactors, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of an adapter by their names in its file. Factors that slots share are there once."""
+    tensors = {f"{FACTORS}.{key}": parameter for key, parameter in factors.sets[name].named_parameters()}
+    for group, part in factors.companions.items():
+        tensors.update((f"{group}.{path}", parameter) for path, parameter in part.parameters_of(name).items())
+    return tensors
+
+
+def base_hash(model: nn.Module) -> str:
+    """sha256 of the weights that adapters update, in the model's order, without any update.
+
+    It tells backbones apart and does not depend on picture size, queue or heads. It is kept until a weight changes.
+    """
+    factors = factors_of(model)
+    # Momentum copies follow the others, and round differently.
+    layers = [layer for _, layer in adapted_layers(model) if layer.pinned is None]
+    weights = [weight for layer in layers for weight in layer.backbone_weights().values()]
+    state = [(weight.data_ptr(), weight._version, str(weight.device), weight.dtype) for weight in weights]
+    if factors.base_hash is None or factors.base_hash[0] != state:
+        digest = hashlib.sha256()
+        for weight in weights:
+            digest.update(f"{weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        factors.base_hash = (state, digest.hexdigest())
+    return factors.base_hash[1]
+
+
+def _differences(
+    model: nn.Module, factors: ModeFactors, config: AdapterConfig, name: str, check_base: bool
+) -> list[str]:
+    """How slots, settings and base differ."""
+    here = {slot: list(shape) for slot, shape in factors.slots.items()}
+    problems = []
+    if len(here) != len(config.slots):
+        problems.append(f"{len(config.slots)} slots there and {len(here)} here")
+    problems += [f"slot {slot} is missing here" for slot in config.slots if slot not in here]
+    problems += [f"slot {slot} is missing there" for slot in here if slot not in config.slots]
+    problems += [
+        f"slot {slot} is {shape[0]} x {shape[1]} there and {here[slot][0]} x {here[slot][1]} here"
+        for slot, shape in config.slots.items()
+        if slot in here and here[slot] != shape
+    ]
+    if not problems and list(here) != list(config.slots):
+        problems.append("the same slots in another order")
+    if name in factors.sets and asdict(factors.sets[name].config) != asdict(config.mode_approx):
+        own = factors.sets[name].config
+        problems += [
+            f"mode_approx.{key} is {value} there and {getattr(own, key)} here (set it alike, or load the adapter "
+            f"under a new name)"
+            for key, value in asdict(config.mode_approx).items()
+            if getattr(own, key) != value
+        ]
+    if isinstance(model, AdapterOwner):
+        problems += model.adapter_differences(config.model)
+    if not problems and check_base and config.base.sha256 != base_hash(model):
+        here_name = model.base_name() if isinstance(model, AdapterOwner) else None
+        problems.append(
+            f"it was tuned on other weights ({config.base.name or 'without a name'}, sha256 "
+            f"{config.base.sha256[:12]}) than these ({here_name or 'without a name'}, {base_hash(model)[:12]}); "
+            f"load those, or set check_base=False (model.adapter_check_base: false) to use it all the same"
+        )
+    return problems
+
+
+def _tensor_differences(factors: ModeFactors, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> list[str]:
+    """How the tensors differ from those that the settings announce, and from numbers."""
+    expected = {f"{FACTORS}.{key}": shape for key, shape in factor_shapes(config).items()}
+    for group, part in factors.companions.items():
+        if group == "gate" or any(key.startswith(f"{group}.") for key in tensors):
+            shapes = (tuple(parameter.shape) for parameter in part.standing())
+            expected.update(zip((f"{group}.{path}" for path in part.names), shapes))
+    problems = [f"{key} is missing there" for key in expected.keys() - tensors.keys()]
+    problems += [f"{key} has no place here" for key in tensors.keys() - expected.keys()]
+    problems += [
+        f"{key} is {tuple(tensors[key].shape)} there and {expected[key]} here"
+        for key in expected.keys() & tensors.keys()
+        if tuple(tensors[key].shape) != expected[key]
+    ]
+    problems += [f"{key} is not finite there" for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    return sorted(problems)
+
+
+def factor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """The factors' shapes that follow from slots and rank, by name."""
+    with torch.device("meta"):
+        factors = ModeFactors({slot: tuple(shape) for slot, shape in config.slots.items()}, config.mode_approx)
+    return {key: tuple(parameter.shape) for key, parameter in factors.sets["default"].named_parameters()}
+
+
+def _some(problems: list[str]) -> str:
+    more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+    return "; ".join(problems[:4]) + more

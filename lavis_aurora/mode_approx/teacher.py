@@ -1,0 +1,45 @@
+"""Momentum copies inside a model: they follow the adapter by a factor set of their own."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lavis_aurora.mode_approx.adapted import AdaptedLayer
+from lavis_aurora.mode_approx.factors import ModeFactors
+
+# The factor set of the moving average.
+TEACHER_SET = "momentum"
+
+
+def momentum_copies(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """(trained, copy) as LAVIS's MomentumDistilationMixin lists them in ``model.model_pairs``; empty without."""
+    return [(trained, copy) for trained, copy in getattr(model, "model_pairs", ())]
+
+
+def adapt_copies(model: nn.Module, factors: ModeFactors) -> None:
+    """Let the momentum copies of adapted layers read the moving average of the adapter.
+
+    The copies' layers use the slots of the layers that they are copies of, pinned to the set ``momentum``; that set
+    joins ``model.model_pairs``, so that LAVIS's own update, which zips parameters pair by pair, averages the factors
+    as it averages what else is trained:
+
+        W_m = W0 + dW(U_m, V_m, P_m, lambda_m),   theta_m <- m theta_m + (1 - m) theta  for each factor
+
+    The frozen weights of copy and original are alike, and so is their average. A model without copies stays as it is.
+    """
+    twins: list[tuple[nn.Module, str, AdaptedLayer]] = []
+    for trained, copy in momentum_copies(model):
+        for name, layer in trained.named_modules():
+            if name and isinstance(layer, AdaptedLayer):
+                twins.append((copy, name, layer))
+    if not twins:
+        return
+    for copy, name, layer in twins:
+        parent, _, child = name.rpartition(".")
+        owner = copy.get_submodule(parent)
+        setattr(owner, child, layer.twin(getattr(owner, child), TEACHER_SET))
+    default = factors.sets["default"]
+    average = factors.add_set(TEACHER_SET, default.config)
+    average.load_state_dict(default.state_dict())
+    average.requires_grad_(False)
+    model.model_pairs.append([default, average])

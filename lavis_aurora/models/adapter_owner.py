@@ -1,0 +1,93 @@
+"""What the BLIP models of this plugin say of themselves in an adapter folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
+
+from lavis_aurora.config import BlipAuroraConfig
+from lavis_aurora.config_check import parse_config
+from lavis_aurora.mode_approx import ModeFactors
+from lavis_aurora.mode_approx.companions import switch_companions
+
+# Keys that say where a model comes from, not what it is.
+SOURCES = ("arch", "model_type", "adapter", "adapter_check_base")
+
+
+class AdapterOwnerMixin:
+    """The hooks of :class:`lavis_aurora.mode_approx.adapter_file.AdapterOwner`, and no state of its own.
+
+    Attributes:
+        settings: what the model was built from.
+        backbone_source: file or URL of its backbone; None for random weights.
+        ADAPTER_KEYS: settings that belong to an adapter; a YAML with ``model.adapter`` takes them from there.
+    """
+
+    settings: BlipAuroraConfig
+    mode_approx: ModeFactors | None
+    backbone_source: str | None = None
+    ADAPTER_KEYS = ("mode_approx", "gate")
+
+    def describe_adapter(self) -> dict[str, Any]:
+        """Registered name and type, settings that differ from the type's defaults, and the type's preprocessing."""
+        own = asdict(self.settings)
+        defaults, preprocess = self._type_defaults()
+        settings = {
+            key: value
+            for key, value in own.items()
+            if key in self.ADAPTER_KEYS or (key not in SOURCES and value != defaults[key])
+        }
+        names = registry.mapping["model_name_mapping"]
+        return {
+            "arch": next((name for name, cls in names.items() if cls is type(self)), type(self).__name__),
+            "model_type": self.settings.model_type,
+            "settings": settings,
+            "preprocess": preprocess,
+            "lavis": _lavis_version(),
+        }
+
+    def _type_defaults(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Settings and preprocessing of the model's type; without one, of the configuration alone."""
+        if self.settings.model_type is None:
+            return asdict(self.CONFIG_CLASS()), {}
+        defaults = OmegaConf.load(self.default_config_path(self.settings.model_type))
+        preprocess = OmegaConf.to_container(defaults.get("preprocess") or OmegaConf.create(), resolve=True)
+        return asdict(parse_config(self.CONFIG_CLASS, defaults.model, "model")), preprocess
+
+    def base_name(self) -> str | None:
+        """File or URL of the backbone's checkpoint."""
+        return self.backbone_source
+
+    def adapter_differences(self, description: Mapping[str, Any]) -> list[str]:
+        """Another model, or another form of the gate, whose parameters mean something else."""
+        here = self.describe_adapter()
+        problems = []
+        if description.get("arch", here["arch"]) != here["arch"]:
+            problems.append(f"it is of {description['arch']}, and this is {here['arch']}")
+        settings = description.get("settings") or {}
+        form = (settings.get("gate") or {}).get("form", self.settings.gate.form)
+        if form != self.settings.gate.form:
+            problems.append(
+                f"gate.form is {form} there and {self.settings.gate.form} here; set model.gate.form: {form}"
+            )
+        return problems
+
+    def adapter_loaded(self, name: str) -> None:
+        """Let the momentum teacher start as the adapter that is trained."""
+        if name != "default" or not hasattr(self, "copy_params"):
+            return
+        switch_companions(self.mode_approx, name)
+        self.copy_params()
+        switch_companions(self.mode_approx, self.mode_approx.active)
+
+
+def _lavis_version() -> str | None:
+    try:
+        return version("salesforce-lavis")
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,107 @@
+"""Runs of the demo: each a training or evaluation in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Run:
+    """One run of a project YAML.
+
+    Attributes:
+        project: the YAML.
+        tuning: value of model.tuning.
+        rate: value of run.init_lr.
+        folder: everything that the run writes.
+        seed: value of run.seed.
+    """
+
+    project: Path
+    tuning: str
+    rate: float
+    folder: Path
+    seed: int = 42
+    process: subprocess.Popen | None = None
+    started: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.tuning}, rate {self.rate:g}" if self.tuning != "frozen" else self.tuning
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    def start(self, options: Sequence[str]) -> None:
+        """Start it, on one thread."""
+        self.folder.mkdir(parents=True)
+        script = "evaluate.py" if self.tuning == "frozen" else "train.py"
+        command = [sys.executable, str(ROOT / script), "--cfg-path", str(self.project), "--options"]
+        command += [f"model.tuning={self.tuning}", f"run.init_lr={self.rate}", f"run.seed={self.seed}"]
+        command += [f"run.output_dir={self.folder}", *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.started = time.time()
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+
+    def finished(self) -> bool:
+        """Whether it is done; a failed run ends the demo with the end of its log."""
+        if self.process.poll() is None:
+            return False
+        self.seconds = time.time() - self.started
+        if self.process.returncode:
+            sys.exit(f"demo: the run '{self.name}' failed; {self.log} ends with:\n{self.tail(15)}")
+        return True
+
+    def tail(self, lines: int) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def progress(self) -> str:
+        """Where it is, from its last progress line."""
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if "  step " in line]
+        return lines[-1].partition("[INFO] ")[2] if lines else "starting"
+
+    def results(self, pattern: str) -> list[dict[str, Any]]:
+        """Its result files of that name, the last one last."""
+        files = sorted(self.folder.glob(f"*/result/{pattern}"), key=lambda path: path.stat().st_mtime)
+        return [json.loads(path.read_text()) for path in files]
+
+    def trained_parameters(self) -> int:
+        """Number of trained parameters, as the run logged it."""
+        [line] = [line for line in self.log.read_text().splitlines() if line.startswith("trainable params")]
+        return int(line.split("||")[0].split(":")[1].replace(",", ""))
+
+
+def execute(runs: list[Run], jobs: int, options: Sequence[str]) -> None:
+    """Run all, ``jobs`` at a time, saying where each one is."""
+    waiting, active, last = list(runs), [], 0.0
+    try:
+        while waiting or active:
+            while waiting and len(active) < jobs:
+                active.append(waiting.pop(0))
+                active[-1].start(options)
+                print(f"started: {active[-1].name}", flush=True)
+            time.sleep(0.5)
+            for run in [run for run in active if run.finished()]:
+                active.remove(run)
+                print(f"done: {run.name}, {timedelta(seconds=round(run.seconds))}", flush=True)
+            if time.time() - last > 20:
+                last = time.time()
+                for run in active:
+                    print(f"  {run.name}: {run.progress()}", flush=True)
+    finally:
+        for run in active:
+            run.process.kill()

@@ -1,0 +1,133 @@
+"""The demo's datasets: made on first use in the numbers asked for, kept, and made anew where they differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from lavis.common.registry import registry
+from omegaconf import DictConfig, OmegaConf
+
+from lavis_aurora.cli import load_config
+from lavis_aurora.data import demo_builder
+from lavis_aurora.data.annotations import build_checked
+from lavis_aurora.errors import AuroraError
+
+COUNTS = {"train": 5, "val": 4, "test": 3}
+MODELS = {"demo_retrieval": "blip_retrieval_aurora", "demo_vqa": "blip_vqa_aurora"}
+
+
+@pytest.fixture(params=MODELS)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def build(tmp_path: Path, monkeypatch, name: str):
+    """Build the dataset under ``tmp_path``, with so few pictures."""
+    monkeypatch.setitem(registry.mapping["paths"], "cache_root", str(tmp_path))
+
+    def build_so(kind: str = "default", **info) -> dict:
+        annotations = {split: {"count": count} for split, count in COUNTS.items()}
+        info = {"annotations": {}, **info}
+        info["annotations"] = {**annotations, **info["annotations"]}
+        project = {
+            "model": {"arch": MODELS[name], "model_type": "tiny", "pretrained": None},
+            "datasets": {name: {"type": kind, "build_info": info}},
+            "run": {"task": "vqa_aurora" if "vqa" in name else "retrieval_aurora"},
+        }
+        path = tmp_path / "project.yaml"
+        OmegaConf.save(project, path)
+        return build_checked(name, config(path).datasets_cfg[name])
+
+    def config(path: Path) -> DictConfig:
+        return load_config(str(path))
+
+    return build_so
+
+
+def _made(monkeypatch) -> list[dict]:
+    """The numbers of pictures of each time that something is made."""
+    made = []
+    for function in ("generate_pictures", "generate_questions"):
+        real = getattr(demo_builder, function)
+        monkeypatch.setattr(
+            demo_builder, function, lambda *args, real=real: (made.append(dict(args[2])), real(*args))[1]
+        )
+    return made
+
+
+@pytest.mark.parametrize("kind", ["default", "clean"])
+def test_made_on_first_use_and_kept(build, name: str, kind: str, tmp_path: Path, monkeypatch) -> None:
+    made = _made(monkeypatch)
+    datasets = build(kind)
+    each = {"demo_retrieval": 1, "demo_vqa": 2 if kind == "clean" else 4}[name]
+    expected = {split: count * each for split, count in COUNTS.items()}
+    if (name, kind) == ("demo_vqa", "clean"):
+        expected["train"] += COUNTS["train"]  # captions
+    assert {split: len(dataset) for split, dataset in datasets.items()} == expected
+    sample = datasets["train"][0]
+    assert sample["image"].shape == (3, 48, 48) and sample["text_input"]
+    domain = "clean" if kind == "clean" else "shifted"
+    assert datasets["val"].annotation[0]["image"].startswith(f"{domain}/val/")
+    build(kind)
+    assert made == [COUNTS]
+
+
+def test_questions_come_with_weights_and_true_answers(build, name: str) -> None:
+    if name != "demo_vqa":
+        pytest.skip("of questions")
+    datasets = build()
+    for sample in datasets["train"]:
+        assert sum(sample["weights"]) == pytest.approx(1) and max(sample["weights"]) > 0.79
+    assert datasets["test"].answer_list and datasets["test"].coco_fmt_anno_file.endswith("test_annotations.json")
+
+
+def test_made_anew_in_other_numbers_or_of_another_seed(build, name: str, monkeypatch) -> None:
+    build()
+    made = _made(monkeypatch)
+    changes = [{"seed": 1}, {"annotations": {split: {"count": 6} for split in COUNTS}}]
+    changes += [{"each": 2}] if name == "demo_vqa" else []
+    for number, change in enumerate(changes, start=1):
+        build(**change)
+        build(**change)
+        assert len(made) == number
+
+
+def test_made_anew_where_a_file_is_gone(build, name: str, tmp_path: Path, monkeypatch) -> None:
+    datasets = build()
+    made = _made(monkeypatch)
+    [storage] = {Path(d.coco_fmt_anno_file) for s, d in datasets.items() if s == "val"} if "vqa" in name else {None}
+    (storage or tmp_path / "demo_ret" / "shifted_val.json").unlink()
+    build()
+    assert made == [COUNTS]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"domain": "dirty"}, "unknown domain 'dirty': choose one of clean, shifted"),
+        ({"seed": "x"}, "invalid literal for int"),
+        ({"annotations": {"train": {"count": -3}}}, "count of 'train' is -3"),
+        ({"annotations": {"train": {"count": None}}}, "build_info: the demo's data cannot be made"),
+        ({"each": 0}, "0 questions about each picture: give 1 to 99"),
+        ({"each": 90}, "90 questions about each picture are too many"),
+    ],
+)
+def test_keys_that_cannot_be_used(build, name: str, change: dict, message: str, tmp_path: Path) -> None:
+    if "each" in change and name != "demo_vqa":
+        pytest.skip("of questions")
+    with pytest.raises(AuroraError, match=message):
+        build(**change)
+    assert not [*tmp_path.rglob("*vqa_train.json")]
+
+
+def test_shipped_types_name_their_own_files(name: str) -> None:
+    builder = registry.get_builder_class(name)
+    for kind in ("default", "clean"):
+        info = OmegaConf.load(builder.DATASET_CONFIG_DICT[kind]).datasets[name].build_info
+        assert info.domain == ("clean" if kind == "clean" else "shifted")
+        for split, part in info.annotations.items():
+            files = [part.storage] if isinstance(part.storage, str) else part.storage
+            assert all(file.split("/")[1].startswith(info.domain) for file in files)
+            assert all(split in file or "answers" in file for file in files)

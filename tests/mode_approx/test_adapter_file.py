@@ -1,0 +1,302 @@
+"""Law 6: an adapter survives its folder; what does not fit is refused with the difference."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from toy import TARGETS, Toy, adapted_toy, inputs, randomize
+
+import lavis_aurora.mode_approx.adapter_file as adapter_file
+from lavis_aurora import (
+    AuroraError,
+    ModeApproxConfig,
+    inject_mode_approx,
+    list_adapters,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+    set_adapter,
+)
+from lavis_aurora.mode_approx.adapter_config import AdapterConfig
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model and the folder of its adapter."""
+    model = adapted_toy()
+    save_adapter(model, tmp_path / "adapter", metrics={"epoch": 3, "val": {"r1": 41.5}})
+    return model, tmp_path / "adapter"
+
+
+def edit(folder, **changes) -> None:
+    data = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**data, **changes}))
+
+
+# Round trips
+
+
+def test_a_fresh_model_with_the_adapter_is_the_tuned_one(saved):
+    model, folder = saved
+    fresh = adapted_toy(update_seed=9)
+    load_adapter(fresh, folder)
+    assert torch.equal(fresh(inputs()), model(inputs()))
+    assert all(p.requires_grad for p in fresh.mode_approx.parameters())
+
+
+def test_under_a_new_name_it_stands_beside_and_is_frozen(saved):
+    model, folder = saved
+    other = adapted_toy(rank=2, update_seed=5)
+    before = other(inputs())
+    load_adapter(other, folder, "tuned")
+    assert torch.equal(other(inputs()), before)
+    set_adapter(other, "tuned")
+    assert torch.equal(other(inputs()), model(inputs()))
+    assert not any(p.requires_grad for p in other.mode_approx.sets["tuned"].parameters())
+    assert list_adapters(other) == ["default", "tuned"]
+
+
+def test_the_named_adapter_is_saved(saved, tmp_path):
+    model, _ = saved
+    model.mode_approx.add_set("wide", ModeApproxConfig(rank=7))
+    randomize(model, "wide", 3)
+    save_adapter(model, tmp_path / "wide", name="wide")
+    fresh = adapted_toy(rank=7)
+    load_adapter(fresh, tmp_path / "wide")
+    set_adapter(model, "wide")
+    assert torch.equal(fresh(inputs()), model(inputs()))
+    with pytest.raises(AuroraError, match="no adapter 'wied'; did you mean 'wide'"):
+        save_adapter(model, tmp_path / "wide", name="wied")
+
+
+def test_the_config_round_trips(saved):
+    text = (saved[1] / CONFIG).read_text()
+    config = AdapterConfig.from_json(text)
+    assert config.to_json() == text
+    assert AdapterConfig.from_json(config.to_json()) == config
+    assert config.metrics == {"epoch": 3, "val": {"r1": 41.5}}
+    assert config.slots["query"] == [24, 6]
+
+
+def test_saving_a_merged_adapter_is_saving_it_unmerged(saved, tmp_path):
+    model, folder = saved
+    merge_adapter(model)
+    save_adapter(model, tmp_path / "again")
+    assert (tmp_path / "again" / TENSORS).read_bytes() == (folder / TENSORS).read_bytes()
+    base = [json.loads((f / CONFIG).read_text())["base"] for f in (folder, tmp_path / "again")]
+    assert base[0] == base[1]
+
+
+def test_blip_base_at_rank_64_is_below_07_mb(tmp_path):
+    """BLIP base's own shapes without their memory; the shared factors are in the file once."""
+    zero = nn.Parameter(torch.zeros(1))
+    model = nn.ModuleDict()
+    for i in range(12):
+        for block, names in (("vision", ["qkv"]), ("self", ("query", "key", "value")), ("cross", ("query", "key"))):
+            model[f"{block}{i}"] = nn.ModuleDict({n: nn.Linear(8, 8, device="meta") for n in names})
+        model[f"cross{i}"]["value"] = nn.Linear(8, 8, device="meta")
+    for module in model.modules():
+        if isinstance(module, nn.ModuleDict) and not isinstance(next(iter(module.values())), nn.ModuleDict):
+            for name, linear in module.items():
+                rows = 3 * 768 if name == "qkv" else 768
+                linear.weight = nn.Parameter(zero.detach().expand(rows, 768))
+                linear.in_features, linear.out_features, linear.bias = 768, rows, None
+    factors = inject_mode_approx(model, ModeApproxConfig(rank=64), [r".*\.(qkv|query|key|value)"])
+    assert len(factors.slots) == 108
+    save_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    gates = 2 * 12 * 768
+    assert sum(t.numel() for t in tensors.values()) + gates == 130_560
+    size = sum((tmp_path / name).stat().st_size for name in (CONFIG, TENSORS))
+    assert size + 4 * gates < 0.7e6
+
+
+# What does not fit
+
+
+def narrow():
+    model = Toy()
+    model.query, model.key = nn.Linear(24, 4), nn.Linear(4, 6)
+    inject_mode_approx(model, ModeApproxConfig(rank=4), TARGETS)
+    return model
+
+
+def shallow():
+    model = Toy()
+    inject_mode_approx(model, ModeApproxConfig(rank=4), ["qkv", "query"])
+    return model
+
+
+MISFITS = [
+    (narrow, ["slot query is 24 x 6 there and 24 x 4 here", "slot key is 6 x 6 there and 4 x 6 here"]),
+    (shallow, ["5 slots there and 4 here", "slot key is missing here"]),
+    (lambda: adapted_toy(rank=2), ["mode_approx.rank is 4 there and 2 here", "under a new name"]),
+    (lambda: adapted_toy(scale=2.0), ["mode_approx.scale is 8.0 there and 2.0 here"]),
+    (lambda: adapted_toy(seed=1), ["tuned on other weights", "check_base=False (model.adapter_check_base: false)"]),
+]
+
+
+@pytest.mark.parametrize(("build", "words"), MISFITS, ids=["width", "depth", "rank", "scale", "base"])
+def test_a_misfit_says_what_differs_and_changes_nothing(saved, build, words):
+    model = build()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(AuroraError) as caught:
+        load_adapter(model, saved[1])
+    for word in (str(saved[1]), "does not fit this model", *words):
+        assert word in str(caught.value)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_another_base_can_be_taken_all_the_same(saved):
+    other = adapted_toy(seed=1, update_seed=9)
+    load_adapter(other, saved[1], check_base=False)
+    assert torch.equal(other.mode_approx.sets["default"].P, saved[0].mode_approx.sets["default"].P)
+
+
+def test_the_base_is_hashed_once_while_it_stays_the_same(saved, tmp_path, monkeypatch):
+    model, _ = saved
+    hashed = []
+    original = adapter_file.hashlib.sha256
+    monkeypatch.setattr(adapter_file.hashlib, "sha256", lambda *data: hashed.append(data) or original(*data))
+    before = adapter_file.base_hash(model)
+    save_adapter(model, tmp_path / "again")
+    assert len(hashed) == 1  # of the tensors' file
+    with torch.no_grad():
+        model.key.adapted_weight[0, 0] += 1
+    assert adapter_file.base_hash(model) != before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"heads.head.weight": torch.ones(3, 6)}, "heads.head.weight has no place here"),
+        ({"factors.P": None}, "factors.P is missing there"),
+        ({"factors.P": torch.ones(2, 4)}, r"factors.P is \(2, 4\) there and \(5, 4\) here"),
+        ({"factors.P": torch.full((5, 4), torch.nan)}, "factors.P is not finite there"),
+    ],
+)
+def test_tensors_other_than_the_settings_announce_are_named(saved, change, words):
+    model, folder = saved
+    tensors = {key: value for key, value in {**load_file(folder / TENSORS), **change}.items() if value is not None}
+    save_file(tensors, folder / TENSORS)
+    edit(folder, tensors_sha256=adapter_file.hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest())
+    with pytest.raises(AuroraError, match=words):
+        load_adapter(model, folder)
+
+
+def test_names_that_cannot_be_loaded_under(saved):
+    model, folder = saved
+    model.mode_approx.add_set("momentum", ModeApproxConfig(rank=4))
+    with pytest.raises(AuroraError, match="cannot be called 'momentum', which a model keeps for its training"):
+        load_adapter(model, folder, "momentum")
+    merge_adapter(model)
+    with pytest.raises(AuroraError, match="'default' is merged into the weights; unmerge_adapter"):
+        load_adapter(model, folder)
+
+
+# What cannot be read
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rank": 3}, "rank: unknown key"),
+        ({"mode_approx": {"rank": 4, "skale": 1}}, "mode_approx.skale: unknown key; did you mean 'scale'"),
+        ({"mode_approx": {"rank": "4"}}, "mode_approx.rank: '4' is not a int"),
+        ({"mode_approx": {"rank": 0}}, "mode_approx.rank: 0 cannot be used"),
+        ({"base": {"name": "x"}}, "base.sha256: missing"),
+        ({"slots": {"query": [4]}}, r"slots.query: \[4\] is not \[d_in, d_out\]"),
+        ({"slots": []}, r"slots: \[\] is not a dict"),
+        ({"format": 2}, "format: 2 is not 1, which this version reads"),
+        ({"base": 3}, "base: must be a section of keys, not 3"),
+    ],
+)
+def test_a_config_with_what_is_not_known_is_refused(saved, change, words):
+    model, folder = saved
+    edit(folder, **change)
+    with pytest.raises(AuroraError, match=f"{CONFIG}: {words}"):
+        load_adapter(model, folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\xff"])
+def test_a_config_that_is_none(saved, text):
+    model, folder = saved
+    (folder / CONFIG).write_bytes(text.encode("latin-1"))
+    with pytest.raises(AuroraError, match=CONFIG):
+        load_adapter(model, folder)
+
+
+def test_folders_that_are_none(saved, tmp_path):
+    model, folder = saved
+    with pytest.raises(AuroraError, match=f"{tmp_path} is no adapter folder: it has no {CONFIG}"):
+        load_adapter(model, tmp_path)
+    (folder / TENSORS).unlink()
+    with pytest.raises(AuroraError, match=f"{TENSORS} cannot be read"):
+        load_adapter(model, folder)
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("sprung",)
+
+
+@pytest.mark.parametrize("own_hash", [False, True])
+def test_nothing_is_unpickled(saved, tmp_path, monkeypatch, own_hash):
+    monkeypatch.chdir(tmp_path)
+    model, folder = saved
+    content = pickle.dumps(Trap())
+    (folder / TENSORS).write_bytes(content)
+    if own_hash:
+        edit(folder, tensors_sha256=adapter_file.hashlib.sha256(content).hexdigest())
+    with pytest.raises(AuroraError, match="not a readable safetensors" if own_hash else "is not the file that"):
+        load_adapter(model, folder)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_failing_write_leaves_the_old_adapter(saved, monkeypatch, failing):
+    """The disk fills up at the first or at the second file."""
+    model, folder = saved
+    expected = model(inputs())
+    randomize(model, "default", 20)
+    real, calls = os.fsync, iter(range(1, 9))
+
+    def full(descriptor):
+        if next(calls) == failing:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(AuroraError, match="cannot write .*No space left"):
+        save_adapter(model, folder)
+    assert {p.name for p in folder.iterdir()} == {CONFIG, TENSORS}
+    fresh = adapted_toy(update_seed=4)
+    load_adapter(fresh, folder)
+    assert torch.equal(fresh(inputs()), expected)
+
+
+def test_files_of_two_adapters_are_no_adapter(saved, tmp_path):
+    model, folder = saved
+    randomize(model, "default", 20)
+    save_adapter(model, tmp_path / "other")
+    (tmp_path / "other" / TENSORS).replace(folder / TENSORS)
+    with pytest.raises(AuroraError, match=f"{TENSORS} is not the file that {CONFIG} beside it belongs to"):
+        load_adapter(model, folder)
+
+
+def test_what_is_not_finite_is_not_written(saved, tmp_path):
+    model, _ = saved
+    with torch.no_grad():
+        model.mode_approx.sets["default"].P[0, 0] = float("nan")
+    with pytest.raises(AuroraError, match="factors.P: not finite"):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(AuroraError, match="plain JSON values"):
+        save_adapter(adapted_toy(), tmp_path / "new", metrics={"r1": float("nan")})
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,186 @@
+"""The demo's program: figures read from runs, tables and pictures of them, and errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import demo
+import pytest
+from demo_runs import Run, execute
+from demo_tasks import gap_closed
+from PIL import Image
+
+from lavis_aurora.demo.question_files import generate_questions, split_files
+
+PARAMETERS = {"frozen": 0, "heads": 50, "aurora": 100, "full": 1000}
+
+
+def _run(folder: Path, task: str, tuning: str, results: dict[str, dict]) -> Run:
+    """A run that is over, and left these result files."""
+    run = Run(demo.TASKS[task].path, tuning, 1e-2, folder / tuning, seconds=12.0)
+    (run.folder / "job" / "result").mkdir(parents=True)
+    for name, content in results.items():
+        (run.folder / "job" / "result" / name).write_text(json.dumps(content))
+    run.log.write_text(f"x\ntrainable params: {PARAMETERS[tuning]:,} || all params: 1,000 || trainable%: 1\n")
+    return run
+
+
+def _retrieval(level: float) -> dict[str, dict]:
+    metrics = {"agg_metrics": level}
+    for direction in ("image_to_text", "text_to_image"):
+        for k in (1, 5, 10):
+            metrics |= {f"{direction}_r{k}": level + k, f"{direction}_itc_r{k}": level, f"{direction}_chance_r{k}": k}
+    return {
+        "val_epoch_0.json": {"metrics": {"agg_metrics": level / 2}},
+        "val_epoch_1.json": {"metrics": {"agg_metrics": level / 4}},
+        "test_epoch_best.json": {"metrics": metrics, "images": 5, "texts": 6, "ranks": []},
+    }
+
+
+def _vqa(level: float) -> dict[str, dict]:
+    kinds = {"color": 1.0, "shape": 2.0, "count": 3.0, "position": 4.0, "yes/no": 5.0}
+    scores = {
+        "split": "test",
+        "questions": 20,
+        "accuracy": level,
+        "answer_types": {"other": level + 6, "number": level + 3, "yes/no": level + 5},
+        "question_types": {kind: level + more for kind, more in kinds.items()},
+    }
+    return {
+        "val_epoch_0_accuracy.json": {**scores, "accuracy": level / 2},
+        "val_epoch_1_accuracy.json": {**scores, "accuracy": level / 4},
+        "test_epoch_best_accuracy.json": scores,
+        # Of other kinds: a pattern too wide would read these.
+        "val_epoch_0_vqa_result.json": {"answer": "red"},
+        "test_epoch_best_vqa_result.json": {"answer": "red"},
+    }
+
+
+RESULTS = {"retrieval": _retrieval, "vqa": _vqa}
+LEVELS = {"frozen": 20.0, "heads": 30.0, "aurora": 50.0, "full": 60.0}
+REFERENCES = {"retrieval": {}, "vqa": {"guesses": _vqa(10.0)["test_epoch_best_accuracy.json"]}}
+
+
+def _rows(tmp_path: Path, task: str) -> list[dict]:
+    ways = demo.TASKS[task].rates
+    runs = [_run(tmp_path, task, tuning, RESULTS[task](LEVELS[tuning])) for tuning in ways]
+    return demo.rows_of(demo.TASKS[task], runs, REFERENCES[task])
+
+
+@pytest.mark.parametrize("task", RESULTS)
+def test_rows_have_what_the_runs_wrote(tmp_path: Path, task: str) -> None:
+    rows = _rows(tmp_path, task)
+    assert [row["tuning"] for row in rows] == [*demo.TASKS[task].rates]
+    for row in rows:
+        assert row["trained_parameters"] == PARAMETERS[row["tuning"]]
+        assert row["percent_of_backbone"] == PARAMETERS[row["tuning"]] / 10
+        assert row["seconds"] == 12
+    json.dumps(rows)
+
+
+@pytest.mark.parametrize("task", RESULTS)
+def test_the_best_epoch_counts_in_a_search(tmp_path: Path, task: str) -> None:
+    assert demo.TASKS[task].validation(_run(tmp_path, task, "full", RESULTS[task](60.0))) == 30
+
+
+def test_table_of_retrieval(tmp_path: Path) -> None:
+    lines = demo.TASKS["retrieval"].table(_rows(tmp_path, "retrieval")).splitlines()
+    assert "5 images, 6 texts" in lines[0]
+    [aurora, plain] = [line.split() for line in lines if line.startswith("Aurora  ")]
+    assert aurora[1:] == ["51.0", "55.0", "60.0"] * 2 + ["100", "10.00%", "12"]
+    assert plain[1:7] == ["50.0"] * 6
+    assert lines.count("Aurora closes 75% of the gap in mean R@1 between frozen and full") == 2
+
+
+def test_table_of_vqa(tmp_path: Path) -> None:
+    lines = demo.TASKS["vqa"].table(_rows(tmp_path, "vqa")).splitlines()
+    assert "20 questions" in lines[0]
+    assert lines[2].split() == ["all", "other", *_vqa(0)["test_epoch_best_accuracy.json"]["question_types"]] + [
+        "trained",
+        "share",
+        "seconds",
+    ]
+    [aurora] = [line.split() for line in lines if line.startswith("Aurora  ")]
+    assert aurora[1:] == ["50.0", "56.0", "51.0", "52.0", "53.0", "54.0", "55.0", "100", "10.00%", "12"]
+    [guesses] = [line.split() for line in lines if line.startswith("without the picture")]
+    assert guesses[3:] == ["10.0", "16.0", "11.0", "12.0", "13.0", "14.0", "15.0"]
+    assert lines[-1] == "Aurora closes 75% of the gap between frozen and full"
+
+
+@pytest.mark.parametrize("task", RESULTS)
+def test_picture(tmp_path: Path, task: str) -> None:
+    path = tmp_path / "table.png"
+    demo.TASKS[task].draw(_rows(tmp_path, task), path)
+    with Image.open(path) as picture:
+        assert picture.format == "PNG" and picture.width > 800
+
+
+def test_guesses_are_the_commonest_answers_in_training(tmp_path: Path) -> None:
+    """Ten of ten annotators say yes to one question in training; the other is not asked there."""
+    generate_questions(tmp_path, "shifted", {"test": 2}, each=2)
+    _, _, questions, annotations = split_files(tmp_path, "shifted", "test")
+    asked = json.loads(questions.read_text())["questions"]
+    truth = json.loads(annotations.read_text())
+    for item, answer in zip(truth["annotations"], ("yes", "yes", "no", "no")):
+        for given in item["answers"]:
+            given["answer"] = answer
+    annotations.write_text(json.dumps(truth))
+    texts = [asked[0]["question"], asked[2]["question"]]
+    train = [
+        {"question": texts[0], "answer": ["yes"] * 10},
+        {"question": texts[1], "answer": ["yes"] * 6 + ["no"] * 4},
+    ]
+    datasets = {
+        "train": SimpleNamespace(annotation=train),
+        "test": SimpleNamespace(
+            annotation=asked, coco_fmt_qust_file=str(questions), coco_fmt_anno_file=str(annotations)
+        ),
+    }
+    found = demo.TASKS["vqa"].references(datasets, tmp_path)["guesses"]
+    assert found["accuracy"] == 50
+    assert {entry["answer"] for entry in json.loads((tmp_path / "guesses.json").read_text())} == {"yes"}
+
+
+def test_gap_closed() -> None:
+    assert gap_closed({"frozen": 10, "aurora": 20, "full": 50}) == 25
+    assert gap_closed({"frozen": 10, "aurora": 20, "full": 10}) is None
+
+
+def test_a_failed_run_ends_the_demo_with_the_end_of_its_log(tmp_path: Path, capfd) -> None:
+    run = Run(tmp_path / "missing.yaml", "full", 1e-3, tmp_path / "run")
+    with pytest.raises(SystemExit, match=r"the run 'full, rate 0.001' failed(.|\n)*missing.yaml: no such file"):
+        execute([run], 1, [])
+
+
+def test_a_run_left_early_is_stopped(tmp_path: Path, monkeypatch) -> None:
+    run = Run(tmp_path / "x.yaml", "full", 1e-3, tmp_path / "run")
+    monkeypatch.setattr(Run, "finished", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        execute([run], 1, [])
+    assert run.process.wait(30) != 0
+
+
+@pytest.mark.parametrize("task", demo.TASKS)
+def test_projects_of_the_demos_can_be_loaded_and_searched(task: str) -> None:
+    from lavis_aurora.cli import load_config
+
+    own = demo.TASKS[task]
+    cfg = load_config(str(own.path))
+    assert cfg.run_cfg.init_lr == own.rates["aurora"] and cfg.model_cfg.tuning == "aurora"
+    assert {*own.grid} == {*own.rates} - {"frozen"}
+    assert all(own.rates[tuning] in rates for tuning, rates in own.grid.items())
+
+
+def test_command_line_chooses_the_task(monkeypatch, capsys) -> None:
+    called = []
+    monkeypatch.setattr(
+        demo, "compare", lambda task, folder, *rest: called.append((task.project, folder.parent.name))
+    )
+    demo.main([])
+    demo.main(["--task", "vqa"])
+    assert called == [("demo_ret.yaml", "demo_ret"), ("demo_vqa.yaml", "demo_vqa")]
+    with pytest.raises(SystemExit):
+        demo.main(["--task", "vqaa"])
+    assert "invalid choice: 'vqaa'" in capsys.readouterr().err

@@ -1,0 +1,155 @@
+"""The command ``lavis-aurora``: inspect, merge, targets, configs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from tiny import activate, tiny_model
+
+from lavis_aurora import AuroraError, save_adapter
+from lavis_aurora.cli import main
+from lavis_aurora.commands import PROJECTS, configs, inspect, merge, targets
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def failing(capsys):
+    """Run the command, and return its one line of an error."""
+
+    def run(*argv: object) -> str:
+        with pytest.raises(SystemExit) as caught:
+            main([str(word) for word in argv])
+        assert caught.value.code == 1
+        [line] = capsys.readouterr().err.splitlines()
+        return line
+
+    return run
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """The folder of an adapter on random weights, without gates."""
+    model = activate(tiny_model(gate={"form": "none"}, mode_approx={"rank": 4}))
+    save_adapter(model, tmp_path / "adapter", metrics={"epoch": 2, "val": {"image_to_text_r1": 41.234}})
+    return tmp_path / "adapter"
+
+
+# inspect
+
+
+def test_inspect_a_folder(adapter, capsys):
+    main(["inspect", str(adapter)])
+    out = capsys.readouterr().out
+    for words in (
+        "blip_retrieval_aurora tiny",
+        "without a name (sha256 ",
+        "rank 4, scale 8.0",
+        "27 of 128 x 128",
+        "form none, init zeros",
+        "image_to_text_r1 41.23",
+        "torch ",
+        "factors.U.128",
+        "heads.vision_proj.weight",
+    ):
+        assert words in out
+    numbers = 2 * 128 * 4 + 2 * 27 * 4 + sum(p.numel() for p in _heads())
+    assert f"{numbers:,} numbers" in out
+    assert inspect(str(adapter / "adapter_model.safetensors")) + "\n" == out
+
+
+def _heads():
+    for head in tiny_model().heads:
+        yield from [head] if isinstance(head, torch.nn.Parameter) else head.parameters()
+
+
+def test_inspect_any_file_of_weights(tmp_path):
+    weights = {f"layer.{i}.weight": torch.zeros(3, 2) for i in range(4)}
+    save_file(weights, tmp_path / "a.safetensors")
+    torch.save({"model": {**weights, "temp": torch.zeros([])}}, tmp_path / "a.pth")
+    for name, count in (("a.safetensors", 24), ("a.pth", 25)):
+        table = inspect(str(tmp_path / name))
+        [row] = [line.split() for line in table.splitlines() if line.startswith("layer.*.weight")]
+        assert row == ["layer.*.weight", "3", "x", "2", "float32", "4", "24"]
+        assert f"{count} numbers" in table
+
+
+def test_inspect_what_is_none(tmp_path, adapter, failing):
+    assert "no such file" in failing("inspect", tmp_path / "absent")
+    assert "is no adapter folder: it has no adapter_config.json" in failing("inspect", tmp_path / "adapter" / "..")
+    adapter.rename(tmp_path / "adapter_best")
+    assert "is the folder of a run; name one of its adapters: adapter_best" in failing("inspect", tmp_path)
+    (tmp_path / "text.pth").write_text("hello")
+    assert "is not a readable checkpoint" in failing("inspect", tmp_path / "text.pth")
+
+
+# merge; that plain LAVIS loads the file and scores alike is tested in models/test_adapter_owner.py
+
+
+def test_merge_needs_the_base_and_leaves_nothing_half_done(adapter, tmp_path, failing):
+    output = tmp_path / "merged.pth"
+    # The adapter's base were random weights, which no one has any more.
+    assert "tuned on other weights" in failing("merge", adapter, output)
+    assert "no such file: absent.pth" in failing("merge", adapter, output, "--pretrained", "absent.pth")
+    assert not output.exists()
+    output.write_text("mine")
+    with pytest.raises(AuroraError, match=r"merged.pth is there already; name another file"):
+        merge(str(adapter), str(output))
+    assert output.read_text() == "mine"
+
+
+def test_merge_of_an_adapter_that_does_not_name_its_model(adapter, tmp_path):
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model": {}}))
+    with pytest.raises(AuroraError, match="does not name its model; use merged_state_dict"):
+        merge(str(adapter), str(tmp_path / "merged.pth"))
+
+
+# targets
+
+
+def test_targets(capsys):
+    main(["targets", "blip_vqa_aurora", "--model-type", "tiny"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {line[0]: line[1:] for line in lines}
+    vision = rows["visual_encoder.blocks.*.attn.qkv.weight"]
+    assert vision == ["384", "x", "128", "9", "query,", "key,", "value"]
+    shared = rows["text_decoder.bert.encoder.layer.*.attention.self.key.weight"]
+    assert shared == ["128", "x", "128", "3", "text_encoder.encoder.layer.*.attention.self.key"]
+    assert lines[-1][:2] == ["27", "slots"]
+
+
+def test_targets_of_what_is_not_there(failing):
+    assert "no model 'blip_retrieval_auror'; did you mean 'blip_retrieval_aurora'" in failing(
+        "targets", "blip_retrieval_auror"
+    )
+    assert "model.model_type: unknown type 'tinny'; did you mean 'tiny'" in failing(
+        "targets", "blip_retrieval_aurora", "--model-type", "tinny"
+    )
+    with pytest.raises(AuroraError, match="blip_caption is not a model of this package, as blip_retrieval_aurora"):
+        targets("blip_caption")
+
+
+# configs
+
+
+def test_configs_are_those_of_the_source_tree():
+    own = {path.name: path.read_text() for path in (ROOT / "projects" / "aurora").glob("*.yaml")}
+    assert own and own == {path.name: path.read_text() for path in PROJECTS.glob("*.yaml")}
+    listed = configs([])
+    for name in own:
+        assert name.removesuffix(".yaml") in listed
+    assert "MSCOCO retrieval" in listed
+
+
+def test_configs_are_copied_and_nothing_is_overwritten(tmp_path, failing, capsys):
+    main(["configs", "demo_ret", "coco_ret.yaml", "--to", str(tmp_path / "new")])
+    assert capsys.readouterr().out.split() == [str(tmp_path / "new" / f"{n}.yaml") for n in ("demo_ret", "coco_ret")]
+    assert (
+        yaml.safe_load((tmp_path / "new" / "demo_ret.yaml").read_text())["model"]["arch"] == "blip_retrieval_aurora"
+    )
+    assert "demo_ret.yaml is there already" in failing("configs", "demo_ret", "--to", tmp_path / "new")
+    assert "no project 'demo_rat'; did you mean 'demo_ret'" in failing("configs", "demo_rat")
