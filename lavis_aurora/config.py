@@ -17,7 +17,8 @@ GATE_FORMS = ("residual", "convex", "affine", "none")
 GATE_INITS = ("zeros", "ones")
 SHARINGS = ("global", "tower")
 CONTEXT_FORMS = ("attention", "mean", "random", "none")
-TUNINGS = ("aurora", "heads", "full", "frozen")
+TUNINGS = ("aurora", "heads", "lora", "uniadapter", "full", "frozen")
+LORA_TARGETS = ("attention", "feed_forward")
 INFERENCE_METHODS = ("rank", "generate")
 TOKEN_DTYPES = ("float32", "bfloat16")
 
@@ -57,6 +58,8 @@ class ModeApproxConfig:
             learning rate that suits the heads suits the factors.
         sharing: global (one U and V for all towers, the paper) or tower (one for each, the paper's comparison in 4.4,
             with 2dr more parameters for each tower beyond the first).
+        dropout: probability of dropping a feature that the update of a linear layer reads, in training. The update
+            is then computed beside the layer, which costs time and memory.
         targets: which layers are adapted: regular expressions over their whole names, or names of presets
             (``mode_approx/presets.py``), one or a list; null for those that the model is meant for.
     """
@@ -64,12 +67,14 @@ class ModeApproxConfig:
     rank: int = 64
     scale: float = 8.0
     sharing: str = "global"
+    dropout: float = 0.0
     targets: Any = None
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "mode_approx.rank", self.rank, "1 or more")
         _require(self.scale > 0, "mode_approx.scale", self.scale, "above 0")
         _one_of("mode_approx.sharing", self.sharing, SHARINGS)
+        _require(0 <= self.dropout < 1, "mode_approx.dropout", self.dropout, "0 or more and below 1")
         if self.targets is not None:
             self.targets = _patterns("mode_approx.targets", self.targets)
 
@@ -107,6 +112,48 @@ class ContextConfig:
 
 
 @dataclass
+class LoraConfig:
+    """LoRA, a baseline (arXiv 2106.09685; the Aurora paper's tables have rank 32).
+
+    Attributes:
+        rank: of the update of each weight.
+        alpha: the update is multiplied by alpha / rank.
+        dropout: probability of dropping a feature that the update reads, in training.
+        targets: attention (query, key, value), feed_forward, or both, which gives the paper's 10.6M parameters.
+    """
+
+    rank: int = 32
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "lora.rank", self.rank, "1 or more")
+        _require(self.alpha > 0, "lora.alpha", self.alpha, "above 0")
+        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "0 or more and below 1")
+        _require(bool(self.targets), "lora.targets", self.targets, f"some of {', '.join(LORA_TARGETS)}")
+        for target in self.targets:
+            _one_of("lora.targets", target, LORA_TARGETS)
+
+
+@dataclass
+class UniAdapterConfig:
+    """UniAdapter, a baseline (arXiv 2302.06605; the Aurora paper's tables have ranks 128 and 512).
+
+    Attributes:
+        rank: width of the bottlenecks.
+        scale: factor on their output, 0.1 as in its authors' code.
+    """
+
+    rank: int = 512
+    scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "uniadapter.rank", self.rank, "1 or more")
+        _require(self.scale > 0, "uniadapter.scale", self.scale, "above 0")
+
+
+@dataclass
 class VitConfig:
     """A ViT of any size, instead of LAVIS's ``vit_type: base | large``. Sizes in pixels, dimensions, layers."""
 
@@ -135,9 +182,11 @@ class BlipAuroraConfig:
         vit_ckpt_layer, vit_drop_path_rate, vit_layer_norm_epsilon, med_config_path, max_txt_len: LAVIS's own.
         vit: sizes of another ViT than LAVIS's two.
         tokenizer: hub name of a BERT tokenizer, or a folder with its vocab.txt.
-        tuning: aurora (the method), heads (only the heads), full (the whole model, the baseline), frozen.
+        tuning: aurora (the method), heads (only the heads), frozen, and the baselines lora, uniadapter, full (the
+            whole model).
         train_heads: also train the heads (projections, matching head, temperature), reported apart.
         mode_approx, gate: parts of the method.
+        lora, uniadapter: settings of these baselines.
         adapter: folder of an adapter to start from, see save_adapter; its mode_approx and gate are the defaults then.
         adapter_check_base: refuse an adapter that was tuned on other weights than the model's.
     """
@@ -161,6 +210,8 @@ class BlipAuroraConfig:
     train_heads: bool = True
     mode_approx: ModeApproxConfig = field(default_factory=ModeApproxConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    uniadapter: UniAdapterConfig = field(default_factory=UniAdapterConfig)
     adapter: Optional[str] = None
     adapter_check_base: bool = True
 
@@ -237,7 +288,8 @@ class VqaAuroraConfig(BlipAuroraConfig):
         _require(self.rank_chunk >= 1, "model.rank_chunk", self.rank_chunk, "1 or more (pairs)")
         if self.tuning == "heads":
             raise AuroraError(
-                "model.tuning: blip_vqa_aurora has no heads besides its answer decoder; use aurora, full or frozen"
+                "model.tuning: blip_vqa_aurora has no heads besides its answer decoder; use aurora, lora, "
+                "uniadapter, full or frozen"
             )
 
 
@@ -316,6 +368,7 @@ class RunConfig:
         num_beams, max_len, min_len: of generated answers; 1 beam is greedy, lengths in tokens.
         prompt: wording around each question at evaluation, ``{}`` in the question's place; empty for none.
         use_dist_eval_sampler: LAVIS's; here the task knows whether processes may share a split, and it has no effect.
+        compile: compile the layers of the towers with torch.compile; the first steps then take minutes.
         grad_clip: largest norm of the gradient; 0 for no clipping.
         max_broken_share: share of an epoch's samples whose video may be missing or broken; others are trained on in
             their place, and the run stops above it.
@@ -367,6 +420,7 @@ class RunConfig:
     seed: int = 42
     output_dir: str = "output"
     amp: bool = False
+    compile: bool = False
     log_freq: int = 50
     resume_ckpt_path: Optional[str] = None
     resume: str = "none"

@@ -21,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ChainDataset, DataLoader
 
 from lavis_aurora.errors import AuroraError
-from lavis_aurora.training.run_adapters import AdapterMixin
 from lavis_aurora.training.checkpointing import BEST
 from lavis_aurora.training.finite import FiniteGuard
 from lavis_aurora.training.loaders import build_loader, check_splits
+from lavis_aurora.training.run_adapters import AdapterMixin
 from lavis_aurora.training.saving import SavingMixin
 from lavis_aurora.training.stopping import Stopped, StopRequest
 
@@ -62,6 +62,8 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
         """The model on its device, wrapped for several processes."""
         if self._wrapped_model is None:
             self._model = self._model.to(self.device)
+            if self.config.run_cfg.get("compile", False) and not self.evaluate_only:
+                self._model.compile_layers()
             self._wrapped_model = self._model
             if self.use_distributed and any(p.requires_grad for p in self._model.parameters()):
                 # Queues start alike, are filled alike on all processes, and need not be sent each step.

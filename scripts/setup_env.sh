@@ -80,7 +80,7 @@ echo "setup_env: installing into .venv with Python $version (a first install dow
 if ! {
     "$VENV_PYTHON" -m pip install --disable-pip-version-check --no-input --upgrade "pip>=24" &&
         "$VENV_PYTHON" -m pip install --disable-pip-version-check --no-input \
-            -e ".[test]" -c constraints.txt
+            -e ".[test,baselines]" -c constraints.txt
 } >"$LOG" 2>&1; then
     echo "setup_env: the end of $LOG:" >&2
     tail -n 15 "$LOG" >&2

@@ -68,12 +68,14 @@ class FactorSet(SinglePrecision):
         """s of the equation above, for slots that read ``d_in`` features."""
         return self.config.scale / (U_DEVIATION * math.sqrt(d_in * self.config.rank))
 
-    def slot_weights(self, slots: Sequence[int], d_in: int) -> Tensor:
-        """s * lambda * P of consecutive slots, shape (len(slots), rank)."""
-        rows = slice(slots[0], slots[-1] + 1)
+    def slot_weights(self, slots: Sequence[int] | Tensor, d_in: int) -> Tensor:
+        """s * lambda * P of the slots, shape (len(slots), rank)."""
+        rows = slots if isinstance(slots, Tensor) else list(slots)
+        if isinstance(rows, list) and rows == list(range(rows[0], rows[-1] + 1)):
+            rows = slice(rows[0], rows[-1] + 1)  # no copy, and nothing to send to a GPU
         return self.scale(d_in) * self.coefficients[rows] * self.P[rows]
 
-    def parts(self, slots: Sequence[int], d_in: int, d_out: int) -> tuple[Tensor, Tensor, Tensor]:
+    def parts(self, slots: Sequence[int] | Tensor, d_in: int, d_out: int) -> tuple[Tensor, Tensor, Tensor]:
         """U (d_in, rank), V (d_out, rank) and s * lambda * P (len(slots), rank): the update in its factors."""
         owner = self.owners[slots[0]]  # slots of one weight are of one tower
         return self.U[f"{owner}{d_in}"], self.V[f"{owner}{d_out}"], self.slot_weights(slots, d_in)
@@ -83,7 +85,7 @@ class FactorSet(SinglePrecision):
         u, v, w = self.parts(slots, d_in, d_out)
         return torch.einsum("nr,or,ir->noi", w, v, u).flatten(0, 1)
 
-    def project(self, x: Tensor, slots: Sequence[int], d_out: int) -> Tensor:
+    def project(self, x: Tensor, slots: Sequence[int] | Tensor, d_out: int) -> Tensor:
         """x dW for the slots side by side: x (..., d_in) gives (..., len(slots) * d_out)."""
         u, v, w = (part.to(x.dtype) for part in self.parts(slots, x.shape[-1], d_out))
         inner = (x @ u).unsqueeze(-2) * w

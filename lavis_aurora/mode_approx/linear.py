@@ -15,37 +15,76 @@ from lavis_aurora.mode_approx.factors import ModeFactors
 class FoldedLinear(torch.autograd.Function):
     """y = x (W0 + dW)^T + b with the update folded into the weight: one product beside the folding.
 
-    The backward pass never forms the gradient of the folded weight: with A = x U and B = g V for each slot, the
-    gradients of U, V and w = s * lambda * P follow from products of width ``rank``.
+    The backward pass never forms the gradient of the folded weight. With A = x U, w = s * lambda * P and g_k the
+    gradient of slot k's output, everything follows from products of width ``rank``:
+
+        C_k = A^T g_k,   dV^T = sum_k diag(w_k) C_k,   dw_k = diag(C_k V),   dU = x^T sum_k g_k V diag(w_k)
+
+    The weight is folded in the factors' precision and then rounded to that of x, as a trained weight is in mixed
+    precision.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, w: Tensor) -> Tensor:
-        """x (..., d_in), weight (slots * d_out, d_in), u (d_in, rank), v (d_out, rank), w (slots, rank)."""
-        ctx.save_for_backward(x, weight, u, v, w)
-        return F.linear(x, _folded(weight, u, v, w), bias)
+    def forward(ctx, x: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, w: Tensor, *weights: Tensor) -> Tensor:
+        """x (..., d_in), u (d_in, rank), v (d_out, rank), w (slots, rank); weights, (slots * d_out, d_in) in all."""
+        ctx.save_for_backward(x, u, v, w, *weights)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, _folded(x.dtype, u, v, w, *weights), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        """Gradients of x, u, v and w; weight and bias are frozen."""
-        x, weight, u, v, w = ctx.saved_tensors
-        grad_x = grad @ _folded(weight, u, v, w) if ctx.needs_input_grad[0] else None
-        if not any(ctx.needs_input_grad[3:]):
-            return grad_x, None, None, None, None, None
-        x, grad = x.flatten(0, -2), grad.flatten(0, -2).unflatten(-1, (len(w), -1))
-        a = x @ u
-        b = grad @ v
-        grad_w = (a.unsqueeze(1) * b).sum(dim=0)
-        grad_u = x.t() @ (b * w).sum(dim=1)
-        scaled = (a.unsqueeze(1) * w).flatten(0, 1)
-        grad_v = grad.flatten(0, 1).t() @ scaled
-        return grad_x, None, None, grad_u, grad_v, grad_w
+        """Gradients of x, u, v and w; weights and bias are frozen."""
+        x, u, v, w, *weights = ctx.saved_tensors
+        grad_x = grad @ _folded(x.dtype, u, v, w, *weights) if ctx.needs_input_grad[0] else None
+        frozen = (None,) * len(weights)
+        if not any(ctx.needs_input_grad[2:5]):
+            return grad_x, None, None, None, None, *frozen
+        x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+        # Written with the long side last: as transposed products these are markedly slower on a CPU.
+        grad_u = ((grad @ _rows(v, w).to(x.dtype)).t() @ x).t()
+        # A^T g of each slot, (rank, slots, d_out): both other gradients follow from it.
+        c = ((x @ u.to(x.dtype)).t() @ grad).to(v.dtype).unflatten(1, (len(w), -1))
+        grad_v = (c * w.t().unsqueeze(2)).sum(dim=1).t()
+        grad_w = (c * v.t().unsqueeze(1)).sum(dim=2).t()
+        return grad_x, None, grad_u.to(u.dtype), grad_v, grad_w, *frozen
 
 
-def _folded(weight: Tensor, u: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    """W0 + dW."""
-    rows = (w.unsqueeze(1) * v).flatten(0, 1)
-    return torch.addmm(weight, rows, u.t())
+def _rows(v: Tensor, w: Tensor) -> Tensor:
+    """V diag(w) of the slots one below the other, (slots * d_out, rank)."""
+    return (w.unsqueeze(1) * v).flatten(0, 1)
+
+
+def _folded(dtype: torch.dtype, u: Tensor, v: Tensor, w: Tensor, *weights: Tensor) -> Tensor:
+    """W0 + dW of layers whose weights are stacked in rows."""
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+    return torch.addmm(weight.to(v.dtype), _rows(v, w), u.t()).to(dtype)
+
+
+def linear_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """``layer(x)`` of each layer; those of this module that fold are one product, sharing A = x U."""
+    first = layers[0]
+    together = all(
+        isinstance(layer, ModeApproxLinear)
+        and layer.active_set is first.active_set
+        and layer.slot_width == first.slot_width
+        and layer.folds(x)
+        for layer in layers
+    )
+    if not together:
+        return tuple(layer(x) for layer in layers)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if torch.compiler.is_compiling():
+        # As numbers they would be part of the code, and every layer would be compiled anew.
+        slots = torch.cat([layer.rows for layer in layers])
+    else:
+        slots = [slot for layer in layers for slot in layer.slots]
+    parts = first.active_set.parts(slots, first.in_features, first.slot_width)
+    bias = first.bias
+    if len(layers) > 1 and bias is not None:
+        bias = torch.cat([layer.bias for layer in layers])
+    y = FoldedLinear.apply(x, bias, *parts, *(layer.adapted_weight for layer in layers))
+    return y.split([layer.out_features for layer in layers], dim=-1)
 
 
 class ModeApproxLinear(AdaptedLayer, nn.Linear):
@@ -60,6 +99,12 @@ class ModeApproxLinear(AdaptedLayer, nn.Linear):
 
     def __init__(self, linear: nn.Linear, factors: ModeFactors, slots: Sequence[int]) -> None:
         self.take_over(linear, factors, {"weight": slots})
+
+    def take_over(self, *args, **kwargs) -> None:
+        """As :class:`AdaptedLayer`'s; the slots are there as a tensor too."""
+        super().take_over(*args, **kwargs)
+        device = self.adapted_weight.device
+        self.register_buffer("rows", torch.tensor(self.slots, device=device), persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -79,7 +124,7 @@ class ModeApproxLinear(AdaptedLayer, nn.Linear):
     @property
     def slot_width(self) -> int:
         """d_out of each slot."""
-        return self.out_features // len(self.slots)
+        return self.out_features // len(self.rows)
 
     def delta_weight(self, name: str = "default") -> Tensor:
         """The whole update of this layer, shape (out_features, in_features)."""
@@ -87,17 +132,22 @@ class ModeApproxLinear(AdaptedLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features)."""
-        active, weight = self.active_set, self.adapted_weight
-        if active is not None and self._folds(x):
-            return FoldedLinear.apply(x, weight, self.bias, *active.parts(self.slots, x.shape[-1], self.slot_width))
-        y = F.linear(x, weight, self.bias)
-        return y if active is None else y + active.project(x, self.slots, self.slot_width).to(y.dtype)
+        if self.folds(x):
+            return linear_together(x, self)[0]
+        y = F.linear(x, self.adapted_weight, self.bias)
+        active = self.active_set
+        if active is None:
+            return y
+        x = F.dropout(x, active.config.dropout, self.training)
+        slots = self.rows if torch.compiler.is_compiling() else self.slots
+        return y + active.project(x, slots, self.slot_width).to(y.dtype)
 
-    def _folds(self, x: Tensor) -> bool:
-        """Whether folding is cheaper than the products beside the layer, and safe: one dtype, a frozen layer."""
-        plain = x.dtype == self.adapted_weight.dtype == self.active_set.P.dtype
-        trained = self.adapted_weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        if not plain or trained or torch.is_autocast_enabled(x.device.type):
+    def folds(self, x: Tensor) -> bool:
+        """Whether the update is folded into the weight: where that is the cheaper way, and the layer is frozen."""
+        active, weight, bias = self.active_set, self.adapted_weight, self.bias
+        if active is None or weight.requires_grad or (bias is not None and bias.requires_grad):
+            return False
+        if self.training and active.config.dropout:
             return False
         tokens = x.numel() // x.shape[-1]
         return tokens * (self.in_features + self.out_features) > self.in_features * self.out_features

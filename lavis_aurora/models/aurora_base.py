@@ -5,10 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
-from lavis.models.med import BertModel
+import torch
+from lavis.models.med import BertLayer, BertModel
+from lavis.models.vit import Block
 from torch import Tensor
 from transformers import BatchEncoding
 
+from lavis_aurora.baselines import add_baseline
+from lavis_aurora.baselines.lora import LoraSets
+from lavis_aurora.baselines.uniadapter import UniAdapters
 from lavis_aurora.config import BlipAuroraConfig
 from lavis_aurora.config_check import parse_config
 from lavis_aurora.errors import AuroraError, near_names
@@ -18,6 +23,7 @@ from lavis_aurora.mode_approx.trainable import adapter_parameters
 from lavis_aurora.models.adapter_owner import AdapterOwnerMixin
 from lavis_aurora.models.checkpoint import load_backbone, read_state_dict
 from lavis_aurora.models.fusion import add_gates
+from lavis_aurora.models.matching import longest_anywhere
 from lavis_aurora.models.run_state import RunState
 
 
@@ -27,6 +33,7 @@ class AuroraBase(AdapterOwnerMixin, RunState):
     CONFIG_CLASS: type[BlipAuroraConfig]
     DEFAULT_MODEL_TYPE: str
     mode_approx: ModeFactors | None
+    baseline: LoraSets | UniAdapters | None
     settings: BlipAuroraConfig
 
     @classmethod
@@ -63,6 +70,7 @@ class AuroraBase(AdapterOwnerMixin, RunState):
         """Freeze the backbone and add what ``cfg.tuning`` trains; layers of the same ``slot_name`` share a slot."""
         self.mode_approx = None
         self.settings = cfg
+        self.baseline = add_baseline(self, cfg, targets)
         if cfg.tuning == "aurora":
             inject_mode_approx(self, cfg.mode_approx, targets, slot_name)
             add_gates(gated, cfg.gate, self.mode_approx)
@@ -92,7 +100,10 @@ class AuroraBase(AdapterOwnerMixin, RunState):
         new = {name for name, parameter in self.named_parameters() if id(parameter) in adapter}
         new |= {name for name in self.state_dict() if name.partition(".")[0].endswith(("_m", "mode_approx"))}
         source = f"{key} {url_or_filename}"
-        load_backbone(self, self.complete_state(read_state_dict(url_or_filename, key), source), source, new)
+        state = self.complete_state(read_state_dict(url_or_filename, key), source)
+        if isinstance(self.baseline, LoraSets):
+            state = self.baseline.backbone_state(state)
+        load_backbone(self, state, source, new)
         self.backbone_source = url_or_filename
         if self.mode_approx is not None:
             keep_base_heads(self.mode_approx)
@@ -105,12 +116,30 @@ class AuroraBase(AdapterOwnerMixin, RunState):
         """The weights of a checkpoint, with those filled in that the model can start without; here there are none."""
         return state
 
-    def tokenize(self, texts: Iterable[str], to_longest: bool = False) -> BatchEncoding:
-        """Token ids and mask on the CPU, cut at ``max_txt_len`` and padded to it or to the longest text."""
-        return self.tokenizer(
+    def tokenize(self, texts: Iterable[str], to_longest: bool = False, everywhere: bool = False) -> BatchEncoding:
+        """Token ids and mask on the CPU, cut at ``max_txt_len``.
+
+        Args:
+            texts: what to tokenize.
+            to_longest: pad to the longest text rather than to ``max_txt_len``.
+            everywhere: pad to the longest text of all processes.
+        """
+        tokens = self.tokenizer(
             list(texts),
-            padding="longest" if to_longest else "max_length",
+            padding="longest" if to_longest or everywhere else "max_length",
             truncation=True,
             max_length=self.max_txt_len,
             return_tensors="pt",
         )
+        if everywhere:
+            length = longest_anywhere(tokens.input_ids.shape[1])
+            tokens = self.tokenizer.pad(tokens, padding="max_length", max_length=length, return_tensors="pt")
+        return tokens
+
+    def compile_layers(self) -> None:
+        """Compile the layers of the towers (``run.compile``); layers of one kind share what is compiled."""
+        # Text alone or with images, trained or by the teacher, the first layer or a later one: each is compiled once.
+        torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+        for module in self.modules():
+            if isinstance(module, (Block, BertLayer)):
+                module.compile()

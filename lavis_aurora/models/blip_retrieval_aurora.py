@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +21,25 @@ from lavis_aurora.mode_approx.merge import merged_weights
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.mode_approx.teacher import TEACHER_SET
 from lavis_aurora.models.aurora_base import AuroraBase
+from lavis_aurora.models.fused import drops
 from lavis_aurora.models.matching import draw_negatives, gather, shared_seed
+from lavis_aurora.models.shared_images import matching_passes, share_images
 from lavis_aurora.models.towers import build_text_encoder, build_tokenizer, build_vision_encoder, check_vocabulary
-from lavis_aurora.models.visual import encode_visual, visual_input
+from lavis_aurora.models.visual import VisualFeatures, encode_visual, visual_input
 from lavis_aurora.paths import package_file
 from lavis_aurora.retrieval.rerank import retrieval_scores
 from lavis_aurora.retrieval.scores import RetrievalScores
 
 EVALUATION_KEYS = ("k_test", "itc_weight", "token_budget_gb", "token_dtype", "eval_bf16")
+
+
+class TeacherFeatures(NamedTuple):
+    """Tokens of images and texts by the momentum towers, (batch, length, d), and ITC features, (batch, embed_dim)."""
+
+    image_embeds: Tensor
+    text_embeds: Tensor
+    image_feat: Tensor
+    text_feat: Tensor
 
 
 @registry.register_model("blip_retrieval_aurora")
@@ -56,6 +68,7 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
     def __init__(self, cfg: RetrievalAuroraConfig) -> None:
         vision = build_vision_encoder(cfg)
         text = build_text_encoder(cfg, vision.vision_width)
+        share_images(text)
         # LAVIS calls this class method in its constructor, without telling it the tokenizer's name.
         self.init_tokenizer = partial(build_tokenizer, cfg.tokenizer)
         super().__init__(
@@ -79,15 +92,22 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         self.set_up_tuning(cfg, PRESETS["blip_retrieval_aurora"], self.text_encoder)
         if not cfg.train_temp:
             self.temp.requires_grad_(False)
-        if self.mode_approx is not None:
-            default = self.mode_approx.sets["default"]
-            self.model_pairs.append([default, self.mode_approx.add_set(TEACHER_SET, default.config)])
+        if self._adapters is not None:
+            default = self._adapters.sets["default"]
+            self.model_pairs.append([default, self._adapters.add_set(TEACHER_SET, default.config)])
+        # Besides the two projections.
+        self._towers_are_trained = len(self.model_pairs) > 2
         self.copy_params()
 
     @property
     def heads(self) -> list[nn.Module | nn.Parameter]:
         """What ``train_heads`` trains besides the adapter."""
         return [self.vision_proj, self.text_proj, self.itm_head, self.temp]
+
+    @property
+    def _adapters(self) -> nn.Module | None:
+        """What has a momentum copy in the place of a momentum tower."""
+        return self.mode_approx if self.baseline is None else self.baseline
 
     def queues(self) -> dict[str, Tensor]:
         """LAVIS's queues; none if their size is 0."""
@@ -106,16 +126,25 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         }
         return {**state, **copies}
 
-    @torch.no_grad()
-    def _teacher_features(self, image: Tensor, text: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Momentum embeddings and normalised ITC features of images and texts."""
-        factors = nullcontext() if self.mode_approx is None else self.mode_approx.use(TEACHER_SET)
-        with factors:
-            image_embeds, pooled = encode_visual(getattr(self, "visual_encoder_m", self.visual_encoder), image)
-            text_embeds = getattr(self, "text_encoder_m", self.text_encoder).forward_text(text).last_hidden_state
-        image_feat = F.normalize(self.vision_proj_m(pooled), dim=-1)
-        text_feat = F.normalize(self.text_proj_m(text_embeds[:, 0]), dim=-1)
-        return image_embeds, text_embeds, image_feat, text_feat
+    def _teacher(self, image: Tensor, text: dict, visual: VisualFeatures, text_embeds: Tensor) -> TeacherFeatures:
+        """The momentum towers' features; where a momentum tower is the tower itself, what that has computed."""
+        with nullcontext() if self._adapters is None else self._adapters.use(TEACHER_SET):
+            if not self._is_own_teacher(self.visual_encoder):
+                visual = encode_visual(getattr(self, "visual_encoder_m", self.visual_encoder), image)
+            if not self._is_own_teacher(self.text_encoder):
+                encoder = getattr(self, "text_encoder_m", self.text_encoder)
+                text_embeds = encoder.forward_text(text).last_hidden_state
+        return TeacherFeatures(
+            visual.tokens.detach(),
+            text_embeds.detach(),
+            F.normalize(self.vision_proj_m(visual.pooled), dim=-1),
+            F.normalize(self.text_proj_m(text_embeds[:, 0]), dim=-1),
+        )
+
+    def _is_own_teacher(self, tower: nn.Module) -> bool:
+        """Whether its momentum copy computes exactly the same: same weights, and nothing dropped at random."""
+        moving = self._towers_are_trained and self.momentum > 0
+        return not moving and not (tower.training and drops(tower))
 
     @torch.no_grad()
     def _dequeue_and_enqueue(self, image_feat: Tensor, text_feat: Tensor, idxs: Tensor) -> None:
@@ -150,12 +179,16 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
         # Processes exchange texts, which must then be of one length.
-        text = self.tokenize(samples["text_input"], to_longest=not self._gathers).to(image.device)
-        image_embeds, pooled = encode_visual(self.visual_encoder, image)
+        text = self.tokenize(samples["text_input"], to_longest=True, everywhere=self._gathers).to(image.device)
+        visual = encode_visual(self.visual_encoder, image)
+        image_embeds = visual.tokens
         text_embeds = self.text_encoder.forward_text(text).last_hidden_state
-        image_feat = F.normalize(self.vision_proj(pooled), dim=-1)
+        image_feat = F.normalize(self.vision_proj(visual.pooled), dim=-1)
         text_feat = F.normalize(self.text_proj(text_embeds[:, 0]), dim=-1)
-        loss_itc, sims, teacher = self._contrastive(samples, image, text, image_feat, text_feat, idx)
+        with torch.no_grad():
+            self._momentum_update()
+            teacher = self._teacher(image, text, visual, text_embeds)
+        loss_itc, sims = self._contrastive(samples, teacher, image_feat, text_feat, idx)
         loss_itm, matching = self._matching(
             image_embeds, text, text_embeds[:, 0], image_feat, text_feat, idx, self._step(samples)
         )
@@ -166,9 +199,9 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
             sims=sims,
             intermediate_output=BlipIntermediateOutput(
                 image_embeds=image_embeds,
-                image_embeds_m=teacher[0],
+                image_embeds_m=teacher.image_embeds,
                 text_embeds=text_embeds,
-                text_embeds_m=teacher[1],
+                text_embeds_m=teacher.text_embeds,
                 **matching,
             ),
         )
@@ -183,14 +216,13 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         return samples["epoch"] * samples["num_iters_per_epoch"] + samples["iters"]
 
     def _contrastive(
-        self, samples: dict, image: Tensor, text: dict, image_feat: Tensor, text_feat: Tensor, idx: Tensor
-    ) -> tuple[Tensor, BlipSimilarity, tuple[Tensor, Tensor]]:
+        self, samples: dict, teacher: TeacherFeatures, image_feat: Tensor, text_feat: Tensor, idx: Tensor
+    ) -> tuple[Tensor, BlipSimilarity]:
         """ITC against the teacher's features of the batch over all processes and of the queue."""
         ramp = self._rampup_factor(samples["epoch"], samples["iters"], samples["num_iters_per_epoch"])
         alpha = self.alpha * ramp
         with torch.no_grad():
-            self._momentum_update()
-            image_embeds_m, text_embeds_m, image_m, text_m = self._teacher_features(image, text)
+            image_m, text_m = teacher.image_feat, teacher.text_feat
             image_world, text_world, idx_world = map(gather, (image_m, text_m, idx))
             image_all = torch.cat([image_world.t(), self.image_queue], dim=1)
             text_all = torch.cat([text_world.t(), self.text_queue], dim=1)
@@ -212,7 +244,7 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
             sim_i2t_targets=targets[0],
             sim_t2i_targets=targets[1],
         )
-        return sum(losses) / 2, sims, (image_embeds_m, text_embeds_m)
+        return sum(losses) / 2, sims
 
     def _matching(
         self,
@@ -235,18 +267,20 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
             same = torch.eq(idx, world(idx).t())
             negative_image, has_image = draw_negatives(text_feat @ world(image_feat).t() / self.temp, same, generator)
             negative_text, has_text = draw_negatives(image_feat @ world(text_feat).t() / self.temp, same, generator)
-        images_world = gather(image_embeds, with_grad=True) if self._gathers else image_embeds
+        images, wrong_image = image_embeds, negative_image
+        if self._gathers:
+            images, wrong_image = torch.cat([images, gather(images, with_grad=True)[negative_image]]), None
         # Rows: the pairs as they are; each text with a wrong image; each image with a wrong text.
         pair_ids = torch.cat([ids, ids, world(ids)[negative_text]])
         pair_mask = torch.cat([mask, mask, world(mask)[negative_text]])
-        pair_images = torch.cat([image_embeds, images_world[negative_image], image_embeds])
-        output = self.text_encoder(
-            pair_ids,
-            attention_mask=pair_mask,
-            encoder_hidden_states=pair_images,
-            encoder_attention_mask=torch.ones(pair_images.shape[:-1], dtype=torch.long, device=ids.device),
-            return_dict=True,
-        )
+        with matching_passes(self.text_encoder, wrong_image):
+            output = self.text_encoder(
+                pair_ids,
+                attention_mask=pair_mask,
+                encoder_hidden_states=images,
+                encoder_attention_mask=torch.ones(images.shape[:-1], dtype=torch.long, device=ids.device),
+                return_dict=True,
+            )
         fused = output.last_hidden_state[:, 0]
         if self.training and self.context_form != "none":
             # Also the texts of the other processes are context, as if the batch were in one.

@@ -18,6 +18,7 @@ from lavis_aurora.config import INFERENCE_METHODS, VqaAuroraConfig
 from lavis_aurora.errors import AuroraError, near_names
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.aurora_base import AuroraBase
+from lavis_aurora.models.fused import fuse_text
 from lavis_aurora.models.towers import build_text_encoder, build_tokenizer, build_vision_encoder, check_vocabulary
 from lavis_aurora.models.visual import encode_visual, visual_input
 from lavis_aurora.paths import package_file
@@ -62,6 +63,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         vision = build_vision_encoder(cfg)
         encoder = build_text_encoder(cfg, vision.vision_width)
         decoder = CachedDecoder.from_config(OmegaConf.structured(cfg))
+        fuse_text(decoder.bert, attends_to_images=False)
         # LAVIS calls this class method in its constructor, without telling it the tokenizer's name.
         self.init_tokenizer = partial(build_tokenizer, cfg.tokenizer)
         super().__init__(vision, encoder, decoder, max_txt_len=cfg.max_txt_len)
@@ -135,15 +137,17 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         self._check_questions(samples["text_input"], samples["image"])
         counts = samples.get("n_answers")
         answers = samples.get("answer") or []
-        if counts is None or not answers or len(answers) != int(counts.sum()):
+        # On the host at once: LAVIS asks for them one by one.
+        counts = None if counts is None else counts.tolist()
+        if not counts or not answers or len(answers) != sum(counts):
             raise AuroraError(
-                f"samples: {len(answers)} answers, n_answers {None if counts is None else counts.tolist()}; "
+                f"samples: {len(answers)} answers, n_answers {counts}; "
                 f"training needs at least one answer, and n_answers must say how many each question has"
             )
         # A token is a character or more, and two are special: most answers need no count.
         if any(len(answer) + 2 > self.positions for answer in answers):
             AnswerList(answers, self.tokenizer, self.positions)
-        return super().forward(samples)
+        return super().forward({**samples, "n_answers": counts})
 
     @torch.no_grad()
     def predict_answers(

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from lavis.models.med import BertModel, BertSelfAttention
 from lavis.models.vit import Attention, Block, VisionTransformer
+from timm.models.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lavis_aurora.attention import Packing, merge_heads, split_heads
+from lavis_aurora.mode_approx.linear import ModeApproxLinear, linear_together
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -84,7 +86,10 @@ class FusedTextAttention(BertSelfAttention):
         source, mask = hidden_states, attention_mask
         if encoder_hidden_states is not None:
             source, mask = encoder_hidden_states, encoder_attention_mask if self.keys_are_padded else None
-        query, key, value = self.query(hidden_states), self.key(source), self.value(source)
+        if source is hidden_states:
+            query, key, value = linear_together(source, self.query, self.key, self.value)
+        else:
+            query, (key, value) = self.query(hidden_states), linear_together(source, self.key, self.value)
         if isinstance(mask, Packing):
             parts = (self._attend(*texts)[0] for texts in mask.unpacked(query, key, value))
             return mask.packed(parts), (key, value)
@@ -124,3 +129,11 @@ def fuse_text(model: BertModel, attends_to_images: bool) -> None:
         if hasattr(layer, "crossattention"):
             cross = layer.crossattention.self = retyped(FusedTextAttention, layer.crossattention.self)
             cross.keys_are_padded = not attends_to_images
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether anything is dropped at random in training."""
+    if any(isinstance(part, nn.Dropout) and part.p or isinstance(part, DropPath) for part in module.modules()):
+        return True
+    adapted = (part.active_set for part in module.modules() if isinstance(part, ModeApproxLinear))
+    return any(active is not None and active.config.dropout for active in adapted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, get_world_size, is_dist_avail_and_initialized
@@ -15,6 +17,19 @@ def shared_seed(device: torch.device) -> int:
     if is_dist_avail_and_initialized():
         dist.broadcast(seed, src=0)
     return int(seed)
+
+
+@lru_cache(maxsize=1)
+def _host_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The processes of ``world``, talking from CPU to CPU."""
+    return world if dist.get_backend(world) == "gloo" else dist.new_group(backend="gloo")
+
+
+def longest_anywhere(length: int) -> int:
+    """The largest of the processes' lengths. It is exchanged between CPUs, so that no GPU is waited for."""
+    longest = torch.tensor(length)
+    dist.all_reduce(longest, dist.ReduceOp.MAX, group=_host_group(dist.group.WORLD))
+    return int(longest)
 
 
 def gather(tensor: Tensor, with_grad: bool = False) -> Tensor:

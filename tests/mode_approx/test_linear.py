@@ -8,6 +8,7 @@ from torch import nn
 
 from lavis_aurora.config import ModeApproxConfig
 from lavis_aurora.mode_approx import ModeApproxLinear, ModeFactors
+from lavis_aurora.mode_approx.linear import linear_together
 
 D_IN, D_OUT, RANK = 5, 4, 3
 
@@ -28,14 +29,12 @@ def layer(slots: int, dtype: torch.dtype = torch.float64) -> ModeApproxLinear:
 def path(request, monkeypatch) -> str:
     """Every test runs on both ways of computing the update, whatever the number of tokens."""
     if request.node.get_closest_marker("own_choice") is None:
-        monkeypatch.setattr(
-            ModeApproxLinear, "_folds", lambda self, x: request.param == "folded" and _one_dtype(self, x)
-        )
+        choose(monkeypatch, request.param == "folded")
     return request.param
 
 
-def _one_dtype(module: ModeApproxLinear, x: torch.Tensor) -> bool:
-    return x.dtype == module.adapted_weight.dtype == module.factors.active_set.P.dtype
+def choose(monkeypatch, folded: bool) -> None:
+    monkeypatch.setattr(ModeApproxLinear, "folds", lambda self, x: folded and self.factors.active_set is not None)
 
 
 @pytest.mark.parametrize("slots", [1, 3])
@@ -76,22 +75,90 @@ def test_gradients_of_the_folded_and_the_plain_path_are_the_same_for_many_tokens
     target = torch.randn(4, 9, 3 * D_OUT, dtype=torch.float64)
     results = []
     for folds in (True, False):
-        monkeypatch.setattr(ModeApproxLinear, "_folds", lambda self, x, folds=folds: folds)
+        choose(monkeypatch, folds)
         results.append(torch.autograd.grad((module(x) * target).sum(), [x, *parameters]))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.own_choice
-def test_the_path_is_chosen_by_tokens_and_only_where_it_is_exact():
+def test_the_path_is_chosen_by_tokens_and_only_over_a_frozen_layer():
     module = layer(1)
     few, many = torch.randn(1, D_IN, dtype=torch.float64), torch.randn(50, D_IN, dtype=torch.float64)
-    assert [module._folds(x) for x in (few, many)] == [False, True]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not module._folds(many)
-    assert not module._folds(many.float())
+    assert [module.folds(x) for x in (few, many)] == [False, True]
+    with module.factors.disabled():
+        assert not module.folds(many)
+    module.factors.sets["default"].config.dropout = 0.1
+    assert not module.folds(many)
+    assert module.eval().folds(many)
     module.adapted_weight.requires_grad_(True)
-    assert not module._folds(many)
+    assert not module.folds(many)
+
+
+@pytest.mark.own_choice
+def test_dropout_falls_on_the_update_alone_and_in_training_alone():
+    module = layer(1)
+    module.factors.sets["default"].config.dropout = 0.999
+    x = torch.randn(50, D_IN, dtype=torch.float64)
+    torch.testing.assert_close(module(x)[:3], F.linear(x, module.adapted_weight, module.bias)[:3])
+    torch.testing.assert_close(
+        module.eval()(x), F.linear(x, module.adapted_weight + module.delta_weight(), module.bias)
+    )
+
+
+def three_layers(dtype: torch.dtype = torch.float64, bias: bool = True) -> list[ModeApproxLinear]:
+    """Layers over slots 2, 0 and 1, of one, one and one slot."""
+    factors = layer(3, dtype).factors
+    return [
+        ModeApproxLinear(nn.Linear(D_IN, D_OUT, bias).to(dtype).requires_grad_(False), factors, [slot])
+        for slot in (2, 0, 1)
+    ]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_of_one_input_together_are_the_layers_alone(bias):
+    layers = three_layers(bias=bias)
+    parameters = list(layers[0].factors.parameters())
+    x = torch.randn(2, 9, D_IN, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(3, 2, 9, D_OUT, dtype=torch.float64)
+    alone, together = [one(x) for one in layers], linear_together(x, *layers)
+    for a, b in zip(together, alone):
+        torch.testing.assert_close(a, b)
+    results = [
+        torch.autograd.grad((torch.stack(list(ys)) * target).sum(), [x, *parameters]) for ys in (together, alone)
+    ]
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+def test_layers_that_cannot_be_one_product_are_computed_alone():
+    layers = three_layers()
+    x = torch.randn(9, D_IN, dtype=torch.float64)
+    plain = nn.Linear(D_IN, 2).double()
+    other = layer(1)  # over other factors
+    mixed = [layers[0], plain, other]
+    for one, y in zip(mixed, linear_together(x, *mixed)):
+        torch.testing.assert_close(y, one(x))
+    with layers[0].factors.disabled():
+        for one, y in zip(layers, linear_together(x, *layers)):
+            assert torch.equal(y, F.linear(x, one.weight, one.bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_the_factors_in_single_precision(dtype, path):
+    layers = three_layers(torch.float32)
+    parameters = list(layers[0].factors.parameters())
+    x = torch.randn(30, D_IN, requires_grad=True)
+    reference = torch.stack([one(x) for one in layers])
+    expected = torch.autograd.grad(reference.sin().sum(), [x, *parameters])
+    with torch.autocast("cpu", dtype=dtype):
+        ys = torch.stack(linear_together(x, *layers))
+    assert ys.dtype == dtype
+    torch.testing.assert_close(ys.float(), reference, atol=0.05, rtol=0.03)
+    grads = torch.autograd.grad(ys.float().sin().sum(), [x, *parameters])
+    for ours, theirs in zip(grads, expected):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() < 0.03 * theirs.norm()
 
 
 def test_disabled_is_the_plain_layer_bit_for_bit():

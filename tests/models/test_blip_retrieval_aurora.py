@@ -10,7 +10,9 @@ from tiny import activate, tiny_config, tiny_model
 from lavis_aurora import AuroraError
 from lavis_aurora.config import RetrievalAuroraConfig
 from lavis_aurora.config_check import parse_config
+from lavis_aurora.mode_approx import ModeApproxLinear
 from lavis_aurora.mode_approx.trainable import adapter_parameters
+from lavis_aurora.models import shared_images
 from lavis_aurora.models.towers import build_text_encoder, build_tokenizer, build_vision_encoder
 
 CAPTIONS = ["a red circle", "a big blue square and a small star", "a ring", "a small pink heart", "a bar"]
@@ -83,6 +85,85 @@ def test_step_0_with_gradients_and_momentum_is_lavis():
                 a.weight -= 0.1 * a.weight.grad
                 b.weight -= 0.1 * b.weight.grad
         torch.testing.assert_close(model.vision_proj_m.weight, twin.vision_proj_m.weight)
+
+
+def test_gradients_of_the_whole_model_are_lavis():
+    """Law 1, every gradient: shared keys and values, the fused kernel and matching's order change none."""
+    overrides = {"queue_size": 20, "tuning": "full", "alpha": 0.4}
+    model = tiny_model(**overrides).eval()
+    twin = lavis_twin(model, **overrides)
+    samples = {**batch(ids=[0, 1, 2, 2, 4]), "epoch": 1}
+    model(dict(samples))["loss"].backward()
+    # The noise of the negatives is the model's own; the queue has moved on for both alike.
+    torch.manual_seed(model._negative_seed + 10)
+    twin(dict(samples))["loss"].backward()
+    theirs = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and theirs[name].grad is not None:
+            scale = theirs[name].grad.abs().max().clamp(min=1e-4)
+            assert (parameter.grad - theirs[name].grad).abs().max() < 1e-3 * scale, name
+
+
+@pytest.mark.parametrize("gate", ["residual", "affine"])
+def test_every_path_gives_the_plain_gradients(gate, monkeypatch):
+    """Folded or beside, keys once or three times: one loss, one gradient of every factor, gate and head."""
+    results = []
+    for plain in (True, False):
+        if plain:
+            monkeypatch.setattr(ModeApproxLinear, "folds", lambda self, x: False)
+            monkeypatch.setattr(shared_images, "attend_in_matching", repeated_keys)
+        model = activate(tiny_model(gate={"form": gate})).train()
+        model(batch())["loss"].backward()
+        results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        monkeypatch.undo()
+    assert results[0].keys() == results[1].keys()
+    for name, grad in results[0].items():
+        assert (results[1][name] - grad).abs().max() < 1e-3 * grad.abs().max().clamp(min=1e-4), name
+
+
+def test_mixed_precision_is_near_single_precision():
+    results = []
+    for enabled in (False, True):
+        model = activate(tiny_model(context={"form": "none"}), std=0.1).train()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = model(batch())["loss"]
+        loss.backward()
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+        factors = model.mode_approx.sets["default"].parameters()
+        results.append((loss.detach(), torch.cat([p.grad.flatten() for p in factors])))
+    (loss, grad), (near, near_grad) = results
+    torch.testing.assert_close(near.float(), loss, atol=0.05, rtol=0)
+    assert torch.cosine_similarity(grad, near_grad, dim=0) > 0.98
+
+
+def repeated_keys(query, key, value, wrong_image, dropout):
+    index = torch.cat([torch.arange(len(key)), wrong_image, torch.arange(len(key))])
+    scores = query @ key[index].transpose(-1, -2) / query.shape[-1] ** 0.5
+    return scores.softmax(dim=-1) @ value[index]
+
+
+@pytest.mark.parametrize("tuning", ["aurora", "heads", "full"])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_a_teacher_that_is_the_model_itself_is_not_computed(tuning, momentum, monkeypatch):
+    model = tiny_model(tuning=tuning, momentum=momentum).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    passes = []
+    forward = type(model.visual_encoder).forward_features
+    monkeypatch.setattr(
+        type(model.visual_encoder), "forward_features", lambda self, x: passes.append(1) or forward(self, x)
+    )
+    output = model(batch())
+    once = momentum == 0 or tuning == "heads"
+    assert len(passes) == (1 if once else 2)
+    same = torch.equal(output.intermediate_output.image_embeds, output.intermediate_output.image_embeds_m)
+    assert same == once
+    # With dropout the teacher's draw is its own.
+    model.visual_encoder.pos_drop.p = 0.5
+    model(batch())
+    assert len(passes) == (3 if once else 4)
 
 
 def train_steps(model, steps: int = 3) -> None:

@@ -109,7 +109,9 @@ def test_parameter_count_of_blip_base(share, expected):
 def test_full_tuning_trains_all_and_frozen_nothing():
     assert all(p.requires_grad for p in vqa_model(tuning="full").parameters())
     assert not any(p.requires_grad for p in vqa_model(tuning="frozen").parameters())
-    with pytest.raises(AuroraError, match="model.tuning: blip_vqa_aurora has no heads.*aurora, full or frozen"):
+    with pytest.raises(
+        AuroraError, match="model.tuning: blip_vqa_aurora has no heads.*aurora, lora, uniadapter, full or frozen"
+    ):
         vqa_model(tuning="heads")
 
 

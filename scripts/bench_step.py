@@ -1,0 +1,257 @@
+"""One measurement of scripts/bench_train.py: the steps of one way of tuning, in this process."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import platform
+import resource
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+from lavis.models.blip_models.blip_retrieval import BlipRetrieval
+from lavis.models.blip_models.blip_vqa import BlipVQA
+from lavis.models.med import XBertEncoder, XBertLMHeadDecoder
+from lavis.models.vit import VisionTransformerEncoder
+from omegaconf import OmegaConf
+from torch import nn
+
+import lavis_aurora
+from lavis_aurora.baselines.uniadapter import add_uniadapter
+from lavis_aurora.config import RetrievalAuroraConfig, VqaAuroraConfig
+from lavis_aurora.config_check import parse_config
+from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
+from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
+from lavis_aurora.models.towers import build_tokenizer
+from lavis_aurora.paths import package_file
+
+# Method: (class of the model, its configuration). "lavis" is LAVIS's own model as published: attention written out,
+# keys and values of an image for each text, a second backbone as momentum teacher; "ours" is this package's.
+METHODS = {
+    "lavis-full": ("lavis", {"tuning": "full"}),
+    "lavis-uniadapter-512": ("lavis", {"tuning": "uniadapter", "uniadapter": {"rank": 512}}),
+    "full": ("ours", {"tuning": "full"}),
+    "lora-32": ("ours", {"tuning": "lora", "lora": {"rank": 32}}),
+    "uniadapter-512": ("ours", {"tuning": "uniadapter", "uniadapter": {"rank": 512}}),
+    "uniadapter-128": ("ours", {"tuning": "uniadapter", "uniadapter": {"rank": 128}}),
+    "aurora-128": ("ours", {"tuning": "aurora", "mode_approx": {"rank": 128}}),
+    "aurora-64": ("ours", {"tuning": "aurora", "mode_approx": {"rank": 64}}),
+    # A frozen backbone through which gradients flow: only the inputs of the towers are trained (the ViT's [CLS]
+    # and the bias of the word embeddings' normalisation), so that every layer passes a gradient on and no weight
+    # of a layer has one; with a teacher pass, as the methods have.
+    "frozen-flow": ("ours", {"tuning": "frozen"}),
+}
+# Pixels and frames, as the paper trains (D.3).
+TASKS = {"retrieval": (384, 0), "vqa": (480, 0), "video": (224, 8)}
+CAPTIONS = (
+    "a small red circle above a large blue square on a white background",
+    "a green star left of two yellow triangles",
+    "three purple diamonds in a row below a big gray ring and a small black cross on the right",
+    "an orange circle",
+    "a pink triangle right of a brown star above a cyan square",
+    "a large white cross on a dark background with a small yellow circle in the middle",
+    "two blue rings and a red diamond",
+    "a black square below a green circle left of a small orange star",
+)
+QUESTIONS = ("what color is the circle above the square ?", "how many stars are there ?", "is there a blue ring ?")
+ANSWERS = ("red", "two", "yes", "left of the square")
+HEADS = ("vision_proj", "text_proj", "itm_head", "temp")
+
+
+def tower_config(task: str, size: str) -> dict:
+    """``model:`` of BLIP base, or of the tiny model, without downloads."""
+    tokenizer = package_file("configs/models/tiny")
+    config: dict = {"image_size": TASKS[task][0], "tokenizer": tokenizer, "pretrained": None}
+    if task != "vqa":
+        config["queue_size"] = 512
+    if size == "tiny":
+        vit = {"patch_size": 8, "embed_dim": 128, "depth": 3, "num_heads": 4}
+        config.update(image_size=48, vit=vit, med_config_path=package_file("configs/models/tiny/med_config.json"))
+    return config
+
+
+def build(task: str, method: str, size: str, checkpointed: int):
+    """The model, and the parameters that are trained besides heads (all of them where the backbone is trained)."""
+    kind, overrides = METHODS[method]
+    config = {**tower_config(task, size), **overrides}
+    if checkpointed:
+        config.update(vit_grad_ckpt=True, vit_ckpt_layer=checkpointed)
+    if kind == "lavis":
+        model = lavis_model(
+            task, parse_config(VqaAuroraConfig if task == "vqa" else RetrievalAuroraConfig, config, "")
+        )
+    else:
+        model = (BlipVqaAurora if task == "vqa" else BlipRetrievalAurora).from_config(config)
+    if method == "frozen-flow":
+        model.visual_encoder.cls_token.requires_grad_(True)
+        model.text_encoder.embeddings.LayerNorm.bias.requires_grad_(True)
+        model._towers_are_trained = True
+    heads = {id(p) for name, p in model.named_parameters() if name.partition(".")[0] in HEADS}
+    trained = [p for p in model.parameters() if p.requires_grad and (id(p) not in heads or method.endswith("full"))]
+    return model, trained
+
+
+def lavis_model(task: str, cfg):
+    """LAVIS's own model of BLIP, fully trained or with UniAdapter in its towers, as its authors built theirs."""
+
+    class Frames(VisionTransformerEncoder):
+        """Videos frame by frame; LAVIS's retrieval knows pictures only."""
+
+        def forward_features(self, x):
+            if x.dim() == 4:
+                return super().forward_features(x)
+            tokens = super().forward_features(x.transpose(1, 2).flatten(0, 1))
+            return tokens.unflatten(0, (len(x), -1)).flatten(1, 2)
+
+        def forward(self, x):
+            return self.forward_features(x)
+
+    if cfg.vit is None:
+        vision = VisionTransformerEncoder.from_config(OmegaConf.structured(cfg))
+    else:
+        vision = VisionTransformerEncoder(
+            img_size=cfg.image_size,
+            patch_size=cfg.vit.patch_size,
+            embed_dim=cfg.vit.embed_dim,
+            depth=cfg.vit.depth,
+            num_heads=cfg.vit.num_heads,
+        )
+        vision.vision_width = cfg.vit.embed_dim
+    vision.__class__ = Frames
+    text = XBertEncoder.from_config(OmegaConf.structured(cfg))
+    decoder = XBertLMHeadDecoder.from_config(OmegaConf.structured(cfg)) if task == "vqa" else None
+    adapters = None
+    if cfg.tuning == "uniadapter":
+        texts = [text] if decoder is None else [text, decoder.bert]
+        adapters = add_uniadapter(vision, texts, cfg.uniadapter)
+    cls = BlipVQA if task == "vqa" else BlipRetrieval
+
+    class Plain(cls):
+        init_tokenizer = staticmethod(partial(build_tokenizer, cfg.tokenizer))
+
+    if task == "vqa":
+        model = Plain(vision, text, decoder, max_txt_len=cfg.max_txt_len)
+    else:
+        model = Plain(vision, text, queue_size=cfg.queue_size, embed_dim=cfg.embed_dim, alpha=cfg.alpha)
+    if adapters is not None:
+        model.requires_grad_(False)
+        model.adapters = adapters.requires_grad_(True)
+        for name in HEADS:
+            head = getattr(model, name, None)
+            if isinstance(head, (nn.Module, nn.Parameter)):
+                head.requires_grad_(True)
+    return model
+
+
+def samples(task: str, batch: int, size: str, step: int, device: str) -> dict:
+    """A made-up batch."""
+    pixels, frames = TASKS[task]
+    pixels = 48 if size == "tiny" else pixels
+    shape = (batch, 3, frames, pixels, pixels) if frames else (batch, 3, pixels, pixels)
+    visual = torch.randn(shape, generator=torch.Generator().manual_seed(step)).to(device)
+    repeated = [i % len(CAPTIONS) for i in range(batch)]
+    if task == "vqa":
+        return {
+            "image": visual,
+            "text_input": [QUESTIONS[i % len(QUESTIONS)] for i in range(batch)],
+            "answer": [ANSWERS[i % len(ANSWERS)] for i in range(2 * batch)],
+            "n_answers": torch.full((batch,), 2),
+            "weight": torch.full((2 * batch,), 0.5, device=device),
+        }
+    ids = torch.arange(batch, device=device) + step * batch
+    position = {"epoch": 1, "iters": step, "num_iters_per_epoch": 1000}
+    # LAVIS reads "image"; its own model meets videos there, see Frames.
+    visuals = {"image": visual, "video": visual} if frames else {"image": visual}
+    return {**visuals, "text_input": [CAPTIONS[i] for i in repeated], "image_id": ids, **position}
+
+
+def resident(reset: bool = False) -> tuple[int, int]:
+    """(resident memory, its peak) of this process in bytes; ``reset`` starts a new peak where Linux lets us."""
+    if reset:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        values = dict(line.split(":", 1) for line in lines)
+        return tuple(int(values[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
+    except (OSError, KeyError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak, peak
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Steps of one method: seconds each, peak memory, parameters, checkpoint."""
+
+    warnings.simplefilter("ignore")
+
+    logging.disable(logging.WARNING)
+    torch.manual_seed(0)
+    task, method, device = args.task, args.method, args.device
+    start_memory = resident()[0]
+    model, trained = build(task, method, args.size, args.checkpointed)
+    model = model.to(device).train()
+    own = {name: p for name, p in model.named_parameters() if "_m." not in name and ".momentum." not in name}
+    backbone = sum(p.numel() * p.element_size() for p in own.values())
+    if METHODS[method][1]["tuning"] not in ("full", "frozen"):
+        backbone -= sum(p.numel() * p.element_size() for p in trained)
+    if args.compile and METHODS[method][0] == "ours":
+        model.compile_layers()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05)
+    cuda = device.startswith("cuda")
+    scaler = torch.amp.GradScaler("cuda", enabled=cuda and args.amp)
+    resident(reset=True)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    seconds, processor = [], []
+    profiler = torch.profiler.profile() if args.profile else contextlib.nullcontext()
+    with profiler:
+        for step in range(args.warmup + args.steps):
+            batch = samples(task, args.batch, args.size, step, device)
+            if task == "video" and METHODS[method][0] == "ours":
+                del batch["image"]
+            if cuda:
+                torch.cuda.synchronize()
+            start, start_processor = time.perf_counter(), time.process_time()
+            with torch.autocast(device.partition(":")[0], enabled=args.amp):
+                loss = model(batch)["loss"]
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            if cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+            processor.append(time.process_time() - start_processor)
+    if args.profile:
+        key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+        print(profiler.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=40))
+    peak = torch.cuda.max_memory_allocated() if cuda else resident()[1] - start_memory
+    file = io.BytesIO()
+    torch.save([p.detach().cpu().clone() for p in trained], file)
+    return {
+        "seconds": (processor if args.clock == "processor" else seconds)[args.warmup :],
+        "memory": peak - backbone,
+        "backbone": backbone,
+        "trained": sum(p.numel() for p in trained),
+        "checkpoint": file.tell(),
+        "machine": machine(device, args.threads) | {"lavis_aurora": lavis_aurora.__version__},
+    }
+
+
+def machine(device: str, threads: int) -> dict:
+    """What the figures depend on."""
+
+    name = platform.processor() or platform.machine()
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name()
+    elif Path("/proc/cpuinfo").is_file():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        name = names[0].partition(":")[2].strip() if names else name
+    return {"device": name, "threads": threads, "python": platform.python_version(), "torch": torch.__version__}

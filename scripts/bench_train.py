@@ -1,0 +1,169 @@
+"""Time and memory of a training step, all ways of tuning side by side.
+
+    python scripts/bench_train.py --tasks retrieval --batch 2 --out bench.json
+
+Each measurement is a process of its own; the methods take turns, and the medians over all rounds are printed, also in
+the form of the paper's table 5. Weights are random and data are made up: neither changes the cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from datetime import timedelta
+from pathlib import Path
+
+from bench_step import METHODS, TASKS, measure
+
+MB = 1e6
+LABELS = {
+    "lavis-full": "full, LAVIS's own model",
+    "lavis-uniadapter-512": "UniAdapter r=512, LAVIS's own model",
+    "full": "full",
+    "lora-32": "LoRA r=32",
+    "uniadapter-512": "UniAdapter r=512",
+    "uniadapter-128": "UniAdapter r=128",
+    "aurora-128": "Aurora r=128",
+    "aurora-64": "Aurora r=64",
+    "frozen-flow": "frozen, gradients flow",
+}
+UNITS = ("lavis-uniadapter-512", "uniadapter-512")
+
+
+def measure_apart(args: argparse.Namespace, task: str, method: str) -> dict:
+    """:func:`measure` in a new process."""
+    command = [sys.executable, __file__, "--task", task, "--method", method, "--device", args.device]
+    for key in ("batch", "steps", "warmup", "threads", "size", "checkpointed", "clock"):
+        command += [f"--{key}", str(getattr(args, key))]
+    command += [f"--{key}" for key in ("amp", "compile", "profile") if getattr(args, key)]
+    root = str(Path(__file__).resolve().parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{task}, {method}: {done.stderr.strip()[-2000:]}")
+    *before, result = done.stdout.strip().splitlines()
+    if args.profile:
+        print("\n".join(before))
+    return json.loads(result)
+
+
+def run_all(args: argparse.Namespace) -> dict:
+    """Medians by task and method; the methods take turns."""
+    runs = [(task, method) for task in args.tasks for _ in range(args.rounds) for method in args.methods]
+    results: dict = defaultdict(lambda: defaultdict(list))
+    start = time.time()
+    for i, (task, method) in enumerate(runs):
+        results[task][method].append(result := measure_apart(args, task, method))
+        left = (time.time() - start) / (i + 1) * (len(runs) - i - 1)
+        seconds, memory = statistics.median(result["seconds"]), result["memory"] / MB
+        print(
+            f"[{i + 1}/{len(runs)}] {task:<10} {LABELS[method]:<37} {seconds:7.2f} s/step {memory:8.0f} MB  "
+            f"left: about {timedelta(seconds=round(left))}",
+            flush=True,
+        )
+    return {task: {m: summary(rounds) for m, rounds in methods.items()} for task, methods in results.items()}
+
+
+def summary(rounds: list[dict]) -> dict:
+    """One method's rounds as medians."""
+    seconds = [value for one in rounds for value in one["seconds"]]
+    fixed = {key: rounds[0][key] for key in ("trained", "checkpoint", "backbone", "machine")}
+    return {
+        "seconds": statistics.median(seconds),
+        "fastest": min(seconds),
+        "slowest": max(seconds),
+        "memory": statistics.median(one["memory"] for one in rounds),
+        "steps": len(seconds),
+        **fixed,
+    }
+
+
+def tables(results: dict) -> str:
+    """What was measured, then each unit's ratios in the form of the paper's table 5; Markdown."""
+    lines = []
+    for task, methods in results.items():
+        lines += [
+            f"{task}, {TASKS[task][0]} px" + (f", {TASKS[task][1]} frames" if TASKS[task][1] else ""),
+            "",
+            "| tuning | trained, without heads | checkpoint, MB | s/step (fastest - slowest) | MB above the model |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for method, one in methods.items():
+            spread = f"{one['seconds']:.3g} ({one['fastest']:.3g} - {one['slowest']:.3g})"
+            lines.append(
+                f"| {LABELS[method]} | {one['trained']:,} | {one['checkpoint'] / MB:.2f} | {spread} | "
+                f"{one['memory'] / MB:,.0f} |"
+            )
+        lines.append("")
+    for unit in UNITS:
+        measured = [task for task, methods in results.items() if unit in methods]
+        if not measured:
+            continue
+        head = " | ".join(f"{task}: time | memory" for task in measured)
+        lines += [
+            f"Unit: {LABELS[unit]}",
+            "",
+            f"| tuning | trained | {head} |",
+            "| --- | --- |" + " --- |" * 2 * len(measured),
+        ]
+        for method in METHODS:
+            rows = [results[task].get(method) for task in measured]
+            if not all(rows):
+                continue
+            ratios = [
+                f"{one[key] / results[task][unit][key]:.2f}"
+                for one, task in zip(rows, measured)
+                for key in ("seconds", "memory")
+            ]
+            lines.append(f"| {LABELS[method]} | {rows[0]['trained'] / 1e6:.2f}M | {' | '.join(ratios)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--batch", type=int, default=2, help="pairs, questions or videos of a step")
+    parser.add_argument("--steps", type=int, default=2, help="measured steps of a process")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each method and task")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--amp", action="store_true", help="mixed precision")
+    parser.add_argument("--compile", action="store_true", help="compile the layers, as run.compile")
+    parser.add_argument("--checkpointed", type=int, default=0, help="layers of the ViT computed again backward")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a process")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "processor"),
+        default="wall",
+        help="processor: the time of all threads, which other programs on the machine disturb less",
+    )
+    parser.add_argument("--size", choices=("base", "tiny"), default="base", help="of the model")
+    parser.add_argument("--profile", action="store_true", help="print each process's costliest operations")
+    parser.add_argument("--out", help="write the results as json")
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    parser.add_argument("--method", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.method:
+        print(json.dumps(measure(args)))
+        return
+    results = run_all(args)
+    print("\n" + tables(results))
+    first = next(iter(next(iter(results.values())).values()))
+    settings = {**first["machine"], "batch": args.batch, "clock": args.clock}
+    print(", ".join(f"{key} {value}" for key, value in settings.items()))
+    if args.out:
+        Path(args.out).write_text(json.dumps({"arguments": vars(args), "results": results}, indent=1))
+        print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

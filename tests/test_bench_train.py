@@ -1,0 +1,58 @@
+"""The benchmark's parts on the tiny model; scripts are no package."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+bench = pytest.importorskip("bench_train")
+
+
+def measure(task: str, method: str) -> dict:
+    options = {"batch": 4, "steps": 2, "warmup": 1, "threads": 1, "checkpointed": 0, "clock": "wall"}
+    flags = {"amp": False, "compile": False, "profile": False}
+    return bench.measure(argparse.Namespace(task=task, method=method, device="cpu", size="tiny", **options, **flags))
+
+
+def check(one: dict) -> None:
+    assert len(one["seconds"]) == 2
+    assert min(one["seconds"]) > 0
+    assert one["checkpoint"] >= 4 * one["trained"] > 0
+
+
+def test_a_measurement():
+    aurora, frozen = measure("retrieval", "aurora-64"), measure("retrieval", "frozen-flow")
+    check(aurora)
+    # 9L * 2r + 2dr + 2Ld; [CLS] and one bias.
+    assert aurora["trained"] == 9 * 3 * 2 * 64 + 2 * 128 * 64 + 2 * 3 * 128
+    assert frozen["trained"] == 2 * 128
+    # Both count the weights of one plain BLIP, whatever is added.
+    assert aurora["backbone"] == frozen["backbone"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", bench.TASKS)
+@pytest.mark.parametrize("method", bench.METHODS)
+def test_every_method_on_every_task(task, method):
+    check(measure(task, method))
+
+
+def test_tables_have_the_units_at_one():
+    def entry(seconds: float, memory: float, trained: int) -> dict:
+        spread = {"fastest": seconds, "slowest": seconds}
+        return {"seconds": seconds, "memory": memory, "trained": trained, "checkpoint": 4 * trained, **spread}
+
+    results = {
+        "retrieval": {
+            "lavis-uniadapter-512": entry(10.0, 4e9, 18_908_160),
+            "uniadapter-512": entry(5.0, 2e9, 18_908_160),
+            "aurora-64": entry(4.0, 1e9, 130_560),
+        }
+    }
+    first, second = bench.tables(results).split("Unit: ")[1:]
+    assert "| UniAdapter r=512, LAVIS's own model | 18.91M | 1.00 | 1.00 |" in first
+    assert "| Aurora r=64 | 0.13M | 0.40 | 0.25 |" in first
+    assert "| UniAdapter r=512 | 18.91M | 1.00 | 1.00 |" in second
+    assert "| Aurora r=64 | 0.13M | 0.80 | 0.50 |" in second
