@@ -113,9 +113,9 @@ def build(kind: Kind, side: str, device: str) -> nn.Module:
     from omegaconf import OmegaConf
 
     import lavis_aurora.register  # noqa: F401
+    from lavis_aurora.encoders.towers import build_tokenizer
     from lavis_aurora.mode_approx.merge import merged_weights
     from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
-    from lavis_aurora.models.towers import build_tokenizer
     from lavis_aurora.paths import package_file
 
     vocabulary = package_file("configs/models/tiny")

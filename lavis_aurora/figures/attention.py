@@ -13,10 +13,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+from lavis_aurora.encoders.visual import encode_visual
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.figures.drawing import blank, canvas
 from lavis_aurora.figures.run_data import load_trained, read_visual, split_data, untrained_model, visual_path
-from lavis_aurora.models.visual import encode_visual
 from lavis_aurora.results import read_config
 
 COLUMNS = 8  # of pictures

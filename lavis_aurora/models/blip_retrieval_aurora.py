@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from lavis_aurora.alignment import enhance_context
 from lavis_aurora.config import RetrievalAuroraConfig, RunConfig
+from lavis_aurora.encoders.fused import drops
+from lavis_aurora.encoders.shared_images import matching_passes, share_images
+from lavis_aurora.encoders.towers import build_text_encoder, build_tokenizer, build_vision_encoder, check_vocabulary
+from lavis_aurora.encoders.visual import VisualFeatures, encode_visual, visual_input
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.mode_approx.merge import merged_weights
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.mode_approx.teacher import TEACHER_SET
 from lavis_aurora.models.aurora_base import AuroraBase
-from lavis_aurora.models.fused import drops
 from lavis_aurora.models.matching import draw_negatives, gather, shared_seed
-from lavis_aurora.models.shared_images import matching_passes, share_images
-from lavis_aurora.models.towers import build_text_encoder, build_tokenizer, build_vision_encoder, check_vocabulary
-from lavis_aurora.models.visual import VisualFeatures, encode_visual, visual_input
 from lavis_aurora.paths import package_file
 from lavis_aurora.retrieval.rerank import retrieval_scores
 from lavis_aurora.retrieval.scores import RetrievalScores

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import BatchEncoding
 
-from lavis_aurora.models.visual import encode_visual, visual_input
+from lavis_aurora.encoders.visual import encode_visual, visual_input
 
 TEXT_BATCH = 256
 # Pictures or frames that are in the vision tower at once: its activations count in memory too.

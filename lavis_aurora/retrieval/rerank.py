@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lavis_aurora.models.packed import encode_with_image
+from lavis_aurora.encoders.packed import encode_with_image
 from lavis_aurora.retrieval.encode import ImageTokens, Texts, agreed, encode_texts, gather_rows, progress
 from lavis_aurora.retrieval.scores import Candidates, RetrievalScores
 

@@ -9,7 +9,7 @@ from lavis.models.vit import Attention, VisionTransformer
 from tiny import tiny_model
 
 from lavis_aurora.attention import Packing
-from lavis_aurora.models.fused import (
+from lavis_aurora.encoders.fused import (
     CheckpointedBlock,
     FusedTextAttention,
     FusedVisionAttention,

@@ -7,7 +7,7 @@ from lavis.models.med import BertLayer, BertModel
 from torch import Tensor
 
 from lavis_aurora.attention import Packing
-from lavis_aurora.models.fusion import GatedCrossAttention
+from lavis_aurora.encoders.fusion import GatedCrossAttention
 
 
 def encode_with_image(encoder: BertModel, ids: Tensor, lengths: Tensor, image: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def encode_with_image(encoder: BertModel, ids: Tensor, lengths: Tensor, image: T
     needs. LAVIS's own forward gives the same for repeated images and padded texts.
 
     Args:
-        encoder: in evaluation, after :func:`lavis_aurora.models.fused.fuse_text`.
+        encoder: in evaluation, after :func:`lavis_aurora.encoders.fused.fuse_text`.
         ids: padded token ids, (texts, longest), in main memory.
         lengths: tokens of each text, (texts,), rising, in main memory.
         image: tokens of the image, (tokens, d).

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import activate, tiny_model
 
-from lavis_aurora.models.packed import encode_with_image
+from lavis_aurora.encoders.packed import encode_with_image
 
 LENGTHS = torch.tensor([1, 4, 4, 5, 13, 35])
 

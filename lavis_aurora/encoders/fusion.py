@@ -8,8 +8,8 @@ from torch import Tensor
 from lavis_aurora.alignment import AffineGate, QueryGate
 from lavis_aurora.attention import Packing
 from lavis_aurora.config import GateConfig
+from lavis_aurora.encoders.fused import retyped
 from lavis_aurora.mode_approx import ModeFactors
-from lavis_aurora.models.fused import retyped
 
 
 class GatedCrossAttention(BertAttention):
