@@ -1,8 +1,10 @@
-"""Attention over keys and values that several queries share. Torch only."""
+"""Heads of attention, and texts of many lengths without padding. Torch only."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from collections.abc import Iterable, Iterator
+
+import torch
 from torch import Tensor
 
 
@@ -16,27 +18,30 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(width) + mask) v, by torch's fused kernel.
+class Packing:
+    """Several texts that follow one another without padding: a batch of one, (1, tokens, d).
 
-    With fewer keys than queries in the batch, consecutive queries share them: query i reads keys i // (batch /
-    groups). The queries of a group are then one long query, and its keys are read once.
+    All of them then attend to one image as one long query. Where a text is looked at as a whole, those of the same
+    length are a batch.
 
     Args:
-        query: (batch, heads, length, width).
-        key, value: (groups, heads, keys, width), where groups divides batch.
-        mask: added to the scores, broadcast to (batch, heads, length, keys); only with groups = batch.
-        dropout: probability of dropping an attention weight.
+        lengths: tokens of each text, (texts,), rising, from 1.
+        device: of the texts.
 
-    Returns:
-        (batch, heads, length, width).
+    Attributes:
+        first: place of each text's first token, (texts,).
     """
-    batch, heads, length, width = query.shape
-    groups = key.shape[0]
-    if groups == batch:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-    if batch % groups or mask is not None:
-        raise ValueError(f"{batch} queries cannot share {groups} keys" + (" with a mask" if mask is not None else ""))
-    grouped = query.unflatten(0, (groups, -1)).transpose(1, 2).reshape(groups, heads, -1, width)
-    attended = F.scaled_dot_product_attention(grouped, key, value, dropout_p=dropout)
-    return attended.view(groups, heads, -1, length, width).transpose(1, 2).flatten(0, 1)
+
+    def __init__(self, lengths: Tensor, device: torch.device) -> None:
+        self.first = (lengths.cumsum(0) - lengths).to(device)
+        self._sizes = [pair.tolist() for pair in lengths.unique_consecutive(return_counts=True)]
+        self._tokens = [length * texts for length, texts in zip(*self._sizes)]
+
+    def unpacked(self, *packed: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Views of the texts of each length, (texts, length, d), for each input."""
+        parts = zip(*(x[0].split(self._tokens) for x in packed))
+        return (tuple(x.unflatten(0, (-1, length)) for x in group) for length, group in zip(self._sizes[0], parts))
+
+    def packed(self, groups: Iterable[Tensor]) -> Tensor:
+        """(1, tokens, d) of results for each length, (texts, length, d)."""
+        return torch.cat([x.flatten(0, 1) for x in groups]).unsqueeze(0)

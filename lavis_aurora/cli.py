@@ -152,7 +152,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """``lavis-aurora train|evaluate|inspect|merge|targets|configs ...``."""
+    """``lavis-aurora train|evaluate|inspect|merge|targets|configs|compare ...``."""
     parser = argparse.ArgumentParser(prog="lavis-aurora", description="Aurora for LAVIS.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run_arguments(commands.add_parser("train", help=TRAIN), evaluate=False)

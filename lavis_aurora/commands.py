@@ -22,6 +22,7 @@ from lavis_aurora.mode_approx.adapted import adapted_layers, factors_of
 from lavis_aurora.mode_approx.adapter_config import AdapterConfig
 from lavis_aurora.mode_approx.adapter_file import CONFIG, TENSORS, read_adapter, read_adapter_config
 from lavis_aurora.models.checkpoint import read_state_dict
+from lavis_aurora.paper.compare import add_arguments, compare
 from lavis_aurora.paths import package_file
 
 PROJECTS = Path(package_file("projects"))
@@ -48,6 +49,10 @@ def add_commands(parsers: argparse._SubParsersAction) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="copy these")
     parser.add_argument("--to", default=".", metavar="FOLDER", help="where to; the current directory by default")
     parser.set_defaults(action=lambda args: print(configs(args.names, args.to)))
+
+    parser = parsers.add_parser("compare", help="results of runs beside those of the paper, and what differs")
+    add_arguments(parser)
+    parser.set_defaults(action=lambda args: print(compare(args)))
 
 
 def inspect(path: str) -> str:
@@ -85,7 +90,7 @@ def _describe(config: AdapterConfig) -> list[str]:
     for key, value in config.metrics.items():
         shown = value if isinstance(value, dict) else {"": value}
         numbers = (f"{k} {v:.4g}".strip() if isinstance(v, (int, float)) else f"{k} {v}" for k, v in shown.items())
-        lines[f"metrics: {key}"] = ", ".join(text for text in numbers if "chance" not in text)
+        lines[f"metrics: {key}"] = ", ".join(text for text in numbers if not re.search("chance|_itc_", text))
     lines["written by"] = ", ".join(f"{key} {value}" for key, value in config.versions.items())
     return [f"{key:<16} {value}" for key, value in lines.items()]
 

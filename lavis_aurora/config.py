@@ -15,10 +15,12 @@ from lavis_aurora.errors import AuroraError, near_names
 
 GATE_FORMS = ("residual", "convex", "affine", "none")
 GATE_INITS = ("zeros", "ones")
+SHARINGS = ("global", "tower")
 CONTEXT_FORMS = ("attention", "mean", "random", "none")
 TUNINGS = ("aurora", "heads", "lora", "uniadapter", "full", "frozen")
 LORA_TARGETS = ("attention", "feed_forward")
 INFERENCE_METHODS = ("rank", "generate")
+TOKEN_DTYPES = ("float32", "bfloat16")
 
 
 def _require(ok: bool, key: str, value: object, need: str) -> None:
@@ -54,6 +56,8 @@ class ModeApproxConfig:
         rank: R, the number of rank-one components. The paper uses 64 and 128.
         scale: factor on the whole update; the rest of the scaling follows rank and width by itself. With 8, the
             learning rate that suits the heads suits the factors.
+        sharing: global (one U and V for all towers, the paper) or tower (one for each, the paper's comparison in 4.4,
+            with 2dr more parameters for each tower beyond the first).
         dropout: probability of dropping a feature that the update of a linear layer reads, in training. The update
             is then computed beside the layer, which costs time and memory.
         targets: which layers are adapted: regular expressions over their whole names, or names of presets
@@ -62,12 +66,14 @@ class ModeApproxConfig:
 
     rank: int = 64
     scale: float = 8.0
+    sharing: str = "global"
     dropout: float = 0.0
     targets: Any = None
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "mode_approx.rank", self.rank, "1 or more")
         _require(self.scale > 0, "mode_approx.scale", self.scale, "above 0")
+        _one_of("mode_approx.sharing", self.sharing, SHARINGS)
         _require(0 <= self.dropout < 1, "mode_approx.dropout", self.dropout, "0 or more and below 1")
         if self.targets is not None:
             self.targets = _patterns("mode_approx.targets", self.targets)
@@ -353,6 +359,10 @@ class RunConfig:
         device: auto (a GPU if there is one), cuda or cpu.
         itc_weight: score of a reranked pair = ITM + itc_weight * ITC (1 as LAVIS and BLIP; 0 is ITM alone).
         k_test: candidates per query that are reranked; 0 ranks by ITC alone.
+        token_budget_gb: 10^9 bytes of main memory in which each process keeps tokens of images or videos for the
+            reranking; those beyond go through the vision tower a second time.
+        token_dtype: of these tokens, float32 (LAVIS's scores) or bfloat16 (twice as many in the same memory).
+        eval_bf16: retrieval is evaluated in bfloat16 (autocast), tokens too; faster on hardware that has it.
         inference_method: how questions are answered: rank (the likeliest of a list) or generate.
         num_ans_candidates: answers of the list that are scored as a whole, the likeliest by their first token.
         num_beams, max_len, min_len: of generated answers; 1 beam is greedy, lengths in tokens.
@@ -393,6 +403,9 @@ class RunConfig:
     train_dataset_ratios: Any = None
     k_test: int = 128
     itc_weight: float = 1.0
+    token_budget_gb: float = 4.0
+    token_dtype: str = "float32"
+    eval_bf16: bool = False
     inference_method: str = "rank"
     num_ans_candidates: int = 128
     num_beams: int = 3
@@ -422,6 +435,7 @@ class RunConfig:
         if self.resume == "auto" and self.resume_ckpt_path:
             raise AuroraError("run.resume: auto finds the run by itself; leave out run.resume_ckpt_path, or set none")
         _one_of("run.inference_method", self.inference_method, INFERENCE_METHODS)
+        _one_of("run.token_dtype", self.token_dtype, TOKEN_DTYPES)
         for key in (
             "max_epoch",
             "accum_grad_iters",
@@ -442,6 +456,7 @@ class RunConfig:
             "grad_clip",
             "num_workers",
             "k_test",
+            "token_budget_gb",
             "warmup_steps",
             "min_len",
             "checkpoint_every",

@@ -13,9 +13,11 @@ from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.tasks.retrieval import RetrievalTask
 
-from lavis_aurora.retrieval.metrics import chance_recall, recall_metrics, target_ranks
-from lavis_aurora.retrieval.rerank import NOT_RERANKED
+from lavis_aurora.retrieval.metrics import chance_recall, recall_metrics
 from lavis_aurora.training.loop import AuroraTrainMixin
+
+# Candidates of each query that a result file holds, best first, with their scores.
+BEST_KEPT = 10
 
 
 @registry.register_task("retrieval_aurora")
@@ -25,7 +27,7 @@ class RetrievalAuroraTask(AuroraTrainMixin, RetrievalTask):
     shards_evaluation = False
 
     def evaluation(self, model, data_loader, **_kwargs) -> dict[str, Any] | None:
-        """Metrics and ranks of a split, on the main process; None on the others."""
+        """Metrics, ranks and best candidates of a split, on the main process; None on the others."""
         start = time.time()
         scores = model.retrieval_scores(data_loader, self.cfg)
         if not is_main_process():
@@ -37,27 +39,27 @@ class RetrievalAuroraTask(AuroraTrainMixin, RetrievalTask):
             forth: [dataset.img2txt[i] for i in range(len(dataset.image))],
             back: [[dataset.txt2img[i]] for i in range(len(dataset.text))],
         }
-        itc = {forth: scores.itc, back: scores.itc.T}
-        final = {forth: scores.i2t, back: scores.t2i}
         result: dict[str, Any] = {
             "kind": kind,
             f"{kind}s": len(dataset.image),
             "texts": len(dataset.text),
-            "k_test": {forth: scores.k_i2t, back: scores.k_t2i},
+            "k_test": {forth: scores.i2t.indices.shape[1], back: scores.t2i.indices.shape[1]},
             "itc_weight": float(self.cfg.get("itc_weight", 1.0)),
+            "pairs": scores.pairs,
             "metrics": {},
             "ranks": {},
+            "candidates": {},
         }
         for direction, right in targets.items():
-            for name, matrix in (("", final[direction]), ("_itc", itc[direction])):
-                scored = np.where(matrix == NOT_RERANKED, -np.inf, matrix)
-                ranks = target_ranks(scored, right, fallback=itc[direction])
+            for name, ranks in zip(("", "_itc"), scores.ranks(direction, right)):
                 metrics = recall_metrics(ranks)
                 result["metrics"].update({f"{direction}{name}_{key}": value for key, value in metrics.items()})
                 result["ranks"][f"{direction}{name}"] = ranks.tolist()
-            chance = chance_recall(right, final[direction].shape[1])
+            chance = chance_recall(right, result["texts" if direction == forth else f"{kind}s"])
             result["metrics"].update({f"{direction}_chance_{key}": value for key, value in chance.items()})
-        result["seconds"] = time.time() - start
+            ids, values = scores.best(direction, BEST_KEPT)
+            result["candidates"][direction] = {"ids": ids.tolist(), "scores": values.astype(float).round(4).tolist()}
+        result["seconds"] = {**scores.seconds, "all": time.time() - start}
         return result
 
     def after_evaluation(self, val_result, split_name, epoch, **_kwargs) -> dict[str, Any] | None:
@@ -70,8 +72,11 @@ class RetrievalAuroraTask(AuroraTrainMixin, RetrievalTask):
         metrics["agg_metrics"] = float(np.mean(recalls))
         print(report(split_name, val_result), flush=True)
         path = Path(registry.get_path("result_dir")) / f"{split_name}_epoch_{epoch}.json"
-        path.write_text(json.dumps({"split": split_name, "epoch": epoch, **val_result}, indent=1))
-        logging.info("ranks and metrics written to %s", path)
+        # A line for each part: with one for each number, nobody would find the metrics.
+        parts = {"split": split_name, "epoch": epoch, **val_result}
+        lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in parts.items())
+        path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        logging.info("metrics, ranks and best candidates written to %s", path)
         return dict(metrics)
 
 

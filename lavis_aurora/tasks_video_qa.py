@@ -14,7 +14,7 @@ from lavis.common.vqa_tools.vqa_eval import VQAEval
 from torch.utils.data import Dataset
 
 from lavis_aurora.errors import AuroraError
-from lavis_aurora.tasks_vqa import VqaAuroraTask, report
+from lavis_aurora.tasks_vqa import VqaAuroraTask
 
 # Of MSRVTT-QA (Xu et al., ACM MM 2017), whose questions all begin with one of them.
 QUESTION_WORDS = ("what", "who", "how", "when", "where")
@@ -70,7 +70,13 @@ class VideoQaAuroraTask(VqaAuroraTask):
     def _report_metrics(self, result_file: str, split: str) -> dict[str, Any]:
         """Exact match in percent, and the number of questions."""
         results = json.loads(Path(result_file).read_text())
-        metrics = {**exact_match(results), "questions": len(results)}
-        print(report(split, metrics), flush=True)
+        metrics = exact_match(results)
+        print(report(split, len(results), metrics), flush=True)
         logging.info("answers written to %s", result_file)
-        return metrics
+        return {**metrics, "questions": len(results)}
+
+
+def report(split: str, count: int, metrics: dict[str, float]) -> str:
+    """One line: number of questions, accuracy, and accuracy by question word."""
+    shown = ", ".join(f"{word} {value:.2f}" for word, value in metrics.items() if word != "agg_metrics")
+    return f"{split}: {count} questions, accuracy {metrics['agg_metrics']:.2f} % ({shown})"

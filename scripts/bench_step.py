@@ -25,10 +25,10 @@ import lavis_aurora
 from lavis_aurora.baselines.uniadapter import add_uniadapter
 from lavis_aurora.config import RetrievalAuroraConfig, VqaAuroraConfig
 from lavis_aurora.config_check import parse_config
+from lavis_aurora.encoders.towers import build_tokenizer
 from lavis_aurora.mode_approx.trainable import adapter_parameters
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
-from lavis_aurora.models.towers import build_tokenizer
 from lavis_aurora.paths import package_file
 
 # Method: (class of the model, its configuration). "lavis" is LAVIS's own model as published: attention written out,

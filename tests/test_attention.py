@@ -1,50 +1,6 @@
-import pytest
 import torch
 
-from lavis_aurora.attention import attend, merge_heads, split_heads
-
-HEADS, LENGTH, KEYS, WIDTH = 2, 3, 5, 4
-
-
-def plain(query, key, value, mask=None):
-    """Attention written out."""
-    scores = query @ key.transpose(-1, -2) / WIDTH**0.5
-    return torch.softmax(scores if mask is None else scores + mask, dim=-1) @ value
-
-
-def random(batch: int, length: int) -> torch.Tensor:
-    return torch.randn(batch, HEADS, length, WIDTH, dtype=torch.float64)
-
-
-def test_one_key_set_a_query_with_a_mask():
-    torch.manual_seed(0)
-    query, key, value = random(6, LENGTH), random(6, KEYS), random(6, KEYS)
-    mask = torch.zeros(6, 1, 1, KEYS, dtype=torch.float64)
-    mask[2, ..., 3:] = -10000.0
-    torch.testing.assert_close(attend(query, key, value, mask), plain(query, key, value, mask))
-
-
-@pytest.mark.parametrize("groups", [1, 2, 3, 6])
-def test_shared_keys_equal_repeated_keys(groups):
-    torch.manual_seed(0)
-    query, key, value = random(6, LENGTH), random(groups, KEYS), random(groups, KEYS)
-    inputs = [x.requires_grad_() for x in (query, key, value)]
-    repeats = 6 // groups
-    shared = attend(query, key, value)
-    repeated = plain(query, key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0))
-    torch.testing.assert_close(shared, repeated)
-    target = torch.randn_like(shared)
-    for a, b in zip(
-        torch.autograd.grad((shared * target).sum(), inputs), torch.autograd.grad((repeated * target).sum(), inputs)
-    ):
-        torch.testing.assert_close(a, b)
-
-
-def test_what_cannot_be_shared_is_refused():
-    with pytest.raises(ValueError, match="6 queries cannot share 4 keys"):
-        attend(random(6, LENGTH), random(4, KEYS), random(4, KEYS))
-    with pytest.raises(ValueError, match="with a mask"):
-        attend(random(6, LENGTH), random(2, KEYS), random(2, KEYS), torch.zeros(1))
+from lavis_aurora.attention import Packing, merge_heads, split_heads
 
 
 def test_heads_split_and_merge():
@@ -52,3 +8,20 @@ def test_heads_split_and_merge():
     assert split_heads(x, 4).shape == (2, 4, 3, 2)
     assert torch.equal(split_heads(x, 4)[1, 2, 0], x[1, 0, 4:6])
     assert torch.equal(merge_heads(split_heads(x, 4)), x)
+
+
+def test_packed_texts_are_batches_of_one_length_and_packed_again():
+    lengths = torch.tensor([1, 1, 2, 3, 3, 3, 35])
+    texts = [torch.randn(int(n), 5) for n in lengths]
+    packed = torch.cat(texts).unsqueeze(0)
+    packing = Packing(lengths, packed.device)
+    assert torch.equal(packed[0, packing.first], torch.stack([text[0] for text in texts]))
+    groups = list(packing.unpacked(packed, 2 * packed))
+    assert [tuple(one.shape) for one, _ in groups] == [(2, 1, 5), (1, 2, 5), (3, 3, 5), (1, 35, 5)]
+    rest = iter(texts)
+    for one, double in groups:
+        assert torch.equal(double, 2 * one)
+        assert all(torch.equal(text, next(rest)) for text in one)
+        # Nothing was copied.
+        assert one.untyped_storage().data_ptr() == packed.untyped_storage().data_ptr()
+    assert torch.equal(packing.packed(one for one, _ in groups), packed)

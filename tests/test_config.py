@@ -375,6 +375,8 @@ OUT_OF_RANGE = [
     ("run.device", "tpu9", "known: auto, cpu, cuda"),
     ("run.max_broken_share", "-0.1", "between 0 and 1"),
     ("run.max_broken_share", "1.1", "between 0 and 1"),
+    ("run.token_dtype", "float16", "did you mean 'bfloat16'"),
+    ("run.token_budget_gb", "-1", "0 or more"),
     *[
         (f"run.{key}", "0", "1 or more")
         for key in ("max_epoch", "accum_grad_iters", "batch_size_train", "batch_size_eval", "log_freq")

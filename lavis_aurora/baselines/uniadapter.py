@@ -11,9 +11,9 @@ from lavis.models.vit import Mlp, VisionTransformer
 from torch import Tensor, nn
 
 from lavis_aurora.config import UniAdapterConfig
+from lavis_aurora.encoders.fused import retyped
+from lavis_aurora.encoders.fusion import RememberedCrossAttention
 from lavis_aurora.errors import AuroraError, near_names
-from lavis_aurora.models.fused import retyped
-from lavis_aurora.models.fusion import RememberedCrossAttention
 
 
 class UniAdapterSet(nn.Module):

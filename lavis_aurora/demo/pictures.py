@@ -25,6 +25,7 @@ from tqdm import tqdm
 from lavis_aurora.demo.scenes import (
     DOMAINS,
     RGB,
+    SHAPE_COUNTS,
     SPLITS,
     Domain,
     Scene,
@@ -124,14 +125,14 @@ def render(scene: Scene, domain: Domain, rng: np.random.Generator) -> Image.Imag
     return picture
 
 
-def _write_split(folder: Path, name: str, split: str, count: int, seed: int) -> None:
+def _write_split(folder: Path, name: str, split: str, count: int, seed: int, shape_counts: Sequence[float]) -> None:
     """Writes `folder/<name>_<split>.json` and its pictures under `folder/images`."""
     domain = domain_of(name)
     rng = np.random.default_rng(zlib.crc32(f"{seed}/{name}/{split}".encode()))
     place = Path(name) / split
     (folder / "images" / place).mkdir(parents=True)
     rows = []
-    scenes = islice(iter_scenes(name, split, seed), count)
+    scenes = islice(iter_scenes(name, split, seed, shape_counts), count)
     for index, scene in enumerate(tqdm(scenes, desc=f"{name} {split}", total=count, unit="picture")):
         image, caption = place / f"{index:05d}.jpg", caption_of(scene, domain)
         # full-resolution color: the usual halved one would smear shapes this small
@@ -147,7 +148,13 @@ def _write_split(folder: Path, name: str, split: str, count: int, seed: int) -> 
     (folder / f"{name}_{split}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
-def generate_pictures(folder: str | Path, domain: str, counts: Mapping[str, int], seed: int = 0) -> dict[str, Path]:
+def generate_pictures(
+    folder: str | Path,
+    domain: str,
+    counts: Mapping[str, int],
+    seed: int = 0,
+    shape_counts: Sequence[float] = SHAPE_COUNTS,
+) -> dict[str, Path]:
     """Writes captioned pictures of one domain in the format of LAVIS's retrieval datasets.
 
     A split is `folder/<domain>_<split>.json` and JPEGs of 64 x 64 pixels in `folder/images/<domain>/<split>`.
@@ -160,6 +167,7 @@ def generate_pictures(folder: str | Path, domain: str, counts: Mapping[str, int]
         domain: "clean" or "shifted".
         counts: split ("train", "val", "test") -> number of pictures.
         seed: the same seed gives the same files.
+        shape_counts: how often a picture has one, two and three shapes.
 
     Returns:
         The path of each split's json.
@@ -178,7 +186,7 @@ def generate_pictures(folder: str | Path, domain: str, counts: Mapping[str, int]
     # inside `folder`, so that moving is a rename on one file system
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished_") as unfinished:
         for split, count in counts.items():
-            _write_split(Path(unfinished), domain, split, count, seed)
+            _write_split(Path(unfinished), domain, split, count, seed, shape_counts)
         for split in counts:
             done[split] = folder / f"{domain}_{split}.json"
             # the json goes first and comes last: where one stands, its pictures are complete

@@ -17,8 +17,8 @@ from typing import Any
 from tqdm import tqdm
 
 from lavis_aurora.demo.pictures import generate_pictures
-from lavis_aurora.demo.questions import ANSWER_TYPES, DESCRIBE, answers_of, iter_questions
-from lavis_aurora.demo.scenes import DOMAINS, SPLITS, iter_captions
+from lavis_aurora.demo.questions import ANSWER_TYPES, DESCRIBE, SHAPE_COUNTS, answers_of, iter_questions
+from lavis_aurora.demo.scenes import DOMAINS, SPLITS, caption_of, domain_of, iter_scenes
 
 EACH = 4  # questions about a picture
 _PER_PICTURE = 100  # ids of its questions, the last one for its caption
@@ -55,15 +55,16 @@ def entries_of(domain: str, split: str, count: int, seed: int = 0, each: int = E
 
 
 def captions_of(domain: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Further entries to train on: what is in each picture, answered by its caption."""
+    """Further entries to train on: what is in each picture, answered by its caption, shapes row by row."""
+    scenes = islice(iter_scenes(domain, "train", seed, SHAPE_COUNTS), count)
     return [
         {
             "image": f"{domain}/train/{index:05d}.jpg",
             "question": DESCRIBE[domain],
             "question_id": (index + 1) * _PER_PICTURE - 1,
-            "answer": [caption],
+            "answer": [caption_of(scene._replace(shapes=tuple(sorted(scene.shapes))), domain_of(domain))],
         }
-        for index, caption in enumerate(islice(iter_captions(domain, seed), count))
+        for index, scene in enumerate(scenes)
     ]
 
 
@@ -124,7 +125,7 @@ def generate_questions(
     done = {}
     for split in counts:
         split_files(folder, domain, split)[0].unlink(missing_ok=True)
-    generate_pictures(folder, domain, counts, seed)
+    generate_pictures(folder, domain, counts, seed, SHAPE_COUNTS)
     for split, count in counts.items():
         done[split] = split_files(folder, domain, split)
         contents = _contents(domain, split, entries_of(domain, split, count, seed, each))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 SPLITS = ("train", "val", "test")
-_SHAPE_COUNTS = ((1, 2, 3), (0.15, 0.75, 0.10))  # shapes in a picture, and how often
+SHAPE_COUNTS = (0.15, 0.75, 0.10)  # how often a picture has one, two and three shapes
 RGB = tuple[int, int, int]
 
 
@@ -140,12 +140,12 @@ def domain_of(name: str) -> Domain:
     return DOMAINS[name]
 
 
-def iter_scenes(name: str, split: str, seed: int) -> Iterator[Scene]:
+def iter_scenes(name: str, split: str, seed: int, shape_counts: Sequence[float] = SHAPE_COUNTS) -> Iterator[Scene]:
     """Endless distinct scenes of a split; a longer draw begins with the shorter one."""
     domain, rng = domain_of(name), random.Random(f"{seed}/{name}/{split}")
     seen = set()
     while True:
-        cells = rng.sample(range(9), rng.choices(*_SHAPE_COUNTS)[0])
+        cells = rng.sample(range(9), rng.choices((1, 2, 3), shape_counts)[0])
         shapes = (
             Shape(cell, rng.choice([*domain.sizes]), rng.choice([*domain.colors]), rng.choice(domain.shapes))
             for cell in cells

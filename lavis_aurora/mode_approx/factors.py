@@ -22,31 +22,47 @@ INTERNAL = ("momentum",)
 BASE = "base"
 
 
+def tower_of(slot: str) -> str:
+    """The tower whose U and V a slot has if they are not global: its attention module, whatever the layer.
+
+    BLIP has three: self-attention of the vision and of the text encoder, and cross-attention.
+
+    >>> tower_of("text_encoder.encoder.layer.3.crossattention.self.query")
+    'text_encoder_encoder_layer_crossattention_self'
+    """
+    parts = slot.split(".")[:-1]
+    return "_".join(part for part in parts if not part.isdigit())
+
+
 class FactorSet(SinglePrecision):
     """One adapter: U, V, P and the coefficients lambda for all slots.
 
         dW_k = s * sum_r lambda[k, r] P[k, r] outer(U[:, r], V[:, r]),   s = scale / (0.1 sqrt(d_in * rank))
 
-    U and V are shared by every slot of the same width ("global factors"); P and lambda have one row a slot.
+    U and V are shared by every slot of the same width ("global factors"), or by those of one tower, see
+    :func:`tower_of`; P and lambda have one row a slot.
     U and P start as Gaussians with deviations 0.1 and 1, lambda at one and V at zero, so that dW = 0 at step 0.
     s makes the output of the update independent of width and rank, so that one learning rate serves them all;
     U starts small, so that an optimizer with steps of one size (Adam) turns it as fast as V grows.
 
     Args:
-        shapes: (d_in, d_out) of each slot, in slot order.
-        config: rank and scale.
+        slots: name of each slot with its (d_in, d_out), in slot order.
+        config: rank, scale and sharing.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], config: ModeApproxConfig) -> None:
+    def __init__(self, slots: Mapping[str, tuple[int, int]], config: ModeApproxConfig) -> None:
         super().__init__()
         self.config = config
         rank = config.rank
-        widths_in = sorted({d_in for d_in, _ in shapes})
-        widths_out = sorted({d_out for _, d_out in shapes})
-        self.U = nn.ParameterDict({str(d): nn.Parameter(U_DEVIATION * torch.randn(d, rank)) for d in widths_in})
-        self.V = nn.ParameterDict({str(d): nn.Parameter(torch.zeros(d, rank)) for d in widths_out})
-        self.P = nn.Parameter(torch.randn(len(shapes), rank))
-        self.coefficients = nn.Parameter(torch.ones(len(shapes), rank))
+        # Prefix of the names of each slot's U and V.
+        self.owners = ["" if config.sharing == "global" else f"{tower_of(name)}_" for name in slots]
+        owned = list(zip(self.owners, slots.values()))
+        widths_in = sorted({(owner, d_in) for owner, (d_in, _) in owned})
+        widths_out = sorted({(owner, d_out) for owner, (_, d_out) in owned})
+        self.U = nn.ParameterDict({f"{o}{d}": nn.Parameter(U_DEVIATION * torch.randn(d, rank)) for o, d in widths_in})
+        self.V = nn.ParameterDict({f"{o}{d}": nn.Parameter(torch.zeros(d, rank)) for o, d in widths_out})
+        self.P = nn.Parameter(torch.randn(len(slots), rank))
+        self.coefficients = nn.Parameter(torch.ones(len(slots), rank))
 
     def scale(self, d_in: int) -> float:
         """s of the equation above, for slots that read ``d_in`` features."""
@@ -61,7 +77,8 @@ class FactorSet(SinglePrecision):
 
     def parts(self, slots: Sequence[int] | Tensor, d_in: int, d_out: int) -> tuple[Tensor, Tensor, Tensor]:
         """U (d_in, rank), V (d_out, rank) and s * lambda * P (len(slots), rank): the update in its factors."""
-        return self.U[str(d_in)], self.V[str(d_out)], self.slot_weights(slots, d_in)
+        owner = self.owners[slots[0]]  # slots of one weight are of one tower
+        return self.U[f"{owner}{d_in}"], self.V[f"{owner}{d_out}"], self.slot_weights(slots, d_in)
 
     def delta_weight(self, slots: Sequence[int], d_in: int, d_out: int) -> Tensor:
         """The update in nn.Linear's layout, the slots stacked in rows: shape (len(slots) * d_out, d_in)."""
@@ -120,7 +137,7 @@ class ModeFactors(nn.Module):
             raise AuroraError(f"there is an adapter {name!r} already; delete_adapter it, or choose another name")
         if not re.fullmatch(r"\w[\w-]*", name) or hasattr(self.sets, name) or name == BASE:
             raise AuroraError(f"an adapter cannot be called {name!r}; use another word of letters, digits, _ and -")
-        self.sets[name] = FactorSet(list(self.slots.values()), config).to(self.sets_device())
+        self.sets[name] = FactorSet(self.slots, config).to(self.sets_device())
         return self.sets[name]
 
     def sets_device(self) -> torch.device | None:

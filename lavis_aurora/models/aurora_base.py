@@ -16,16 +16,15 @@ from lavis_aurora.baselines.lora import LoraSets
 from lavis_aurora.baselines.uniadapter import UniAdapters
 from lavis_aurora.config import BlipAuroraConfig
 from lavis_aurora.config_check import parse_config
+from lavis_aurora.encoders.fusion import add_gates
 from lavis_aurora.errors import AuroraError, near_names
 from lavis_aurora.mode_approx import ModeFactors, inject_mode_approx, load_adapter, trainable_parameters_summary
 from lavis_aurora.mode_approx.companions import bind_companions, keep_base_heads
 from lavis_aurora.mode_approx.trainable import adapter_parameters
 from lavis_aurora.models.adapter_owner import AdapterOwnerMixin
 from lavis_aurora.models.checkpoint import load_backbone, read_state_dict
-from lavis_aurora.models.fusion import add_gates
 from lavis_aurora.models.matching import longest_anywhere
 from lavis_aurora.models.run_state import RunState
-from lavis_aurora.models.visual import VisualFeatures, encode_visual, visual_input
 
 
 class AuroraBase(AdapterOwnerMixin, RunState):
@@ -136,10 +135,6 @@ class AuroraBase(AdapterOwnerMixin, RunState):
             length = longest_anywhere(tokens.input_ids.shape[1])
             tokens = self.tokenizer.pad(tokens, padding="max_length", max_length=length, return_tensors="pt")
         return tokens
-
-    def visual_features(self, samples: dict) -> VisualFeatures:
-        """Tokens and pooled features of the pictures or videos of a batch, wherever it is."""
-        return encode_visual(self.visual_encoder, visual_input(samples).to(self.device))
 
     def compile_layers(self) -> None:
         """Compile the layers of the towers (``run.compile``); layers of one kind share what is compiled."""

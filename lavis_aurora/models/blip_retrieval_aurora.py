@@ -15,19 +15,22 @@ from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from torch import Tensor, nn
 
 from lavis_aurora.alignment import enhance_context
-from lavis_aurora.config import RetrievalAuroraConfig
+from lavis_aurora.config import RetrievalAuroraConfig, RunConfig
+from lavis_aurora.encoders.fused import drops
+from lavis_aurora.encoders.shared_images import matching_passes, share_images
+from lavis_aurora.encoders.towers import build_text_encoder, build_tokenizer, build_vision_encoder, check_vocabulary
+from lavis_aurora.encoders.visual import VisualFeatures, encode_visual, visual_input
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.mode_approx.merge import merged_weights
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.mode_approx.teacher import TEACHER_SET
 from lavis_aurora.models.aurora_base import AuroraBase
-from lavis_aurora.models.fused import drops
 from lavis_aurora.models.matching import draw_negatives, gather, shared_seed
-from lavis_aurora.models.shared_images import matching_passes, share_images
-from lavis_aurora.models.towers import build_text_encoder, build_tokenizer, build_vision_encoder, check_vocabulary
-from lavis_aurora.models.visual import VisualFeatures, encode_visual, visual_input
 from lavis_aurora.paths import package_file
 from lavis_aurora.retrieval.rerank import retrieval_scores
+from lavis_aurora.retrieval.scores import RetrievalScores
+
+EVALUATION_KEYS = ("k_test", "itc_weight", "token_budget_gb", "token_dtype", "eval_bf16")
 
 
 class TeacherFeatures(NamedTuple):
@@ -297,10 +300,24 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
     def compute_sim_matrix(self, data_loader, task_cfg) -> tuple:
         """LAVIS's scores of each image with each text and the reverse, as two numpy arrays."""
         scores = self.retrieval_scores(data_loader, task_cfg)
-        return scores.i2t, scores.t2i
+        return scores.matrix("image_to_text"), scores.matrix("text_to_image")
 
-    def retrieval_scores(self, data_loader, task_cfg):
-        """Scores before and after reranking, see :func:`lavis_aurora.retrieval.rerank.retrieval_scores`."""
+    def retrieval_scores(self, data_loader, task_cfg) -> RetrievalScores:
+        """Scores of the best candidates, see :func:`lavis_aurora.retrieval.rerank.retrieval_scores`.
+
+        Args:
+            data_loader: over a split for evaluation.
+            task_cfg: the keys ``k_test``, ``itc_weight``, ``token_budget_gb``, ``token_dtype`` and ``eval_bf16`` of
+                :class:`lavis_aurora.config.RunConfig`.
+        """
+        defaults = RunConfig()
+        get = {key: task_cfg.get(key, getattr(defaults, key)) for key in EVALUATION_KEYS}
         return retrieval_scores(
-            self, data_loader, k_test=task_cfg.get("k_test", 128), itc_weight=task_cfg.get("itc_weight", 1.0)
+            self,
+            data_loader,
+            k_test=get["k_test"],
+            itc_weight=get["itc_weight"],
+            token_budget_gb=get["token_budget_gb"],
+            token_dtype=getattr(torch, get["token_dtype"]),
+            bf16=get["eval_bf16"],
         )

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from lavis_aurora.config import INFERENCE_METHODS, VqaAuroraConfig
+from lavis_aurora.encoders.fused import fuse_text
+from lavis_aurora.encoders.towers import build_text_encoder, build_tokenizer, build_vision_encoder, check_vocabulary
+from lavis_aurora.encoders.visual import encode_visual, visual_input
 from lavis_aurora.errors import AuroraError, near_names
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.aurora_base import AuroraBase
-from lavis_aurora.models.fused import fuse_text
-from lavis_aurora.models.towers import build_text_encoder, build_tokenizer, build_vision_encoder, check_vocabulary
-from lavis_aurora.models.visual import encode_visual, visual_input
 from lavis_aurora.paths import package_file
 from lavis_aurora.vqa.decoder import CachedDecoder
 from lavis_aurora.vqa.ranking import AnswerList, rank_answers

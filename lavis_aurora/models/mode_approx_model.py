@@ -248,10 +248,12 @@ def _find_modules(model: nn.Module, patterns: list[str]) -> list[nn.Module]:
     """The modules whose whole names match, each pattern at least one; momentum copies follow by themselves."""
     copies = {id(module) for _, copy in momentum_copies(model) for module in copy.modules()}
     names = [name for name, module in model.named_modules() if name and id(module) not in copies]
-    found = []
+    found: set[str] = set()
     for pattern in patterns:
-        matches = [name for name in names if re.fullmatch(pattern, name)]
+        matches = {name for name in names if re.fullmatch(pattern, name)}
         if not matches:
             raise AuroraError(f"model.modules_to_save: {pattern!r} matches no module{near_names(pattern, names)}")
-        found += [model.get_submodule(name) for name in matches]
-    return found
+        found |= matches
+    # A module brings those inside it.
+    outer = [name for name in names if name in found and not any(name.startswith(f"{other}.") for other in found)]
+    return [model.get_submodule(name) for name in outer]

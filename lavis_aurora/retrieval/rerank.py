@@ -1,131 +1,134 @@
-"""Scores of all images with all texts: ITC for all, ITM for the best candidates."""
+"""Scores of a split's images and texts: ITC for all, ITM for the best candidates of each query.
+
+LAVIS's compute_sim_matrix repeats an image's tokens for each of its texts, pads all texts alike, and does so for both
+directions. Here each pair is scored once, image by image, and an image's keys and values serve all its texts.
+"""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import time
+from datetime import timedelta
+from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from lavis.common.dist_utils import get_rank, get_world_size, is_dist_avail_and_initialized
 from torch import Tensor
-from tqdm import tqdm
 
-# What LAVIS writes for a pair that was not reranked.
-NOT_RERANKED = -100.0
-TEXT_BATCH = 256
-PAIR_BATCH = 128
+from lavis_aurora.encoders.packed import encode_with_image
+from lavis_aurora.retrieval.encode import ImageTokens, Texts, agreed, encode_texts, gather_rows, progress
+from lavis_aurora.retrieval.scores import Candidates, RetrievalScores
 
-
-@dataclass
-class RetrievalScores:
-    """Scores of a split as numpy arrays; entries that were not reranked are -100, as in LAVIS.
-
-    Attributes:
-        itc: cosine similarities, (images, texts).
-        i2t: reranked texts of each image, (images, texts).
-        t2i: reranked images of each text, (texts, images).
-        k_i2t, k_t2i: candidates that were reranked per image and per text.
-    """
-
-    itc: np.ndarray
-    i2t: np.ndarray
-    t2i: np.ndarray
-    k_i2t: int
-    k_t2i: int
+# Text tokens that are in the fusion encoder at once; bounds its memory.
+TOKENS_AT_ONCE = 4096
+QUERIES_AT_ONCE = 512
 
 
 @torch.no_grad()
-def retrieval_scores(model, data_loader, k_test: int, itc_weight: float = 1.0) -> RetrievalScores:
+def retrieval_scores(
+    model,
+    data_loader,
+    k_test: int,
+    itc_weight: float = 1.0,
+    token_budget_gb: float = 4.0,
+    token_dtype: torch.dtype = torch.float32,
+    bf16: bool = False,
+) -> RetrievalScores:
     """Score a split: ITM + itc_weight * ITC for the k_test best candidates of each query by ITC.
 
-    Each pair meets the fusion encoder once, for both directions. Several processes share the pairs, by images.
+    Several processes share images and texts; each returns all scores.
 
     Args:
-        model: a retrieval model with LAVIS's BLIP attributes, in eval mode.
-        data_loader: over LAVIS's RetrievalEvalDataset (``text`` and ``image`` lists); not sharded.
+        model: blip_retrieval_aurora, in eval mode.
+        data_loader: over LAVIS's RetrievalEvalDataset or VideoRetrievalEvalDataset (``text`` and ``image`` lists);
+            not sharded.
         k_test: candidates per query; cut to the number of candidates; 0 scores by ITC alone.
         itc_weight: weight of ITC in the sum.
+        token_budget_gb: 10^9 bytes of main memory in which this process may keep images' tokens; images beyond it go
+            through the vision tower a second time.
+        token_dtype: of the images' tokens on their way to the fusion encoder.
+        bf16: compute in bfloat16 where autocast does so; tokens are bfloat16 then.
     """
-    dataset = data_loader.dataset
-    text_feats, ids, mask = _encode_texts(model, dataset.text)
-    images, texts = len(dataset.image), len(dataset.text)
-    share = range(*(images * (get_rank() + i) // get_world_size() for i in (0, 1)))
-    image_feats, tokens = _encode_images(model, data_loader, share)
-    itc = image_feats @ text_feats.t()
-    k_i2t, k_t2i = min(k_test, texts), min(k_test, images)
-    if k_test == 0:
-        plain = itc.cpu().numpy()
-        return RetrievalScores(plain, plain, plain.T.copy(), 0, 0)
-    wanted_i2t = torch.zeros_like(itc, dtype=torch.bool).scatter_(1, itc.topk(k_i2t, dim=1).indices, True)
-    wanted_t2i = torch.zeros_like(wanted_i2t).scatter_(0, itc.topk(k_t2i, dim=0).indices, True)
-    wanted = wanted_i2t | wanted_t2i
-    pairs = [
-        (image, chosen, _match(model, tokens[image], ids[chosen], mask[chosen]))
-        for image in tqdm(share, desc="reranking", unit="image", mininterval=5, disable=get_rank() != 0)
-        if len(chosen := wanted[image].nonzero()[:, 0])
-    ]
-    scores = itc_weight * itc
-    for image, chosen, itm in _from_all(pairs):
-        scores[image, chosen.to(scores.device)] += itm.to(scores.device)
-    i2t = scores.masked_fill(~wanted_i2t, NOT_RERANKED).cpu().numpy()
-    t2i = scores.masked_fill(~wanted_t2i, NOT_RERANKED).t().contiguous().cpu().numpy()
-    return RetrievalScores(itc.cpu().numpy(), i2t, t2i, k_i2t, k_t2i)
-
-
-def _encode_texts(model, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """ITC features of all texts, and the token ids and masks with which they enter the fusion encoder."""
-    feats, ids, masks = [], [], []
-    for start in range(0, len(texts), TEXT_BATCH):
-        text = model.tokenize(texts[start : start + TEXT_BATCH]).to(model.device)
-        hidden = model.text_encoder.forward_text(text).last_hidden_state
-        feats.append(F.normalize(model.text_proj(hidden[:, 0]), dim=-1).float())
-        ids.append(text.input_ids)
-        masks.append(text.attention_mask)
-    ids = torch.cat(ids)
-    ids[:, 0] = model.tokenizer.enc_token_id
-    return torch.cat(feats), ids, torch.cat(masks)
-
-
-def _encode_images(model, data_loader, share: range) -> tuple[Tensor, dict[int, Tensor]]:
-    """ITC features of all images, and the tokens of this process's share, kept in main memory."""
-    feats, tokens = [], {}
-    start = 0
-    for samples in tqdm(data_loader, desc="encoding images", unit="batch", mininterval=5, disable=get_rank() != 0):
-        embeds, pooled = model.visual_features(samples)
-        feats.append(F.normalize(model.vision_proj(pooled), dim=-1).float())
-        for i, one in enumerate(embeds.cpu()):
-            if start + i in share:
-                tokens[start + i] = one.clone()
-        start += len(embeds)
-    logging.info("encoded %d images", start)
-    return torch.cat(feats), tokens
-
-
-def _match(model, tokens: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """ITM logit of one image with its texts; padding beyond the longest text is dropped."""
-    # One image for all its texts: its keys and values are computed once.
-    image = tokens.to(ids.device).unsqueeze(0)
-    logits = []
-    for part_ids, part_mask in zip(ids.split(PAIR_BATCH), mask.split(PAIR_BATCH)):
-        length = int(part_mask.sum(dim=1).max())
-        output = model.text_encoder(
-            part_ids[:, :length],
-            attention_mask=part_mask[:, :length],
-            encoder_hidden_states=image,
-            encoder_attention_mask=torch.ones(image.shape[:-1], dtype=torch.long, device=ids.device),
-            return_dict=True,
+    start = time.time()
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        texts = encode_texts(model, data_loader.dataset.text)
+        images = ImageTokens(
+            model, data_loader, token_budget_gb if k_test else 0, torch.bfloat16 if bf16 else token_dtype
         )
-        logits.append(model.itm_head(output.last_hidden_state[:, 0])[:, 1].float())
-    return torch.cat(logits)
+        i2t, t2i = agreed((_nearest(images.feats, texts.feats, k_test), _nearest(texts.feats, images.feats, k_test)))
+        own = _pair_keys(i2t.indices, len(texts.feats)), _pair_keys(t2i.indices, len(texts.feats), by_text=True)
+        keys = torch.cat([one.flatten() for one in own]).unique()
+        encoded = time.time()
+        _log_start(images, texts, k_test, len(keys), encoded - start)
+        itm = score_pairs(model, images, texts, keys) if k_test else torch.empty(0)
+    candidates = (
+        Candidates(found.indices.numpy(), (itm[torch.searchsorted(keys, one)] + itc_weight * found.values).numpy())
+        for found, one in zip((i2t, t2i), own)
+    )
+    seconds = {"encoding": encoded - start, "reranking": time.time() - encoded}
+    return RetrievalScores(images.feats.numpy(), texts.feats.numpy(), *candidates, len(keys), seconds)
 
 
-def _from_all(pairs: list[tuple[int, Tensor, Tensor]]) -> list[tuple[int, Tensor, Tensor]]:
-    """The pairs of all processes."""
-    if not is_dist_avail_and_initialized():
-        return pairs
-    gathered: list = [None] * get_world_size()
-    dist.all_gather_object(gathered, [(image, chosen.cpu(), itm.cpu()) for image, chosen, itm in pairs])
-    return [pair for part in gathered for pair in part]
+def _log_start(images: ImageTokens, texts: Texts, k_test: int, pairs: int, seconds: float) -> None:
+    """Say what was done and what will be left out."""
+    counts = len(images.feats), len(texts.feats)
+    logging.info("encoded %d images and %d texts in %s", *counts, timedelta(seconds=round(seconds)))
+    if not k_test:
+        logging.info("run.k_test is 0: nothing is reranked")
+        return
+    share = 100 * pairs / (counts[0] * counts[1])
+    logging.info("reranking %d pairs, %.1f%% of all; each counts for both directions", pairs, share)
+    if k_test > min(counts):
+        logging.info("run.k_test: %d is cut to the number of candidates where there are fewer", k_test)
+
+
+class _Nearest(NamedTuple):
+    """ITC and index of the best candidates of each query, (queries, k), best first."""
+
+    values: Tensor
+    indices: Tensor
+
+
+def _nearest(queries: Tensor, candidates: Tensor, k: int) -> _Nearest:
+    k = min(k, len(candidates))
+    with torch.autocast("cpu", enabled=False):
+        found = [(block @ candidates.t()).topk(k, dim=1) for block in queries.split(QUERIES_AT_ONCE)]
+    return _Nearest(*(torch.cat(parts) for parts in zip(*found)))
+
+
+def _pair_keys(found: Tensor, texts: int, by_text: bool = False) -> Tensor:
+    """image * texts + text of each query's candidates, (queries, k); the queries are images, or texts."""
+    query = torch.arange(len(found)).unsqueeze(1)
+    image, text = (found, query) if by_text else (query, found)
+    return image * texts + text
+
+
+def score_pairs(model, images: ImageTokens, texts: Texts, keys: Tensor) -> Tensor:
+    """ITM logits of pairs, in main memory; each process scores those of its images.
+
+    Args:
+        model: as in :func:`retrieval_scores`.
+        images, texts: the split.
+        keys: image * texts + text of each pair, rising; the same on all processes.
+    """
+    count = len(texts.feats)
+    starts = torch.searchsorted(keys, torch.arange(len(images.feats) + 1) * count).tolist()
+    wanted = [image for image in images.share if starts[image] < starts[image + 1]]
+    places, logits = [torch.empty(0, dtype=torch.long)], [torch.empty(0)]
+    with progress(sum(starts[i + 1] - starts[i] for i in wanted), "reranking", "pair") as bar:
+        for image, tokens in images.of(wanted):
+            chosen = keys[starts[image] : starts[image + 1]] - image * count
+            order = texts.lengths[chosen].argsort()
+            places.append(starts[image] + order)
+            logits.append(_match(model, tokens.to(model.device), texts, chosen[order]))
+            bar.update(len(chosen))
+    return gather_rows(torch.cat(places), torch.cat(logits), len(keys))
+
+
+def _match(model, image: Tensor, texts: Texts, chosen: Tensor) -> Tensor:
+    """ITM logits of one image with the chosen texts, which are of rising length."""
+    parts = -(-int(texts.lengths[chosen].sum()) // TOKENS_AT_ONCE)
+    fused = [
+        encode_with_image(model.text_encoder, texts.ids[part], texts.lengths[part], image)
+        for part in chosen.chunk(parts)
+    ]
+    return model.itm_head(torch.cat(fused))[:, 1].float().cpu()

@@ -61,7 +61,7 @@ def _made(monkeypatch) -> list[dict]:
 def test_made_on_first_use_and_kept(build, name: str, kind: str, tmp_path: Path, monkeypatch) -> None:
     made = _made(monkeypatch)
     datasets = build(kind)
-    each = {"demo_retrieval": 1, "demo_vqa": 2 if kind == "clean" else 4}[name]
+    each = {"demo_retrieval": 1, "demo_vqa": 3 if kind == "clean" else 4}[name]
     expected = {split: count * each for split, count in COUNTS.items()}
     if (name, kind) == ("demo_vqa", "clean"):
         expected["train"] += COUNTS["train"]  # captions

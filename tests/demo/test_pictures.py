@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lavis_aurora.demo import pictures
+from lavis_aurora.demo import pictures, scenes
 from lavis_aurora.demo.pictures import SIDE, contact_sheet, generate_pictures
 from lavis_aurora.demo.scenes import DOMAINS, Scene, Shape, iter_captions
 
@@ -77,6 +78,14 @@ def test_longer_split_begins_with_the_shorter(tmp_path: Path) -> None:
 def test_iter_captions_gives_what_is_written(tmp_path: Path) -> None:
     for split, path in generate_pictures(tmp_path, "clean", COUNTS, seed=2).items():
         assert [*islice(iter_captions("clean", 2, split), COUNTS[split])] == _captions(path)
+
+
+def test_number_of_shapes_follows_its_shares(tmp_path: Path) -> None:
+    for shares in (scenes.SHAPE_COUNTS, (0.5, 0.3, 0.2)):
+        drawn = Counter(len(scene.shapes) for scene in islice(scenes.iter_scenes("clean", "train", 0, shares), 1000))
+        assert [drawn[n] / 1000 for n in (1, 2, 3)] == pytest.approx(shares, abs=0.05)
+    path = generate_pictures(tmp_path, "clean", {"train": 9}, shape_counts=(0, 0, 1))["train"]
+    assert all(caption.count(" and ") == 2 for caption in _captions(path))
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

@@ -3,6 +3,7 @@ import torch
 
 from lavis_aurora import AuroraError, ModeApproxConfig
 from lavis_aurora.mode_approx import ModeFactors
+from lavis_aurora.mode_approx.factors import tower_of
 
 SLOTS = {"vision.q": (4, 6), "vision.k": (4, 6), "text.q": (5, 6), "text.v": (5, 3)}
 RANK = 3
@@ -80,3 +81,36 @@ def test_unknown_names_are_answered_with_near_ones(factors):
         pass
     with pytest.raises(AuroraError, match="did you mean 'vision.q'"):
         factors.delta_weight("vision.qq")
+
+
+TOWERS = {
+    "visual_encoder.blocks.0.attn.qkv.query": (4, 6),
+    "visual_encoder.blocks.1.attn.qkv.query": (4, 6),
+    "text_encoder.encoder.layer.0.attention.self.query": (4, 6),
+    "text_encoder.encoder.layer.0.crossattention.self.query": (4, 6),
+}
+
+
+def test_towers_may_have_factors_of_their_own():
+    torch.manual_seed(0)
+    factors = ModeFactors(TOWERS, ModeApproxConfig(rank=RANK, sharing="tower")).double()
+    for parameter in factors.parameters():
+        torch.nn.init.normal_(parameter)
+    one = factors.sets["default"]
+    assert len(one.U) == len(one.V) == 3
+    for k, slot in enumerate(TOWERS):
+        owner = tower_of(slot)
+        u, v = one.U[f"{owner}_4"], one.V[f"{owner}_6"]
+        plain = sum(one.coefficients[k, r] * one.P[k, r] * torch.outer(v[:, r], u[:, r]) for r in range(RANK))
+        torch.testing.assert_close(factors.delta_weight(slot), plain * 8 / (0.1 * (4 * RANK) ** 0.5))
+    # A change of one tower's U reaches all of its layers, and no other tower.
+    before = [factors.delta_weight(slot) for slot in TOWERS]
+    with torch.no_grad():
+        one.U[f"{tower_of(next(iter(TOWERS)))}_4"].add_(1)
+    changed = [not torch.equal(factors.delta_weight(slot), old) for slot, old in zip(TOWERS, before)]
+    assert changed == [True, True, False, False]
+
+
+def test_an_unknown_sharing_is_refused():
+    with pytest.raises(AuroraError, match="sharing.*did you mean 'tower'"):
+        ModeApproxConfig(sharing="towers")

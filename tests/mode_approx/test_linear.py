@@ -101,7 +101,9 @@ def test_dropout_falls_on_the_update_alone_and_in_training_alone():
     module.factors.sets["default"].config.dropout = 0.999
     x = torch.randn(50, D_IN, dtype=torch.float64)
     torch.testing.assert_close(module(x)[:3], F.linear(x, module.adapted_weight, module.bias)[:3])
-    torch.testing.assert_close(module.eval()(x), F.linear(x, module.adapted_weight + module.delta_weight(), module.bias))
+    torch.testing.assert_close(
+        module.eval()(x), F.linear(x, module.adapted_weight + module.delta_weight(), module.bias)
+    )
 
 
 def three_layers(dtype: torch.dtype = torch.float64, bias: bool = True) -> list[ModeApproxLinear]:

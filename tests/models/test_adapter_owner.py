@@ -29,7 +29,7 @@ from lavis_aurora import (
     set_adapter,
 )
 from lavis_aurora.cli import main, train
-from lavis_aurora.models.towers import build_tokenizer
+from lavis_aurora.encoders.towers import build_tokenizer
 from lavis_aurora.paths import package_file
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -251,6 +251,11 @@ def test_modules_to_save_are_trained_saved_and_reported(tmp_path: Path):
     assert torch.equal(other.text_proj.weight, wrapped.text_proj.weight)
 
 
+def test_a_module_to_save_brings_those_inside_it_once():
+    wrapped = model(modules_to_save=[r"text_encoder\.embeddings.*", "text_encoder.embeddings", "itm_head"])
+    assert wrapped.heads == [wrapped.text_encoder.embeddings, wrapped.itm_head]
+
+
 # Files
 
 

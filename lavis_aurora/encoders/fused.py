@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from lavis.models.med import BertModel, BertSelfAttention
 from lavis.models.vit import Attention, Block, VisionTransformer
 from timm.models.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lavis_aurora.attention import attend, merge_heads, split_heads
+from lavis_aurora.attention import Packing, merge_heads, split_heads
 from lavis_aurora.mode_approx.linear import ModeApproxLinear, linear_together
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -33,7 +34,8 @@ class FusedVisionAttention(Attention):
             return super().forward(x, register_hook)
         query, key, value = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
         dropout = self.attn_drop.p if self.training else 0.0
-        return self.proj_drop(self.proj(merge_heads(attend(query, key, value, dropout=dropout))))
+        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        return self.proj_drop(self.proj(merge_heads(attended)))
 
 
 class CheckpointedBlock(Block):
@@ -52,7 +54,7 @@ class CheckpointedBlock(Block):
 class FusedTextAttention(BertSelfAttention):
     """LAVIS's BERT attention on the fused kernel; LAVIS's own where its attention map is asked for.
 
-    In cross-attention several texts may share one image, see :func:`lavis_aurora.attention.attend`.
+    Texts may be packed: ``attention_mask`` is then their :class:`Packing`.
 
     Attributes:
         keys_are_padded: whether the keys of a cross-attention have a mask; pictures' tokens have none.
@@ -63,14 +65,14 @@ class FusedTextAttention(BertSelfAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Packing | None = None,
         head_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         past_key_value: tuple[Tensor, Tensor] | None = None,
         output_attentions: bool = False,
     ) -> tuple:
-        """As LAVIS's; ``encoder_hidden_states`` may hold one image for several texts."""
+        """As LAVIS's; with packed texts, ``hidden_states`` is (1, tokens, d)."""
         if output_attentions or head_mask is not None or self.save_attention:
             return super().forward(
                 hidden_states,
@@ -85,14 +87,30 @@ class FusedTextAttention(BertSelfAttention):
         if encoder_hidden_states is not None:
             source, mask = encoder_hidden_states, encoder_attention_mask if self.keys_are_padded else None
         if source is hidden_states:
-            projected = linear_together(source, self.query, self.key, self.value)
+            query, key, value = linear_together(source, self.query, self.key, self.value)
         else:
-            projected = (self.query(hidden_states), *linear_together(source, self.key, self.value))
-        query, key, value = (split_heads(x, self.num_attention_heads) for x in projected)
-        if encoder_hidden_states is None and past_key_value is not None:
-            key, value = (torch.cat(pair, dim=2) for pair in zip(past_key_value, (key, value)))
+            query, (key, value) = self.query(hidden_states), linear_together(source, self.key, self.value)
+        if isinstance(mask, Packing):
+            parts = (self._attend(*texts)[0] for texts in mask.unpacked(query, key, value))
+            return mask.packed(parts), (key, value)
+        past = past_key_value if encoder_hidden_states is None else None
+        return self._attend(query, key, value, mask, past)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        past: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """From projections (batch, length, d) to the same shape, and the keys and values by head."""
+        query, key, value = (split_heads(x, self.num_attention_heads) for x in (query, key, value))
+        if past is not None:
+            key, value = (torch.cat(pair, dim=2) for pair in zip(past, (key, value)))
         dropout = self.dropout.p if self.training else 0.0
-        return merge_heads(attend(query, key, value, mask, dropout)), (key, value)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        return merge_heads(attended), (key, value)
 
 
 def fuse_vision(encoder: VisionTransformer, checkpointed: int) -> None:

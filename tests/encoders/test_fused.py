@@ -8,7 +8,8 @@ from lavis.models.med import BertSelfAttention
 from lavis.models.vit import Attention, VisionTransformer
 from tiny import tiny_model
 
-from lavis_aurora.models.fused import (
+from lavis_aurora.attention import Packing
+from lavis_aurora.encoders.fused import (
     CheckpointedBlock,
     FusedTextAttention,
     FusedVisionAttention,
@@ -59,7 +60,7 @@ def test_cached_keys_are_read(layers):
     torch.testing.assert_close(fused(x, past_key_value=past)[0], plain(x, past_key_value=past)[0])
 
 
-def test_cross_attention_with_padded_keys_and_with_shared_images(layers):
+def test_cross_attention_with_padded_keys_and_without(layers):
     plain = layers[1]
     fused = retyped(FusedTextAttention, plain)
     x, image, mask = torch.randn(4, 6, 128), torch.randn(4, 7, 128), torch.zeros(4, 1, 1, 7)
@@ -68,8 +69,15 @@ def test_cross_attention_with_padded_keys_and_with_shared_images(layers):
     arguments = {"encoder_hidden_states": image, "encoder_attention_mask": mask}
     torch.testing.assert_close(fused(x, **arguments)[0], plain(x, **arguments)[0])
     fused.keys_are_padded = False
-    shared = fused(x, encoder_hidden_states=image[:2], encoder_attention_mask=mask)[0]
-    torch.testing.assert_close(shared, plain(x, encoder_hidden_states=image[:2].repeat_interleave(2, 0))[0])
+    torch.testing.assert_close(fused(x, **arguments)[0], plain(x, encoder_hidden_states=image)[0])
+
+
+def test_packed_texts_attend_to_themselves_alone(layers):
+    plain = layers[0]
+    texts = [torch.randn(1, n, 128) for n in (2, 3, 9)]
+    packing = Packing(torch.tensor([2, 3, 9]), texts[0].device)
+    packed, _ = retyped(FusedTextAttention, plain)(torch.cat(texts, dim=1), packing)
+    torch.testing.assert_close(packed, torch.cat([plain(text)[0] for text in texts], dim=1))
 
 
 def test_attention_maps_of_words_over_pictures_are_kept_when_asked_for(layers):

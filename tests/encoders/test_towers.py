@@ -4,7 +4,7 @@ import pytest
 from tiny import med_config, tiny_model
 
 from lavis_aurora import AuroraError
-from lavis_aurora.models.towers import build_tokenizer
+from lavis_aurora.encoders.towers import build_tokenizer
 
 
 def test_vocabulary_must_fit_the_embeddings(tmp_path):

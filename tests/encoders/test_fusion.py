@@ -3,7 +3,7 @@ import torch
 from tiny import tiny_model
 from torch import nn
 
-from lavis_aurora.models.fusion import GatedCrossAttention
+from lavis_aurora.encoders.fusion import GatedCrossAttention
 
 
 def outputs(model: nn.Module, mode: str) -> torch.Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import tiny_model
 
+from lavis_aurora.encoders.visual import encode_visual, visual_input
 from lavis_aurora.errors import AuroraError
-from lavis_aurora.models.visual import encode_visual, visual_input
-from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")

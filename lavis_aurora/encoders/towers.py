@@ -13,8 +13,8 @@ from torch import nn
 from transformers import BertTokenizer
 
 from lavis_aurora.config import BlipAuroraConfig
+from lavis_aurora.encoders.fused import fuse_text, fuse_vision
 from lavis_aurora.errors import AuroraError
-from lavis_aurora.models.fused import fuse_text, fuse_vision
 
 
 def build_vision_encoder(cfg: BlipAuroraConfig) -> VisionTransformerEncoder:

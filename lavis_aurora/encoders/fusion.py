@@ -6,19 +6,25 @@ from lavis.models.med import BertAttention, BertLayer, BertModel
 from torch import Tensor
 
 from lavis_aurora.alignment import AffineGate, QueryGate
+from lavis_aurora.attention import Packing
 from lavis_aurora.config import GateConfig
+from lavis_aurora.encoders.fused import retyped
 from lavis_aurora.mode_approx import ModeFactors
-from lavis_aurora.models.fused import retyped
 
 
 class GatedCrossAttention(BertAttention):
     """Cross-attention whose output f is combined with its input t by a :class:`QueryGate`."""
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args, **kwargs) -> tuple:
-        """As LAVIS's; ``attention_mask`` is the text's additive mask, (batch, 1, 1, length)."""
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | Packing | None = None, *args, **kwargs
+    ) -> tuple:
+        """As LAVIS's; ``attention_mask`` is the text's additive mask, (batch, 1, 1, length), or its packing."""
         f, *rest = super().forward(hidden_states, attention_mask, *args, **kwargs)
         if self.factors.active is None:
             return (f, *rest)
+        if isinstance(attention_mask, Packing):
+            parts = (self.gate(t, f) for t, f in attention_mask.unpacked(hidden_states, f))
+            return (attention_mask.packed(parts), *rest)
         keep = None if attention_mask is None else attention_mask[:, 0, 0, :] == 0
         return (self.gate(hidden_states, f, keep), *rest)
 

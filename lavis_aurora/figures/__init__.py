@@ -1,0 +1,1 @@
+"""Figures of the paper, drawn from runs, sweeps and benchmarks of this package."""

@@ -1,0 +1,64 @@
+"""What all figures have in common: a headless canvas, colours, and the numbers beside each picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+OWN, FULL, OTHER, PALE = "#c2410c", "#1d4e89", "#c9b458", "#9aa5b1"
+CYCLE = (OWN, FULL, "#4d7c0f", "#7e22ce", OTHER, "#0f766e", PALE)
+DPI = 140
+
+
+class FigureModule(Protocol):
+    """A figure: what it reads, the numbers it makes of that, and the picture of these numbers."""
+
+    def add_arguments(self, parser) -> None: ...
+
+    def numbers(self, args) -> dict[str, Any]: ...
+
+    def draw(self, numbers: dict[str, Any]) -> Figure: ...
+
+
+def canvas(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of equal panels, each of ``width`` by ``height`` inches, and the panels row by row."""
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained", **options
+    )
+    return figure, list(axes.flat)
+
+
+def tidy(axis: Axes, grid: str = "y") -> None:
+    """No frame but two axes, and a light grid."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis=grid, color="#e5e7eb", linewidth=0.8)
+    axis.set_axisbelow(True)
+
+
+def blank(axis: Axes, title: str = "", **options: Any) -> None:
+    """A panel of a picture: no axes."""
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+    if title:
+        axis.set_title(title, **options)
+
+
+def save(figure: Figure, numbers: dict[str, Any], path: str | Path) -> tuple[Path, Path]:
+    """Write the picture, and its numbers as json beside it; returns both paths."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".json")
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+    beside.write_text(json.dumps(numbers, indent=1))
+    return path, beside

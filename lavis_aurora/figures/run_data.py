@@ -1,0 +1,104 @@
+"""A run's model and data, built again from its folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lavis.common.registry import registry
+from PIL import Image
+
+import lavis_aurora.register  # noqa: F401
+from lavis_aurora.data.annotations import build_checked
+from lavis_aurora.errors import AuroraError
+from lavis_aurora.project import AuroraConfig, load_config
+from lavis_aurora.results import read_json
+from lavis_aurora.training.checkpointing import BEST, read_checkpoint, read_latest
+
+VIDEOS = (".mp4", ".avi", ".mkv", ".webm", ".mov")
+
+
+def run_config(run: str | Path) -> AuroraConfig:
+    """The checked configuration of a run's folder."""
+    return load_config(str(Path(run) / "config.yaml"))
+
+
+def untrained_model(run: str | Path):
+    """The model of a run as it was before training, on the CPU, in eval mode.
+
+    Raises:
+        AuroraError: it started from random weights, which no file holds.
+    """
+    cfg = run_config(run).model_cfg
+    if cfg.get("pretrained") is None and not cfg.get("load_finetuned"):
+        raise AuroraError(f"{run}: its backbone had random weights, which are lost; name a run of a pretrained one")
+    return registry.get_model_class(cfg.arch).from_config(cfg).eval()
+
+
+def load_trained(model, run: str | Path) -> None:
+    """Load what a run trained, of its best epoch if it chose one, into its model.
+
+    Raises:
+        AuroraError: the folder holds no checkpoint.
+    """
+    best = Path(run) / BEST
+    if best.is_file():
+        found = read_checkpoint(best), best
+    else:
+        found = read_latest(Path(run))
+    if found is None:
+        raise AuroraError(f"{run}: holds no checkpoint; name the folder of a run that trained")
+    model.load_run_state(found[0]["model"], str(found[1]))
+
+
+def split_data(run: str | Path, split: str):
+    """LAVIS's dataset of a run's split; the first one that has it.
+
+    Raises:
+        AuroraError: no dataset of the run has such a split.
+    """
+    known: list[str] = []
+    for name, config in run_config(run).datasets_cfg.items():
+        splits = build_checked(name, config)
+        if split in splits:
+            return splits[split]
+        known += list(splits)
+    raise AuroraError(f"{run}: no split {split!r}; its data have {', '.join(known)}")
+
+
+def result_file(run: str | Path, pattern: str) -> Any:
+    """The newest result file of a name, read.
+
+    Raises:
+        AuroraError: there is none.
+    """
+    files = sorted((Path(run) / "result").glob(pattern), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise AuroraError(f"{run}: its folder result holds no {pattern}; name the folder of a run that was tested")
+    return read_json(files[-1])
+
+
+def visual_path(dataset, index: int) -> str:
+    """The file of a picture or video of a dataset, by the number of its entry."""
+    entry = dataset.annotation[index]
+    return os.path.join(dataset.vis_root, str(entry.get("image", entry.get("video"))))
+
+
+def read_visual(path: str | Path) -> np.ndarray:
+    """A picture, or the middle frame of a video: (height, width, 3), uint8.
+
+    Raises:
+        AuroraError: it cannot be read.
+    """
+    try:
+        if Path(path).suffix.lower() in VIDEOS:
+            import decord
+
+            reader = decord.VideoReader(str(path))
+            return reader[len(reader) // 2].asnumpy()
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except Exception as error:  # decord has errors of its own
+        raise AuroraError(f"{path}: cannot be shown ({error})") from error

@@ -1,0 +1,103 @@
+"""What differs between the set-up of a run and the paper's (4.1, D.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+from typing import Any, Optional
+
+from omegaconf import DictConfig, OmegaConf
+
+from lavis_aurora.paper.tables import paper_tables
+
+# Files of BLIP base's weights, pretrained on 129M pairs.
+BLIP_BASE = ("model_base.pth", "model_base_capfilt_large.pth")
+UNSAID = "not said"
+Difference = tuple[str, Any, Any]
+
+
+def setup_differences(
+    config: DictConfig, split: str, counts: Mapping[str, int], benchmark: str, table: str
+) -> list[Difference]:
+    """(what, here, paper) of all that differs, or that the paper does not say and that matters.
+
+    Args:
+        config: of the run, resolved.
+        split: that was tested.
+        counts: images, videos, texts or questions of the split.
+        benchmark, table: of the paper that the run is compared with.
+    """
+    paper = paper_tables()["benchmarks"][benchmark]["setup"]
+    here = dict(_here(config, benchmark))
+    if table == "4":
+        # Nothing is trained here; the training was another run's, on MSCOCO.
+        here = {key: here[key] for key in ("backbone", "frames_test", "k_test", "itc_weight") if key in here}
+    there = {"backbone": "BLIP base, 129M pairs", **_method(config), **paper}
+    data = list(config.get("datasets") or {})
+    found = [("data", ", ".join(data), benchmark)] if benchmark not in data else []
+    found += [(key, value, there.get(key, UNSAID)) for key, value in here.items()]
+    own_split = {"coco_vqa": "test-dev, test-std"}.get(benchmark, "test")
+    found.append(("split", split, own_split))
+    found += [(f"{key} tested", value, paper.get(key, UNSAID)) for key, value in counts.items()]
+    return [(key, shown, other) for key, shown, other in found if _differ(shown, other)]
+
+
+def _differ(here: Any, there: Any) -> bool:
+    if isinstance(here, (int, float)) and isinstance(there, (int, float)):
+        return abs(here - there) > 1e-12
+    return here != there
+
+
+def _method(config: DictConfig) -> dict[str, str]:
+    """The paper's forms of what only Aurora has."""
+    if config.model.get("tuning", "aurora") != "aurora":
+        return {}
+    return {"gate.form": "convex", "gate.init": "zeros", "context.form": "attention"}
+
+
+def _here(config: DictConfig, benchmark: str) -> Iterator[tuple[str, Any]]:
+    """What the run had, under the names of tables.json."""
+    model, run = config.model, config.run
+    yield "backbone", _backbone(model)
+    yield "image_size", model.get("image_size")
+    if model.get("tuning", "aurora") == "aurora":
+        # A YAML may leave out what it takes by default.
+        yield "gate.form", OmegaConf.select(config, "model.gate.form", default="residual")
+        yield "gate.init", OmegaConf.select(config, "model.gate.init", default="zeros")
+        if "retrieval" in str(model.get("arch")):
+            yield "context.form", OmegaConf.select(config, "model.context.form", default="attention")
+    yield "processes", run.get("world_size", 1)
+    for key in ("batch_size_train", "max_epoch", "init_lr", "weight_decay", "lr_sched"):
+        yield key, run.get(key)
+    if run.get("accum_grad_iters", 1) != 1:
+        yield "accum_grad_iters", run.accum_grad_iters
+    for kind, name in (("train", "frames_train"), ("eval", "frames_test")):
+        frames = _frames(config, kind)
+        if frames is not None:
+            yield name, frames
+    if "vqa" in str(model.get("arch")):
+        yield "inference_method", run.get("inference_method")
+        if run.get("inference_method") == "generate":
+            yield "num_beams", run.get("num_beams")
+    else:
+        yield "k_test", run.get("k_test")
+        yield "itc_weight", run.get("itc_weight")
+
+
+def _backbone(model: DictConfig) -> str:
+    source = model.get("finetuned") if model.get("load_finetuned") else model.get("pretrained")
+    if source is None:
+        return "random weights"
+    name = PurePath(str(source)).name
+    if name in BLIP_BASE:
+        return "BLIP base, 129M pairs"
+    return f"{name} ({model.model_type})" if model.get("model_type") else name
+
+
+def _frames(config: DictConfig, kind: str) -> Optional[int]:
+    """Frames of a video in training or at test; None for pictures."""
+    for dataset in (config.get("datasets") or {}).values():
+        frames = OmegaConf.select(dataset, f"vis_processor.{kind}.n_frms")
+        if frames is not None:
+            return frames
+    return None

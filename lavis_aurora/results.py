@@ -1,0 +1,118 @@
+"""What runs leave in their folders, read back: configuration, metrics, counts of parameters."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
+
+from lavis_aurora.errors import AuroraError
+
+# A row of trainable_parameters_summary: group, tensors, parameters, percent.
+COUNT_LINE = re.compile(r"^(\S.*?) +[\d,]+ +([\d,]+) +[\d.]+$")
+
+
+def read_config(run: str | Path) -> DictConfig:
+    """The resolved ``config.yaml`` of a run's folder.
+
+    Raises:
+        AuroraError: there is none.
+    """
+    path = Path(run) / "config.yaml"
+    try:
+        return OmegaConf.load(path)
+    except (OSError, YAMLError) as error:
+        raise AuroraError(f"{path}: cannot be read ({error}); name the folder of a run") from error
+
+
+@dataclass
+class Evaluation:
+    """One line of ``log.txt``.
+
+    Attributes:
+        split: of the data.
+        epoch: number or ``best``.
+        final: of the test after training.
+        metrics: percent, as the tasks report them; what is no number is left out.
+    """
+
+    split: str
+    epoch: int | str
+    final: bool
+    metrics: dict[str, float]
+
+
+def evaluations(run: str | Path) -> list[Evaluation]:
+    """Every evaluation that a run's ``log.txt`` holds, in order."""
+    path = Path(run) / "log.txt"
+    found = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for line in lines:
+        # Other lines are the configuration, or cut off.
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        heads = [key for key in entry if key.endswith("_epoch")] if isinstance(entry, dict) else []
+        # "best_epoch" is a metric of the validation.
+        head = next(
+            (key[: -len("epoch")] for key in heads if all(other.startswith(key[:-5]) for other in entry)), None
+        )
+        if head is None or head == "train_":
+            continue
+        numbers = {key[len(head) :]: value for key, value in entry.items()}
+        epoch = numbers.pop("epoch")
+        metrics = {
+            key: float(value)
+            for key, value in numbers.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        found.append(Evaluation(head[:-1].removeprefix("final_"), epoch, head.startswith("final_"), metrics))
+    return found
+
+
+def final_metrics(run: str | Path) -> dict[str, dict[str, float]]:
+    """Metrics by split of the last test of each; empty before the first."""
+    return {one.split: one.metrics for one in evaluations(run) if one.final}
+
+
+def newest_run(folder: str | Path) -> Path | None:
+    """The newest run under ``run.output_dir`` that was tested; None if there is none."""
+    runs = [path.parent for path in Path(folder).glob("*/log.txt") if final_metrics(path.parent)]
+    return max(runs, key=lambda run: (run / "log.txt").stat().st_mtime, default=None)
+
+
+def trained_parameters(output: str) -> dict[str, int]:
+    """Trained parameters by group, from the summary that a run prints; empty if there is none.
+
+    Args:
+        output: what the run printed.
+    """
+    counts: dict[str, int] = {}
+    for line in output.splitlines():
+        match = COUNT_LINE.match(line)
+        if match:
+            counts[match[1]] = int(match[2].replace(",", ""))
+        elif line.startswith("trainable params:"):
+            counts.pop("frozen", None)
+            return counts
+        else:
+            counts = {}
+    return {}
+
+
+def read_json(path: str | Path) -> Any:
+    """Content of a json file.
+
+    Raises:
+        AuroraError: it cannot be read.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AuroraError(f"{path}: cannot be read as json ({error})") from error

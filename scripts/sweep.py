@@ -1,0 +1,276 @@
+r"""Train a project once for each cell of a grid of options, and write one table of what came out.
+
+    python scripts/sweep.py --cfg-path projects/aurora/demo_ret.yaml --output output/sweep_rank --jobs 2 \
+        --grid model.mode_approx.rank=4,16,64 run.seed=1,2
+
+Each cell is `python train.py` in a process and a folder of its own. The same command again goes on: finished cells
+are kept, interrupted ones resume, failed ones are tried again. sweep.csv holds a row for each cell, and mean and
+spread (sample standard deviation) over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Optional
+
+from lavis_aurora.errors import AuroraError
+from lavis_aurora.figures.table import write_table
+from lavis_aurora.results import final_metrics, newest_run, read_json, trained_parameters
+
+ROOT = Path(__file__).resolve().parents[1]
+DONE, LOG, PLAN = "cell.json", "output.txt", "sweep.json"
+
+
+def parse_grid(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Values by key of ``KEY=VALUE,VALUE`` arguments; commas inside brackets separate nothing.
+
+    Raises:
+        AuroraError: an argument is of another form, or names something twice.
+    """
+    grid: dict[str, list[str]] = {}
+    for argument in arguments:
+        key, sign, text = argument.partition("=")
+        values = re.split(r",(?![^\[{]*[\]}])", text)
+        if not sign or not key or "" in values:
+            raise AuroraError(f"--grid {argument}: not KEY=VALUE,VALUE")
+        if key in grid or len(set(values)) < len(values):
+            raise AuroraError(f"--grid {argument}: a key or a value stands there twice")
+        grid[key] = values
+    return grid
+
+
+@dataclass
+class Cell:
+    """One combination of the grid's values.
+
+    Attributes:
+        settings: value of each key.
+        folder: everything that it writes.
+    """
+
+    settings: dict[str, str]
+    folder: Path
+    process: Optional[subprocess.Popen] = None
+    started: float = 0.0
+    result: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return cell_name(self.settings)
+
+    def finished(self) -> bool:
+        """Whether an earlier call finished it; its result is then read."""
+        if (self.folder / DONE).is_file():
+            self.result = read_json(self.folder / DONE)
+        return bool(self.result)
+
+    def start(self, cfg_path: str, options: Sequence[str]) -> None:
+        """Start it on one thread, or go on where it was interrupted."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        given = [*options, *(f"{key}={value}" for key, value in self.settings.items())]
+        # Nothing to train: the same test, without a word about it.
+        script = "evaluate.py" if "model.tuning=frozen" in given else "train.py"
+        command = [sys.executable, str(ROOT / script), "--cfg-path", cfg_path, "--options", *given]
+        command += ["run.resume=auto", f"run.output_dir={self.folder}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self.started = time.time()
+        with (self.folder / LOG).open("a") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+    def ended(self) -> bool:
+        """Whether its process has ended; ``result`` then says how."""
+        if self.process.poll() is None:
+            return False
+        seconds = time.time() - self.started
+        output = (self.folder / LOG).read_text(errors="replace")
+        run = newest_run(self.folder)
+        if self.process.returncode or run is None:
+            self.result = {"status": "failed", "seconds": seconds, "error": last_error(output)}
+            return True
+        self.result = {
+            "status": "done",
+            "seconds": seconds,
+            "run": run.name,
+            "parameters": trained_parameters(output),
+            "metrics": final_metrics(run),
+        }
+        (self.folder / DONE).write_text(json.dumps(self.result, indent=1))
+        return True
+
+    def progress(self) -> str:
+        """Its last progress line."""
+        lines = (self.folder / LOG).read_text(errors="replace").splitlines()
+        steps = [line for line in lines if "  step " in line]
+        return steps[-1].partition("[INFO] ")[2] if steps else "starting"
+
+
+def cell_name(settings: dict[str, str]) -> str:
+    """Name of a cell and of its folder."""
+    shown = ",".join(f"{key}={value}" for key, value in settings.items())
+    return re.sub(r"[^\w.,=+-]", "_", shown)
+
+
+def last_error(output: str) -> str:
+    """The line of a failed run's output that says why."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"(error|[\w.]*(Error|Exception|Interrupt))\b.*:", line)]
+    return (named or lines or ["it printed nothing"])[-1]
+
+
+def build_cells(grid: dict[str, list[str]], folder: Path) -> list[Cell]:
+    """A cell for each combination, in the order of the grid.
+
+    Raises:
+        AuroraError: two combinations would share a folder.
+    """
+    cells = []
+    for values in itertools.product(*grid.values()):
+        settings = dict(zip(grid, values))
+        cells.append(Cell(settings, folder / cell_name(settings)))
+    if len({cell.folder for cell in cells}) < len(cells):
+        raise AuroraError("--grid: two cells would have folders of one name; change their values")
+    return cells
+
+
+def keep_plan(folder: Path, cfg_path: str, options: Sequence[str]) -> None:
+    """Write down what all cells have in common, or compare it with what was written.
+
+    Raises:
+        AuroraError: the folder holds a sweep of another project or of other options.
+    """
+    plan = {"project": Path(cfg_path).read_text(encoding="utf-8"), "options": sorted(options)}
+    path = folder / PLAN
+    if path.is_file():
+        for key, value in read_json(path).items():
+            if plan.get(key) != value:
+                raise AuroraError(f"--output {folder}: it holds a sweep with another {key}; name another folder")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(plan, indent=1))
+
+
+def check_cells(cells: list[Cell], cfg_path: str, options: Sequence[str], make_data: bool) -> None:
+    """Check every cell's configuration before any of them starts, and make data that several would make at once."""
+    import lavis_aurora.register  # noqa: F401
+    from lavis_aurora.data.annotations import build_checked
+    from lavis_aurora.project import load_config
+
+    for cell in cells:
+        load_config(cfg_path, [*options, *(f"{key}={value}" for key, value in cell.settings.items())])
+    if make_data:
+        for name, dataset in load_config(cfg_path, options).datasets_cfg.items():
+            build_checked(name, dataset)
+
+
+def time_left(done: Sequence[float], waiting: int, running: Sequence[float], jobs: int) -> Optional[float]:
+    """Seconds until all cells are done; None before the first is.
+
+    Args:
+        done: seconds that each finished cell took.
+        waiting: cells that have not started.
+        running: seconds since each running cell started.
+        jobs: cells at a time.
+    """
+    if not done:
+        return None
+    mean = sum(done) / len(done)
+    work = waiting * mean + sum(max(mean - seconds, 0) for seconds in running)
+    longest = max([max(mean - seconds, 0) for seconds in running], default=0)
+    return max(work / jobs, longest)
+
+
+def report(cells: list[Cell], active: list[Cell], waiting: int, jobs: int) -> str:
+    """The progress line, and one for each running cell."""
+    ended = [cell.result for cell in cells if cell.result]
+    failed = sum(result["status"] == "failed" for result in ended)
+    fresh = [cell.result["seconds"] for cell in cells if cell.process and cell.result.get("status") == "done"]
+    left = time_left(fresh, waiting, [time.time() - cell.started for cell in active], jobs)
+    shown = "known after the first cell" if left is None else f"about {timedelta(seconds=round(left))}"
+    head = f"[{len(ended) - failed}/{len(cells)} done{f', {failed} failed' if failed else ''}]  left: {shown}"
+    return "\n".join([head, *(f"  {cell.name}: {cell.progress()}" for cell in active)])
+
+
+def execute(cells: list[Cell], jobs: int, cfg_path: str, options: Sequence[str], every: float = 20.0) -> None:
+    """Run what is not finished, ``jobs`` at a time, with a progress line every so many seconds."""
+    waiting = [cell for cell in cells if not cell.finished()]
+    if len(waiting) < len(cells):
+        print(f"{len(cells) - len(waiting)} of {len(cells)} cells are finished and kept", flush=True)
+    active: list[Cell] = []
+    last = time.time()
+    try:
+        while waiting or active:
+            while waiting and len(active) < jobs:
+                active.append(waiting.pop(0))
+                active[-1].start(cfg_path, options)
+            time.sleep(0.2)
+            ended = [cell for cell in active if cell.ended()]
+            for cell in ended:
+                active.remove(cell)
+                if cell.result["status"] == "failed":
+                    print(
+                        f"failed: {cell.name}: {cell.result['error']}\n  all of it: {cell.folder / LOG}", flush=True
+                    )
+                else:
+                    print(f"done: {cell.name}, {timedelta(seconds=round(cell.result['seconds']))}", flush=True)
+            if ended or time.time() - last > every:
+                last = time.time()
+                print(report(cells, active, len(waiting), jobs), flush=True)
+    finally:
+        # They save where they are, and go on with the next call.
+        for cell in active:
+            cell.process.terminate()
+        for cell in active:
+            cell.process.wait()
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The whole sweep; the exit code is the number of failed cells, at most 1."""
+    grid = parse_grid(arguments.grid)
+    folder = Path(arguments.output).expanduser().absolute()
+    cells = build_cells(grid, folder)
+    if not Path(arguments.cfg_path).is_file():
+        raise AuroraError(f"--cfg-path {arguments.cfg_path}: no such file")
+    check_cells(cells, arguments.cfg_path, arguments.options, arguments.jobs > 1)
+    keep_plan(folder, arguments.cfg_path, arguments.options)
+    start = time.time()
+    try:
+        execute(cells, arguments.jobs, arguments.cfg_path, arguments.options)
+    finally:
+        if any(cell.result for cell in cells):
+            write_table([(cell.settings, cell.result) for cell in cells if cell.result], folder / "sweep.csv")
+    failed = [cell for cell in cells if cell.result["status"] == "failed"]
+    print(f"{len(cells)} cells, {len(failed)} failed, {timedelta(seconds=round(time.time() - start))}")
+    print(f"table: {folder / 'sweep.csv'}")
+    return min(len(failed), 1)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cfg-path", required=True, help="project YAML")
+    parser.add_argument("--grid", nargs="+", required=True, metavar="KEY=VALUE,VALUE", help="what differs")
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="the same for all cells")
+    parser.add_argument("--output", required=True, help="folder of the sweep; the same folder goes on")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, one thread each")
+    try:
+        sys.exit(run(parser.parse_args(argv)))
+    except AuroraError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""The command that draws figures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from figures import FIGURES, load, main
+from tiny_figures import with_candidates
+
+from lavis_aurora.figures import cases
+
+
+def test_the_command_writes_a_picture_and_its_numbers(retrieval_runs, tmp_path, capsys):
+    with_candidates(retrieval_runs["aurora"])
+    out = tmp_path / "new" / "cases.png"
+    main(["cases", str(retrieval_runs["aurora"]), "--count", "2", "--out", str(out)])
+    assert out.read_bytes().startswith(b"\x89PNG")
+    numbers = json.loads(out.with_suffix(".json").read_text())
+    # The json alone draws the picture again.
+    assert len(cases.draw(numbers).axes) == 2 * 5  # the text and k_test pictures
+    assert str(out) in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        main(["cases", str(tmp_path)])
+    assert "error: " in end.value.code and "config.yaml" in end.value.code
+
+
+def test_every_name_of_the_command_has_a_figure():
+    for name in FIGURES:
+        figure = load(name)
+        assert callable(figure.add_arguments) and callable(figure.numbers) and callable(figure.draw)

@@ -1,0 +1,176 @@
+"""Sweeps of a tiny project: grids, tables, resuming, failures."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+from sweep import DONE, LOG, build_cells, cell_name, last_error, main, parse_grid, time_left
+from tiny import project_yaml
+
+from lavis_aurora.errors import AuroraError
+from lavis_aurora.figures.table import read_table, series
+
+METRIC = "test.image_to_text_r5"
+
+
+def sweep(yaml: Path, *arguments: str) -> int:
+    """The program's exit code or message."""
+    with pytest.raises(SystemExit) as end:
+        main(["--cfg-path", str(yaml), "--output", str(yaml.parent / "sweep"), *arguments])
+    return end.value.code
+
+
+def test_a_grid_is_every_combination_in_order(tmp_path):
+    grid = parse_grid(["model.gate.form=none,residual", "run.test_splits=[val,test],[test]"])
+    assert grid == {"model.gate.form": ["none", "residual"], "run.test_splits": ["[val,test]", "[test]"]}
+    cells = build_cells(grid, tmp_path)
+    assert [list(cell.settings.values()) for cell in cells] == [
+        ["none", "[val,test]"],
+        ["none", "[test]"],
+        ["residual", "[val,test]"],
+        ["residual", "[test]"],
+    ]
+    assert len({cell.folder for cell in cells}) == 4
+
+
+@pytest.mark.parametrize("argument", ["run.seed", "run.seed=", "=1", "run.seed=1,1", "run.seed=1,,2"])
+def test_a_grid_of_another_form_is_refused(argument):
+    with pytest.raises(AuroraError, match="--grid"):
+        parse_grid([argument])
+
+
+def test_cells_whose_folders_would_coincide_are_refused(tmp_path):
+    with pytest.raises(AuroraError, match="one name"):
+        build_cells({"model.pretrained": ["a/b", "a:b"]}, tmp_path)
+    assert cell_name({"run.init_lr": "1e-3", "run.seed": "2"}) == "run.init_lr=1e-3,run.seed=2"
+
+
+def test_the_error_of_a_failed_run_is_the_line_that_says_why():
+    assert last_error("loading\nerror: run.seed: bad\n\nbye\n") == "error: run.seed: bad"
+    assert last_error("Traceback ...\n  File x\nValueError: no\n") == "ValueError: no"
+    assert last_error("killed") == "killed"
+    assert last_error("") == "it printed nothing"
+
+
+def test_time_left_counts_waiting_and_running_cells():
+    assert time_left([], 3, [1.0], 2) is None
+    assert time_left([10.0, 20.0], 4, [], 2) == 30.0
+    # The running cell has 5 of 15 seconds left, and nothing else waits.
+    assert time_left([10.0, 20.0], 0, [10.0], 2) == 5.0
+
+
+FAKE = """
+import json, pathlib, sys
+options = dict(option.split("=", 1) for option in sys.argv[sys.argv.index("--options") + 1:])
+print("gate  6  768  0.1\\nheads  2  100  0.1\\nfrozen  9  9  99.8\\ntrainable params: 868 ||", flush=True)
+value = int(options["model.mode_approx.rank"])
+run = pathlib.Path(options["run.output_dir"]) / "run"
+run.mkdir(exist_ok=True)
+with (run / "attempts").open("a") as file:
+    file.write("x")
+if value == 13:
+    print("error: run.seed: unlucky")
+    sys.exit(1)
+logged = {"final_test_epoch": "best", "final_test_agg_metrics": value + int(options["run.seed"])}
+(run / "log.txt").write_text("{\\n" + json.dumps(logged))
+"""
+
+
+def test_finished_cells_are_kept_and_failed_ones_start_again(tmp_path, monkeypatch, capsys):
+    """The program around a training program that writes what runs write."""
+    yaml = project_yaml(tmp_path)
+    (tmp_path / "train.py").write_text(FAKE)
+    monkeypatch.setattr("sweep.ROOT", tmp_path)
+    grid = ["--grid", "model.mode_approx.rank=4,13", "run.seed=1,3", "--jobs", "3"]
+    assert sweep(yaml, *grid) == 1
+    rows = read_table(tmp_path / "sweep" / "sweep.csv", "test.agg_metrics", "error")
+    assert [(row["kind"], row["cells"], row["status"], row["test.agg_metrics"], row["error"]) for row in rows] == [
+        ("cell", "1", "done", "5.0", ""),
+        ("cell", "1", "done", "7.0", ""),
+        ("cell", "1", "failed", "", "error: run.seed: unlucky"),
+        ("cell", "1", "failed", "", "error: run.seed: unlucky"),
+        ("mean", "2", "done", "6.0", ""),
+        ("spread", "2", "done", str(2**0.5), ""),
+    ]
+    assert (rows[0]["trained"], rows[0]["trained_without_heads"]) == ("868", "768")
+    out = capsys.readouterr().out
+    assert "failed: model.mode_approx.rank=13,run.seed=1: error: run.seed: unlucky" in out
+    assert "[2/4 done, 2 failed]" in out
+
+    assert sweep(yaml, *grid) == 1
+    assert "2 of 4 cells are finished and kept" in capsys.readouterr().out
+    attempts = [len(path.read_text()) for path in sorted((tmp_path / "sweep").glob("*/run/attempts"))]
+    assert attempts == [2, 2, 1, 1]
+    assert "another options" in sweep(yaml, *grid, "--options", "run.max_epoch=2")
+    yaml.write_text(yaml.read_text().replace("k_test: 4", "k_test: 3"))
+    assert "another project" in sweep(yaml, *grid)
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_all_cells_keeps_them_and_goes_on(tmp_path, capsys):
+    yaml = project_yaml(tmp_path)
+    grid = ["--grid", "model.gate.form=none,residual", "run.seed=1,2"]
+    assert sweep(yaml, *grid, "--jobs", "2") == 0
+    folder = tmp_path / "sweep"
+    rows = read_table(folder / "sweep.csv", "model.gate.form", "run.seed", METRIC)
+    assert [(row["kind"], row["model.gate.form"], row["run.seed"]) for row in rows] == [
+        ("cell", "none", "1"),
+        ("cell", "none", "2"),
+        ("cell", "residual", "1"),
+        ("cell", "residual", "2"),
+        ("mean", "none", ""),
+        ("mean", "residual", ""),
+        ("spread", "none", ""),
+        ("spread", "residual", ""),
+    ]
+    # The figures are those of the result files.
+    for row in rows[:4]:
+        [path] = folder.glob(
+            f"model.gate.form={row['model.gate.form']},run.seed={row['run.seed']}/*/result/test*.json"
+        )
+        assert float(row[METRIC]) == json.loads(path.read_text())["metrics"]["image_to_text_r5"]
+    values = [float(row[METRIC]) for row in rows[:2]]
+    assert float(rows[4][METRIC]) == statistics.fmean(values)
+    assert float(rows[6][METRIC]) == pytest.approx(statistics.stdev(values))
+    # The gate of the tiny model: 2 d a layer.
+    assert float(rows[2]["trained"]) - float(rows[0]["trained"]) == 3 * 2 * 128
+    assert series(folder / "sweep.csv", "model.gate.form", [METRIC])["none"][METRIC]["cells"] == values
+    out = capsys.readouterr().out
+    assert "[4/4 done]" in out and "left: about 0:00:00" in out
+
+    # One more value, one cell lost: only what is missing runs.
+    lost = folder / "model.gate.form=none,run.seed=2" / DONE
+    lost.unlink()
+    before = {path: path.stat().st_mtime_ns for path in folder.glob(f"*/{DONE}")}
+    assert sweep(yaml, *grid) == 0
+    assert "3 of 4 cells are finished and kept" in capsys.readouterr().out
+    assert lost.is_file()
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    # It went on in the run that was there, which had nothing left to train.
+    assert len(list(lost.parent.glob("*/config.yaml"))) == 1
+
+
+@pytest.mark.slow
+def test_a_failed_cell_is_reported_and_the_others_run(tmp_path, capsys):
+    yaml = project_yaml(tmp_path)
+    # A learning rate at which numbers end.
+    assert sweep(yaml, "--grid", "run.init_lr=1e30,1e-3", "--options", "run.max_epoch=3") == 1
+    rows = read_table(tmp_path / "sweep" / "sweep.csv", METRIC)
+    assert [(row["kind"], row["status"]) for row in rows] == [
+        ("cell", "failed"),
+        ("cell", "done"),
+        ("mean", "done"),
+        ("spread", "done"),
+    ]
+    assert "finite" in rows[0]["error"] and rows[0][METRIC] == ""
+    assert rows[1][METRIC] == rows[2][METRIC] != ""
+    out = capsys.readouterr().out
+    assert "failed: run.init_lr=1e30: error:" in out and LOG in out
+
+
+def test_a_key_that_is_none_stops_the_sweep_before_any_cell(tmp_path):
+    assert "model.gate.fomr" in sweep(project_yaml(tmp_path), "--grid", "model.gate.fomr=none")
+    assert not (tmp_path / "sweep").exists()

@@ -1,0 +1,1 @@
+"""A package, because its modules have names that other folders have too."""
