@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import logging
 import platform
 import resource
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -190,10 +188,6 @@ def resident(reset: bool = False) -> tuple[int, int]:
 
 def measure(args: argparse.Namespace) -> dict:
     """Steps of one method: seconds each, peak memory, parameters, checkpoint."""
-
-    warnings.simplefilter("ignore")
-
-    logging.disable(logging.WARNING)
     torch.manual_seed(0)
     task, method, device = args.task, args.method, args.device
     start_memory = resident()[0]
