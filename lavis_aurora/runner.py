@@ -21,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ChainDataset, DataLoader
 
 from lavis_aurora.errors import AuroraError
-from lavis_aurora.training.run_adapters import AdapterMixin
 from lavis_aurora.training.checkpointing import BEST
 from lavis_aurora.training.finite import FiniteGuard
 from lavis_aurora.training.loaders import build_loader, check_splits
+from lavis_aurora.training.run_adapters import AdapterMixin
 from lavis_aurora.training.saving import SavingMixin
 from lavis_aurora.training.stopping import Stopped, StopRequest
 
