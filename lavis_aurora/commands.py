@@ -24,6 +24,7 @@ from lavis_aurora.mode_approx.adapter_file import CONFIG, TENSORS, read_adapter,
 from lavis_aurora.models.checkpoint import read_state_dict
 from lavis_aurora.paper.compare import add_arguments, compare
 from lavis_aurora.paths import package_file
+from lavis_aurora.project import load_config
 
 PROJECTS = Path(package_file("projects"))
 
@@ -40,8 +41,12 @@ def add_commands(parsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--pretrained", help="file or URL of the backbone, instead of that of the model's type")
     parser.set_defaults(action=lambda args: print(merge(args.adapter, args.output, args.pretrained)))
 
-    parser = parsers.add_parser("targets", help="which weights of a model would be adapted; loads no weights")
-    parser.add_argument("model", metavar="MODEL", help="registered name, e.g. blip_retrieval_aurora")
+    parser = parsers.add_parser("targets", help="which weights of a model would be adapted")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="name, e.g. blip_retrieval_aurora (built without its weights); or a project YAML",
+    )
     parser.add_argument("--model-type", help="one of its types")
     parser.set_defaults(action=lambda args: print(targets(args.model, args.model_type)))
 
@@ -145,17 +150,27 @@ def merge(adapter: str, output: str, pretrained: str | None = None) -> str:
 
 
 def targets(name: str, model_type: str | None = None) -> str:
-    """The weights of a model that an adapter would update, as text; the model is built without its weights.
+    """The weights of a model that an adapter would update, as text.
+
+    Args:
+        name: a registered name, whose model is built without its weights; or a project YAML, built as it says.
+        model_type: one of the named model's types.
 
     Raises:
         AuroraError: no such model or type, or not one of this package.
     """
+    if name.endswith((".yaml", ".yml")):
+        model = load_config(name).model_cfg
+        return target_table(registry.get_model_class(model.arch).from_config(model))
     cls = registry.get_model_class(name)
     if cls is None:
         raise AuroraError(f"no model {name!r}{near_names(name, registry.list_models())}")
     if not hasattr(cls, "CONFIG_CLASS"):
         known = (n for n, c in registry.mapping["model_name_mapping"].items() if hasattr(c, "CONFIG_CLASS"))
-        raise AuroraError(f"{name} is not a model of this package, as {', '.join(sorted(known))} are")
+        raise AuroraError(
+            f"{name} is not a model of this package, as {', '.join(sorted(known))} are; name a project YAML with "
+            f"model.arch: mode_approx and model.base.arch: {name}"
+        )
     cfg = OmegaConf.load(cls.default_config_path(model_type or cls.DEFAULT_MODEL_TYPE)).model
     # Any vocabulary will do, and that of the tiny model is at hand.
     tokenizer = package_file("configs/models/tiny")

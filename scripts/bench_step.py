@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import logging
 import platform
 import resource
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from lavis_aurora.baselines.uniadapter import add_uniadapter
 from lavis_aurora.config import RetrievalAuroraConfig, VqaAuroraConfig
 from lavis_aurora.config_check import parse_config
 from lavis_aurora.encoders.towers import build_tokenizer
+from lavis_aurora.mode_approx.trainable import adapter_parameters
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
 from lavis_aurora.paths import package_file
@@ -61,6 +60,7 @@ CAPTIONS = (
 QUESTIONS = ("what color is the circle above the square ?", "how many stars are there ?", "is there a blue ring ?")
 ANSWERS = ("red", "two", "yes", "left of the square")
 HEADS = ("vision_proj", "text_proj", "itm_head", "temp")
+BLIP = ("visual_encoder", "text_encoder", "text_decoder", *HEADS)
 
 
 def tower_config(task: str, size: str) -> dict:
@@ -188,19 +188,14 @@ def resident(reset: bool = False) -> tuple[int, int]:
 
 def measure(args: argparse.Namespace) -> dict:
     """Steps of one method: seconds each, peak memory, parameters, checkpoint."""
-
-    warnings.simplefilter("ignore")
-
-    logging.disable(logging.WARNING)
     torch.manual_seed(0)
     task, method, device = args.task, args.method, args.device
     start_memory = resident()[0]
     model, trained = build(task, method, args.size, args.checkpointed)
     model = model.to(device).train()
-    own = {name: p for name, p in model.named_parameters() if "_m." not in name and ".momentum." not in name}
-    backbone = sum(p.numel() * p.element_size() for p in own.values())
-    if METHODS[method][1]["tuning"] not in ("full", "frozen"):
-        backbone -= sum(p.numel() * p.element_size() for p in trained)
+    adapter = {id(p) for _, p in adapter_parameters(model)}
+    parts = {name: p for name, p in model.named_parameters() if id(p) not in adapter}
+    backbone = sum(p.numel() * p.element_size() for name, p in parts.items() if name.partition(".")[0] in BLIP)
     if args.compile and METHODS[method][0] == "ours":
         model.compile_layers()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05)

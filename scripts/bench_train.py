@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
@@ -153,6 +155,9 @@ def main() -> None:
     parser.add_argument("--method", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.method:
+        # Its only line of output is the result.
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
         print(json.dumps(measure(args)))
         return
     results = run_all(args)

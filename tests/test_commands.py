@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
-from tiny import activate, tiny_model
+from tiny import activate, project_yaml, tiny_model
 
 from lavis_aurora import AuroraError, save_adapter
 from lavis_aurora.cli import main
@@ -129,6 +129,17 @@ def test_targets(capsys):
     shared = rows["text_decoder.bert.encoder.layer.*.attention.self.key.weight"]
     assert shared == ["128", "x", "128", "3", "text_encoder.encoder.layer.*.attention.self.key"]
     assert lines[-1][:2] == ["27", "slots"]
+
+
+def test_targets_of_a_project(tmp_path):
+    """Any LAVIS model that a YAML puts the method around; here one of this package, for its size."""
+    base = {"arch": "blip_retrieval_aurora", "model_type": "tiny", "pretrained": None}
+    yaml_path = project_yaml(tmp_path)
+    data = {**yaml.safe_load(yaml_path.read_text()), "model": {"arch": "mode_approx", "base": base}}
+    yaml_path.write_text(yaml.safe_dump(data))
+    table = targets(str(yaml_path))
+    assert "visual_encoder.blocks.*.attn.qkv.weight" in table
+    assert "slots in all" in table
 
 
 def test_targets_of_what_is_not_there(failing):

@@ -55,7 +55,7 @@ class FactorSet(SinglePrecision):
         self.config = config
         rank = config.rank
         # Prefix of the names of each slot's U and V.
-        self.owners = ["" if config.sharing == "global" else f"{tower_of(name)}_" for name in slots]
+        self.owners = [self.owner(tower_of(name)) for name in slots]
         owned = list(zip(self.owners, slots.values()))
         widths_in = sorted({(owner, d_in) for owner, (d_in, _) in owned})
         widths_out = sorted({(owner, d_out) for owner, (_, d_out) in owned})
@@ -63,6 +63,10 @@ class FactorSet(SinglePrecision):
         self.V = nn.ParameterDict({f"{o}{d}": nn.Parameter(torch.zeros(d, rank)) for o, d in widths_out})
         self.P = nn.Parameter(torch.randn(len(slots), rank))
         self.coefficients = nn.Parameter(torch.ones(len(slots), rank))
+
+    def owner(self, tower: str) -> str:
+        """Prefix of the names of a tower's U and V."""
+        return "" if self.config.sharing == "global" else f"{tower}_"
 
     def scale(self, d_in: int) -> float:
         """s of the equation above, for slots that read ``d_in`` features."""
@@ -75,9 +79,14 @@ class FactorSet(SinglePrecision):
             rows = slice(rows[0], rows[-1] + 1)  # no copy, and nothing to send to a GPU
         return self.scale(d_in) * self.coefficients[rows] * self.P[rows]
 
-    def parts(self, slots: Sequence[int] | Tensor, d_in: int, d_out: int) -> tuple[Tensor, Tensor, Tensor]:
-        """U (d_in, rank), V (d_out, rank) and s * lambda * P (len(slots), rank): the update in its factors."""
-        owner = self.owners[slots[0]]  # slots of one weight are of one tower
+    def parts(
+        self, slots: Sequence[int] | Tensor, d_in: int, d_out: int, tower: str | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """U (d_in, rank), V (d_out, rank) and s * lambda * P (len(slots), rank): the update in its factors.
+
+        Slots of one weight are of one ``tower``; where it is named, the slots may be a tensor.
+        """
+        owner = self.owners[slots[0]] if tower is None else self.owner(tower)
         return self.U[f"{owner}{d_in}"], self.V[f"{owner}{d_out}"], self.slot_weights(slots, d_in)
 
     def delta_weight(self, slots: Sequence[int], d_in: int, d_out: int) -> Tensor:
@@ -85,9 +94,9 @@ class FactorSet(SinglePrecision):
         u, v, w = self.parts(slots, d_in, d_out)
         return torch.einsum("nr,or,ir->noi", w, v, u).flatten(0, 1)
 
-    def project(self, x: Tensor, slots: Sequence[int] | Tensor, d_out: int) -> Tensor:
+    def project(self, x: Tensor, slots: Sequence[int] | Tensor, d_out: int, tower: str | None = None) -> Tensor:
         """x dW for the slots side by side: x (..., d_in) gives (..., len(slots) * d_out)."""
-        u, v, w = (part.to(x.dtype) for part in self.parts(slots, x.shape[-1], d_out))
+        u, v, w = (part.to(x.dtype) for part in self.parts(slots, x.shape[-1], d_out, tower))
         inner = (x @ u).unsqueeze(-2) * w
         return (inner @ v.t()).flatten(-2)
 

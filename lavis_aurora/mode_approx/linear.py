@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_aurora.mode_approx.adapted import AdaptedLayer
-from lavis_aurora.mode_approx.factors import ModeFactors
+from lavis_aurora.mode_approx.factors import ModeFactors, tower_of
 
 
 class FoldedLinear(torch.autograd.Function):
@@ -66,7 +66,7 @@ def linear_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     together = all(
         isinstance(layer, ModeApproxLinear)
         and layer.active_set is first.active_set
-        and layer.slot_width == first.slot_width
+        and (layer.slot_width, layer.tower) == (first.slot_width, first.tower)
         and layer.folds(x)
         for layer in layers
     )
@@ -79,7 +79,7 @@ def linear_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
         slots = torch.cat([layer.rows for layer in layers])
     else:
         slots = [slot for layer in layers for slot in layer.slots]
-    parts = first.active_set.parts(slots, first.in_features, first.slot_width)
+    parts = first.active_set.parts(slots, first.in_features, first.slot_width, first.tower)
     bias = first.bias
     if len(layers) > 1 and bias is not None:
         bias = torch.cat([layer.bias for layer in layers])
@@ -103,6 +103,7 @@ class ModeApproxLinear(AdaptedLayer, nn.Linear):
     def take_over(self, *args, **kwargs) -> None:
         """As :class:`AdaptedLayer`'s; the slots are there as a tensor too."""
         super().take_over(*args, **kwargs)
+        self.tower = tower_of(list(self.factors.slots)[self.slots[0]])
         device = self.adapted_weight.device
         self.register_buffer("rows", torch.tensor(self.slots, device=device), persistent=False)
 
@@ -140,7 +141,7 @@ class ModeApproxLinear(AdaptedLayer, nn.Linear):
             return y
         x = F.dropout(x, active.config.dropout, self.training)
         slots = self.rows if torch.compiler.is_compiling() else self.slots
-        return y + active.project(x, slots, self.slot_width).to(y.dtype)
+        return y + active.project(x, slots, self.slot_width, self.tower).to(y.dtype)
 
     def folds(self, x: Tensor) -> bool:
         """Whether the update is folded into the weight: where that is the cheaper way, and the layer is frozen."""

@@ -3,9 +3,12 @@
 import json
 import os
 import pickle
+import tempfile
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 from toy import TARGETS, Toy, adapted_toy, inputs, randomize
@@ -326,3 +329,18 @@ def test_what_is_not_finite_is_not_written(saved, tmp_path):
     with pytest.raises(AuroraError, match="plain JSON values"):
         save_adapter(adapted_toy(), tmp_path / "new", metrics={"r1": float("nan")})
     assert not (tmp_path / "new").exists()
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 999), st.sampled_from([0.5, 8.0]), st.sampled_from(["global", "tower"]))
+def test_any_adapter_survives_its_folder_bit_for_bit(rank, seed, scale, sharing):
+    model = adapted_toy(rank, update_seed=seed, scale=scale, sharing=sharing)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, folder)
+        fresh = adapted_toy(rank=1, update_seed=seed + 1)
+        load_adapter(fresh, folder, "loaded")
+        set_adapter(fresh, "loaded")
+        assert torch.equal(fresh(inputs()), model(inputs()))
+        save_adapter(fresh, f"{folder}/again")
+        first, again = (load_file(f"{path}/{TENSORS}") for path in (folder, f"{folder}/again"))
+    assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lavis_aurora import AuroraError, ModeApproxConfig
 from lavis_aurora.mode_approx import ModeFactors
@@ -21,16 +23,17 @@ def factors() -> ModeFactors:
 
 def cp_sum(factors: ModeFactors, slot: str) -> torch.Tensor:
     """Equation 3 entry by entry, transposed into nn.Linear's layout."""
-    k = list(SLOTS).index(slot)
-    d_in, d_out = SLOTS[slot]
+    k = list(factors.slots).index(slot)
+    d_in, d_out = factors.slots[slot]
     one = factors.sets["default"]
+    rank, scale = one.config.rank, one.config.scale
     delta = torch.zeros(d_out, d_in, dtype=torch.float64)
     for i in range(d_in):
         for j in range(d_out):
-            for r in range(RANK):
+            for r in range(rank):
                 u, v = one.U[str(d_in)][i, r], one.V[str(d_out)][j, r]
                 delta[j, i] += one.coefficients[k, r] * u * v * one.P[k, r]
-    return delta * 1.7 / (0.1 * (d_in * RANK) ** 0.5)
+    return delta * scale / (0.1 * (d_in * rank) ** 0.5)
 
 
 @pytest.mark.parametrize("slot", SLOTS)
@@ -114,3 +117,21 @@ def test_towers_may_have_factors_of_their_own():
 def test_an_unknown_sharing_is_refused():
     with pytest.raises(AuroraError, match="sharing.*did you mean 'tower'"):
         ModeApproxConfig(sharing="towers")
+
+
+WIDTHS = st.sampled_from([2, 3, 5])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(WIDTHS, WIDTHS), min_size=1, max_size=6), st.integers(1, 7), st.integers(0, 99))
+def test_counts_and_updates_for_any_slots_and_rank(shapes, rank, seed):
+    slots = {f"layer.{i}": shape for i, shape in enumerate(shapes)}
+    factors = ModeFactors(slots, ModeApproxConfig(rank=rank)).double()
+    d_in, d_out = {a for a, _ in shapes}, {b for _, b in shapes}
+    assert sum(p.numel() for p in factors.parameters()) == rank * (sum(d_in) + sum(d_out) + 2 * len(slots))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in factors.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    for slot in slots:
+        torch.testing.assert_close(factors.delta_weight(slot), cp_sum(factors, slot))

@@ -30,6 +30,7 @@ from lavis_aurora import (
 )
 from lavis_aurora.cli import main, train
 from lavis_aurora.encoders.towers import build_tokenizer
+from lavis_aurora.encoders.visual import encode_visual
 from lavis_aurora.paths import package_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,9 +159,10 @@ def test_merged_retrieval_scores_as_in_plain_lavis_teacher_and_all():
     assert_same_scores(scores(plain), scores(model))
     image = Pairs().image
     text = model.tokenize(CAPTIONS)
-    image_m, text_m, _, _ = model._teacher_features(image, text)
     plain.eval()
     with torch.no_grad():
+        embeds = model.text_encoder.forward_text(text).last_hidden_state
+        image_m, text_m, _, _ = model._teacher(image, text, encode_visual(model.visual_encoder, image), embeds)
         torch.testing.assert_close(plain.visual_encoder_m.forward_features(image), image_m, atol=1e-4, rtol=1e-4)
         own = plain.text_encoder_m.forward_text(text).last_hidden_state
         torch.testing.assert_close(own, text_m, atol=1e-4, rtol=1e-4)

@@ -10,10 +10,10 @@ from tiny import activate, tiny_config, tiny_model
 from lavis_aurora import AuroraError
 from lavis_aurora.config import RetrievalAuroraConfig
 from lavis_aurora.config_check import parse_config
+from lavis_aurora.encoders import shared_images
 from lavis_aurora.encoders.towers import build_text_encoder, build_tokenizer, build_vision_encoder
 from lavis_aurora.mode_approx import ModeApproxLinear
 from lavis_aurora.mode_approx.trainable import adapter_parameters
-from lavis_aurora.models import shared_images
 
 CAPTIONS = ["a red circle", "a big blue square and a small star", "a ring", "a small pink heart", "a bar"]
 

@@ -1,13 +1,9 @@
-"""The benchmark's parts on the tiny model; scripts are no package."""
+"""The benchmark of training: its parts, on the tiny model."""
 
 import argparse
-import sys
-from pathlib import Path
 
+import bench_train as bench
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-bench = pytest.importorskip("bench_train")
 
 
 def measure(task: str, method: str) -> dict:
