@@ -110,7 +110,7 @@ def _exit_on_error(action: Callable[[], None]) -> None:
     """Run; an AuroraError becomes one line on stderr and exit code 1, a signal 128 + its number."""
     try:
         action()
-    except Exception as error:
+    except (Exception, Stopped) as error:
         code = 1
         if isinstance(error, Stopped):
             code = 128 + error.signum

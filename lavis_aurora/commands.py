@@ -133,14 +133,16 @@ def merge(adapter: str, output: str, pretrained: str | None = None) -> str:
     """
     if Path(output).exists():
         raise AuroraError(f"{output} is there already; name another file")
-    arch = read_adapter_config(adapter).model.get("arch")
+    described = read_adapter_config(adapter).model
+    arch = described.get("arch")
     if arch is None:
         raise AuroraError(f"{adapter} does not name its model; use merged_state_dict(model) in Python")
     model, _, _ = load_model_and_preprocess(arch, is_eval=True, adapter=adapter, pretrained=pretrained)
     state = merged_state_dict(model)
     with written_whole(output) as file:
         torch.save({"model": state}, file)
-    plain = arch.removesuffix("_aurora")
+    inside = (described.get("settings") or {}).get("base") or {}
+    plain = inside.get("arch", arch).removesuffix("_aurora")
     return (
         f"{output}: {len(state)} tensors; LAVIS's {plain} loads it, in a YAML by\n"
         f"  model: {{arch: {plain}, load_finetuned: true, finetuned: {Path(output).absolute()}}}"

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ChainDataset, DataLoader
 
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.models.run_state import RunState
 from lavis_aurora.training.checkpointing import BEST
 from lavis_aurora.training.finite import FiniteGuard
 from lavis_aurora.training.loaders import build_loader, check_splits
@@ -153,9 +154,10 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
         """Save if it is time to, and stop if that is asked for; the end of the epoch has its own turn."""
         if done == len(self.train_loader):
             return
-        every = self.config.run_cfg.checkpoint_every
+        run = self.config.run_cfg
+        every, before = run.checkpoint_every, done - run.accum_grad_iters
         signum = self.stop.signum()
-        if signum or (every and done % every == 0):
+        if signum or (every and done // every > before // every):
             self.task.finite.flush()
             self._save_checkpoint(epoch, done)
         self._heed(signum)
@@ -171,6 +173,12 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
 
     def _train(self) -> None:
         start = time.time()
+        if not isinstance(self._model, RunState) and (self.resume_ckpt_path or not self.evaluate_only):
+            arch = self.config.model_cfg.arch
+            raise AuroraError(
+                f"model.arch: runner_aurora trains models of this package; to tune {arch}, wrap it: "
+                f"model: {{arch: mode_approx, base: {{arch: {arch}}}}}"
+            )
         self.log_config()
         self.best_metric, self.best_epoch, self.start_step = float("-inf"), None, 0
         self._resume()
@@ -183,8 +191,9 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
                 self.stop.stepping = False
             self.start_step = 0
             logs = self._validate(epoch)
-            self._save_checkpoint(epoch, len(self.train_loader), validated=True)
+            # First: a run that is killed in between does this again.
             self._save_adapter("last", {"epoch": epoch, **logs})
+            self._save_checkpoint(epoch, len(self.train_loader), validated=True)
         trained = time.time() - start
         if self.evaluate_only and not self.test_splits:
             raise AuroraError("run.test_splits: name a split to evaluate")

@@ -12,6 +12,7 @@ from tiny import activate, project_yaml, tiny_model
 from lavis_aurora import AuroraError, save_adapter
 from lavis_aurora.cli import main
 from lavis_aurora.commands import PROJECTS, configs, inspect, merge, targets
+from lavis_aurora.models.mode_approx_model import ModeApproxModel
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -106,6 +107,14 @@ def test_merge_of_an_adapter_that_does_not_name_its_model(adapter, tmp_path):
     config.write_text(json.dumps({**json.loads(config.read_text()), "model": {}}))
     with pytest.raises(AuroraError, match="does not name its model; use merged_state_dict"):
         merge(str(adapter), str(tmp_path / "merged.pth"))
+
+
+def test_merge_around_another_model_names_that_one(tmp_path):
+    base = {"arch": "blip_retrieval_aurora", "model_type": "tiny"}
+    model = ModeApproxModel.from_config({"base": base, "mode_approx": {"rank": 4}})
+    save_adapter(activate(model), tmp_path / "adapter")
+    said = merge(str(tmp_path / "adapter"), str(tmp_path / "merged.pth"))
+    assert "LAVIS's blip_retrieval loads it" in said and "{arch: blip_retrieval, " in said
 
 
 # targets

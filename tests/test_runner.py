@@ -11,6 +11,7 @@ import torch
 from tiny import project_yaml
 
 from lavis_aurora.cli import evaluate, train
+from lavis_aurora.tasks import RetrievalAuroraTask
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_RANDOM_NEGATIVES = {"queue_size": 16, "alpha": 0.4}
@@ -136,6 +137,13 @@ def test_outputs_of_relative_folders_lie_under_the_current_directory(tmp_path, m
 def test_options_of_training(tmp_path, options):
     run(project_yaml(tmp_path, run={"valid_splits": [], "test_splits": []}), *options)
     assert (only_run(tmp_path) / "checkpoint_latest.pth").exists()
+
+
+def test_a_model_without_the_method_is_refused_before_any_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(RetrievalAuroraTask, "build_model", lambda self, cfg: torch.nn.Linear(2, 2))
+    with pytest.raises(SystemExit):
+        run(project_yaml(tmp_path))
+    assert "wrap it: model: {arch: mode_approx, base: {arch: blip_retrieval_aurora}}" in capsys.readouterr().err
 
 
 def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path):

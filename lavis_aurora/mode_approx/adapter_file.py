@@ -19,7 +19,8 @@ from lavis_aurora.errors import AuroraError
 from lavis_aurora.files import written_whole
 from lavis_aurora.mode_approx.adapted import adapted_layers, factors_of
 from lavis_aurora.mode_approx.adapter_config import AdapterConfig, BaseConfig
-from lavis_aurora.mode_approx.factors import INTERNAL, ModeFactors
+from lavis_aurora.mode_approx.companions import switch_companions
+from lavis_aurora.mode_approx.factors import BASE, INTERNAL, ModeFactors
 from lavis_aurora.version import __version__
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -100,7 +101,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", ch
     """Load an adapter into a model that has the same layers.
 
     Under a new name it stands beside the others, frozen, whatever its rank; ``set_adapter`` makes it active. Under a
-    name that is there, e.g. ``default``, its values replace those, and what is trained stays trained.
+    name that is there, e.g. ``default``, its values replace those, and what is trained stays trained. An adapter
+    without heads goes with the backbone's.
 
     Args:
         model: a model with an adapter, tuned or fresh.
@@ -130,8 +132,12 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", ch
             parameter.copy_(tensors[f"{FACTORS}.{key}"])
         for group, part in factors.companions.items():
             values = {path: tensors[f"{group}.{path}"] for path in part.names if f"{group}.{path}" in tensors}
+            # One without heads of its own replaces one that had some: the backbone's are its.
+            values = values or (part.parameters_of(BASE) if name in part else {})
             if values:
                 part.add(name, values)
+    if name == factors.active:
+        switch_companions(factors, name)
     if isinstance(model, AdapterOwner):
         model.adapter_loaded(name)
 

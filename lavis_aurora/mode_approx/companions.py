@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from lavis_aurora.errors import AuroraError
+from lavis_aurora.mode_approx.adapted import adapted_layers
 from lavis_aurora.mode_approx.factors import BASE, ModeFactors
 from lavis_aurora.mode_approx.trainable import adapter_parameters, head_parameters
 from lavis_aurora.precision import SinglePrecision
@@ -31,10 +33,8 @@ class Companions(SinglePrecision):
     ) -> None:
         super().__init__()
         self.names = list(names)
-        # In a list modules are not registered a second time.
-        self.places = [
-            (model.get_submodule(module), attribute) for module, _, attribute in (n.rpartition(".") for n in names)
-        ]
+        # In lists modules are not registered a second time.
+        self.places = _places(model, names)
         self.label = label
         self.owner = owner
         self.single_precision = single_precision
@@ -45,7 +45,7 @@ class Companions(SinglePrecision):
 
     def standing(self) -> list[nn.Parameter]:
         """The parameters that stand in the model now."""
-        return [getattr(module, attribute) for module, attribute in self.places]
+        return [module._parameters[attribute] for (module, attribute), *_ in self.places]
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of ``name`` by their names in the model; none if it has none of its own."""
@@ -68,9 +68,10 @@ class Companions(SinglePrecision):
         if target == self.owner or target not in self:
             return
         outgoing, incoming = self._shelf(self.owner), self.waiting[target]
-        for i, (module, attribute) in enumerate(self.places):
-            outgoing.register_parameter(str(i), getattr(module, attribute))
-            setattr(module, attribute, getattr(incoming, str(i)))
+        for i, (places, parameter) in enumerate(zip(self.places, self.standing())):
+            outgoing.register_parameter(str(i), parameter)
+            for module, attribute in places:
+                setattr(module, attribute, getattr(incoming, str(i)))
             incoming.register_parameter(str(i), None)
         self.owner = target
 
@@ -92,6 +93,17 @@ class Companions(SinglePrecision):
                 yield from ((self.label, parameter) for parameter in shelf.parameters())
 
 
+def _places(model: nn.Module, names: Sequence[str]) -> list[list[tuple[nn.Module, str]]]:
+    """Module and attribute of every place where each of the parameters stands; tied ones stand in several."""
+    parameters = dict(model.named_parameters())
+    found: dict[int, list[tuple[nn.Module, str]]] = {id(parameters[name]): [] for name in names}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if id(parameter) in found:
+                found[id(parameter)].append((module, attribute))
+    return [found[id(parameters[name])] for name in names]
+
+
 def bind_companions(model: nn.Module, factors: ModeFactors, train_heads: bool) -> None:
     """Let gates and heads switch with the factors; called once, when both stand in the model.
 
@@ -101,11 +113,21 @@ def bind_companions(model: nn.Module, factors: ModeFactors, train_heads: bool) -
         model: the model around the factors.
         factors: its factors.
         train_heads: the heads are trained with the adapter ``default``: the backbone's own are kept beside them.
+
+    Raises:
+        AuroraError: a head holds a weight that the adapter updates.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     own = {id(parameter) for parameter in factors.parameters()}
     gates = [names[id(p)] for _, p in adapter_parameters(model) if id(p) not in own]
-    heads = [names[id(p)] for p in head_parameters(model)]
+    heads = list(dict.fromkeys(names[id(p)] for p in head_parameters(model)))
+    adapted = {id(weight) for _, layer in adapted_layers(model) for weight in layer.adapted_weights().values()}
+    both = [names[id(p)] for p in head_parameters(model) if id(p) in adapted]
+    if both:
+        raise AuroraError(
+            f"{both[0]} has an update by mode_approx and cannot be trained itself too; name modules without adapted "
+            f"layers in model.modules_to_save, or other layers in model.mode_approx.targets"
+        )
     if gates:
         factors.companions["gate"] = Companions(model, gates, "gate", "default", single_precision=True)
     if heads:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lavis_aurora.mode_approx.adapted import AdaptedLayer
+from lavis_aurora.mode_approx.companions import switch_companions
 from lavis_aurora.mode_approx.factors import ModeFactors
 
 # The factor set of the moving average.
@@ -14,6 +15,15 @@ TEACHER_SET = "momentum"
 def momentum_copies(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """(trained, copy) as LAVIS's MomentumDistilationMixin lists them in ``model.model_pairs``; empty without."""
     return [(trained, copy) for trained, copy in getattr(model, "model_pairs", ())]
+
+
+def restart_teacher(model: nn.Module, factors: ModeFactors) -> None:
+    """Let the momentum copies of ``model`` start as the adapter ``default``, whichever adapter is active."""
+    if not momentum_copies(model):
+        return
+    switch_companions(factors, "default")
+    model.copy_params()
+    switch_companions(factors, factors.active)
 
 
 def adapt_copies(model: nn.Module, factors: ModeFactors) -> None:

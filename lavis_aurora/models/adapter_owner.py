@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from lavis_aurora.config import BlipAuroraConfig
 from lavis_aurora.config_check import parse_config
 from lavis_aurora.mode_approx import ModeFactors
-from lavis_aurora.mode_approx.companions import switch_companions
+from lavis_aurora.mode_approx.teacher import restart_teacher
 
 # Keys that say where a model comes from, not what it is.
 SOURCES = ("arch", "model_type", "adapter", "adapter_check_base")
@@ -79,11 +79,8 @@ class AdapterOwnerMixin:
 
     def adapter_loaded(self, name: str) -> None:
         """Let the momentum teacher start as the adapter that is trained."""
-        if name != "default" or not hasattr(self, "copy_params"):
-            return
-        switch_companions(self.mode_approx, name)
-        self.copy_params()
-        switch_companions(self.mode_approx, self.mode_approx.active)
+        if name == "default":
+            restart_teacher(self, self.mode_approx)
 
 
 def _lavis_version() -> str | None:

@@ -25,7 +25,7 @@ from lavis_aurora.mode_approx import (
 )
 from lavis_aurora.mode_approx.companions import keep_base_heads
 from lavis_aurora.mode_approx.presets import PRESETS
-from lavis_aurora.mode_approx.teacher import momentum_copies
+from lavis_aurora.mode_approx.teacher import momentum_copies, restart_teacher
 from lavis_aurora.models.aurora_base import AuroraBase
 from lavis_aurora.models.run_state import RunState
 from lavis_aurora.paths import package_file
@@ -209,8 +209,8 @@ class ModeApproxModel(RunState, BaseModel):
 
     def adapter_loaded(self, name: str) -> None:
         """Let the momentum teacher start as the adapter that is trained."""
-        if name == "default" and hasattr(self.base, "copy_params") and hasattr(self.base, "model_pairs"):
-            self.base.copy_params()
+        if name == "default":
+            restart_teacher(self.base, self.mode_approx)
 
 
 def _registered_name(model: nn.Module) -> str:

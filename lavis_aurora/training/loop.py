@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,7 +60,7 @@ class AuroraTrainMixin:
         first = self.first_step
         progress = TrainingProgress(epoch, int(self.cfg.max_epoch), iters_per_epoch, first)
         if not first:
-            self.totals = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+            self.totals = {}
         broken: list[str] = []
         for i, samples in enumerate(data_loader, start=first):
             samples = prepare_sample(samples, cuda_enabled=cuda_enabled)
@@ -77,7 +76,7 @@ class AuroraTrainMixin:
             losses = {key: output[key].detach() for key in output if "loss" in key and output[key] is not None}
             for key, value in losses.items():
                 # Of a step that is skipped, nothing counts.
-                self.totals[key] = self.totals[key] + value.double().nan_to_num(0.0, 0.0, 0.0)
+                self.totals[key] = self.totals.get(key, 0.0) + value.double().nan_to_num(0.0, 0.0, 0.0)
             updates = (i + 1) % accum_grad_iters == 0 or i + 1 == iters_per_epoch
             if updates:
                 self._update(optimizer, scaler, losses, samples)

@@ -84,10 +84,14 @@ class SavingMixin:
         model.load_run_state(state["model"], str(path))
         if self.evaluate_only:
             return
+        groups = self.optimizer.param_groups
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, ValueError) as error:
             raise AuroraError(f"run.resume_ckpt_path: {path} does not fit the optimizer ({error})") from error
+        for group, own in zip(self.optimizer.param_groups, settings):
+            group.update(own)  # weight decay and betas are this YAML's
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         if not model.load_queue_state(state.get("queue") or {}):
@@ -111,12 +115,17 @@ class SavingMixin:
             logging.warning("epoch %d starts anew: it now has %d steps", self.start_epoch + 1, steps)
             self.start_step = 0
         processes = state.get("processes", [])
-        if len(processes) != get_world_size():
+        losses = [process["losses"] for process in processes]
+        if len(processes) == get_world_size():
+            set_random_state(processes[get_rank()]["random"])
+            losses = [losses[get_rank()]]
+        else:
             logging.warning("random numbers start anew: there were %d processes", len(processes))
-            return
-        local = processes[get_rank()]
-        set_random_state(local["random"])
-        self.task.totals = {key: torch.tensor(x, dtype=torch.float64) for key, x in local["losses"].items()}
+        # Of other processes' losses the mean: that over all of them stays what it was.
+        self.task.totals = {
+            key: torch.tensor(sum(one[key] for one in losses) / len(losses), dtype=torch.float64)
+            for key in (losses[0] if losses else ())
+        }
 
     def _keep_best(self, resumed: Path, epoch: int) -> None:
         """Take over the best epoch so far, which may stay the best; without its file, look for a new one."""

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from lavis.common.dist_utils import is_dist_avail_and_initialized
 
 
-class Stopped(Exception):
-    """A signal asks to stop.
+class Stopped(BaseException):
+    """A signal asks to stop; like KeyboardInterrupt it is no Exception, which whoever reads files may catch.
 
     Attributes:
         signum: which.

@@ -25,6 +25,7 @@ from lavis_aurora import (
     set_adapter,
 )
 from lavis_aurora.mode_approx.adapter_config import AdapterConfig
+from lavis_aurora.mode_approx.companions import bind_companions
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -63,6 +64,31 @@ def test_under_a_new_name_it_stands_beside_and_is_frozen(saved):
     assert torch.equal(other(inputs()), model(inputs()))
     assert not any(p.requires_grad for p in other.mode_approx.sets["tuned"].parameters())
     assert list_adapters(other) == ["default", "tuned"]
+
+
+def with_head(trained: bool):
+    model = adapted_toy()
+    model.heads = [model.head.requires_grad_(trained)]
+    bind_companions(model, model.mode_approx, train_heads=trained)
+    return model
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_heads_come_and_go_with_the_adapter_that_is_loaded_over_an_active_one(tmp_path, name, trained):
+    tuned = with_head(True)
+    with torch.no_grad():
+        tuned.head.weight.fill_(7)
+    save_adapter(tuned, tmp_path / "headed")
+    save_adapter(with_head(False), tmp_path / "bare")
+    model = with_head(trained)
+    base = model.head.weight.detach().clone()
+    load_adapter(model, tmp_path / "bare", name)
+    set_adapter(model, name)
+    for folder, expected in (("headed", tuned.head.weight), ("bare", base)):
+        load_adapter(model, tmp_path / folder, name)
+        assert torch.equal(model.head.weight, expected)
+    assert model.head.weight.requires_grad is (trained and name == "default")
 
 
 def test_the_named_adapter_is_saved(saved, tmp_path):

@@ -4,6 +4,7 @@ import timeit
 
 import pytest
 import torch
+from torch import nn
 from toy import adapted_toy, inputs, randomize
 
 from lavis_aurora import (
@@ -82,6 +83,32 @@ def test_heads_switch_with_the_adapter_and_nothing_is_copied():
     with disable_adapter(model):
         assert torch.equal(model.head.weight, base)
     assert model.head.weight is trained
+
+
+def test_tied_heads_switch_in_every_place():
+    model = adapted_toy()
+    model.twin = nn.Linear(6, 3)
+    model.twin.weight = model.head.weight  # as the embeddings and the language model's head
+    model.heads = [model.head, model.twin]
+    for head in model.heads:
+        head.requires_grad_(True)
+    bind_companions(model, model.mode_approx, train_heads=True)
+    assert model.mode_approx.companions["heads"].names == ["head.weight", "head.bias", "twin.bias"]
+    base = model.head.weight.detach().clone()
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    with disable_adapter(model):
+        assert model.twin.weight is model.head.weight
+        assert torch.equal(model.twin.weight, base)
+    assert model.twin.weight is model.head.weight
+    assert torch.equal(model.twin.weight, 2 * base)
+
+
+def test_an_adapted_weight_is_no_head():
+    model = adapted_toy()
+    model.heads = [model.head, model.key]
+    with pytest.raises(AuroraError, match=r"^key.weight has an update by mode_approx and cannot be trained itself"):
+        bind_companions(model, model.mode_approx, train_heads=True)
 
 
 def test_the_backbones_heads_follow_its_weights():

@@ -21,6 +21,7 @@ from lavis_aurora import (
     load_model_and_preprocess,
     merged_state_dict,
     save_adapter,
+    set_adapter,
     trainable_parameters_summary,
 )
 from lavis_aurora.cli import train
@@ -249,6 +250,21 @@ def test_modules_to_save_are_trained_saved_and_reported(tmp_path: Path):
     )
     load_adapter(other, tmp_path)
     assert torch.equal(other.text_proj.weight, wrapped.text_proj.weight)
+
+
+def test_the_teacher_starts_as_the_adapter_that_is_loaded_whichever_is_active(tmp_path: Path):
+    heads = {"modules_to_save": ["text_proj"]}
+    tuned = activate(model(**heads))
+    with torch.no_grad():
+        tuned.text_proj.weight.fill_(7)
+    save_adapter(tuned, tmp_path / "other")
+    plain = model(**heads)
+    save_adapter(plain, tmp_path / "plain")
+    load_adapter(plain, tmp_path / "other", "other")
+    set_adapter(plain, "other")
+    load_adapter(plain, tmp_path / "plain")
+    assert torch.equal(plain.text_proj.weight, tuned.text_proj.weight)
+    assert torch.equal(plain.text_proj_m.weight, model(**heads).text_proj.weight)
 
 
 def test_a_module_to_save_brings_those_inside_it_once():

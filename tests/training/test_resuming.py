@@ -17,7 +17,8 @@ from tiny import project_yaml
 from tiny_vqa import vqa_project
 
 from lavis_aurora.cli import train
-from lavis_aurora.training.checkpointing import read_checkpoint
+from lavis_aurora.runner import AuroraRunner
+from lavis_aurora.training.checkpointing import LATEST, read_checkpoint, write_checkpoint
 from lavis_aurora.training.stopping import Stopped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,6 +128,72 @@ def test_without_the_queue_the_log_says_so(tmp_path, caplog):
     assert "queue of features starts anew" not in caplog.text
     train(["--cfg-path", str(yaml)])
     assert "the queue of features starts anew: it is not in" in caplog.text
+
+
+def test_another_number_of_processes_goes_on_with_their_mean_losses(tmp_path):
+    train(["--cfg-path", str(image_project(tmp_path, max_epoch=1))])
+    run = only_run(tmp_path)
+    state = read_checkpoint(run / "checkpoint_latest.pth")
+    [local] = state["processes"]
+    others = {key: 3 * value for key, value in local["losses"].items()}
+    state.update(validated=False, step=state["steps_per_epoch"] - 1, processes=[local, {**local, "losses": others}])
+    write_checkpoint(state, tmp_path / "two.pth")
+    options = [
+        "run.resume=none",
+        f"run.resume_ckpt_path={tmp_path / 'two.pth'}",
+        "run.output_dir=" + str(tmp_path / "on"),
+    ]
+    train(["--cfg-path", str(image_project(tmp_path, max_epoch=1)), "--options", *options])
+    [resumed] = (tmp_path / "on").iterdir()
+    final = read_checkpoint(resumed / "checkpoint_latest.pth")
+    [on] = final["processes"]
+    # Those of the last step were added to the mean.
+    assert all(2 * value < on["losses"][key] < 3 * value for key, value in local["losses"].items())
+
+
+def test_settings_of_the_optimizer_are_the_yamls(tmp_path):
+    train(["--cfg-path", str(image_project(tmp_path, max_epoch=1))])
+    latest = only_run(tmp_path) / "checkpoint_latest.pth"
+    changes = {"max_epoch": 2, "weight_decay": 0.25, "beta2": 0.9, "resume": "none", "resume_ckpt_path": str(latest)}
+    yaml = image_project(tmp_path, **changes, output_dir=str(tmp_path / "on"))
+    train(["--cfg-path", str(yaml)])
+    [resumed] = (tmp_path / "on").iterdir()
+    groups = read_checkpoint(resumed / "checkpoint_latest.pth")["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.25, 0]
+    assert {tuple(group["betas"]) for group in groups} == {(0.9, 0.9)}
+
+
+def test_a_run_killed_before_its_last_checkpoint_still_leaves_the_last_adapter(tmp_path, monkeypatch):
+    original = AuroraRunner._save_checkpoint
+
+    def killed(self, *args, validated=False, name=LATEST):
+        if validated and name == LATEST:
+            raise KeyboardInterrupt
+        original(self, *args, validated=validated, name=name)
+
+    monkeypatch.setattr(AuroraRunner, "_save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(["--cfg-path", str(image_project(tmp_path, max_epoch=1))])
+    assert (only_run(tmp_path) / "adapter_last" / "adapter_config.json").is_file()
+
+
+def test_with_accumulated_steps_none_is_passed_over(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(AuroraRunner, "_save_checkpoint", lambda self, epoch, step, **_: saved.append(step))
+    changes = {"max_epoch": 1, "batch_size_train": 1, "accum_grad_iters": 3, "checkpoint_every": 2}
+    train(["--cfg-path", str(image_project(tmp_path, **changes, valid_splits=[], test_splits=[]))])
+    assert saved[:2] == [3, 6]
+
+
+def test_a_stop_is_no_unreadable_file(tmp_path, monkeypatch):
+    """Whoever reads files catches what may be wrong with them."""
+
+    def stopped(*_args, **_kwargs):
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(torch, "load", stopped)
+    with pytest.raises(Stopped):
+        read_checkpoint(tmp_path / "any.pth")
 
 
 def test_another_configuration_starts_a_new_run(tmp_path):
