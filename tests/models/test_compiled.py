@@ -23,7 +23,7 @@ def test_losses_and_gradients(tuning):
         gradients = {name: p.grad for name, p in compiled.named_parameters() if p.grad is not None}
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
-                scale = parameter.grad.abs().max().clamp(min=1e-4)
+                scale = parameter.grad.abs().max().clamp(min=1e-3)
                 assert (gradients[name] - parameter.grad).abs().max() < 1e-3 * scale, name
     assert not torch._dynamo.utils.counters["graph_break"]
     assert compiled.state_dict().keys() == model.state_dict().keys()
