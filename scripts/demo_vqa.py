@@ -92,7 +92,7 @@ def _columns(scores: dict[str, Any]) -> str:
     return "".join(f"{value:10.1f}" for value in (total, scores["answer_types"].get("other", float("nan")), *kinds))
 
 
-# Rates: of a few tried on the validation split; test was never looked at.
+# Rates: those of the retrieval demo; not searched for yet.
 VQA = VqaDemo(
     project="demo_vqa.yaml",
     rates={"frozen": 1e-3, "aurora": 1e-2, "full": 1e-3},
