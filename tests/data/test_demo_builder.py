@@ -14,7 +14,12 @@ from lavis_aurora.data.annotations import build_checked
 from lavis_aurora.errors import AuroraError
 
 COUNTS = {"train": 5, "val": 4, "test": 3}
-MODELS = {"demo_retrieval": "blip_retrieval_aurora", "demo_vqa": "blip_vqa_aurora"}
+MODELS = {
+    "demo_retrieval": "blip_retrieval_aurora",
+    "demo_video": "blip_retrieval_aurora",
+    "demo_vqa": "blip_vqa_aurora",
+}
+FRAMES = {"name": "aurora_video_eval", "n_frms": 4, "image_size": 48}
 
 
 @pytest.fixture(params=MODELS)
@@ -36,6 +41,8 @@ def build(tmp_path: Path, monkeypatch, name: str):
             "datasets": {name: {"type": kind, "build_info": info}},
             "run": {"task": "vqa_aurora" if "vqa" in name else "retrieval_aurora"},
         }
+        if name == "demo_video":
+            project["datasets"][name]["vis_processor"] = {"train": FRAMES, "eval": FRAMES}
         path = tmp_path / "project.yaml"
         OmegaConf.save(project, path)
         return build_checked(name, config(path).datasets_cfg[name])
@@ -49,7 +56,7 @@ def build(tmp_path: Path, monkeypatch, name: str):
 def _made(monkeypatch) -> list[dict]:
     """The numbers of pictures of each time that something is made."""
     made = []
-    for function in ("generate_pictures", "generate_questions"):
+    for function in ("generate_pictures", "generate_clips", "generate_questions"):
         real = getattr(demo_builder, function)
         monkeypatch.setattr(
             demo_builder, function, lambda *args, real=real: (made.append(dict(args[2])), real(*args))[1]
@@ -61,15 +68,16 @@ def _made(monkeypatch) -> list[dict]:
 def test_made_on_first_use_and_kept(build, name: str, kind: str, tmp_path: Path, monkeypatch) -> None:
     made = _made(monkeypatch)
     datasets = build(kind)
-    each = {"demo_retrieval": 1, "demo_vqa": 3 if kind == "clean" else 4}[name]
+    each = {"demo_vqa": 3 if kind == "clean" else 4}.get(name, 1)
     expected = {split: count * each for split, count in COUNTS.items()}
     if (name, kind) == ("demo_vqa", "clean"):
         expected["train"] += COUNTS["train"]  # captions
     assert {split: len(dataset) for split, dataset in datasets.items()} == expected
     sample = datasets["train"][0]
-    assert sample["image"].shape == (3, 48, 48) and sample["text_input"]
+    key, shape = ("video", (3, 4, 48, 48)) if name == "demo_video" else ("image", (3, 48, 48))
+    assert sample[key].shape == datasets["val"][0][key].shape == shape and sample["text_input"]
     domain = "clean" if kind == "clean" else "shifted"
-    assert datasets["val"].annotation[0]["image"].startswith(f"{domain}/val/")
+    assert datasets["val"].annotation[0][key].startswith(f"{domain}/val/")
     build(kind)
     assert made == [COUNTS]
 
@@ -98,7 +106,8 @@ def test_made_anew_where_a_file_is_gone(build, name: str, tmp_path: Path, monkey
     datasets = build()
     made = _made(monkeypatch)
     [storage] = {Path(d.coco_fmt_anno_file) for s, d in datasets.items() if s == "val"} if "vqa" in name else {None}
-    (storage or tmp_path / "demo_ret" / "shifted_val.json").unlink()
+    folder = {"demo_retrieval": "demo_ret"}.get(name, name)
+    (storage or tmp_path / folder / "shifted_val.json").unlink()
     build()
     assert made == [COUNTS]
 
@@ -119,7 +128,7 @@ def test_keys_that_cannot_be_used(build, name: str, change: dict, message: str, 
         pytest.skip("of questions")
     with pytest.raises(AuroraError, match=message):
         build(**change)
-    assert not [*tmp_path.rglob("*vqa_train.json")]
+    assert not [*tmp_path.rglob("*vqa_train.json" if name == "demo_vqa" else "*_train.json")]
 
 
 def test_shipped_types_name_their_own_files(name: str) -> None:
