@@ -70,7 +70,7 @@ class RetrievalDemo(DemoTask):
         """Bars of R@1 both ways, reranked, with the trained parameters under each way of tuning."""
         import matplotlib.pyplot as plt
 
-        figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
+        figure, axes = plt.subplots(1, 2, figsize=(9, 4.3), sharey=True, layout="constrained")
         for axis, direction in zip(axes, self.directions):
             for i, row in enumerate(rows):
                 value = row["metrics"][f"{direction}_r1"]
@@ -86,9 +86,9 @@ class RetrievalDemo(DemoTask):
             axis.set_title(direction.replace("_", "-"))
             axis.spines[["top", "right"]].set_visible(False)
         axes[0].set_ylabel("R@1, percent")
-        axes[0].legend(frameon=False, loc="upper left")
+        # below: bars may be of any height
+        figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)
         figure.suptitle("The tiny BLIP on the shifted domain: parameters trained, and R@1 after reranking")
-        figure.tight_layout()
         figure.savefig(path, dpi=140)
 
 

@@ -63,7 +63,7 @@ def draw_clips(dataset: Any, path: Path, frames: int = 4) -> None:
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
-# Rates: those of the retrieval demo, each tried once.
+# Rates: those of the retrieval demo; not searched for yet.
 VIDEO = VideoDemo(
     project="demo_video.yaml",
     rates={"frozen": 1e-3, "heads": 1e-2, "aurora": 1e-2, "full": 1e-3},
