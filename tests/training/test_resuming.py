@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import project_yaml
+from tiny_video import video_project, write_video_questions, write_videos
 from tiny_vqa import vqa_project
 
 from lavis_aurora.cli import train
@@ -32,6 +33,20 @@ STATE = ("model", "queue", "optimizer", "epoch", "step", "best_metric", "best_ep
 def image_project(folder: Path, **run) -> Path:
     folder.mkdir(exist_ok=True)
     return project_yaml(folder, model=MODEL, datasets=CROPS, run={**RUN, **run})
+
+
+def video_retrieval_project(folder: Path) -> Path:
+    """Frames and crops are drawn at random, and another clip for one that is broken."""
+    paths = write_videos(folder / "data")
+    (paths["videos"] / "train_5.mp4").write_bytes(b"no video")
+    run = {**RUN, "k_test": 4, "max_broken_share": 1.0}
+    return video_project(folder, "msrvtt_ret", "msrvtt_retrieval", paths, model=MODEL, run=run)
+
+
+def video_qa_project(folder: Path) -> Path:
+    paths = write_video_questions(folder / "data")
+    model = {"vit_drop_path_rate": 0.1}
+    return video_project(folder, "msrvtt_qa", "msrvtt_qa_aurora", paths, model=model, run=RUN)
 
 
 def assert_same(one, other, path="") -> None:
@@ -92,9 +107,15 @@ def stop_in(monkeypatch, step: int) -> None:
     monkeypatch.setattr(AuroraTrainMixin, "_update", update)
 
 
-@pytest.mark.parametrize(
-    "make", [image_project, lambda folder: vqa_project(folder, run=RUN)], ids=["retrieval", "vqa"]
-)
+PROJECTS = {
+    "retrieval": image_project,
+    "vqa": lambda folder: vqa_project(folder, run=RUN),
+    "video retrieval": video_retrieval_project,
+    "video qa": video_qa_project,
+}
+
+
+@pytest.mark.parametrize("make", PROJECTS.values(), ids=PROJECTS)
 def test_a_stopped_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, capsys, make):
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
