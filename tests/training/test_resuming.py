@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
@@ -149,6 +150,18 @@ def test_without_the_queue_the_log_says_so(tmp_path, caplog):
     assert "queue of features starts anew" not in caplog.text
     train(["--cfg-path", str(yaml)])
     assert "the queue of features starts anew: it is not in" in caplog.text
+
+
+def test_a_finished_run_is_tested_again_and_the_log_says_so(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    yaml = image_project(tmp_path, max_epoch=1)
+    train(["--cfg-path", str(yaml)])
+    assert "only tested again" not in caplog.text
+    before = final(tmp_path)
+    train(["--cfg-path", str(yaml)])
+    assert f"run.resume: {only_run(tmp_path)} is finished (epochs: 1) and is only tested again" in caplog.text
+    assert "resumed at" not in caplog.text
+    assert_same(before, final(tmp_path))
 
 
 def test_another_number_of_processes_goes_on_with_their_mean_losses(tmp_path):
