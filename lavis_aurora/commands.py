@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import shutil
+import textwrap
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -87,8 +91,12 @@ def _describe(config: AdapterConfig) -> list[str]:
     lines = {
         "model": " ".join(str(model[key]) for key in ("arch", "model_type") if model.get(key)) or "any nn.Module",
         "base": f"{config.base.name or 'without a name'} (sha256 {config.base.sha256[:12]})",
-        "mode_approx": ", ".join(f"{key} {value}" for key, value in vars(config.mode_approx).items()),
+        # Which layers were targeted, the slots say.
+        "mode_approx": ", ".join(
+            f"{key} {value}" for key, value in vars(config.mode_approx).items() if value is not None
+        ),
         "slots": ", ".join(f"{count} of {shape}" for shape, count in widths.items()),
+        "targets": f"\n{'':<17}".join(_slot_groups(config.slots)),
     }
     for key, value in (model.get("settings") or {}).items():
         lines.setdefault(key, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value)
@@ -98,6 +106,15 @@ def _describe(config: AdapterConfig) -> list[str]:
         lines[f"metrics: {key}"] = ", ".join(text for text in numbers if not re.search("chance|_itc_", text))
     lines["written by"] = ", ".join(f"{key} {value}" for key, value in config.versions.items())
     return [f"{key:<16} {value}" for key, value in lines.items()]
+
+
+def _slot_groups(slots: Iterable[str]) -> list[str]:
+    """Slots by their module, layers of a kind together: 'blocks.*.attn.qkv: query, key, value'."""
+    groups: dict[str, dict[str, None]] = defaultdict(dict)
+    for slot in map(_without_numbers, slots):
+        module, _, name = slot.rpartition(".")
+        groups[module][name] = None
+    return [f"{module}: {', '.join(names)}" if module else ", ".join(names) for module, names in groups.items()]
 
 
 def _tensor_table(tensors: Mapping[str, Tensor]) -> str:
@@ -161,7 +178,8 @@ def targets(name: str, model_type: str | None = None) -> str:
     """
     if name.endswith((".yaml", ".yml")):
         model = load_config(name).model_cfg
-        return target_table(registry.get_model_class(model.arch).from_config(model))
+        with _no_warnings():
+            return target_table(registry.get_model_class(model.arch).from_config(model))
     cls = registry.get_model_class(name)
     if cls is None:
         raise AuroraError(f"no model {name!r}{near_names(name, registry.list_models())}")
@@ -175,7 +193,19 @@ def targets(name: str, model_type: str | None = None) -> str:
     # Any vocabulary will do, and that of the tiny model is at hand.
     tokenizer = package_file("configs/models/tiny")
     cfg.update(load_finetuned=False, pretrained=None, tokenizer=tokenizer)
-    return target_table(cls.from_config(cfg))
+    with _no_warnings():
+        return target_table(cls.from_config(cfg))
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Without the log's warnings, as of random weights: of a model that is only looked at, they say nothing."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def target_table(model: nn.Module) -> str:
@@ -214,7 +244,8 @@ def configs(names: list[str], folder: str = ".") -> str:
     known = {path.stem: path for path in sorted(PROJECTS.glob("*.yaml"))}
     if not names:
         width = max(map(len, known))
-        return "\n".join(f"{name:<{width}}  {_first_comment(path)}" for name, path in known.items())
+        lines = ((name, textwrap.wrap(_summary(path), 100)) for name, path in known.items())
+        return "\n".join(f"{name:<{width}}  " + f"\n{'':<{width}}  ".join(words) for name, words in lines)
     copied = []
     for name in names:
         stem = name.removesuffix(".yaml")
@@ -229,6 +260,10 @@ def configs(names: list[str], folder: str = ".") -> str:
     return "\n".join(copied)
 
 
-def _first_comment(path: Path) -> str:
-    """The first line of a YAML, which says what it is."""
-    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+def _summary(path: Path) -> str:
+    """The first line of the comment at the top of a YAML, which says what it is, to the end of its sentence."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = [line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines)]
+    text = " ".join(comment)
+    end = re.compile(r"\.( |$)").search(text, len(comment[0]) - 1)
+    return text[: end.start() + 1] if end else text

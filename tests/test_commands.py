@@ -50,6 +50,8 @@ def test_inspect_a_folder(adapter, capsys):
         "without a name (sha256 ",
         "rank 4, scale 8.0",
         "27 of 128 x 128",
+        "visual_encoder.blocks.*.attn.qkv: query, key, value\n",
+        "text_encoder.encoder.layer.*.crossattention.self: query, key, value\n",
         "form none, init zeros",
         "image_to_text_r1 41.23",
         "torch ",
@@ -120,7 +122,7 @@ def test_merge_around_another_model_names_that_one(tmp_path):
 # targets
 
 
-def test_targets(capsys):
+def test_targets(capsys, caplog):
     main(["targets", "blip_vqa_aurora", "--model-type", "tiny"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     rows = {line[0]: line[1:] for line in lines}
@@ -129,6 +131,7 @@ def test_targets(capsys):
     shared = rows["text_decoder.bert.encoder.layer.*.attention.self.key.weight"]
     assert shared == ["128", "x", "128", "3", "text_encoder.encoder.layer.*.attention.self.key"]
     assert lines[-1][:2] == ["27", "slots"]
+    assert "RANDOM" not in caplog.text, "nobody asked for weights"
 
 
 def test_targets_of_a_project(tmp_path):
@@ -163,6 +166,10 @@ def test_configs_are_those_of_the_source_tree():
     for name in own:
         assert name.removesuffix(".yaml") in listed
     assert "MSCOCO retrieval" in listed
+    lines = " ".join(listed.split())
+    assert "tuned on the shifted domain: other pictures, other questions, other answers. " in lines
+    assert "answers generated greedily. " in lines and "scripts/demo.sh" not in listed
+    assert max(map(len, listed.splitlines())) < 130
 
 
 def test_configs_are_copied_and_nothing_is_overwritten(tmp_path, failing, capsys):

@@ -132,6 +132,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         Raises:
             AuroraError: a question is empty, or answers are missing or too long.
         """
+        self.check_trained()
         # LAVIS reads the size of the batch from its image.
         samples = {**samples, "image": visual_input(samples)}
         self._check_questions(samples["text_input"], samples["image"])

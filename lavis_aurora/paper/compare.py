@@ -169,7 +169,8 @@ def report(result: dict[str, Any]) -> str:
     """A comparison as text."""
     columns = result["columns"]
     if result["table"] is None:
-        lines = [f"{result['path']}: none of the paper's benchmarks (--benchmark NAME compares nevertheless)"]
+        known = ", ".join(paper_tables()["benchmarks"])
+        lines = [f"{result['path']}: none of the paper's benchmarks; --benchmark compares nevertheless with {known}"]
         return "\n".join([*lines, *(f"  {key:<30}{result['values'][key]:8.2f}" for key in columns)])
     paper = paper_tables()
     name, title = paper["benchmarks"][result["benchmark"]]["name"], paper["tables"][result["table"]]["title"]
