@@ -1,16 +1,12 @@
-"""What the command ``lavis-aurora`` can do besides running projects: look into adapters, merge them, list."""
+"""What the command ``lavis-aurora`` does with adapters: look into them, merge them, list what they update."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import re
-import shutil
-import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -26,42 +22,8 @@ from lavis_aurora.mode_approx.adapted import adapted_layers, factors_of
 from lavis_aurora.mode_approx.adapter_config import AdapterConfig
 from lavis_aurora.mode_approx.adapter_file import CONFIG, TENSORS, read_adapter, read_adapter_config
 from lavis_aurora.models.checkpoint import read_state_dict
-from lavis_aurora.paper.compare import add_arguments, compare
 from lavis_aurora.paths import package_file
 from lavis_aurora.project import load_config
-
-PROJECTS = Path(package_file("projects"))
-
-
-def add_commands(parsers: argparse._SubParsersAction) -> None:
-    """Declare the commands; each leaves its function in ``action``."""
-    parser = parsers.add_parser("inspect", help="what is in an adapter folder, or in a file of weights")
-    parser.add_argument("path", metavar="FOLDER_OR_FILE")
-    parser.set_defaults(action=lambda args: print(inspect(args.path)))
-
-    parser = parsers.add_parser("merge", help="fold an adapter into its backbone: a checkpoint for plain LAVIS")
-    parser.add_argument("adapter", metavar="FOLDER", help="an adapter folder; its gate.form must be none")
-    parser.add_argument("output", metavar="FILE", help="the checkpoint to write, e.g. merged.pth")
-    parser.add_argument("--pretrained", help="file or URL of the backbone, instead of that of the model's type")
-    parser.set_defaults(action=lambda args: print(merge(args.adapter, args.output, args.pretrained)))
-
-    parser = parsers.add_parser("targets", help="which weights of a model would be adapted")
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="name, e.g. blip_retrieval_aurora (built without its weights); or a project YAML",
-    )
-    parser.add_argument("--model-type", help="one of its types")
-    parser.set_defaults(action=lambda args: print(targets(args.model, args.model_type)))
-
-    parser = parsers.add_parser("configs", help="list the project YAMLs that come with the package, or copy some")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="copy these")
-    parser.add_argument("--to", default=".", metavar="FOLDER", help="where to; the current directory by default")
-    parser.set_defaults(action=lambda args: print(configs(args.names, args.to)))
-
-    parser = parsers.add_parser("compare", help="results of runs beside those of the paper, and what differs")
-    add_arguments(parser)
-    parser.set_defaults(action=lambda args: print(compare(args)))
 
 
 def inspect(path: str) -> str:
@@ -233,37 +195,3 @@ def _slot_label(slot: str, layer: str) -> str:
     if slot == layer:
         return "that of the layer"
     return slot[len(layer) + 1 :] if slot.startswith(f"{layer}.") else _without_numbers(slot)
-
-
-def configs(names: list[str], folder: str = ".") -> str:
-    """List the project YAMLs, or copy those named to a folder; what was done, as text.
-
-    Raises:
-        AuroraError: no such project, or the file is there already.
-    """
-    known = {path.stem: path for path in sorted(PROJECTS.glob("*.yaml"))}
-    if not names:
-        width = max(map(len, known))
-        lines = ((name, textwrap.wrap(_summary(path), 100)) for name, path in known.items())
-        return "\n".join(f"{name:<{width}}  " + f"\n{'':<{width}}  ".join(words) for name, words in lines)
-    copied = []
-    for name in names:
-        stem = name.removesuffix(".yaml")
-        if stem not in known:
-            raise AuroraError(f"no project {name!r}{near_names(stem, known)}")
-        target = Path(folder) / f"{stem}.yaml"
-        if target.exists():
-            raise AuroraError(f"{target} is there already; remove it, or name another folder by --to")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(known[stem], target)
-        copied.append(str(target))
-    return "\n".join(copied)
-
-
-def _summary(path: Path) -> str:
-    """The first line of the comment at the top of a YAML, which says what it is, to the end of its sentence."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    comment = [line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines)]
-    text = " ".join(comment)
-    end = re.compile(r"\.( |$)").search(text, len(comment[0]) - 1)
-    return text[: end.start() + 1] if end else text

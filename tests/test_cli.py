@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from tiny import project_yaml, tiny_model
 
 from lavis_aurora import cli
-from lavis_aurora.cli import evaluate, main, train
+from lavis_aurora.cli import evaluate, train
+from lavis_aurora_cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a run may leave before its first epoch has ended.

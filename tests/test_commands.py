@@ -1,6 +1,8 @@
 """The command ``lavis-aurora``: inspect, merge, targets, configs."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,9 @@ from safetensors.torch import save_file
 from tiny import activate, project_yaml, tiny_model
 
 from lavis_aurora import AuroraError, save_adapter
-from lavis_aurora.cli import main
-from lavis_aurora.commands import PROJECTS, configs, inspect, merge, targets
+from lavis_aurora.commands import inspect, merge, targets
 from lavis_aurora.models.mode_approx_model import ModeApproxModel
+from lavis_aurora_cli import PROJECTS, configs, main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -170,6 +172,19 @@ def test_configs_are_those_of_the_source_tree():
     assert "tuned on the shifted domain: other pictures, other questions, other answers. " in lines
     assert "answers generated greedily. " in lines and "scripts/demo.sh" not in listed
     assert max(map(len, listed.splitlines())) < 130
+
+
+@pytest.mark.parametrize("arguments", [["configs"], ["--help"], ["train", "--help"]])
+def test_what_needs_no_model_imports_none(arguments):
+    """Which takes seconds."""
+    code = (
+        "import sys, lavis_aurora_cli\n"
+        "try: lavis_aurora_cli.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'lavis', 'lavis_aurora'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.endswith("set()\n"), done.stdout + done.stderr
 
 
 def test_configs_are_copied_and_nothing_is_overwritten(tmp_path, failing, capsys):

@@ -206,15 +206,6 @@ def _heads(column: str) -> tuple[str, str]:
     return direction, {"median_rank": "MdR"}.get(match[3], f"R@{match[3][1:]}")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    parser.add_argument(
-        "results", nargs="+", metavar="RESULT", help="folder of a run, or a file of its folder result"
-    )
-    parser.add_argument("--benchmark", help="compare with this one, whatever the run's data are, e.g. flickr30k")
-    parser.add_argument("--table", help="table of the paper: 1, 2, 3 or 4 (zero-shot); found by itself")
-
-
 def compare(arguments: argparse.Namespace) -> str:
     """All results, one below the other."""
     found = [one for path in arguments.results for one in read_measured(path)]

@@ -15,8 +15,9 @@ from tiny_vqa import vqa_project
 
 from lavis_aurora.cli import train
 from lavis_aurora.errors import AuroraError
-from lavis_aurora.paper.compare import add_arguments, compare, comparison, read_measured
+from lavis_aurora.paper.compare import compare, comparison, read_measured
 from lavis_aurora.paper.tables import paper_tables
+from lavis_aurora_cli import add_compare_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER_RUN = {
@@ -54,7 +55,7 @@ def write_run(folder: Path, dataset: str, model: dict, run: dict, files: dict[st
 
 def text_of(*arguments: str) -> str:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_compare_arguments(parser)
     return compare(parser.parse_args(list(arguments)))
 
 
