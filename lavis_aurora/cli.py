@@ -1,4 +1,4 @@
-"""Command lines: ``train.py``, ``evaluate.py`` and ``lavis-aurora``."""
+"""Runs from the command line: ``train.py``, ``evaluate.py``, ``lavis-aurora train`` and ``evaluate``."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lavis.common.logger import setup_logger
 from lavis.common.registry import registry
 
 import lavis_aurora.register  # noqa: F401
-from lavis_aurora.commands import add_commands
 from lavis_aurora.errors import AuroraError
-from lavis_aurora.project import AuroraConfig, load_config
+from lavis_aurora.project import AuroraConfig
 from lavis_aurora.training.checkpointing import run_to_resume
 from lavis_aurora.training.lavis_tasks import runnable_task
 from lavis_aurora.training.stopping import Stopped
+from lavis_aurora_cli import EVALUATE, TRAIN, add_run_arguments
 
 # Long enough for the main process to download or make the data.
 INIT_TIMEOUT = timedelta(hours=12)
@@ -92,21 +92,7 @@ def run_config(cfg: AuroraConfig) -> None:
         dist.destroy_process_group()
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser, evaluate: bool) -> None:
-    """The arguments of train and evaluate, and what is done with them."""
-    parser.add_argument("--cfg-path", required=True, help="project YAML, e.g. projects/aurora/flickr_ret.yaml")
-    parser.add_argument(
-        "--options", nargs="+", metavar="KEY=VALUE", help="override keys of the YAML, e.g. run.max_epoch=2"
-    )
-    parser.set_defaults(action=lambda args: run_config(load_config(args.cfg_path, args.options, evaluate)))
-
-
-def _run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
-    args = parser.parse_args(argv)
-    _exit_on_error(lambda: args.action(args))
-
-
-def _exit_on_error(action: Callable[[], None]) -> None:
+def exit_on_error(action: Callable[[], None]) -> None:
     """Run; an AuroraError becomes one line on stderr and exit code 1, a signal 128 + its number."""
     try:
         action()
@@ -133,29 +119,18 @@ def _exit_on_error(action: Callable[[], None]) -> None:
         sys.exit(code)
 
 
-TRAIN = "train a model as a project YAML says, then test its best epoch"
-EVALUATE = "evaluate a model on the test splits of a project YAML"
+def _run_command(description: str, argv: Sequence[str] | None, evaluate: bool) -> None:
+    parser = argparse.ArgumentParser(description=description)
+    add_run_arguments(parser, evaluate)
+    args = parser.parse_args(argv)
+    exit_on_error(lambda: args.action(args))
 
 
 def train(argv: Sequence[str] | None = None) -> None:
     """``python train.py --cfg-path YAML [--options KEY=VALUE ...]``."""
-    parser = argparse.ArgumentParser(description=TRAIN)
-    _add_run_arguments(parser, evaluate=False)
-    _run_command(parser, argv)
+    _run_command(TRAIN, argv, evaluate=False)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> None:
     """``python evaluate.py --cfg-path YAML [--options KEY=VALUE ...]``."""
-    parser = argparse.ArgumentParser(description=EVALUATE)
-    _add_run_arguments(parser, evaluate=True)
-    _run_command(parser, argv)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """``lavis-aurora train|evaluate|inspect|merge|targets|configs|compare ...``."""
-    parser = argparse.ArgumentParser(prog="lavis-aurora", description="Aurora for LAVIS.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_run_arguments(commands.add_parser("train", help=TRAIN), evaluate=False)
-    _add_run_arguments(commands.add_parser("evaluate", help=EVALUATE), evaluate=True)
-    add_commands(commands)
-    _run_command(parser, argv)
+    _run_command(EVALUATE, argv, evaluate=True)

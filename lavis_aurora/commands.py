@@ -1,12 +1,12 @@
-"""What the command ``lavis-aurora`` can do besides running projects: look into adapters, merge them, list."""
+"""What the command ``lavis-aurora`` does with adapters: look into them, merge them, list what they update."""
 
 from __future__ import annotations
 
-import argparse
+import logging
 import re
-import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,42 +22,8 @@ from lavis_aurora.mode_approx.adapted import adapted_layers, factors_of
 from lavis_aurora.mode_approx.adapter_config import AdapterConfig
 from lavis_aurora.mode_approx.adapter_file import CONFIG, TENSORS, read_adapter, read_adapter_config
 from lavis_aurora.models.checkpoint import read_state_dict
-from lavis_aurora.paper.compare import add_arguments, compare
 from lavis_aurora.paths import package_file
 from lavis_aurora.project import load_config
-
-PROJECTS = Path(package_file("projects"))
-
-
-def add_commands(parsers: argparse._SubParsersAction) -> None:
-    """Declare the commands; each leaves its function in ``action``."""
-    parser = parsers.add_parser("inspect", help="what is in an adapter folder, or in a file of weights")
-    parser.add_argument("path", metavar="FOLDER_OR_FILE")
-    parser.set_defaults(action=lambda args: print(inspect(args.path)))
-
-    parser = parsers.add_parser("merge", help="fold an adapter into its backbone: a checkpoint for plain LAVIS")
-    parser.add_argument("adapter", metavar="FOLDER", help="an adapter folder; its gate.form must be none")
-    parser.add_argument("output", metavar="FILE", help="the checkpoint to write, e.g. merged.pth")
-    parser.add_argument("--pretrained", help="file or URL of the backbone, instead of that of the model's type")
-    parser.set_defaults(action=lambda args: print(merge(args.adapter, args.output, args.pretrained)))
-
-    parser = parsers.add_parser("targets", help="which weights of a model would be adapted")
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="name, e.g. blip_retrieval_aurora (built without its weights); or a project YAML",
-    )
-    parser.add_argument("--model-type", help="one of its types")
-    parser.set_defaults(action=lambda args: print(targets(args.model, args.model_type)))
-
-    parser = parsers.add_parser("configs", help="list the project YAMLs that come with the package, or copy some")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="copy these")
-    parser.add_argument("--to", default=".", metavar="FOLDER", help="where to; the current directory by default")
-    parser.set_defaults(action=lambda args: print(configs(args.names, args.to)))
-
-    parser = parsers.add_parser("compare", help="results of runs beside those of the paper, and what differs")
-    add_arguments(parser)
-    parser.set_defaults(action=lambda args: print(compare(args)))
 
 
 def inspect(path: str) -> str:
@@ -87,8 +53,12 @@ def _describe(config: AdapterConfig) -> list[str]:
     lines = {
         "model": " ".join(str(model[key]) for key in ("arch", "model_type") if model.get(key)) or "any nn.Module",
         "base": f"{config.base.name or 'without a name'} (sha256 {config.base.sha256[:12]})",
-        "mode_approx": ", ".join(f"{key} {value}" for key, value in vars(config.mode_approx).items()),
+        # Which layers were targeted, the slots say.
+        "mode_approx": ", ".join(
+            f"{key} {value}" for key, value in vars(config.mode_approx).items() if value is not None
+        ),
         "slots": ", ".join(f"{count} of {shape}" for shape, count in widths.items()),
+        "targets": f"\n{'':<17}".join(_slot_groups(config.slots)),
     }
     for key, value in (model.get("settings") or {}).items():
         lines.setdefault(key, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value)
@@ -98,6 +68,15 @@ def _describe(config: AdapterConfig) -> list[str]:
         lines[f"metrics: {key}"] = ", ".join(text for text in numbers if not re.search("chance|_itc_", text))
     lines["written by"] = ", ".join(f"{key} {value}" for key, value in config.versions.items())
     return [f"{key:<16} {value}" for key, value in lines.items()]
+
+
+def _slot_groups(slots: Iterable[str]) -> list[str]:
+    """Slots by their module, layers of a kind together: 'blocks.*.attn.qkv: query, key, value'."""
+    groups: dict[str, dict[str, None]] = defaultdict(dict)
+    for slot in map(_without_numbers, slots):
+        module, _, name = slot.rpartition(".")
+        groups[module][name] = None
+    return [f"{module}: {', '.join(names)}" if module else ", ".join(names) for module, names in groups.items()]
 
 
 def _tensor_table(tensors: Mapping[str, Tensor]) -> str:
@@ -161,7 +140,8 @@ def targets(name: str, model_type: str | None = None) -> str:
     """
     if name.endswith((".yaml", ".yml")):
         model = load_config(name).model_cfg
-        return target_table(registry.get_model_class(model.arch).from_config(model))
+        with _no_warnings():
+            return target_table(registry.get_model_class(model.arch).from_config(model))
     cls = registry.get_model_class(name)
     if cls is None:
         raise AuroraError(f"no model {name!r}{near_names(name, registry.list_models())}")
@@ -175,7 +155,19 @@ def targets(name: str, model_type: str | None = None) -> str:
     # Any vocabulary will do, and that of the tiny model is at hand.
     tokenizer = package_file("configs/models/tiny")
     cfg.update(load_finetuned=False, pretrained=None, tokenizer=tokenizer)
-    return target_table(cls.from_config(cfg))
+    with _no_warnings():
+        return target_table(cls.from_config(cfg))
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Without the log's warnings, as of random weights: of a model that is only looked at, they say nothing."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def target_table(model: nn.Module) -> str:
@@ -203,32 +195,3 @@ def _slot_label(slot: str, layer: str) -> str:
     if slot == layer:
         return "that of the layer"
     return slot[len(layer) + 1 :] if slot.startswith(f"{layer}.") else _without_numbers(slot)
-
-
-def configs(names: list[str], folder: str = ".") -> str:
-    """List the project YAMLs, or copy those named to a folder; what was done, as text.
-
-    Raises:
-        AuroraError: no such project, or the file is there already.
-    """
-    known = {path.stem: path for path in sorted(PROJECTS.glob("*.yaml"))}
-    if not names:
-        width = max(map(len, known))
-        return "\n".join(f"{name:<{width}}  {_first_comment(path)}" for name, path in known.items())
-    copied = []
-    for name in names:
-        stem = name.removesuffix(".yaml")
-        if stem not in known:
-            raise AuroraError(f"no project {name!r}{near_names(stem, known)}")
-        target = Path(folder) / f"{stem}.yaml"
-        if target.exists():
-            raise AuroraError(f"{target} is there already; remove it, or name another folder by --to")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(known[stem], target)
-        copied.append(str(target))
-    return "\n".join(copied)
-
-
-def _first_comment(path: Path) -> str:
-    """The first line of a YAML, which says what it is."""
-    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lavis.common.config import Config
 from lavis.common.registry import registry
@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from lavis_aurora.config import RunConfig
 from lavis_aurora.config_check import parse_config
+from lavis_aurora.data.dataset_keys import check_dataset_keys, check_processor_keys
 from lavis_aurora.errors import AuroraError, near_names
 from lavis_aurora.mode_approx.adapter_file import read_adapter_config
 
@@ -81,6 +82,10 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
     model_cls = registry.get_model_class(cfg.model_cfg.arch)
     if hasattr(model_cls, "CONFIG_CLASS"):
         parse_config(model_cls.CONFIG_CLASS, cfg.model_cfg, "model")
+    for name, dataset in cfg.datasets_cfg.items():
+        # LAVIS's defaults of some name another.
+        _check_registered(f"datasets.{name}", name, "builder_name_mapping")
+        check_dataset_keys(name, dataset)
     _complete_processors(cfg)
     return cfg
 
@@ -158,8 +163,14 @@ def _check_video_processors(name: str, dataset: DictConfig) -> None:
             )
 
 
+def _named_processors(given: Mapping[str, DictConfig | None], default: Mapping[str, DictConfig]) -> DictConfig:
+    """A dataset's processors by split; where it names none, the model's with the keys that it gives."""
+    unnamed = {split: part for split, part in default.items() if not (given.get(split) or {}).get("name")}
+    return OmegaConf.merge(unnamed, {split: part for split, part in given.items() if part is not None})
+
+
 def _complete_processors(cfg: AuroraConfig) -> None:
-    """Give datasets without processors the model's, and compare picture sizes."""
+    """Give datasets without processors the model's, check them, and compare picture sizes."""
     preprocess = cfg.config.get("preprocess") or {}
     model = cfg.model_cfg
     key, size = "model.image_size", model.get("image_size")
@@ -167,17 +178,15 @@ def _complete_processors(cfg: AuroraConfig) -> None:
         key, size = "model.base.image_size", model.base.get("image_size")
     for name, dataset in cfg.datasets_cfg.items():
         for kind in ("vis_processor", "text_processor"):
-            for split, processor in (preprocess.get(kind) or {}).items():
-                if dataset.get(kind) is None:
-                    dataset[kind] = {}
-                if dataset[kind].get(split) is None:
-                    dataset[kind][split] = processor
-            for split, processor in (dataset.get(kind) or {}).items():
-                named = f"datasets.{name}.{kind}.{split}.name"
-                _check_registered(named, processor.get("name"), "processor_name_mapping")
+            dataset[kind] = _named_processors(dataset.get(kind) or {}, preprocess.get(kind) or {})
         if dataset.get("data_type") == "videos":
             _check_video_processors(name, dataset)
-        for split, processor in (dataset.get("vis_processor") or {}).items():
+        for kind in ("vis_processor", "text_processor"):
+            for split, processor in dataset[kind].items():
+                where = f"datasets.{name}.{kind}.{split}"
+                _check_registered(f"{where}.name", processor.get("name"), "processor_name_mapping")
+                check_processor_keys(processor, where)
+        for split, processor in dataset.vis_processor.items():
             own = processor.get("image_size")
             if size is not None and own is not None and own != size:
                 raise AuroraError(f"datasets.{name}.vis_processor.{split}.image_size: {own} is not {key}, {size}")

@@ -30,8 +30,8 @@ TASKS: dict[str, DemoTask] = {"retrieval": RETRIEVAL, "vqa": VQA, "video": VIDEO
 
 def make_data(task: DemoTask, options: Sequence[str]) -> dict[str, Any]:
     """Make the data before several runs ask for them at once; the datasets by split."""
-    from lavis_aurora.cli import load_config
     from lavis_aurora.data.annotations import build_checked
+    from lavis_aurora.project import load_config
 
     cfg = load_config(str(task.path), list(options))
     [name] = cfg.datasets_cfg

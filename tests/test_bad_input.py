@@ -81,12 +81,41 @@ def test_every_key_misspelt_names_the_right_one(cls: type, top: str, key: str) -
     assert repr(name) in message
 
 
-@pytest.mark.parametrize(
-    ("key", "near"), [("vis_procesor", "vis_processor"), ("build_infos", "build_info"), ("typ", "type")]
-)
+UNKNOWN = {
+    "vis_procesor": "vis_processor",
+    "build_infos": "build_info",
+    "typ": "type",
+    "build_info.anotations.train.storage": "annotations",
+    "build_info.annotations.tran.storage": "train",
+    "build_info.annotations.vall.storage": "val",
+    "build_info.annotations.train.storge": "storage",
+    "build_info.annotations.train.urls": "url",
+    "build_info.annotations.test.md": "md5",
+    "build_info.image.storage": "images",
+    "build_info.images.storages": "storage",
+    "vis_processor.trian.name": "train",
+    "vis_processor.eval.img_size": "image_size",
+    "vis_processor.train.image_sizes": "image_size",
+    "text_processor.evl.name": "eval",
+    "text_processor.train.promt": "prompt",
+    "text_processor.eval.maxwords": "max_words",
+}
+
+
+@pytest.mark.parametrize(("key", "near"), UNKNOWN.items())
 def test_unknown_key_of_a_dataset(project: Path, capsys, key: str, near: str) -> None:
     line = refused(capsys, project, f"datasets.coco_retrieval.{key}=1")
-    assert f"datasets.coco_retrieval.{key}: unknown key; did you mean '{near}'" in line
+    unknown, _, rest = line.removeprefix(f"error: {project}: datasets.coco_retrieval.").partition(": ")
+    assert key == unknown or key.startswith(f"{unknown}."), line
+    assert rest.startswith(f"unknown key; did you mean '{near}'"), line
+
+
+@pytest.mark.parametrize(
+    "key", ["build_info", "build_info.annotations", "build_info.annotations.train", "build_info.images"]
+)
+def test_a_value_in_place_of_a_section_of_a_dataset(project: Path, capsys, key: str) -> None:
+    line = refused(capsys, project, f"datasets.coco_retrieval.{key}=7")
+    assert f"{project}: datasets.coco_retrieval.{key}: must be a section of keys, not 7" in line
 
 
 # Pictures

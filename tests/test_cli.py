@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from tiny import project_yaml, tiny_model
 
 from lavis_aurora import cli
-from lavis_aurora.cli import evaluate, main, train
+from lavis_aurora.cli import evaluate, train
+from lavis_aurora_cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a run may leave before its first epoch has ended.
@@ -118,6 +119,16 @@ def test_preprocess_of_the_yaml_overrides_the_model_types(project: Path) -> None
     cfg = cli.load_config(str(project))
     processors = cfg.datasets_cfg.coco_retrieval.vis_processor
     assert (processors.train.name, processors.eval.name) == ("blip_image_train", "blip_image_eval")
+
+
+def test_processor_of_a_dataset_without_a_name_is_the_models(project: Path) -> None:
+    """Its keys go over those of the model's."""
+    cfg = cli.load_config(str(project), ["datasets.coco_retrieval.text_processor.train.max_words=7"])
+    processor, default = (
+        cfg.datasets_cfg.coco_retrieval.text_processor.train,
+        cfg.config.preprocess.text_processor.train,
+    )
+    assert processor == {**default, "max_words": 7} and processor.name == "blip_caption"
 
 
 def test_dataset_without_anything_takes_its_defaults(project: Path) -> None:

@@ -1,6 +1,8 @@
 """The command ``lavis-aurora``: inspect, merge, targets, configs."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,9 @@ from safetensors.torch import save_file
 from tiny import activate, project_yaml, tiny_model
 
 from lavis_aurora import AuroraError, save_adapter
-from lavis_aurora.cli import main
-from lavis_aurora.commands import PROJECTS, configs, inspect, merge, targets
+from lavis_aurora.commands import inspect, merge, targets
 from lavis_aurora.models.mode_approx_model import ModeApproxModel
+from lavis_aurora_cli import PROJECTS, configs, main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,6 +52,8 @@ def test_inspect_a_folder(adapter, capsys):
         "without a name (sha256 ",
         "rank 4, scale 8.0",
         "27 of 128 x 128",
+        "visual_encoder.blocks.*.attn.qkv: query, key, value\n",
+        "text_encoder.encoder.layer.*.crossattention.self: query, key, value\n",
         "form none, init zeros",
         "image_to_text_r1 41.23",
         "torch ",
@@ -120,7 +124,7 @@ def test_merge_around_another_model_names_that_one(tmp_path):
 # targets
 
 
-def test_targets(capsys):
+def test_targets(capsys, caplog):
     main(["targets", "blip_vqa_aurora", "--model-type", "tiny"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     rows = {line[0]: line[1:] for line in lines}
@@ -129,6 +133,7 @@ def test_targets(capsys):
     shared = rows["text_decoder.bert.encoder.layer.*.attention.self.key.weight"]
     assert shared == ["128", "x", "128", "3", "text_encoder.encoder.layer.*.attention.self.key"]
     assert lines[-1][:2] == ["27", "slots"]
+    assert "RANDOM" not in caplog.text, "nobody asked for weights"
 
 
 def test_targets_of_a_project(tmp_path):
@@ -163,6 +168,23 @@ def test_configs_are_those_of_the_source_tree():
     for name in own:
         assert name.removesuffix(".yaml") in listed
     assert "MSCOCO retrieval" in listed
+    lines = " ".join(listed.split())
+    assert "tuned on the shifted domain: other pictures, other questions, other answers. " in lines
+    assert "answers generated greedily. " in lines and "scripts/demo.sh" not in listed
+    assert max(map(len, listed.splitlines())) < 130
+
+
+@pytest.mark.parametrize("arguments", [["configs"], ["--help"], ["train", "--help"]])
+def test_what_needs_no_model_imports_none(arguments):
+    """Which takes seconds."""
+    code = (
+        "import sys, lavis_aurora_cli\n"
+        "try: lavis_aurora_cli.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'lavis', 'lavis_aurora'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.endswith("set()\n"), done.stdout + done.stderr
 
 
 def test_configs_are_copied_and_nothing_is_overwritten(tmp_path, failing, capsys):

@@ -6,11 +6,14 @@ import json
 import struct
 import wave
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+from omegaconf import OmegaConf
 from tiny import CAPTIONS, SPLITS
 
+PROJECTS = Path(__file__).resolve().parents[1] / "projects" / "aurora"
 # Questions with answers, of MSRVTT-QA's five kinds.
 QUESTIONS = [
     ("what is the color of the big shape?", "red"),
@@ -157,3 +160,38 @@ def video_overrides(builder: str, paths: dict[str, Path], image_size: int = 48) 
         part = f"datasets.{builder}.vis_processor.{split}"
         options += [f"{part}.image_size={image_size}"]
     return options
+
+
+def video_project(folder: Path, name: str, builder: str, paths: dict[str, Path], **overrides: Any) -> Path:
+    """Write ``folder/project.yaml``, a run of seconds that projects/aurora/NAME.yaml becomes on these videos.
+
+    Args:
+        folder: for it and the run's ``output``.
+        name: the project.
+        builder: its dataset.
+        paths: of :func:`write_videos` or :func:`write_video_questions`.
+        overrides: sections of the YAML to merge over it.
+    """
+    size = 48
+    frames = [f"datasets.{builder}.vis_processor.{split}.n_frms=2" for split in ("train", "eval")]
+    small = {
+        "model": {"model_type": "tiny", "image_size": size, "pretrained": None},
+        "run": {
+            "init_lr": 1e-3,
+            "max_epoch": 1,
+            "batch_size_train": 4,
+            "batch_size_eval": 4,
+            "num_workers": 0,
+            "device": "cpu",
+            "output_dir": str(folder / "output"),
+        },
+    }
+    config = OmegaConf.merge(
+        OmegaConf.load(PROJECTS / f"{name}.yaml"),
+        OmegaConf.from_dotlist(video_overrides(builder, paths, size) + frames),
+        small,
+        OmegaConf.create(overrides),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, folder / "project.yaml")
+    return folder / "project.yaml"

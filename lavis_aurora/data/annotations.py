@@ -18,6 +18,7 @@ from lavis.datasets.datasets.video_vqa_datasets import VideoQADataset
 from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
+from lavis_aurora.data.dataset_keys import DATA_KINDS, SPLITS
 from lavis_aurora.data.samples import CheckedDataset, ReplacingDataset
 from lavis_aurora.data.vqa_files import check_vqa_files, read_json
 from lavis_aurora.errors import AuroraError, near_names
@@ -60,12 +61,8 @@ ENTRIES: dict[type, dict[str, Rule]] = {
 FURTHER_FILES: dict[type, Callable[[list[dict], list[str], str], None]] = {COCOVQAEvalDataset: check_vqa_files}
 # Datasets in which each picture or video must have one entry.
 RANKED = (retrieval.RetrievalEvalDataset, retrieval.VideoRetrievalEvalDataset)
-# Keys of a dataset's part of the YAML that LAVIS's builders read.
-DATASET_KEYS = ("data_type", "build_info", "vis_processor", "text_processor", "kw_processor", "type", "dataset_card")
 # Retrieved by one paragraph for each video.
 PARAGRAPHS = ("didemo_retrieval",)
-# Of the annotation files, LAVIS makes datasets of these.
-SPLITS = ("train", "val", "test")
 REMEDY = "put it there, or set AURORA_DATA or the key to where it is"
 
 
@@ -159,11 +156,8 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, Dataset]:
         Datasets by split.
     """
     prefix = f"datasets.{name}"
-    for key in cfg:
-        if key not in DATASET_KEYS:
-            raise AuroraError(f"{prefix}.{key}: unknown key{near_names(key, DATASET_KEYS)}")
     data_type, info = cfg.get("data_type"), cfg.get("build_info") or {}
-    kinds = [key for key in ("images", "videos", "features") if key in info]
+    kinds = [key for key in DATA_KINDS if key in info]
     if data_type not in info:
         raise AuroraError(
             f"{prefix}.data_type: {data_type!r} is no part of build_info{near_names(str(data_type), kinds)}"

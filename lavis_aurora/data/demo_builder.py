@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lavis.common.registry import registry
@@ -28,24 +29,46 @@ from lavis_aurora.paths import package_file
 
 
 class DemoBuilder(BaseDatasetBuilder):
-    """A dataset that is made in the numbers that the YAML asks for, unless it is there."""
+    """A dataset that is made as the YAML asks for it, unless it is there; what is there is never changed.
+
+    The types' ``build_info.folder`` has a name for each setting, so that runs with different ones share nothing.
+    """
 
     def _download_data(self) -> None:
         info = self.config.build_info
-        files = {split: _paths(part.storage) for split, part in info.annotations.items()}
         try:
-            if not all(self._holds(files[split], split, info) for split in files):
+            files = {split: _paths(part.storage) for split, part in info.annotations.items()}
+            folder = next(iter(files.values()))[0].parent
+            if not all(path.is_file() for paths in files.values() for path in paths):
                 counts = {split: int(part.count) for split, part in info.annotations.items()}
-                self._make(next(iter(files.values()))[0].parent, counts, info)
+                self._make_whole(folder, counts, info)
+            same = all(self._holds(paths[0], split, info) for split, paths in files.items())
         except (TypeError, ValueError) as error:  # of numbers that are none, and of the generator
             raise AuroraError(f"build_info: the demo's data cannot be made of its keys ({error})") from error
+        if not same:
+            raise AuroraError(
+                f"build_info: {folder} holds other data than asked for; remove it, or name another folder"
+            )
 
-    def _holds(self, paths: list[Path], split: str, info: DictConfig) -> bool:
-        """Whether the files are there, as many samples as asked for and of this seed."""
-        if not all(path.is_file() for path in paths):
-            return False
-        entries = json.loads(paths[0].read_text(encoding="utf-8"))
-        return len(entries) == self._entries(info, split) and self._is_first(entries[0], split, info)
+    def _make_whole(self, folder: Path, counts: dict[str, int], info: DictConfig) -> None:
+        """Make the folder as a whole: another run may be making it too. Of one that is there, what is missing."""
+        if folder.exists():
+            self._make(folder, counts, info)
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent, prefix=".unfinished_") as unfinished:
+            made = Path(unfinished) / folder.name
+            self._make(made, counts, info)
+            try:
+                made.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another run was first
+                    raise
+
+    def _holds(self, path: Path, split: str, info: DictConfig) -> bool:
+        """Whether a split's first file has as many samples as asked for, and those of this seed."""
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return len(entries) == self._entries(info, split) and all(self._is_first(e, split, info) for e in entries[:1])
 
     def _entries(self, info: DictConfig, split: str) -> int:
         """Entries that the first file of a split must hold."""

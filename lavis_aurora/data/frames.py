@@ -79,6 +79,8 @@ class VideoProcessor(BaseProcessor):
         resize: makes frames (frames, 3, height, width), all in the same way, ``image_size`` high and wide.
     """
 
+    CONFIG_CLASS = VideoProcessorConfig
+
     def __init__(
         self, cfg: VideoProcessorConfig, choose: Callable[[int, int], Tensor], resize: Callable[[Tensor], Tensor]
     ) -> None:
@@ -92,7 +94,7 @@ class VideoProcessor(BaseProcessor):
     @classmethod
     def from_config(cls, cfg: DictConfig | None = None) -> VideoProcessor:
         """Build from the part of a YAML, every key checked; see :class:`VideoProcessorConfig`."""
-        return cls(parse_config(VideoProcessorConfig, cfg or {}, "vis_processor"))
+        return cls(parse_config(cls.CONFIG_CLASS, cfg or {}, "vis_processor"))
 
 
 @registry.register_processor("aurora_video_train")

@@ -181,6 +181,20 @@ class ModeFactors(nn.Module):
             return None
         return None if self.active is None else self.sets[self.active]
 
+    def check_trained(self) -> None:
+        """Refuse to train while an adapter is active that was loaded beside the trained one.
+
+        Raises:
+            AuroraError: gradients are asked for in training mode, and the active adapter has none.
+        """
+        if self.active in (None, "default", *INTERNAL) or not (self.training and torch.is_grad_enabled()):
+            return
+        if not any(parameter.requires_grad for parameter in self.sets[self.active].parameters()):
+            raise AuroraError(
+                f"the adapter {self.active!r} is frozen, as one beside 'default' is: load_adapter(model, folder) "
+                f"without a name to train it further, or model.eval() to score with it"
+            )
+
     def check_name(self, name: str) -> None:
         """Refuse a name that no adapter has."""
         if name not in self.names:

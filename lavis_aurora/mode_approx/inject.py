@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 
 from torch import nn
 
 from lavis_aurora.config import ModeApproxConfig
-from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.errors import AuroraError
 from lavis_aurora.mode_approx.factors import ModeFactors
 from lavis_aurora.mode_approx.linear import ModeApproxLinear
 from lavis_aurora.mode_approx.multihead import IN_WEIGHTS, ModeApproxMultiheadAttention
@@ -41,13 +42,27 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
         if not matches:
             other = next((name for name in modules if re.fullmatch(pattern, name)), None)
             which = f", but {other}, a {type(modules[other]).__name__}" if other else ""
-            near = near_names(pattern, layers if "." in pattern else [*layers, *PRESETS])
-            raise AuroraError(f"target {pattern!r} matches no linear or nn.MultiheadAttention layer{which}{near}")
+            raise AuroraError(
+                f"target {pattern!r} matches no linear or nn.MultiheadAttention layer{which}{_near(pattern, layers)}"
+            )
         found |= matches
     names = [name for name in layers if name in found]
     for name in names:
         _check_plain(name, modules[name])
     return names
+
+
+def _near(pattern: str, layers: Sequence[str], limit: int = 5) -> str:
+    """Presets or layers that may be meant; layers that differ in numbers alone count as one."""
+    presets = get_close_matches(pattern, PRESETS)
+    if presets:
+        return f"; did you mean the preset {' or '.join(map(repr, presets))}?"
+    kinds = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", r"\\d+", name) for name in layers))
+    near = get_close_matches(pattern, kinds)
+    if near:
+        return f"; did you mean the layers {' or '.join(map(repr, near))}?"
+    more = f" and {len(kinds) - limit} more" if len(kinds) > limit else ""
+    return f"; layers are {', '.join(map(repr, kinds[:limit]))}{more}"
 
 
 def _check_plain(name: str, layer: nn.Module) -> None:

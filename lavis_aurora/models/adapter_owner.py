@@ -59,6 +59,11 @@ class AdapterOwnerMixin:
         preprocess = OmegaConf.to_container(defaults.get("preprocess") or OmegaConf.create(), resolve=True)
         return asdict(parse_config(self.CONFIG_CLASS, defaults.model, "model")), preprocess
 
+    def check_trained(self) -> None:
+        """Refuse to train while the active adapter is a frozen one; models call it first in ``forward``."""
+        if self.mode_approx is not None:
+            self.mode_approx.check_trained()
+
     def base_name(self) -> str | None:
         """File or URL of the backbone's checkpoint."""
         return self.backbone_source

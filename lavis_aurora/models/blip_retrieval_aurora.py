@@ -175,6 +175,7 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         Returns:
             ``loss``, ``loss_itc``, ``loss_itm`` and LAVIS's further fields.
         """
+        self.check_trained()
         image, idx = visual_input(samples), samples["image_id"].view(-1, 1)
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)

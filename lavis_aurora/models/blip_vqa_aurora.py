@@ -12,6 +12,7 @@ from lavis.models.blip_models.blip_outputs import BlipOutput
 from lavis.models.blip_models.blip_vqa import BlipVQA
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from transformers import LogitsProcessorList
 from transformers.utils import ModelOutput
 
 from lavis_aurora.config import INFERENCE_METHODS, VqaAuroraConfig
@@ -22,7 +23,7 @@ from lavis_aurora.errors import AuroraError, near_names
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.aurora_base import AuroraBase
 from lavis_aurora.paths import package_file
-from lavis_aurora.vqa.decoder import CachedDecoder
+from lavis_aurora.vqa.decoder import CachedDecoder, NoNan
 from lavis_aurora.vqa.ranking import AnswerList, rank_answers
 
 ENCODER, DECODER = "text_encoder.", "text_decoder.bert."
@@ -132,6 +133,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         Raises:
             AuroraError: a question is empty, or answers are missing or too long.
         """
+        self.check_trained()
         # LAVIS reads the size of the batch from its image.
         samples = {**samples, "image": visual_input(samples)}
         self._check_questions(samples["text_input"], samples["image"])
@@ -176,7 +178,8 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
             prompt: wording around the question, ``{}`` in the question's place.
 
         Raises:
-            AuroraError: a question is empty, there is not one for each image, or there is no list to rank.
+            AuroraError: a question is empty, there is not one for each image, there is no list to rank, or scores of
+                answers are NaN.
         """
         if inference_method not in INFERENCE_METHODS:
             near = near_names(str(inference_method), INFERENCE_METHODS)
@@ -227,6 +230,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
             min_length=min_length,
             eos_token_id=self.tokenizer.sep_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
+            logits_processor=LogitsProcessorList([NoNan()]),
         )
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 

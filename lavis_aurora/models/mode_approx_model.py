@@ -167,6 +167,7 @@ class ModeApproxModel(RunState, BaseModel):
 
     def forward(self, *args, **kwargs) -> Any:
         """The base's, e.g. ``model(samples)["loss"]``."""
+        self.mode_approx.check_trained()
         return self.base(*args, **kwargs)
 
     def before_evaluation(self, **kwargs) -> None:

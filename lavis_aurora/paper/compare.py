@@ -169,7 +169,8 @@ def report(result: dict[str, Any]) -> str:
     """A comparison as text."""
     columns = result["columns"]
     if result["table"] is None:
-        lines = [f"{result['path']}: none of the paper's benchmarks (--benchmark NAME compares nevertheless)"]
+        known = ", ".join(paper_tables()["benchmarks"])
+        lines = [f"{result['path']}: none of the paper's benchmarks; --benchmark compares nevertheless with {known}"]
         return "\n".join([*lines, *(f"  {key:<30}{result['values'][key]:8.2f}" for key in columns)])
     paper = paper_tables()
     name, title = paper["benchmarks"][result["benchmark"]]["name"], paper["tables"][result["table"]]["title"]
@@ -203,15 +204,6 @@ def _heads(column: str) -> tuple[str, str]:
         return "", HEADS.get(column, column)
     direction = f"{match[1][0]}->{match[2][0]}".upper()
     return direction, {"median_rank": "MdR"}.get(match[3], f"R@{match[3][1:]}")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    parser.add_argument(
-        "results", nargs="+", metavar="RESULT", help="folder of a run, or a file of its folder result"
-    )
-    parser.add_argument("--benchmark", help="compare with this one, whatever the run's data are, e.g. flickr30k")
-    parser.add_argument("--table", help="table of the paper: 1, 2, 3 or 4 (zero-shot); found by itself")
 
 
 def compare(arguments: argparse.Namespace) -> str:

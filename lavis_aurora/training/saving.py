@@ -101,7 +101,12 @@ class SavingMixin:
             raise AuroraError(f"run.max_epoch: {self.max_epoch} epochs are done; raise it, or test with evaluate.py")
         self.best_metric, self.best_epoch = state["best_metric"], state["best_epoch"]
         self._keep_best(path, state["epoch"])
-        logging.info("resumed at epoch %d, step %d from %s", self.start_epoch + 1, self.start_step + 1, path)
+        if self.start_epoch >= self.max_epoch:
+            logging.info(
+                "run.resume: %s is finished (epochs: %d) and is only tested again", path.parent, self.max_epoch
+            )
+        else:
+            logging.info("resumed at epoch %d, step %d from %s", self.start_epoch + 1, self.start_step + 1, path)
 
     def _is_own(self, path: Path) -> bool:
         return path.parent == self.output_dir

@@ -4,6 +4,24 @@ from __future__ import annotations
 
 from lavis.models.med import XBertLMHeadDecoder
 from torch import Tensor
+from transformers import LogitsProcessor
+
+from lavis_aurora.errors import AuroraError
+
+
+def refuse_nan(scores: Tensor) -> None:
+    """Raises AuroraError if a score is NaN: the largest of such is any."""
+    nans = int(scores.isnan().sum())
+    if nans:
+        raise AuroraError(f"{nans} scores of answers are NaN; none is chosen")
+
+
+class NoNan(LogitsProcessor):
+    """Lets a generation stop at the first token whose scores are no numbers."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        refuse_nan(scores)
+        return scores
 
 
 class CachedDecoder(XBertLMHeadDecoder):

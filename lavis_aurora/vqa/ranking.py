@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import BertTokenizer
 
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.vqa.decoder import refuse_nan
 
 IGNORED = -100  # of torch's cross-entropy
 
@@ -83,6 +84,9 @@ def rank_answers(
 
     Returns:
         An index into the list for each question.
+
+    Raises:
+        AuroraError: a score is NaN.
     """
     answers.to(states.device)
     candidates = first_token_candidates(decoder, states, mask, answers, k)
@@ -102,5 +106,7 @@ def rank_answers(
             reduction="none",
         )
         losses.append(output.loss)
-    best = torch.cat(losses).view(-1, k).argmin(dim=1, keepdim=True)
+    scores = torch.cat(losses).view(-1, k)
+    refuse_nan(scores)
+    best = scores.argmin(dim=1, keepdim=True)
     return candidates.gather(1, best)[:, 0].tolist()

@@ -1,4 +1,4 @@
-"""The demo's datasets: made on first use in the numbers asked for, kept, and made anew where they differ."""
+"""The demo's datasets: made on first use in the numbers asked for, and never changed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_aurora.cli import load_config
 from lavis_aurora.data import demo_builder
 from lavis_aurora.data.annotations import build_checked
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.project import load_config
 
 COUNTS = {"train": 5, "val": 4, "test": 3}
 MODELS = {
@@ -91,25 +91,67 @@ def test_questions_come_with_weights_and_true_answers(build, name: str) -> None:
     assert datasets["test"].answer_list and datasets["test"].coco_fmt_anno_file.endswith("test_annotations.json")
 
 
-def test_made_anew_in_other_numbers_or_of_another_seed(build, name: str, monkeypatch) -> None:
-    build()
+def _contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and number on disk of every file: a file that was written anew has another number."""
+    return {
+        str(p): (p.read_bytes(), p.stat().st_ino)
+        for p in folder.rglob("*")
+        if p.is_file() and "project" not in p.name
+    }
+
+
+def test_other_numbers_and_seeds_have_folders_of_their_own(build, name: str, tmp_path: Path, monkeypatch) -> None:
+    """What a run reads stays as it is, whatever another run asks for."""
+    first = build()
+    before = _contents(tmp_path)
     made = _made(monkeypatch)
     changes = [{"seed": 1}, {"annotations": {split: {"count": 6} for split in COUNTS}}]
-    changes += [{"each": 2}] if name == "demo_vqa" else []
+    changes += [{"each": 2}, {"captions": True}] if name == "demo_vqa" else []
     for number, change in enumerate(changes, start=1):
         build(**change)
         build(**change)
         assert len(made) == number
+    after = _contents(tmp_path)
+    assert before == {path: after[path] for path in before} and len(after) > 2 * len(before)
+    assert first["train"][0]["text_input"]
 
 
-def test_made_anew_where_a_file_is_gone(build, name: str, tmp_path: Path, monkeypatch) -> None:
-    datasets = build()
-    made = _made(monkeypatch)
-    [storage] = {Path(d.coco_fmt_anno_file) for s, d in datasets.items() if s == "val"} if "vqa" in name else {None}
-    folder = {"demo_retrieval": "demo_ret"}.get(name, name)
-    (storage or tmp_path / folder / "shifted_val.json").unlink()
+def test_completed_where_a_file_is_gone(build, name: str, tmp_path: Path, monkeypatch) -> None:
     build()
-    assert made == [COUNTS]
+    made = _made(monkeypatch)
+    pattern = "*_val_annotations.json" if name == "demo_vqa" else "*_val.json"
+    [path] = tmp_path.rglob(pattern)
+    path.unlink()
+    build()
+    assert made == [COUNTS] and path.is_file()
+
+
+def test_other_data_in_a_folder_that_the_yaml_names_stay(build, tmp_path: Path) -> None:
+    folder = str(tmp_path / "mine")
+    build(folder=folder)
+    before = _contents(tmp_path)
+    for change in ({"seed": 1}, {"annotations": {"val": {"count": 2}}}):
+        with pytest.raises(AuroraError, match=f"build_info: {folder} holds other data than asked for; remove it, or"):
+            build(folder=folder, **change)
+    assert _contents(tmp_path) == before
+
+
+def test_two_runs_that_make_the_same_at_once(build, name: str, tmp_path: Path, monkeypatch) -> None:
+    """The one that ends later takes what the other one made."""
+    builder = registry.get_builder_class(name)
+    make, others = builder._make, []
+
+    def interrupted(self, folder: Path, counts: dict, info: DictConfig) -> None:
+        if not others:
+            others.append(True)
+            build()  # the other run
+            others.append(_contents(tmp_path))
+        make(self, folder, counts, info)
+
+    monkeypatch.setattr(builder, "_make", interrupted)
+    assert build()["train"][0]["text_input"]
+    there = {path: content for path, content in others[1].items() if ".unfinished" not in path}
+    assert there and _contents(tmp_path) == there
 
 
 @pytest.mark.parametrize(
@@ -138,5 +180,6 @@ def test_shipped_types_name_their_own_files(name: str) -> None:
         assert info.domain == ("clean" if kind == "clean" else "shifted")
         for split, part in info.annotations.items():
             files = [part.storage] if isinstance(part.storage, str) else part.storage
-            assert all(file.split("/")[1].startswith(info.domain) for file in files)
+            assert all(file.split("/")[2].startswith(info.domain) for file in files)
+            assert all(str(part.count) in file.split("/")[1] for file in files)
             assert all(split in file or "answers" in file for file in files)

@@ -28,10 +28,11 @@ from lavis_aurora import (
     save_adapter,
     set_adapter,
 )
-from lavis_aurora.cli import main, train
+from lavis_aurora.cli import train
 from lavis_aurora.encoders.towers import build_tokenizer
 from lavis_aurora.encoders.visual import encode_visual
 from lavis_aurora.paths import package_file
+from lavis_aurora_cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_WEIGHTS = package_file("configs/models/tiny/model.safetensors")
@@ -201,6 +202,24 @@ def test_a_folder_brings_factors_gates_and_heads_to_a_model_of_another_rank(tmp_
     assert list_adapters(model) == ["default", "tuned"]
     set_adapter(model, "default")
     assert all((a == b).all() for a, b in zip(scores(model), own))
+
+
+@pytest.mark.parametrize("make", [tiny_model, vqa_model])
+def test_an_adapter_beside_the_trained_one_is_not_trained(tmp_path, make):
+    model = make()
+    save_adapter(model, tmp_path)
+    load_adapter(model, tmp_path, "other")
+    model.train()
+    model.check_trained()
+    set_adapter(model, "other")
+    with pytest.raises(AuroraError, match="the adapter 'other' is frozen.* without a name to train it further"):
+        model({})
+    with torch.no_grad():
+        model.check_trained()
+    model.eval().check_trained()
+    for parameter in model.train().mode_approx.sets["other"].parameters():
+        parameter.requires_grad_(True)  # by hand
+    model.check_trained()
 
 
 @pytest.mark.parametrize("form", ["residual", "convex", "affine"])

@@ -213,7 +213,7 @@ def test_a_run_left_early_is_stopped(tmp_path: Path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("task", demo.TASKS)
 def test_projects_of_the_demos_can_be_loaded_and_searched(task: str) -> None:
-    from lavis_aurora.cli import load_config
+    from lavis_aurora.project import load_config
 
     own = demo.TASKS[task]
     cfg = load_config(str(own.path))

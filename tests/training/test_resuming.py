@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import project_yaml
+from tiny_video import video_project, write_video_questions, write_videos
 from tiny_vqa import vqa_project
 
 from lavis_aurora.cli import train
@@ -32,6 +34,20 @@ STATE = ("model", "queue", "optimizer", "epoch", "step", "best_metric", "best_ep
 def image_project(folder: Path, **run) -> Path:
     folder.mkdir(exist_ok=True)
     return project_yaml(folder, model=MODEL, datasets=CROPS, run={**RUN, **run})
+
+
+def video_retrieval_project(folder: Path) -> Path:
+    """Frames and crops are drawn at random, and another clip for one that is broken."""
+    paths = write_videos(folder / "data")
+    (paths["videos"] / "train_5.mp4").write_bytes(b"no video")
+    run = {**RUN, "k_test": 4, "max_broken_share": 1.0}
+    return video_project(folder, "msrvtt_ret", "msrvtt_retrieval", paths, model=MODEL, run=run)
+
+
+def video_qa_project(folder: Path) -> Path:
+    paths = write_video_questions(folder / "data")
+    model = {"vit_drop_path_rate": 0.1}
+    return video_project(folder, "msrvtt_qa", "msrvtt_qa_aurora", paths, model=model, run=RUN)
 
 
 def assert_same(one, other, path="") -> None:
@@ -92,9 +108,15 @@ def stop_in(monkeypatch, step: int) -> None:
     monkeypatch.setattr(AuroraTrainMixin, "_update", update)
 
 
-@pytest.mark.parametrize(
-    "make", [image_project, lambda folder: vqa_project(folder, run=RUN)], ids=["retrieval", "vqa"]
-)
+PROJECTS = {
+    "retrieval": image_project,
+    "vqa": lambda folder: vqa_project(folder, run=RUN),
+    "video retrieval": video_retrieval_project,
+    "video qa": video_qa_project,
+}
+
+
+@pytest.mark.parametrize("make", PROJECTS.values(), ids=PROJECTS)
 def test_a_stopped_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, capsys, make):
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
@@ -128,6 +150,18 @@ def test_without_the_queue_the_log_says_so(tmp_path, caplog):
     assert "queue of features starts anew" not in caplog.text
     train(["--cfg-path", str(yaml)])
     assert "the queue of features starts anew: it is not in" in caplog.text
+
+
+def test_a_finished_run_is_tested_again_and_the_log_says_so(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    yaml = image_project(tmp_path, max_epoch=1)
+    train(["--cfg-path", str(yaml)])
+    assert "only tested again" not in caplog.text
+    before = final(tmp_path)
+    train(["--cfg-path", str(yaml)])
+    assert f"run.resume: {only_run(tmp_path)} is finished (epochs: 1) and is only tested again" in caplog.text
+    assert "resumed at" not in caplog.text
+    assert_same(before, final(tmp_path))
 
 
 def test_another_number_of_processes_goes_on_with_their_mean_losses(tmp_path):

@@ -10,6 +10,7 @@ from lavis.models.blip_models.blip_vqa import BlipVQA
 from tiny import COLORS, SHAPES, SIZES, activate
 from tiny_vqa import vqa_batch, vqa_model
 
+from lavis_aurora.errors import AuroraError
 from lavis_aurora.vqa.ranking import AnswerList, rank_answers
 
 SHORT = [*COLORS, *SHAPES, "yes", "no", "two"]
@@ -35,6 +36,18 @@ def test_three_thousand_answers_are_ranked_as_by_lavis(k):
         assert ours == lavis_answers(model, samples, ANSWERS, k)
         found.update(ours)
     assert len(found) > 1
+
+
+@pytest.mark.parametrize(("method", "beams"), [("rank", 1), ("generate", 1), ("generate", 3)])
+def test_scores_that_are_no_numbers_are_refused(method, beams):
+    options = dict(answer_list=SHORT, inference_method=method, num_beams=beams)
+    model = vqa_model().eval()
+    samples = vqa_batch()
+    good = model.predict_answers(samples, **options)
+    assert len(good) == 4
+    samples["image"][1, 0, 0, 0] = float("nan")
+    with pytest.raises(AuroraError, match=r"^\d+ scores of answers are NaN; none is chosen"):
+        model.predict_answers(samples, **options)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 10_000])

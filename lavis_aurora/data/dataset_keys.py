@@ -1,0 +1,86 @@
+"""Refuse keys below ``datasets`` that nothing reads: LAVIS takes any, and a misspelt one has no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from inspect import Parameter, signature
+from typing import Any
+
+from lavis.common.registry import registry
+from omegaconf import DictConfig, OmegaConf
+
+from lavis_aurora.config_check import parse_config
+from lavis_aurora.errors import AuroraError, near_names
+
+# Keys that LAVIS's builders read, by the section that they stand in.
+DATASET_KEYS = ("data_type", "build_info", "vis_processor", "text_processor", "kw_processor", "type", "dataset_card")
+DATA_KINDS = ("images", "videos", "features")
+# Of the annotation files, LAVIS makes datasets of these.
+SPLITS = ("train", "val", "test")
+FILE_KEYS = ("url", "storage", "md5")
+PROCESSOR_SPLITS = ("train", "eval")
+
+
+def check_dataset_keys(name: str, cfg: DictConfig) -> None:
+    """Refuse unknown keys of a dataset, those of its processors apart; see :func:`check_processor_keys`.
+
+    Besides LAVIS's own, a builder may have keys of its own: those that its default YAML names.
+
+    Args:
+        name: registered name of the builder.
+        cfg: its part of the YAML, over those defaults.
+
+    Raises:
+        AuroraError: names the key and the nearest valid ones.
+    """
+    prefix = f"datasets.{name}"
+    path = registry.get_builder_class(name).default_config_path(cfg.get("type", "default"))
+    # Some of LAVIS's name another builder there.
+    [own] = OmegaConf.load(path).datasets.values()
+    own_info = own.get("build_info") or {}
+    own_files = own_info.get("annotations") or {}
+
+    _section(cfg, prefix, {*DATASET_KEYS, *own})
+    info = _section(cfg.get("build_info"), f"{prefix}.build_info", {"annotations", *DATA_KINDS, *own_info})
+    files_key = f"{prefix}.build_info.annotations"
+    files = _section(info.get("annotations"), files_key, {*SPLITS, *own_files})
+    file_keys = {*FILE_KEYS, *(key for part in own_files.values() for key in part)}
+    for split, part in files.items():
+        _section(part, f"{files_key}.{split}", file_keys)
+    for kind in DATA_KINDS:
+        _section(info.get(kind), f"{prefix}.build_info.{kind}", {"storage", *(own_info.get(kind) or ())})
+    for kind in ("vis_processor", "text_processor"):
+        for split, part in _section(cfg.get(kind), f"{prefix}.{kind}", PROCESSOR_SPLITS).items():
+            _section(part, f"{prefix}.{kind}.{split}", None)
+
+
+def check_processor_keys(cfg: DictConfig, key: str) -> None:
+    """Refuse unknown keys of a processor: LAVIS's take them as arguments of the same name.
+
+    Args:
+        cfg: its part of the YAML, whose ``name`` is registered.
+        key: where that stands.
+
+    Raises:
+        AuroraError: names the key and the nearest valid ones.
+    """
+    cls = registry.get_processor_class(cfg.name)
+    if hasattr(cls, "CONFIG_CLASS"):
+        parse_config(cls.CONFIG_CLASS, cfg, key)
+        return
+    arguments = signature(cls).parameters
+    if "cfg" in arguments or any(one.kind is Parameter.VAR_KEYWORD for one in arguments.values()):
+        return  # what such a one reads, it alone knows
+    _section(cfg, key, {"name", *arguments})
+
+
+def _section(part: Any, key: str, known: Collection[str] | None) -> DictConfig | dict:
+    """A section of which every key is known (None: any is); an empty one if it is not there."""
+    if part is None:
+        return {}
+    if not isinstance(part, DictConfig):
+        raise AuroraError(f"{key}: must be a section of keys, not {part!r}")
+    for name in part:
+        if known is not None and name not in known:
+            raise AuroraError(f"{key}.{name}: unknown key{near_names(str(name), known)}")
+    return part

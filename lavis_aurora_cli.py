@@ -1,0 +1,152 @@
+"""The command ``lavis-aurora``: its arguments, and what needs neither a model nor LAVIS.
+
+This stands beside the package because importing that registers everything with LAVIS, which takes seconds: what a
+command needs is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import textwrap
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+
+PROJECTS = Path(__file__).with_name("lavis_aurora") / "projects"
+TRAIN = "train a model as a project YAML says, then test its best epoch"
+EVALUATE = "evaluate a model on the test splits of a project YAML"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``lavis-aurora train|evaluate|inspect|merge|targets|configs|compare ...``."""
+    args = command_parser().parse_args(argv)
+    if args.command == "configs" and not args.names:
+        print(configs())
+        return
+    from lavis_aurora.cli import exit_on_error
+
+    exit_on_error(lambda: args.action(args))
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """All commands; each leaves its function in ``action``."""
+    parser = argparse.ArgumentParser(prog="lavis-aurora", description="Aurora for LAVIS.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_run_arguments(commands.add_parser("train", help=TRAIN), evaluate=False)
+    add_run_arguments(commands.add_parser("evaluate", help=EVALUATE), evaluate=True)
+
+    one = commands.add_parser("inspect", help="what is in an adapter folder, or in a file of weights")
+    one.add_argument("path", metavar="FOLDER_OR_FILE")
+    one.set_defaults(action=_inspect)
+
+    one = commands.add_parser("merge", help="fold an adapter into its backbone: a checkpoint for plain LAVIS")
+    one.add_argument("adapter", metavar="FOLDER", help="an adapter folder; its gate.form must be none")
+    one.add_argument("output", metavar="FILE", help="the checkpoint to write, e.g. merged.pth")
+    one.add_argument("--pretrained", help="file or URL of the backbone, instead of that of the model's type")
+    one.set_defaults(action=_merge)
+
+    one = commands.add_parser("targets", help="which weights of a model would be adapted")
+    one.add_argument(
+        "model",
+        metavar="MODEL",
+        help="name, e.g. blip_retrieval_aurora (built without its weights); or a project YAML",
+    )
+    one.add_argument("--model-type", help="one of its types")
+    one.set_defaults(action=_targets)
+
+    one = commands.add_parser("configs", help="list the project YAMLs that come with the package, or copy some")
+    one.add_argument("names", nargs="*", metavar="NAME", help="copy these")
+    one.add_argument("--to", default=".", metavar="FOLDER", help="where to; the current directory by default")
+    one.set_defaults(action=lambda args: print(configs(args.names, args.to)))
+
+    one = commands.add_parser("compare", help="results of runs beside those of the paper, and what differs")
+    add_compare_arguments(one)
+    one.set_defaults(action=_compare)
+    return parser
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, evaluate: bool) -> None:
+    """The arguments of train and evaluate, and what is done with them."""
+    parser.add_argument("--cfg-path", required=True, help="project YAML, e.g. projects/aurora/flickr_ret.yaml")
+    parser.add_argument(
+        "--options", nargs="+", metavar="KEY=VALUE", help="override keys of the YAML, e.g. run.max_epoch=2"
+    )
+    parser.set_defaults(action=_run, evaluate=evaluate)
+
+
+def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of compare."""
+    parser.add_argument(
+        "results", nargs="+", metavar="RESULT", help="folder of a run, or a file of its folder result"
+    )
+    parser.add_argument("--benchmark", help="compare with this one, whatever the run's data are, e.g. flickr30k")
+    parser.add_argument("--table", help="table of the paper: 1, 2, 3 or 4 (zero-shot); found by itself")
+
+
+def _run(args: argparse.Namespace) -> None:
+    from lavis_aurora.cli import run_config
+    from lavis_aurora.project import load_config
+
+    run_config(load_config(args.cfg_path, args.options, args.evaluate))
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from lavis_aurora.commands import inspect
+
+    print(inspect(args.path))
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from lavis_aurora.commands import merge
+
+    print(merge(args.adapter, args.output, args.pretrained))
+
+
+def _targets(args: argparse.Namespace) -> None:
+    from lavis_aurora.commands import targets
+
+    print(targets(args.model, args.model_type))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from lavis_aurora.paper.compare import compare
+
+    print(compare(args))
+
+
+def configs(names: Sequence[str] = (), folder: str = ".") -> str:
+    """List the project YAMLs, or copy those named to a folder; what was done, as text.
+
+    Raises:
+        AuroraError: no such project, or the file is there already.
+    """
+    known = {path.stem: path for path in sorted(PROJECTS.glob("*.yaml"))}
+    if not names:
+        width = max(map(len, known))
+        lines = ((name, textwrap.wrap(_summary(path), 100)) for name, path in known.items())
+        return "\n".join(f"{name:<{width}}  " + f"\n{'':<{width}}  ".join(words) for name, words in lines)
+    from lavis_aurora.errors import AuroraError, near_names
+
+    copied = []
+    for name in names:
+        stem = name.removesuffix(".yaml")
+        if stem not in known:
+            raise AuroraError(f"no project {name!r}{near_names(stem, known)}")
+        target = Path(folder) / f"{stem}.yaml"
+        if target.exists():
+            raise AuroraError(f"{target} is there already; remove it, or name another folder by --to")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(known[stem], target)
+        copied.append(str(target))
+    return "\n".join(copied)
+
+
+def _summary(path: Path) -> str:
+    """The first line of the comment at the top of a YAML, which says what it is, to the end of its sentence."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = [line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines)]
+    text = " ".join(comment)
+    end = re.compile(r"\.( |$)").search(text, len(comment[0]) - 1)
+    return text[: end.start() + 1] if end else text
