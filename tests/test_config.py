@@ -363,7 +363,7 @@ OUT_OF_RANGE = [
     ("model.tuning", "auror", "did you mean 'aurora'"),
     ("model.vit_type", "huge", "known: base, large"),
     ("model.image_size", "0", "1 or more (pixels)"),
-    ("model.image_size", "50", "a multiple of the patch size (8)"),
+    ("model.image_size", "50", "a multiple of the patch size (16)"),
     ("model.max_txt_len", "1", "2 or more (tokens)"),
     ("model.load_finetuned", "true", "model.finetuned: missing although model.load_finetuned is true"),
     ("model.queue_size", "-1", "0 (no queue) or more"),
