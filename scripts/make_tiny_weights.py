@@ -37,7 +37,7 @@ def pretrained_model(checkpoint: Path) -> tuple[str, nn.Module]:
     if cfg["arch"] not in TARGETS or cfg["tuning"] != "full":
         raise AuroraError(f"{checkpoint}: a run of {cfg['arch']} with tuning {cfg['tuning']}, not a pretraining run")
     # A checkpoint holds what the run trained: a frozen ViT comes from where the run had it.
-    start = cfg["pretrained"] if cfg["freeze_vit"] else None
+    start = cfg["pretrained"] if cfg.get("freeze_vit") else None
     model = registry.get_model_class(cfg["arch"]).from_config({**cfg, "pretrained": start})
     model.load_run_state(state["model"], str(checkpoint))
     return cfg["arch"], model
