@@ -23,7 +23,7 @@ quietly() { # runs a command, and shows its output only where it fails
 
 # A copy is built, so that neither an old build/ nor a stale file list reaches the wheel.
 mkdir "$work/source" "$work/empty"
-for file in setup.cfg pyproject.toml README.md LICENSE; do
+for file in setup.cfg pyproject.toml README.md LICENSE lavis_aurora_cli.py; do
     if [ -f "$file" ]; then cp "$file" "$work/source/"; fi
 done
 # lavis_aurora/projects is a link to projects/aurora.
