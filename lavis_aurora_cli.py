@@ -1,4 +1,4 @@
-"""The command ``lavis-aurora``: its arguments, and what needs neither a model nor LAVIS.
+"""The command ``lavis-aurora``, ``train.py``, ``evaluate.py``: arguments, and what needs neither a model nor LAVIS.
 
 This stands beside the package because importing that registers everything with LAVIS, which takes seconds: what a
 command needs is imported when it runs.
@@ -25,17 +25,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.command == "configs" and not args.names:
         print(configs())
         return
+    _act(args)
+
+
+def train(argv: Sequence[str] | None = None) -> None:
+    """``python train.py --cfg-path YAML [--options KEY=VALUE ...]``."""
+    _act(_run_parser(TRAIN, evaluate=False).parse_args(argv))
+
+
+def evaluate(argv: Sequence[str] | None = None) -> None:
+    """``python evaluate.py --cfg-path YAML [--options KEY=VALUE ...]``."""
+    _act(_run_parser(EVALUATE, evaluate=True).parse_args(argv))
+
+
+def _act(args: argparse.Namespace) -> None:
     from lavis_aurora.cli import exit_on_error
 
     exit_on_error(lambda: args.action(args))
+
+
+def _run_parser(description: str, evaluate: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    _add_run_arguments(parser, evaluate)
+    return parser
 
 
 def command_parser() -> argparse.ArgumentParser:
     """All commands; each leaves its function in ``action``."""
     parser = argparse.ArgumentParser(prog="lavis-aurora", description="Aurora for LAVIS.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_run_arguments(commands.add_parser("train", help=TRAIN), evaluate=False)
-    add_run_arguments(commands.add_parser("evaluate", help=EVALUATE), evaluate=True)
+    _add_run_arguments(commands.add_parser("train", help=TRAIN), evaluate=False)
+    _add_run_arguments(commands.add_parser("evaluate", help=EVALUATE), evaluate=True)
 
     one = commands.add_parser("inspect", help="what is in an adapter folder, or in a file of weights")
     one.add_argument("path", metavar="FOLDER_OR_FILE")
@@ -67,7 +87,7 @@ def command_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, evaluate: bool) -> None:
+def _add_run_arguments(parser: argparse.ArgumentParser, evaluate: bool) -> None:
     """The arguments of train and evaluate, and what is done with them."""
     parser.add_argument("--cfg-path", required=True, help="project YAML, e.g. projects/aurora/flickr_ret.yaml")
     parser.add_argument(

@@ -1,15 +1,14 @@
-"""Runs from the command line: ``train.py``, ``evaluate.py``, ``lavis-aurora train`` and ``evaluate``."""
+"""What command lines do: run what a configuration says, and end with one line where that cannot be."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import random
 import secrets
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from lavis_aurora.project import AuroraConfig
 from lavis_aurora.training.checkpointing import run_to_resume
 from lavis_aurora.training.lavis_tasks import runnable_task
 from lavis_aurora.training.stopping import Stopped
-from lavis_aurora_cli import EVALUATE, TRAIN, add_run_arguments
 
 # Long enough for the main process to download or make the data.
 INIT_TIMEOUT = timedelta(hours=12)
@@ -117,20 +115,3 @@ def exit_on_error(action: Callable[[], None]) -> None:
             sys.stderr.flush()
             os._exit(code)
         sys.exit(code)
-
-
-def _run_command(description: str, argv: Sequence[str] | None, evaluate: bool) -> None:
-    parser = argparse.ArgumentParser(description=description)
-    add_run_arguments(parser, evaluate)
-    args = parser.parse_args(argv)
-    exit_on_error(lambda: args.action(args))
-
-
-def train(argv: Sequence[str] | None = None) -> None:
-    """``python train.py --cfg-path YAML [--options KEY=VALUE ...]``."""
-    _run_command(TRAIN, argv, evaluate=False)
-
-
-def evaluate(argv: Sequence[str] | None = None) -> None:
-    """``python evaluate.py --cfg-path YAML [--options KEY=VALUE ...]``."""
-    _run_command(EVALUATE, argv, evaluate=True)

@@ -18,7 +18,7 @@ from tiny import SPLITS, tiny_config, write_pictures
 from tiny_video import write_video_questions, write_videos
 from tiny_vqa import write_vqa
 
-from lavis_aurora.cli import evaluate, train
+from lavis_aurora_cli import evaluate, train
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 6

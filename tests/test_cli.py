@@ -15,9 +15,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from tiny import project_yaml, tiny_model
 
-from lavis_aurora import cli
-from lavis_aurora.cli import evaluate, train
-from lavis_aurora_cli import main
+from lavis_aurora.project import load_config
+from lavis_aurora_cli import evaluate, main, train
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a run may leave before its first epoch has ended.
@@ -116,14 +115,14 @@ def test_section_that_is_no_mapping(
 
 def test_preprocess_of_the_yaml_overrides_the_model_types(project: Path) -> None:
     _edit(project, preprocess={"vis_processor": {"train": {"name": "blip_image_train"}}})
-    cfg = cli.load_config(str(project))
+    cfg = load_config(str(project))
     processors = cfg.datasets_cfg.coco_retrieval.vis_processor
     assert (processors.train.name, processors.eval.name) == ("blip_image_train", "blip_image_eval")
 
 
 def test_processor_of_a_dataset_without_a_name_is_the_models(project: Path) -> None:
     """Its keys go over those of the model's."""
-    cfg = cli.load_config(str(project), ["datasets.coco_retrieval.text_processor.train.max_words=7"])
+    cfg = load_config(str(project), ["datasets.coco_retrieval.text_processor.train.max_words=7"])
     processor, default = (
         cfg.datasets_cfg.coco_retrieval.text_processor.train,
         cfg.config.preprocess.text_processor.train,
@@ -136,7 +135,7 @@ def test_dataset_without_anything_takes_its_defaults(project: Path) -> None:
     config = OmegaConf.load(project)
     config.datasets = {"coco_retrieval": None}
     OmegaConf.save(config, project)
-    assert cli.load_config(str(project)).datasets_cfg.coco_retrieval.data_type == "images"
+    assert load_config(str(project)).datasets_cfg.coco_retrieval.data_type == "images"
 
 
 # Names and keys
@@ -379,7 +378,7 @@ def test_a_bug_keeps_its_traceback(project: Path, monkeypatch: pytest.MonkeyPatc
     def broken(_cfg: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(cli, "run_config", broken)
+    monkeypatch.setattr("lavis_aurora.cli.run_config", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         train(["--cfg-path", str(project)])
 

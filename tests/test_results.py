@@ -7,10 +7,10 @@ import json
 import pytest
 from tiny import project_yaml, tiny_model
 
-from lavis_aurora.cli import train
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.mode_approx import trainable_parameters_summary
 from lavis_aurora.results import final_metrics, newest_run, read_config, read_json, trained_parameters
+from lavis_aurora_cli import train
 
 
 def test_the_log_of_a_run_gives_the_metrics_of_its_result_file(tmp_path):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny import project_yaml
 
-from lavis_aurora.cli import evaluate, train
 from lavis_aurora.tasks import RetrievalAuroraTask
+from lavis_aurora_cli import evaluate, train
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_RANDOM_NEGATIVES = {"queue_size": 16, "alpha": 0.4}

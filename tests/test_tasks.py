@@ -10,8 +10,8 @@ from test_runner import logged, only_run
 from tiny import tiny_config
 from tiny_video import break_clip, video_overrides, write_videos
 
-from lavis_aurora.cli import evaluate, train
 from lavis_aurora.tasks import report
+from lavis_aurora_cli import evaluate, train
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 6

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import project_yaml
 
-from lavis_aurora.cli import evaluate
+from lavis_aurora_cli import evaluate
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 

@@ -10,9 +10,9 @@ from lavis.common.vqa_tools.vqa_eval import VQAEval
 from test_runner import logged, only_run
 from tiny_video import QUESTIONS, video_overrides, write_video_questions
 
-from lavis_aurora.cli import evaluate, train
 from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
 from lavis_aurora.tasks_video_qa import exact_match, normalise
+from lavis_aurora_cli import evaluate, train
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 7

@@ -18,9 +18,9 @@ from test_runner import logged, only_run
 from tiny_vqa import KINDS, vqa_project
 
 from lavis_aurora import AuroraError
-from lavis_aurora.cli import evaluate, train
 from lavis_aurora.project import load_config
 from lavis_aurora.tasks_vqa import VqaAuroraTask, report
+from lavis_aurora_cli import evaluate, train
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATE = ["run.inference_method=generate", "run.num_beams=1", "run.max_len=4"]

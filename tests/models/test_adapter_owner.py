@@ -28,11 +28,10 @@ from lavis_aurora import (
     save_adapter,
     set_adapter,
 )
-from lavis_aurora.cli import train
 from lavis_aurora.encoders.towers import build_tokenizer
 from lavis_aurora.encoders.visual import encode_visual
 from lavis_aurora.paths import package_file
-from lavis_aurora_cli import main
+from lavis_aurora_cli import main, train
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_WEIGHTS = package_file("configs/models/tiny/model.safetensors")

@@ -13,11 +13,10 @@ from tiny import project_yaml
 from tiny_video import video_overrides, write_video_questions, write_videos
 from tiny_vqa import vqa_project
 
-from lavis_aurora.cli import train
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.paper.compare import compare, comparison, read_measured
 from lavis_aurora.paper.tables import paper_tables
-from lavis_aurora_cli import add_compare_arguments
+from lavis_aurora_cli import add_compare_arguments, train
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER_RUN = {

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny import project_yaml
 
-from lavis_aurora.cli import train
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.training.checkpointing import read_checkpoint
 from lavis_aurora.training.finite import MOST_IN_A_ROW, FiniteGuard
+from lavis_aurora_cli import train
 
 SAMPLES = {"image_id": torch.tensor([3, 4]), "text_input": ["a", "b"], "epoch": 0, "iters": 6, "image": torch.ones(2)}
 NAN, ONE = torch.tensor(float("nan")), torch.tensor(1.0)

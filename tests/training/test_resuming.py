@@ -18,10 +18,10 @@ from tiny import project_yaml
 from tiny_video import video_project, write_video_questions, write_videos
 from tiny_vqa import vqa_project
 
-from lavis_aurora.cli import train
 from lavis_aurora.runner import AuroraRunner
 from lavis_aurora.training.checkpointing import LATEST, read_checkpoint, write_checkpoint
 from lavis_aurora.training.stopping import Stopped
+from lavis_aurora_cli import train
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = {"max_epoch": 2, "batch_size_train": 2, "resume": "auto", "save_queue": True, "checkpoint_every": 1}

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import project_yaml
 
-from lavis_aurora.cli import evaluate, train
 from lavis_aurora.training.run_adapters import _plain
+from lavis_aurora_cli import evaluate, train
 
 
 def run(tmp_path: Path, *options: str, command=train, **sections) -> Path:
