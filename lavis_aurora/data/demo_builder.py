@@ -39,10 +39,11 @@ class DemoBuilder(BaseDatasetBuilder):
         try:
             files = {split: _paths(part.storage) for split, part in info.annotations.items()}
             folder = next(iter(files.values()))[0].parent
-            if not all(path.is_file() for paths in files.values() for path in paths):
-                counts = {split: int(part.count) for split, part in info.annotations.items()}
-                self._make_whole(folder, counts, info)
-            same = all(self._holds(paths[0], split, info) for split, paths in files.items())
+            same = self._hold(files, info)
+            missing = [split for split, paths in files.items() if not all(path.is_file() for path in paths)]
+            if same and missing:
+                self._make_whole(folder, {split: int(info.annotations[split].count) for split in missing}, info)
+                same = self._hold(files, info)  # another run may have made others
         except (TypeError, ValueError) as error:  # of numbers that are none, and of the generator
             raise AuroraError(f"build_info: the demo's data cannot be made of its keys ({error})") from error
         if not same:
@@ -64,6 +65,10 @@ class DemoBuilder(BaseDatasetBuilder):
             except OSError:
                 if not folder.is_dir():  # else another run was first
                     raise
+
+    def _hold(self, files: dict[str, list[Path]], info: DictConfig) -> bool:
+        """Whether the splits that are there are as asked for."""
+        return all(self._holds(paths[0], split, info) for split, paths in files.items() if paths[0].is_file())
 
     def _holds(self, path: Path, split: str, info: DictConfig) -> bool:
         """Whether a split's first file has as many samples as asked for, and those of this seed."""

@@ -122,13 +122,19 @@ def test_completed_where_a_file_is_gone(build, name: str, tmp_path: Path, monkey
     pattern = "*_val_annotations.json" if name == "demo_vqa" else "*_val.json"
     [path] = tmp_path.rglob(pattern)
     path.unlink()
+    before = _contents(tmp_path)
     build()
-    assert made == [COUNTS] and path.is_file()
+    assert made == [{"val": COUNTS["val"]}] and path.is_file()
+    after = _contents(tmp_path)
+    changed = [Path(name).relative_to(tmp_path).as_posix() for name in before if before[name] != after[name]]
+    assert not [name for name in changed if "train" in name or "test" in name]
 
 
 def test_other_data_in_a_folder_that_the_yaml_names_stay(build, tmp_path: Path) -> None:
     folder = str(tmp_path / "mine")
     build(folder=folder)
+    # of data that are not complete, the rest stays too
+    next((tmp_path / "mine").glob("shifted*_test.json")).unlink()
     before = _contents(tmp_path)
     for change in ({"seed": 1}, {"annotations": {"val": {"count": 2}}}):
         with pytest.raises(AuroraError, match=f"build_info: {folder} holds other data than asked for; remove it, or"):
