@@ -25,7 +25,7 @@ def test_maps_are_the_softmax_of_query_and_key(form):
     hook = cross.register_forward_hook(lambda _m, inputs, _o: seen.update(hidden=inputs[0], image=inputs[3]))
     words, maps, layer = attention.word_maps(model, image, "a big red circle", 1)
     hook.remove()
-    assert words == ["a", "big", "red", "circle"] and layer == 1 and maps.shape == (4, 6, 6)
+    assert words == ["a", "big", "red", "circle"] and layer == 1 and maps.shape == (4, 3, 3)
     with torch.no_grad():
         query, key = cross.query(seen["hidden"]), cross.key(seen["image"])
     heads, width = cross.num_attention_heads, cross.attention_head_size
@@ -34,7 +34,7 @@ def test_maps_are_the_softmax_of_query_and_key(form):
         part = slice(head * width, (head + 1) * width)
         plain += torch.softmax(query[0, :, part] @ key[0, :, part].T / width**0.5, dim=-1) / heads
     # Without [ENC] and [SEP], and without the picture's [CLS].
-    np.testing.assert_allclose(maps.reshape(4, 36), plain[1:5, 1:], atol=1e-6)
+    np.testing.assert_allclose(maps.reshape(4, 9), plain[1:5, 1:], atol=1e-6)
 
 
 def test_attention_has_a_picture_and_a_panel_for_each_word(retrieval_runs):

@@ -65,10 +65,10 @@ def test_position_embeddings_are_stretched_to_the_image_size(plain, tmp_path):
     for size in (64, 32):
         own = load(plain, tmp_path, image_size=size).visual_encoder.pos_embed
         before = plain["visual_encoder.pos_embed"]
-        assert own.shape[1] == (size // 8) ** 2 + 1
+        assert own.shape[1] == (size // 16) ** 2 + 1
         assert torch.equal(own[:, 0], before[:, 0])
-        grid = before[0, 1:].T.reshape(1, -1, 6, 6)
-        stretched = torch.nn.functional.interpolate(grid, size=(size // 8, size // 8), mode="bicubic")
+        grid = before[0, 1:].T.reshape(1, -1, 3, 3)
+        stretched = torch.nn.functional.interpolate(grid, size=(size // 16, size // 16), mode="bicubic")
         torch.testing.assert_close(own[0, 1:], stretched[0].flatten(1).T)
 
 
