@@ -114,9 +114,10 @@ def encode_images(model, data_loader, indices: Sequence[int], what: str) -> Iter
         generator=torch.Generator(),  # the random numbers of training stay as they are
     )
     position = 0
-    with progress(len(indices), what, "image") as bar:
+    with progress(len(indices), what, "it") as bar:
         for samples in part:
             visual = visual_input(samples)
+            bar.unit = "video" if visual.dim() == 5 else "image"
             frames = visual.shape[2] if visual.dim() == 5 else 1
             for few in visual.split(max(1, PICTURES_AT_ONCE // frames)):
                 features = encode_visual(model.visual_encoder, few.to(model.device))
@@ -149,7 +150,7 @@ class ImageTokens:
         self._given = torch.float32
         left = budget_gb * 1e9
         feats = [torch.empty(0, model.vision_proj.out_features)]
-        for image, tokens, feat in encode_images(model, data_loader, self.share, "encoding images"):
+        for image, tokens, feat in encode_images(model, data_loader, self.share, "encoding"):
             feats.append(feat.cpu().unsqueeze(0))
             self._given = tokens.dtype
             left -= tokens.numel() * dtype.itemsize
@@ -169,10 +170,10 @@ class ImageTokens:
                 yield image, self._kept.pop(image).to(self._given)
         if again:
             logging.info(
-                "the tokens of %d of %d images are beyond run.token_budget_gb (%g): these images are encoded again",
+                "the tokens of %d of %d images or videos are beyond run.token_budget_gb (%g): encoded again",
                 len(again),
                 len(images),
                 self.budget_gb,
             )
-            for image, tokens, _ in encode_images(self.model, self.data_loader, again, "encoding images again"):
+            for image, tokens, _ in encode_images(self.model, self.data_loader, again, "encoding again"):
                 yield image, tokens.to(self.dtype).to(self._given)

@@ -71,7 +71,7 @@ def retrieval_scores(
 def _log_start(images: ImageTokens, texts: Texts, k_test: int, pairs: int, seconds: float) -> None:
     """Say what was done and what will be left out."""
     counts = len(images.feats), len(texts.feats)
-    logging.info("encoded %d images and %d texts in %s", *counts, timedelta(seconds=round(seconds)))
+    logging.info("encoded %d images or videos and %d texts in %s", *counts, timedelta(seconds=round(seconds)))
     if not k_test:
         logging.info("run.k_test is 0: nothing is reranked")
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from lavis_aurora.retrieval.rerank import retrieval_scores
 from lavis_aurora.retrieval.scores import NOT_RERANKED, RetrievalScores
 
 SIDE = 48
-TOKENS = 37  # of a picture of the tiny model
+TOKENS = 10  # of a picture of the tiny model
 SAME = {"rtol": 0, "atol": 1e-4}
 
 
@@ -290,7 +291,11 @@ def _gigabytes(images: float, frames: int = 1, size: int = 4) -> float:
 
 @pytest.mark.parametrize("frames", [0, 2])
 def test_tokens_beyond_the_budget_are_encoded_again(
-    model: BlipRetrievalAurora, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, frames: int
+    model: BlipRetrievalAurora,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture,
+    frames: int,
 ) -> None:
     """The budget holds 2 of 5: the other 3 meet the vision tower twice, and no score changes."""
     loader, encoded = _loader(5, 2, frames=frames), []
@@ -305,7 +310,9 @@ def test_tokens_beyond_the_budget_are_encoded_again(
     with caplog.at_level(logging.INFO):
         tight = retrieval_scores(model, loader, k_test=3, token_budget_gb=_gigabytes(2.5, max(1, frames)))
     assert sum(encoded) == 5 + 3
-    assert "the tokens of 3 of 5 images are beyond run.token_budget_gb" in caplog.text
+    assert "the tokens of 3 of 5 images or videos are beyond run.token_budget_gb" in caplog.text
+    unit, bars = "video" if frames else "image", capsys.readouterr().err
+    assert re.search(rf"encoding again: 100%.*({unit}/s|s/{unit})\]", bars), bars
     for ours, expected in zip(_matrices(tight), _matrices(plenty)):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
 
