@@ -184,6 +184,7 @@ class BlipAuroraConfig:
         tokenizer: hub name of a BERT tokenizer, or a folder with its vocab.txt.
         tuning: aurora (the method), heads (only the heads), frozen, and the baselines lora, uniadapter, full (the
             whole model).
+        freeze_vit: with tuning full, leave the vision encoder as it is (LAVIS's name for it in BLIP-2).
         train_heads: also train the heads (projections, matching head, temperature), reported apart.
         mode_approx, gate: parts of the method.
         lora, uniadapter: settings of these baselines.
@@ -207,6 +208,7 @@ class BlipAuroraConfig:
     max_txt_len: int = 35
     tokenizer: str = "bert-base-uncased"
     tuning: str = "aurora"
+    freeze_vit: bool = False
     train_heads: bool = True
     mode_approx: ModeApproxConfig = field(default_factory=ModeApproxConfig)
     gate: GateConfig = field(default_factory=GateConfig)
@@ -217,6 +219,11 @@ class BlipAuroraConfig:
 
     def __post_init__(self) -> None:
         _one_of("model.tuning", self.tuning, TUNINGS)
+        if self.freeze_vit and self.tuning != "full":
+            raise AuroraError(
+                f"model.freeze_vit: for model.tuning: full, not {self.tuning}, which freezes the whole backbone; "
+                f"leave it out"
+            )
         if self.adapter is not None and self.tuning != "aurora":
             raise AuroraError(
                 f"model.adapter: needs model.tuning: aurora, not {self.tuning}; leave one of the two out"

@@ -1,7 +1,8 @@
-"""Tune the tiny BLIP on pictures unlike those it knows, in several ways, and compare them.
+"""Tune the tiny BLIP on pictures or clips unlike those it knows, in several ways, and compare them.
 
     bash scripts/demo.sh                    # image-text retrieval: a table and a picture
     bash scripts/demo.sh --task vqa         # question answering
+    bash scripts/demo.sh --task video       # video-text retrieval
     bash scripts/demo.sh --search           # learning rates compared on the validation split
 
 Each run is `python train.py --cfg-path projects/aurora/demo_*.yaml`, with model.tuning and run.init_lr set.
@@ -21,15 +22,16 @@ from typing import Any
 from demo_retrieval import RETRIEVAL
 from demo_runs import Run, execute
 from demo_tasks import LABELS, DemoTask, Row
+from demo_video import VIDEO
 from demo_vqa import VQA
 
-TASKS: dict[str, DemoTask] = {"retrieval": RETRIEVAL, "vqa": VQA}
+TASKS: dict[str, DemoTask] = {"retrieval": RETRIEVAL, "vqa": VQA, "video": VIDEO}
 
 
 def make_data(task: DemoTask, options: Sequence[str]) -> dict[str, Any]:
     """Make the data before several runs ask for them at once; the datasets by split."""
-    from lavis_aurora.cli import load_config
     from lavis_aurora.data.annotations import build_checked
+    from lavis_aurora.project import load_config
 
     cfg = load_config(str(task.path), list(options))
     [name] = cfg.datasets_cfg
@@ -60,6 +62,7 @@ def compare(task: DemoTask, folder: Path, jobs: int, seed: int, options: Sequenc
     runs = {tuning: Run(task.path, tuning, rate, folder / tuning, seed) for tuning, rate in task.rates.items()}
     # The longest first: it decides when all are done.
     execute([*runs.values()][::-1], jobs, options)
+    execute([further for run in runs.values() for further in task.again(run)], jobs, options)
     rows = rows_of(task, [*runs.values()], task.references(datasets, folder))
     text = task.table(rows)
     (folder / "table.txt").write_text(text + "\n")

@@ -1,49 +1,67 @@
-"""The demo of image-text retrieval."""
+"""The demos of image-text and video-text retrieval."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from demo_runs import Run
 from demo_tasks import COLORS, COST_HEADS, LABELS, DemoTask, Row, cost, cost_label, gap_closed
 
-DIRECTIONS = ("image_to_text", "text_to_image")
 TOP = (1, 5, 10)
 
 
-def mean_recall(metrics: dict[str, float], suffix: str = "", top: Sequence[int] = TOP) -> float:
-    """Mean of R@K over both directions, percent."""
-    values = [metrics[f"{direction}{suffix}_r{k}"] for direction in DIRECTIONS for k in top]
-    return sum(values) / len(values)
-
-
 class RetrievalDemo(DemoTask):
-    """Recalls in both directions, after and before reranking."""
+    """Recalls in both directions, after and before reranking.
+
+    Attributes:
+        kind: of what is retrieved, "image" or "video".
+        sections: parts of the table, the first one drawn as bars: title by what its metrics' names add.
+        lines: of these parts that are drawn as lines over the bars, name and style.
+        no_gap: of these parts, those without the share that Aurora closes.
+    """
+
+    kind: ClassVar[str] = "image"
+    sections: ClassVar[Mapping[str, str]] = {"": "reranked (ITM + ITC)", "_itc": "not reranked (ITC)"}
+    lines: ClassVar[Mapping[str, tuple[str, str]]] = {"_itc": ("without reranking", ":")}
+    no_gap: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def directions(self) -> tuple[str, str]:
+        """Names of both in a result file."""
+        return f"{self.kind}_to_text", f"text_to_{self.kind}"
 
     def figures(self, run: Run) -> Row:
         result = run.results("test_epoch_*.json")[-1]
-        return {key: result[key] for key in ("metrics", "images", "texts")}
+        return {key: result[key] for key in ("metrics", f"{self.kind}s", "texts")}
 
     def validation(self, run: Run) -> float:
         return max(result["metrics"]["agg_metrics"] for result in run.results("val_epoch_*.json"))
 
+    def _recalls(self, row: Row, suffix: str, top: tuple[int, ...] = TOP) -> list[float]:
+        return [row["metrics"][f"{direction}{suffix}_r{k}"] for direction in self.directions for k in top]
+
     def table(self, rows: list[Row]) -> str:
         first = rows[0]
         lines = [
-            f"test split of the shifted domain: {first['images']} images, {first['texts']} texts; R@K in percent"
+            f"test split of the shifted domain: {first[f'{self.kind}s']} {self.kind}s, {first['texts']} texts; "
+            "R@K in percent"
         ]
-        for suffix, title in (("", "reranked (ITM + ITC)"), ("_itc", "not reranked (ITC)")):
-            lines += ["", f"{title:<22}{'image-to-text':>22}{'text-to-image':>24}"]
-            heads = f"{'R@1':>8}{'R@5':>8}{'R@10':>8}"
+        forth, back = (direction.replace("_", "-") for direction in self.directions)
+        for suffix, title in self.sections.items():
+            lines += ["", f"{title:<22}{forth:>22}{back:>24}"]
+            heads = "".join(f"{f'R@{k}':>8}" for k in TOP)
             lines.append(f"{'':<20}{heads}{heads}{COST_HEADS}")
             for row in rows:
-                recalls = "".join(f"{row['metrics'][f'{d}{suffix}_r{k}']:8.1f}" for d in DIRECTIONS for k in TOP)
+                recalls = "".join(f"{value:8.1f}" for value in self._recalls(row, suffix))
                 lines.append(f"{LABELS[row['tuning']]:<20}{recalls}{cost(row)}")
-            chance = "".join(f"{first['metrics'][f'{d}_chance_r{k}']:8.1f}" for d in DIRECTIONS for k in TOP)
-            lines.append(f"{'chance':<20}{chance}")
+            lines.append(f"{'chance':<20}" + "".join(f"{value:8.1f}" for value in self._recalls(first, "_chance")))
+            if suffix in self.no_gap:
+                continue
             for label, top in (("R@1", (1,)), ("R@1/5/10", TOP)):
-                closed = gap_closed({row["tuning"]: mean_recall(row["metrics"], suffix, top) for row in rows})
+                recalls = {row["tuning"]: self._recalls(row, suffix, top) for row in rows}
+                closed = gap_closed({tuning: sum(values) / len(values) for tuning, values in recalls.items()})
                 if closed is not None:
                     lines.append(f"Aurora closes {closed:.0f}% of the gap in mean {label} between frozen and full")
         return "\n".join(lines)
@@ -52,21 +70,25 @@ class RetrievalDemo(DemoTask):
         """Bars of R@1 both ways, reranked, with the trained parameters under each way of tuning."""
         import matplotlib.pyplot as plt
 
-        figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
-        for axis, direction in zip(axes, DIRECTIONS):
+        figure, axes = plt.subplots(1, 2, figsize=(9, 4.3), sharey=True, layout="constrained")
+        for axis, direction in zip(axes, self.directions):
             for i, row in enumerate(rows):
-                value, plain = row["metrics"][f"{direction}_r1"], row["metrics"][f"{direction}_itc_r1"]
+                value = row["metrics"][f"{direction}_r1"]
+                others = {suffix: row["metrics"][f"{direction}{suffix}_r1"] for suffix in self.lines}
                 axis.bar(i, value, color=COLORS[row["tuning"]], width=0.7)
-                axis.plot([i - 0.35, i + 0.35], [plain, plain], color="black", linewidth=1.2, linestyle=":")
-                axis.text(i, max(value, plain) + 1, f"{value:.1f}", ha="center")
-            axis.plot([], [], color="black", linewidth=1.2, linestyle=":", label="without reranking")
+                for suffix, other in others.items():
+                    style = self.lines[suffix][1]
+                    axis.plot([i - 0.35, i + 0.35], [other, other], color="black", linewidth=1.2, linestyle=style)
+                axis.text(i, max(value, *others.values()) + 1, f"{value:.1f}", ha="center")
+            for label, style in self.lines.values():
+                axis.plot([], [], color="black", linewidth=1.2, linestyle=style, label=label)
             axis.set_xticks(range(len(rows)), [cost_label(row) for row in rows], fontsize=9)
             axis.set_title(direction.replace("_", "-"))
             axis.spines[["top", "right"]].set_visible(False)
         axes[0].set_ylabel("R@1, percent")
-        axes[0].legend(frameon=False, loc="upper left")
+        # below: bars may be of any height
+        figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)
         figure.suptitle("The tiny BLIP on the shifted domain: parameters trained, and R@1 after reranking")
-        figure.tight_layout()
         figure.savefig(path, dpi=140)
 
 

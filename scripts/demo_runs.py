@@ -26,6 +26,8 @@ class Run:
         rate: value of run.init_lr.
         folder: everything that the run writes.
         seed: value of run.seed.
+        of: a run that is over; its best epoch is evaluated again, with the options.
+        options: KEY=VALUE of this run alone.
     """
 
     project: Path
@@ -33,13 +35,16 @@ class Run:
     rate: float
     folder: Path
     seed: int = 42
+    of: Run | None = None
+    options: tuple[str, ...] = ()
     process: subprocess.Popen | None = None
     started: float = 0.0
     seconds: float = 0.0
 
     @property
     def name(self) -> str:
-        return f"{self.tuning}, rate {self.rate:g}" if self.tuning != "frozen" else self.tuning
+        name = f"{self.tuning}, rate {self.rate:g}" if self.tuning != "frozen" else self.tuning
+        return ", ".join([name, *self.options])
 
     @property
     def log(self) -> Path:
@@ -48,10 +53,13 @@ class Run:
     def start(self, options: Sequence[str]) -> None:
         """Start it, on one thread."""
         self.folder.mkdir(parents=True)
-        script = "evaluate.py" if self.tuning == "frozen" else "train.py"
+        script = "evaluate.py" if self.tuning == "frozen" or self.of else "train.py"
         command = [sys.executable, str(ROOT / script), "--cfg-path", str(self.project), "--options"]
         command += [f"model.tuning={self.tuning}", f"run.init_lr={self.rate}", f"run.seed={self.seed}"]
-        command += [f"run.output_dir={self.folder}", *options]
+        command += [f"run.output_dir={self.folder}", *options, *self.options]
+        if self.of and self.tuning != "frozen":
+            [best] = self.of.folder.glob("*/checkpoint_best.pth")
+            command.append(f"run.resume_ckpt_path={best}")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.started = time.time()
         with self.log.open("w") as log:

@@ -37,6 +37,10 @@ class DemoTask:
         """What a run measured on the test split."""
         raise NotImplementedError
 
+    def again(self, run: Run) -> list[Run]:
+        """Further evaluations of what a run has tuned, for :meth:`figures` to read."""
+        return []
+
     def validation(self, run: Run) -> float:
         """Score of the best epoch on the validation split, percent."""
         raise NotImplementedError

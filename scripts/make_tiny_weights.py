@@ -1,5 +1,6 @@
 """Turn the checkpoint of a pretraining run of the demo into weights that come with the package.
 
+    python scripts/pretrain_tiny_vision.py
     python train.py --cfg-path projects/aurora/demo_pretrain.yaml
     python scripts/make_tiny_weights.py output/demo_pretrain/RUN/checkpoint_best.pth
 
@@ -35,7 +36,9 @@ def pretrained_model(checkpoint: Path) -> tuple[str, nn.Module]:
     cfg = state["config"]["model"]
     if cfg["arch"] not in TARGETS or cfg["tuning"] != "full":
         raise AuroraError(f"{checkpoint}: a run of {cfg['arch']} with tuning {cfg['tuning']}, not a pretraining run")
-    model = registry.get_model_class(cfg["arch"]).from_config({**cfg, "pretrained": None})
+    # A checkpoint holds what the run trained: a frozen ViT comes from where the run had it.
+    start = cfg["pretrained"] if cfg.get("freeze_vit") else None
+    model = registry.get_model_class(cfg["arch"]).from_config({**cfg, "pretrained": start})
     model.load_run_state(state["model"], str(checkpoint))
     return cfg["arch"], model
 

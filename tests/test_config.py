@@ -13,7 +13,6 @@ from lavis.common.utils import get_abs_path
 from omegaconf import DictConfig, OmegaConf
 from tiny import project_yaml, tiny_config
 
-from lavis_aurora.cli import AuroraConfig, load_config
 from lavis_aurora.config import (
     CONTEXT_FORMS,
     GATE_FORMS,
@@ -29,6 +28,7 @@ from lavis_aurora.config import (
 from lavis_aurora.config_check import parse_config
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.paths import PACKAGE_ROOT
+from lavis_aurora.project import AuroraConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = [ROOT / "projects", PACKAGE_ROOT / "configs"]
@@ -363,7 +363,7 @@ OUT_OF_RANGE = [
     ("model.tuning", "auror", "did you mean 'aurora'"),
     ("model.vit_type", "huge", "known: base, large"),
     ("model.image_size", "0", "1 or more (pixels)"),
-    ("model.image_size", "50", "a multiple of the patch size (8)"),
+    ("model.image_size", "50", "a multiple of the patch size (16)"),
     ("model.max_txt_len", "1", "2 or more (tokens)"),
     ("model.load_finetuned", "true", "model.finetuned: missing although model.load_finetuned is true"),
     ("model.queue_size", "-1", "0 (no queue) or more"),

@@ -18,7 +18,8 @@ from test_runner import logged, only_run
 from tiny_vqa import KINDS, vqa_project
 
 from lavis_aurora import AuroraError
-from lavis_aurora.cli import evaluate, load_config, train
+from lavis_aurora.cli import evaluate, train
+from lavis_aurora.project import load_config
 from lavis_aurora.tasks_vqa import VqaAuroraTask, report
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""The demo's pictures and questions as LAVIS datasets: made on first use, as other datasets are downloaded."""
+"""The demo's pictures, clips and questions as LAVIS datasets: made on first use, as other datasets are downloaded."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from lavis.common.registry import registry
 from lavis.common.utils import get_cache_path
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.datasets.datasets.coco_vqa_datasets import COCOVQADataset, COCOVQAEvalDataset
-from lavis.datasets.datasets.retrieval_datasets import RetrievalDataset, RetrievalEvalDataset
+from lavis.datasets.datasets.retrieval_datasets import (
+    RetrievalDataset,
+    RetrievalEvalDataset,
+    VideoRetrievalDataset,
+    VideoRetrievalEvalDataset,
+)
 from omegaconf import DictConfig
 
+from lavis_aurora.demo import clips, scenes
+from lavis_aurora.demo.clip_files import generate_clips
 from lavis_aurora.demo.pictures import generate_pictures
 from lavis_aurora.demo.question_files import generate_questions
 from lavis_aurora.demo.questions import iter_questions
-from lavis_aurora.demo.scenes import iter_captions
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.paths import package_file
 
@@ -73,7 +79,7 @@ class DemoBuilder(BaseDatasetBuilder):
         raise NotImplementedError
 
     def _make(self, folder: Path, counts: dict[str, int], info: DictConfig) -> None:
-        """Write the splits, with so many pictures each."""
+        """Write the splits, with so many pictures or clips each."""
         raise NotImplementedError
 
 
@@ -89,11 +95,30 @@ class DemoRetrievalBuilder(DemoBuilder):
     }
 
     def _is_first(self, entry: dict[str, Any], split: str, info: DictConfig) -> bool:
-        first = next(iter_captions(info.domain, int(info.seed), split))
+        first = next(scenes.iter_captions(info.domain, int(info.seed), split))
         return entry["caption"] in (first, [first])
 
     def _make(self, folder: Path, counts: dict[str, int], info: DictConfig) -> None:
         generate_pictures(folder, info.domain, counts, int(info.seed))
+
+
+@registry.register_builder("demo_video")
+class DemoVideoBuilder(DemoBuilder):
+    """Captioned clips of shapes that stay or move, of which no frame alone tells the caption; in both domains."""
+
+    train_dataset_cls = VideoRetrievalDataset
+    eval_dataset_cls = VideoRetrievalEvalDataset
+    DATASET_CONFIG_DICT = {
+        "default": package_file("configs/datasets/demo_video_shifted.yaml"),
+        "clean": package_file("configs/datasets/demo_video_clean.yaml"),
+    }
+
+    def _is_first(self, entry: dict[str, Any], split: str, info: DictConfig) -> bool:
+        first = next(clips.iter_captions(info.domain, int(info.seed), split))
+        return entry["caption"] in (first, [first])
+
+    def _make(self, folder: Path, counts: dict[str, int], info: DictConfig) -> None:
+        generate_clips(folder, info.domain, counts, int(info.seed))
 
 
 @registry.register_builder("demo_vqa")

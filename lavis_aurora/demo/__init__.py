@@ -1,1 +1,1 @@
-"""What the built-in demo makes for itself: captioned pictures of two domains, and their vocabulary."""
+"""What the built-in demo makes for itself: captioned pictures and clips of two domains, and their vocabulary."""

@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import tempfile
 import textwrap
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from lavis_aurora.demo.scenes import (
     DOMAINS,
@@ -30,10 +25,10 @@ from lavis_aurora.demo.scenes import (
     Domain,
     Scene,
     caption_of,
-    check_splits,
     domain_of,
     iter_scenes,
 )
+from lavis_aurora.demo.split_files import write_splits
 
 SIDE = 64  # pixels of a finished picture
 _SCALE = 4  # drawn this much larger, then averaged down: smooth edges without a slow renderer
@@ -98,12 +93,17 @@ def _noise(deviation: float) -> np.ndarray:
     return (draw * deviation).round().astype(np.int16)
 
 
-def render(scene: Scene, domain: Domain, rng: np.random.Generator) -> Image.Image:
-    """Draws a scene: an RGB picture of SIDE x SIDE. `rng` decides what the caption does not tell."""
+def render(
+    scene: Scene, domain: Domain, rng: np.random.Generator, shift: tuple[float, float] = (0.0, 0.0)
+) -> Image.Image:
+    """Draws a scene: an RGB picture of SIDE x SIDE. `rng` decides what the caption does not tell.
+
+    `shift` moves its shapes, by so many cells down and to the right.
+    """
     direction = int(rng.integers(_DIRECTIONS)) if domain.gradient else 0
     picture = _backdrop(domain.backgrounds[scene.background], domain.gradient, direction).copy()
     for shape in scene.shapes:
-        row, column = divmod(shape.cell, 3)
+        row, column = np.add(divmod(shape.cell, 3), shift)
         x, y = (np.array((column, row)) + 0.5) * _CELL + rng.uniform(-domain.jitter, domain.jitter, 2)
         angle = np.deg2rad(rng.uniform(-domain.rotation, domain.rotation))
         turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
@@ -125,29 +125,6 @@ def render(scene: Scene, domain: Domain, rng: np.random.Generator) -> Image.Imag
     return picture
 
 
-def _write_split(folder: Path, name: str, split: str, count: int, seed: int, shape_counts: Sequence[float]) -> None:
-    """Writes `folder/<name>_<split>.json` and its pictures under `folder/images`."""
-    domain = domain_of(name)
-    rng = np.random.default_rng(zlib.crc32(f"{seed}/{name}/{split}".encode()))
-    place = Path(name) / split
-    (folder / "images" / place).mkdir(parents=True)
-    rows = []
-    scenes = islice(iter_scenes(name, split, seed, shape_counts), count)
-    for index, scene in enumerate(tqdm(scenes, desc=f"{name} {split}", total=count, unit="picture")):
-        image, caption = place / f"{index:05d}.jpg", caption_of(scene, domain)
-        # full-resolution color: the usual halved one would smear shapes this small
-        render(scene, domain, rng).save(folder / "images" / image, quality=95, subsampling=0)
-        rows.append(
-            {
-                "image": image.as_posix(),
-                # LAVIS reads an evaluation caption as a list; a plain string it would split into letters
-                "caption": caption if split == "train" else [caption],
-                "image_id": f"{name}_{split}_{index:05d}",
-            }
-        )
-    (folder / f"{name}_{split}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-
-
 def generate_pictures(
     folder: str | Path,
     domain: str,
@@ -157,10 +134,8 @@ def generate_pictures(
 ) -> dict[str, Path]:
     """Writes captioned pictures of one domain in the format of LAVIS's retrieval datasets.
 
-    A split is `folder/<domain>_<split>.json` and JPEGs of 64 x 64 pixels in `folder/images/<domain>/<split>`.
-    A json row has `image` (relative to `folder/images`), `image_id` and `caption`: a string for train, a list
-    of one string for val and test. No scene, and so no caption, comes twice in a split or in two splits. A
-    json is in place only when its pictures are; splits that stand already are replaced, others left alone.
+    JPEGs of 64 x 64 pixels in `folder/images`, and json files as `write_splits` has them. No scene, and so no
+    caption, comes twice in a split or in two splits.
 
     Args:
         folder: made if missing.
@@ -175,28 +150,16 @@ def generate_pictures(
     Raises:
         ValueError: for an unknown domain, an unknown split, or a negative count.
     """
-    domain_of(domain)
-    check_splits([*counts])
-    for split, count in counts.items():
-        if count < 0:
-            raise ValueError(f"count of {split!r} is {count}: give 0 or more pictures")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    done = {}
-    # inside `folder`, so that moving is a rename on one file system
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished_") as unfinished:
-        for split, count in counts.items():
-            _write_split(Path(unfinished), domain, split, count, seed, shape_counts)
-        for split in counts:
-            done[split] = folder / f"{domain}_{split}.json"
-            # the json goes first and comes last: where one stands, its pictures are complete
-            done[split].unlink(missing_ok=True)
-            images = folder / "images" / domain / split
-            shutil.rmtree(images, ignore_errors=True)
-            images.parent.mkdir(parents=True, exist_ok=True)
-            (Path(unfinished) / "images" / domain / split).rename(images)
-            (Path(unfinished) / done[split].name).rename(done[split])
-    return done
+
+    def samples(place: Path, split: str, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+        spec = domain_of(domain)
+        for index, scene in enumerate(iter_scenes(domain, split, seed, shape_counts)):
+            name = f"{index:05d}.jpg"
+            # full-resolution color: the usual halved one would smear shapes this small
+            render(scene, spec, rng).save(place / name, quality=95, subsampling=0)
+            yield name, caption_of(scene, spec)
+
+    return write_splits(folder, domain, counts, seed, "image", samples)
 
 
 def contact_sheet(

@@ -75,6 +75,7 @@ class AuroraBase(AdapterOwnerMixin, RunState):
             inject_mode_approx(self, cfg.mode_approx, targets, slot_name)
             add_gates(gated, cfg.gate, self.mode_approx)
         if cfg.tuning == "full":
+            self.visual_encoder.requires_grad_(not cfg.freeze_vit)
             return
         self.requires_grad_(False)
         for _, parameter in adapter_parameters(self):

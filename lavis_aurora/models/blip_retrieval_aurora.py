@@ -51,7 +51,7 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         - large: BLIP large.
         - coco: BLIP base fine-tuned on COCO (Karpathy split), as LAVIS's blip_retrieval coco.
         - flickr: BLIP base fine-tuned on Flickr30K.
-        - tiny: a BLIP of 1.5M weights that comes with this package, for the demo and for tests.
+        - tiny: a BLIP of 1.6M weights that comes with this package, for the demo and for tests.
 
     Usage:
         >>> from lavis_aurora import load_model_and_preprocess

@@ -16,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from tiny import SPLITS, project_yaml
 from torch.utils.data import DataLoader, Dataset
 
-from lavis_aurora.cli import load_config
 from lavis_aurora.data.annotations import CheckedDataset, annotation_files, build_checked, check_entries
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.project import load_config
 
 NAME = "coco_retrieval"
 COUNT = 3

@@ -8,13 +8,18 @@ import pytest
 from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_aurora.cli import load_config
 from lavis_aurora.data import demo_builder
 from lavis_aurora.data.annotations import build_checked
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.project import load_config
 
 COUNTS = {"train": 5, "val": 4, "test": 3}
-MODELS = {"demo_retrieval": "blip_retrieval_aurora", "demo_vqa": "blip_vqa_aurora"}
+MODELS = {
+    "demo_retrieval": "blip_retrieval_aurora",
+    "demo_video": "blip_retrieval_aurora",
+    "demo_vqa": "blip_vqa_aurora",
+}
+FRAMES = {"name": "aurora_video_eval", "n_frms": 4, "image_size": 48}
 
 
 @pytest.fixture(params=MODELS)
@@ -36,6 +41,8 @@ def build(tmp_path: Path, monkeypatch, name: str):
             "datasets": {name: {"type": kind, "build_info": info}},
             "run": {"task": "vqa_aurora" if "vqa" in name else "retrieval_aurora"},
         }
+        if name == "demo_video":
+            project["datasets"][name]["vis_processor"] = {"train": FRAMES, "eval": FRAMES}
         path = tmp_path / "project.yaml"
         OmegaConf.save(project, path)
         return build_checked(name, config(path).datasets_cfg[name])
@@ -49,7 +56,7 @@ def build(tmp_path: Path, monkeypatch, name: str):
 def _made(monkeypatch) -> list[dict]:
     """The numbers of pictures of each time that something is made."""
     made = []
-    for function in ("generate_pictures", "generate_questions"):
+    for function in ("generate_pictures", "generate_clips", "generate_questions"):
         real = getattr(demo_builder, function)
         monkeypatch.setattr(
             demo_builder, function, lambda *args, real=real: (made.append(dict(args[2])), real(*args))[1]
@@ -61,15 +68,16 @@ def _made(monkeypatch) -> list[dict]:
 def test_made_on_first_use_and_kept(build, name: str, kind: str, tmp_path: Path, monkeypatch) -> None:
     made = _made(monkeypatch)
     datasets = build(kind)
-    each = {"demo_retrieval": 1, "demo_vqa": 3 if kind == "clean" else 4}[name]
+    each = {"demo_vqa": 3 if kind == "clean" else 4}.get(name, 1)
     expected = {split: count * each for split, count in COUNTS.items()}
     if (name, kind) == ("demo_vqa", "clean"):
         expected["train"] += COUNTS["train"]  # captions
     assert {split: len(dataset) for split, dataset in datasets.items()} == expected
     sample = datasets["train"][0]
-    assert sample["image"].shape == (3, 48, 48) and sample["text_input"]
+    key, shape = ("video", (3, 4, 48, 48)) if name == "demo_video" else ("image", (3, 48, 48))
+    assert sample[key].shape == datasets["val"][0][key].shape == shape and sample["text_input"]
     domain = "clean" if kind == "clean" else "shifted"
-    assert datasets["val"].annotation[0]["image"].startswith(f"{domain}/val/")
+    assert datasets["val"].annotation[0][key].startswith(f"{domain}/val/")
     build(kind)
     assert made == [COUNTS]
 
@@ -105,7 +113,7 @@ def test_other_numbers_and_seeds_have_folders_of_their_own(build, name: str, tmp
         assert len(made) == number
     after = _contents(tmp_path)
     assert before == {path: after[path] for path in before} and len(after) > 2 * len(before)
-    assert first["train"][0]["image"].shape == (3, 48, 48)
+    assert first["train"][0]["text_input"]
 
 
 def test_completed_where_a_file_is_gone(build, name: str, tmp_path: Path, monkeypatch) -> None:
@@ -141,7 +149,7 @@ def test_two_runs_that_make_the_same_at_once(build, name: str, tmp_path: Path, m
         make(self, folder, counts, info)
 
     monkeypatch.setattr(builder, "_make", interrupted)
-    assert build()["train"][0]["image"].shape == (3, 48, 48)
+    assert build()["train"][0]["text_input"]
     there = {path: content for path, content in others[1].items() if ".unfinished" not in path}
     assert there and _contents(tmp_path) == there
 
@@ -162,7 +170,7 @@ def test_keys_that_cannot_be_used(build, name: str, change: dict, message: str, 
         pytest.skip("of questions")
     with pytest.raises(AuroraError, match=message):
         build(**change)
-    assert not [*tmp_path.rglob("*vqa_train.json")]
+    assert not [*tmp_path.rglob("*vqa_train.json" if name == "demo_vqa" else "*_train.json")]
 
 
 def test_shipped_types_name_their_own_files(name: str) -> None:

@@ -192,6 +192,15 @@ def test_only_adapter_and_heads_change(gate):
     assert not missing
 
 
+def test_full_tuning_can_leave_the_vision_encoder_as_it_is():
+    model = tiny_model(tuning="full", freeze_vit=True)
+    trained = {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert "text_encoder" in trained and "visual_encoder" not in trained
+    assert not any(name.startswith("visual_encoder") for name in model.run_state())
+    with pytest.raises(AuroraError, match="model.freeze_vit: for model.tuning: full, not aurora"):
+        tiny_model(freeze_vit=True)
+
+
 def test_full_tuning_trains_the_backbone_and_has_a_second_one():
     model = tiny_model(tuning="full")
     before = copy.deepcopy(model.state_dict())

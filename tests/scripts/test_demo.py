@@ -12,6 +12,7 @@ from demo_runs import Run, execute
 from demo_tasks import gap_closed
 from PIL import Image
 
+from lavis_aurora.demo.clip_files import generate_clips
 from lavis_aurora.demo.question_files import generate_questions, split_files
 
 PARAMETERS = {"frozen": 0, "heads": 50, "aurora": 100, "full": 1000}
@@ -20,23 +21,30 @@ PARAMETERS = {"frozen": 0, "heads": 50, "aurora": 100, "full": 1000}
 def _run(folder: Path, task: str, tuning: str, results: dict[str, dict]) -> Run:
     """A run that is over, and left these result files."""
     run = Run(demo.TASKS[task].path, tuning, 1e-2, folder / tuning, seconds=12.0)
-    (run.folder / "job" / "result").mkdir(parents=True)
     for name, content in results.items():
-        (run.folder / "job" / "result" / name).write_text(json.dumps(content))
+        path = run.folder / ("" if "/" in name else "job/result") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
     run.log.write_text(f"x\ntrainable params: {PARAMETERS[tuning]:,} || all params: 1,000 || trainable%: 1\n")
     return run
 
 
-def _retrieval(level: float) -> dict[str, dict]:
+def _retrieval(level: float, kind: str = "image") -> dict[str, dict]:
     metrics = {"agg_metrics": level}
-    for direction in ("image_to_text", "text_to_image"):
+    for direction in (f"{kind}_to_text", f"text_to_{kind}"):
         for k in (1, 5, 10):
             metrics |= {f"{direction}_r{k}": level + k, f"{direction}_itc_r{k}": level, f"{direction}_chance_r{k}": k}
     return {
         "val_epoch_0.json": {"metrics": {"agg_metrics": level / 2}},
         "val_epoch_1.json": {"metrics": {"agg_metrics": level / 4}},
-        "test_epoch_best.json": {"metrics": metrics, "images": 5, "texts": 6, "ranks": []},
+        "test_epoch_best.json": {"metrics": metrics, f"{kind}s": 5, "texts": 6, "ranks": []},
     }
+
+
+def _video(level: float) -> dict[str, dict]:
+    results = _retrieval(level, "video")
+    one_frame = _retrieval(level / 2, "video")["test_epoch_best.json"]
+    return {**results, "one_frame/job/result/test_epoch_best.json": one_frame}
 
 
 def _vqa(level: float) -> dict[str, dict]:
@@ -58,9 +66,9 @@ def _vqa(level: float) -> dict[str, dict]:
     }
 
 
-RESULTS = {"retrieval": _retrieval, "vqa": _vqa}
+RESULTS = {"retrieval": _retrieval, "vqa": _vqa, "video": _video}
 LEVELS = {"frozen": 20.0, "heads": 30.0, "aurora": 50.0, "full": 60.0}
-REFERENCES = {"retrieval": {}, "vqa": {"guesses": _vqa(10.0)["test_epoch_best_accuracy.json"]}}
+REFERENCES = {"retrieval": {}, "video": {}, "vqa": {"guesses": _vqa(10.0)["test_epoch_best_accuracy.json"]}}
 
 
 def _rows(tmp_path: Path, task: str) -> list[dict]:
@@ -107,6 +115,47 @@ def test_table_of_vqa(tmp_path: Path) -> None:
     [guesses] = [line.split() for line in lines if line.startswith("without the picture")]
     assert guesses[3:] == ["10.0", "16.0", "11.0", "12.0", "13.0", "14.0", "15.0"]
     assert lines[-1] == "Aurora closes 75% of the gap between frozen and full"
+
+
+def test_table_of_videos(tmp_path: Path) -> None:
+    lines = demo.TASKS["video"].table(_rows(tmp_path, "video")).splitlines()
+    assert "5 videos, 6 texts" in lines[0]
+    assert [line.split()[-2:] for line in lines if "video-to-text" in line] == 3 * [
+        ["video-to-text", "text-to-video"]
+    ]
+    [aurora, plain, one] = [line.split()[1:7] for line in lines if line.startswith("Aurora  ")]
+    assert (aurora, plain) == (["51.0", "55.0", "60.0"] * 2, ["50.0"] * 6)
+    assert one == ["26.0", "30.0", "35.0"] * 2
+    # of one frame, what Aurora closes says nothing
+    assert sum("Aurora closes" in line for line in lines) == 4
+
+
+def test_videos_are_evaluated_on_one_frame_too(tmp_path: Path, monkeypatch) -> None:
+    commands = []
+    monkeypatch.setattr("demo_runs.subprocess.Popen", lambda command, **_: commands.append(command))
+    task = demo.TASKS["video"]
+    for tuning in ("frozen", "aurora"):
+        run = _run(tmp_path, "video", tuning, _video(20.0))
+        (run.folder / "job" / "checkpoint_best.pth").touch()
+        [further] = task.again(run)
+        (further.folder).rename(tmp_path / f"{tuning}_old")
+        further.start(["datasets.demo_video.vis_processor.eval.n_frms=8"])
+    frozen, aurora = commands
+    for command, tuning in zip(commands, ("frozen", "aurora")):
+        assert command[1].endswith("evaluate.py") and f"model.tuning={tuning}" in command
+        # behind the user's: the last one counts
+        frames = [option for option in command if "n_frms" in option]
+        assert frames[-1] == "datasets.demo_video.vis_processor.eval.n_frms=1"
+    assert aurora[-1] == f"run.resume_ckpt_path={tmp_path / 'aurora' / 'job' / 'checkpoint_best.pth'}"
+    assert not [option for option in frozen if "resume_ckpt_path" in option]
+
+
+def test_clips_are_drawn(tmp_path: Path) -> None:
+    [path] = generate_clips(tmp_path, "shifted", {"test": 2}).values()
+    dataset = SimpleNamespace(annotation=json.loads(path.read_text()), vis_root=str(tmp_path / "videos"))
+    assert demo.TASKS["video"].references({"test": dataset}, tmp_path) == {}
+    with Image.open(tmp_path / "clips.png") as picture:
+        assert picture.format == "PNG" and picture.width > picture.height
 
 
 @pytest.mark.parametrize("task", RESULTS)
@@ -164,7 +213,7 @@ def test_a_run_left_early_is_stopped(tmp_path: Path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("task", demo.TASKS)
 def test_projects_of_the_demos_can_be_loaded_and_searched(task: str) -> None:
-    from lavis_aurora.cli import load_config
+    from lavis_aurora.project import load_config
 
     own = demo.TASKS[task]
     cfg = load_config(str(own.path))
@@ -180,7 +229,8 @@ def test_command_line_chooses_the_task(monkeypatch, capsys) -> None:
     )
     demo.main([])
     demo.main(["--task", "vqa"])
-    assert called == [("demo_ret.yaml", "demo_ret"), ("demo_vqa.yaml", "demo_vqa")]
+    demo.main(["--task", "video"])
+    assert called == [(f"demo_{name}.yaml", f"demo_{name}") for name in ("ret", "vqa", "video")]
     with pytest.raises(SystemExit):
         demo.main(["--task", "vqaa"])
     assert "invalid choice: 'vqaa'" in capsys.readouterr().err

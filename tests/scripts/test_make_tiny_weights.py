@@ -50,6 +50,17 @@ def test_stored_weights_load_as_the_type_tiny_and_are_the_runs(tmp_path: Path, k
         assert torch.equal(fresh[name].half(), value), name
 
 
+def test_a_frozen_vision_encoder_comes_from_where_the_run_had_it(tmp_path: Path, kind: str) -> None:
+    cls, config = KINDS[kind]
+    start = tmp_path / "start.pth"
+    torch.save(cls.from_config(config(tuning="full")).state_dict(), start)
+    path, model = _checkpoint(tmp_path, kind, pretrained=str(start), freeze_vit=True)
+    _, loaded = make_tiny_weights.pretrained_model(path)
+    stored = make_tiny_weights.stored_weights(loaded)
+    assert any(name.startswith("visual_encoder") for name in stored)
+    assert all(torch.equal(stored[name], value) for name, value in make_tiny_weights.stored_weights(model).items())
+
+
 def test_shipped_file_holds_what_this_program_writes(kind: str, tmp_path: Path) -> None:
     path, _ = _checkpoint(tmp_path, kind)
     arch, model = make_tiny_weights.pretrained_model(path)
