@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -88,8 +89,18 @@ class DemoBuilder(BaseDatasetBuilder):
         raise NotImplementedError
 
 
+class CaptionedDemoBuilder(DemoBuilder):
+    """Pictures or clips, one caption each."""
+
+    captions: Callable[[str, int, str], Iterator[str]]
+
+    def _is_first(self, entry: dict[str, Any], split: str, info: DictConfig) -> bool:
+        first = next(self.captions(info.domain, int(info.seed), split))
+        return entry["caption"] in (first, [first])
+
+
 @registry.register_builder("demo_retrieval")
-class DemoRetrievalBuilder(DemoBuilder):
+class DemoRetrievalBuilder(CaptionedDemoBuilder):
     """Captioned pictures of shapes, in two domains: ``clean`` to pretrain on, ``shifted`` to tune on."""
 
     train_dataset_cls = RetrievalDataset
@@ -98,17 +109,14 @@ class DemoRetrievalBuilder(DemoBuilder):
         "default": package_file("configs/datasets/demo_ret_shifted.yaml"),
         "clean": package_file("configs/datasets/demo_ret_clean.yaml"),
     }
-
-    def _is_first(self, entry: dict[str, Any], split: str, info: DictConfig) -> bool:
-        first = next(scenes.iter_captions(info.domain, int(info.seed), split))
-        return entry["caption"] in (first, [first])
+    captions = staticmethod(scenes.iter_captions)
 
     def _make(self, folder: Path, counts: dict[str, int], info: DictConfig) -> None:
         generate_pictures(folder, info.domain, counts, int(info.seed))
 
 
 @registry.register_builder("demo_video")
-class DemoVideoBuilder(DemoBuilder):
+class DemoVideoBuilder(CaptionedDemoBuilder):
     """Captioned clips of shapes that stay or move, of which no frame alone tells the caption; in both domains."""
 
     train_dataset_cls = VideoRetrievalDataset
@@ -117,10 +125,7 @@ class DemoVideoBuilder(DemoBuilder):
         "default": package_file("configs/datasets/demo_video_shifted.yaml"),
         "clean": package_file("configs/datasets/demo_video_clean.yaml"),
     }
-
-    def _is_first(self, entry: dict[str, Any], split: str, info: DictConfig) -> bool:
-        first = next(clips.iter_captions(info.domain, int(info.seed), split))
-        return entry["caption"] in (first, [first])
+    captions = staticmethod(clips.iter_captions)
 
     def _make(self, folder: Path, counts: dict[str, int], info: DictConfig) -> None:
         generate_clips(folder, info.domain, counts, int(info.seed))
