@@ -85,7 +85,8 @@ class SavingMixin:
         if self.evaluate_only:
             return
         groups = self.optimizer.param_groups
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        # The rate is the schedule's, set before each step: until then that of the checkpoint stands.
+        settings = [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in groups]
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, ValueError) as error:

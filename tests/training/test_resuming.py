@@ -199,18 +199,24 @@ def test_settings_of_the_optimizer_are_the_yamls(tmp_path):
     assert {tuple(group["betas"]) for group in groups} == {(0.9, 0.9)}
 
 
-def test_a_run_killed_before_its_last_checkpoint_still_leaves_the_last_adapter(tmp_path, monkeypatch):
+def test_a_run_killed_between_its_last_epoch_and_its_last_checkpoint(tmp_path, monkeypatch):
+    run = {"max_epoch": 2, "init_lr": 1e-3}
+    train(["--cfg-path", str(image_project(tmp_path / "whole", **run))])
     original = AuroraRunner._save_checkpoint
 
-    def killed(self, *args, validated=False, name=LATEST):
-        if validated and name == LATEST:
+    def killed(self, epoch, step, validated=False, name=LATEST):
+        if epoch == 1 and validated and name == LATEST:
             raise KeyboardInterrupt
-        original(self, *args, validated=validated, name=name)
+        original(self, epoch, step, validated=validated, name=name)
 
-    monkeypatch.setattr(AuroraRunner, "_save_checkpoint", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train(["--cfg-path", str(image_project(tmp_path, max_epoch=1))])
-    assert (only_run(tmp_path) / "adapter_last" / "adapter_config.json").is_file()
+    yaml = image_project(tmp_path / "killed", **run)
+    with monkeypatch.context() as patched:
+        patched.setattr(AuroraRunner, "_save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(["--cfg-path", str(yaml)])
+    assert (only_run(tmp_path / "killed") / "adapter_last" / "adapter_config.json").is_file()
+    train(["--cfg-path", str(yaml)])
+    assert_same(final(tmp_path / "whole"), final(tmp_path / "killed"))
 
 
 def test_with_accumulated_steps_none_is_passed_over(tmp_path, monkeypatch):
@@ -256,7 +262,7 @@ def test_the_second_signal_and_one_outside_of_steps_stop_at_once():
 
 @pytest.mark.slow
 def test_killed_a_dozen_times_a_run_ends_as_an_undisturbed_one(tmp_path):
-    run = {"max_epoch": 20}
+    run = {"max_epoch": 60}  # on a quick machine an epoch takes a tenth of a second
     train(["--cfg-path", str(image_project(tmp_path / "whole", **run))])
     yaml, draw, output = image_project(tmp_path / "killed", **run), random.Random(0), tmp_path / "killed" / "output"
 
