@@ -404,8 +404,8 @@ def test_image_size_without_vit_must_fit_lavis_patches() -> None:
 def test_picture_size_of_a_processor_must_be_the_models(project: Path) -> None:
     _refused(
         project,
-        "datasets.coco_retrieval.vis_processor.train.image_size: 48 is not model.image_size, 56",
-        options=["model.image_size=56"],
+        "datasets.coco_retrieval.vis_processor.train.image_size: 48 is not model.image_size, 64",
+        options=["model.image_size=64"],
     )
 
 
