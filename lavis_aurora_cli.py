@@ -170,3 +170,7 @@ def _summary(path: Path) -> str:
     text = " ".join(comment)
     end = re.compile(r"\.( |$)").search(text, len(comment[0]) - 1)
     return text[: end.start() + 1] if end else text
+
+
+if __name__ == "__main__":
+    main()

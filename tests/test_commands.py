@@ -187,6 +187,13 @@ def test_what_needs_no_model_imports_none(arguments):
     assert done.stdout.endswith("set()\n"), done.stdout + done.stderr
 
 
+def test_the_module_runs_as_the_command_does():
+    done = subprocess.run(
+        [sys.executable, "-m", "lavis_aurora_cli", "bogus"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2 and "invalid choice: 'bogus'" in done.stderr
+
+
 def test_configs_are_copied_and_nothing_is_overwritten(tmp_path, failing, capsys):
     main(["configs", "demo_ret", "coco_ret.yaml", "--to", str(tmp_path / "new")])
     assert capsys.readouterr().out.split() == [str(tmp_path / "new" / f"{n}.yaml") for n in ("demo_ret", "coco_ret")]
