@@ -22,6 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from bench_step import METHODS, TASKS, measure
+from processes import environment
 
 MB = 1e6
 LABELS = {
@@ -44,10 +45,8 @@ def measure_apart(args: argparse.Namespace, task: str, method: str) -> dict:
     for key in ("batch", "steps", "warmup", "threads", "size", "checkpointed", "clock"):
         command += [f"--{key}", str(getattr(args, key))]
     command += [f"--{key}" for key in ("amp", "compile", "profile") if getattr(args, key)]
-    root = str(Path(__file__).resolve().parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    own = {**environment(args.threads), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=own, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{task}, {method}: {done.stderr.strip()[-2000:]}")
     *before, result = done.stdout.strip().splitlines()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -13,11 +11,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from processes import ROOT, TrainingProcess
 
 
 @dataclass
-class Run:
+class Run(TrainingProcess):
     """One run of a project YAML.
 
     Attributes:
@@ -37,8 +35,6 @@ class Run:
     seed: int = 42
     of: Run | None = None
     options: tuple[str, ...] = ()
-    process: subprocess.Popen | None = None
-    started: float = 0.0
     seconds: float = 0.0
 
     @property
@@ -51,19 +47,15 @@ class Run:
         return self.folder / "log.txt"
 
     def start(self, options: Sequence[str]) -> None:
-        """Start it, on one thread."""
-        self.folder.mkdir(parents=True)
-        script = "evaluate.py" if self.tuning == "frozen" or self.of else "train.py"
-        command = [sys.executable, str(ROOT / script), "--cfg-path", str(self.project), "--options"]
-        command += [f"model.tuning={self.tuning}", f"run.init_lr={self.rate}", f"run.seed={self.seed}"]
-        command += [f"run.output_dir={self.folder}", *options, *self.options]
+        """Start it."""
+        given = [f"model.tuning={self.tuning}", f"run.init_lr={self.rate}", f"run.seed={self.seed}"]
+        given += [f"run.output_dir={self.folder}", *options, *self.options]
         if self.of and self.tuning != "frozen":
             [best] = self.of.folder.glob("*/checkpoint_best.pth")
-            command.append(f"run.resume_ckpt_path={best}")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        self.started = time.time()
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+            given.append(f"run.resume_ckpt_path={best}")
+        script = "evaluate.py" if self.tuning == "frozen" or self.of else "train.py"
+        self.folder.mkdir(parents=True)
+        self.launch(ROOT / script, self.project, given, more={"HF_HUB_OFFLINE": "1"}, cwd=ROOT)
 
     def finished(self) -> bool:
         """Whether it is done; a failed run ends the demo with the end of its log."""
@@ -75,12 +67,7 @@ class Run:
         return True
 
     def tail(self, lines: int) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
-
-    def progress(self) -> str:
-        """Where it is, from its last progress line."""
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if "  step " in line]
-        return lines[-1].partition("[INFO] ")[2] if lines else "starting"
+        return "\n".join(self.output().splitlines()[-lines:])
 
     def results(self, pattern: str) -> list[dict[str, Any]]:
         """Its result files of that name, the last one last."""
@@ -89,8 +76,9 @@ class Run:
 
     def trained_parameters(self) -> int:
         """Number of trained parameters, as the run logged it."""
-        [line] = [line for line in self.log.read_text().splitlines() if line.startswith("trainable params")]
-        return int(line.split("||")[0].split(":")[1].replace(",", ""))
+        from lavis_aurora.results import trained_parameters
+
+        return sum(trained_parameters(self.output()).values())
 
 
 def execute(runs: list[Run], jobs: int, options: Sequence[str]) -> None:

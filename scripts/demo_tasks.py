@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from demo_runs import ROOT, Run
+from demo_runs import Run
+from processes import ROOT
 
 LABELS = {"frozen": "frozen backbone", "heads": "heads only", "aurora": "Aurora", "full": "full fine-tuning"}
 COLORS = {"frozen": "#9aa5b1", "heads": "#c9b458", "aurora": "#c2410c", "full": "#1d4e89"}

@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,11 +22,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Optional
 
+from processes import ROOT, TrainingProcess
+
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.figures.table import write_table
 from lavis_aurora.results import final_metrics, newest_run, read_json, trained_parameters
 
-ROOT = Path(__file__).resolve().parents[1]
 DONE, LOG, PLAN = "cell.json", "output.txt", "sweep.json"
 
 
@@ -51,7 +50,7 @@ def parse_grid(arguments: Sequence[str]) -> dict[str, list[str]]:
 
 
 @dataclass
-class Cell:
+class Cell(TrainingProcess):
     """One combination of the grid's values.
 
     Attributes:
@@ -61,13 +60,15 @@ class Cell:
 
     settings: dict[str, str]
     folder: Path
-    process: Optional[subprocess.Popen] = None
-    started: float = 0.0
     result: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return cell_name(self.settings)
+
+    @property
+    def log(self) -> Path:
+        return self.folder / LOG
 
     def finished(self) -> bool:
         """Whether an earlier call finished it; its result is then read."""
@@ -77,24 +78,17 @@ class Cell:
 
     def start(self, cfg_path: str, options: Sequence[str]) -> None:
         """Start it on one thread, or go on where it was interrupted."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         given = [*options, *(f"{key}={value}" for key, value in self.settings.items())]
         # Nothing to train: the same test, without a word about it.
         script = "evaluate.py" if "model.tuning=frozen" in given else "train.py"
-        command = [sys.executable, str(ROOT / script), "--cfg-path", cfg_path, "--options", *given]
-        command += ["run.resume=auto", f"run.output_dir={self.folder}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        self.started = time.time()
-        with (self.folder / LOG).open("a") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        self.launch(ROOT / script, cfg_path, [*given, "run.resume=auto", f"run.output_dir={self.folder}"])
 
     def ended(self) -> bool:
         """Whether its process has ended; ``result`` then says how."""
         if self.process.poll() is None:
             return False
         seconds = time.time() - self.started
-        output = (self.folder / LOG).read_text(errors="replace")
+        output = self.output()
         run = newest_run(self.folder)
         if self.process.returncode or run is None:
             self.result = {"status": "failed", "seconds": seconds, "error": last_error(output)}
@@ -108,12 +102,6 @@ class Cell:
         }
         (self.folder / DONE).write_text(json.dumps(self.result, indent=1))
         return True
-
-    def progress(self) -> str:
-        """Its last progress line."""
-        lines = (self.folder / LOG).read_text(errors="replace").splitlines()
-        steps = [line for line in lines if "  step " in line]
-        return steps[-1].partition("[INFO] ")[2] if steps else "starting"
 
 
 def cell_name(settings: dict[str, str]) -> str:
@@ -219,9 +207,7 @@ def execute(cells: list[Cell], jobs: int, cfg_path: str, options: Sequence[str],
             for cell in ended:
                 active.remove(cell)
                 if cell.result["status"] == "failed":
-                    print(
-                        f"failed: {cell.name}: {cell.result['error']}\n  all of it: {cell.folder / LOG}", flush=True
-                    )
+                    print(f"failed: {cell.name}: {cell.result['error']}\n  all of it: {cell.log}", flush=True)
                 else:
                     print(f"done: {cell.name}, {timedelta(seconds=round(cell.result['seconds']))}", flush=True)
             if ended or time.time() - last > every:

@@ -25,7 +25,8 @@ def _run(folder: Path, task: str, tuning: str, results: dict[str, dict]) -> Run:
         path = run.folder / ("" if "/" in name else "job/result") / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content))
-    run.log.write_text(f"x\ntrainable params: {PARAMETERS[tuning]:,} || all params: 1,000 || trainable%: 1\n")
+    count = f"{PARAMETERS[tuning]:,}"
+    run.log.write_text(f"x\ngate  2  {count}  1.0\ntrainable params: {count} || all params: 1,000 || trainable%: 1\n")
     return run
 
 
@@ -132,7 +133,7 @@ def test_table_of_videos(tmp_path: Path) -> None:
 
 def test_videos_are_evaluated_on_one_frame_too(tmp_path: Path, monkeypatch) -> None:
     commands = []
-    monkeypatch.setattr("demo_runs.subprocess.Popen", lambda command, **_: commands.append(command))
+    monkeypatch.setattr("processes.subprocess.Popen", lambda command, **_: commands.append(command))
     task = demo.TASKS["video"]
     for tuning in ("frozen", "aurora"):
         run = _run(tmp_path, "video", tuning, _video(20.0))
