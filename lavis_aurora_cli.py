@@ -82,7 +82,9 @@ def command_parser() -> argparse.ArgumentParser:
     one.set_defaults(action=lambda args: print(configs(args.names, args.to)))
 
     one = commands.add_parser("compare", help="results of runs beside those of the paper, and what differs")
-    add_compare_arguments(one)
+    one.add_argument("results", nargs="+", metavar="RESULT", help="folder of a run, or a file of its folder result")
+    one.add_argument("--benchmark", help="compare with this one, whatever the run's data are, e.g. flickr30k")
+    one.add_argument("--table", help="table of the paper: 1, 2, 3 or 4 (zero-shot); found by itself")
     one.set_defaults(action=_compare)
     return parser
 
@@ -94,15 +96,6 @@ def _add_run_arguments(parser: argparse.ArgumentParser, evaluate: bool) -> None:
         "--options", nargs="+", metavar="KEY=VALUE", help="override keys of the YAML, e.g. run.max_epoch=2"
     )
     parser.set_defaults(action=_run, evaluate=evaluate)
-
-
-def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of compare."""
-    parser.add_argument(
-        "results", nargs="+", metavar="RESULT", help="folder of a run, or a file of its folder result"
-    )
-    parser.add_argument("--benchmark", help="compare with this one, whatever the run's data are, e.g. flickr30k")
-    parser.add_argument("--table", help="table of the paper: 1, 2, 3 or 4 (zero-shot); found by itself")
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -133,7 +126,7 @@ def _targets(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace) -> None:
     from lavis_aurora.paper.compare import compare
 
-    print(compare(args))
+    print(compare(args.results, args.benchmark, args.table))
 
 
 def configs(names: Sequence[str] = (), folder: str = ".") -> str:

@@ -23,11 +23,10 @@ import lavis_aurora
 from lavis_aurora.baselines.uniadapter import add_uniadapter
 from lavis_aurora.config import RetrievalAuroraConfig, VqaAuroraConfig
 from lavis_aurora.config_check import parse_config
-from lavis_aurora.encoders.towers import build_tokenizer
+from lavis_aurora.encoders.towers import build_tokenizer, plain_vision_encoder
 from lavis_aurora.mode_approx.trainable import adapter_parameters
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
-from lavis_aurora.paths import package_file
 
 # Method: (class of the model, its configuration). "lavis" is LAVIS's own model as published: attention written out,
 # keys and values of an image for each text, a second backbone as momentum teacher; "ours" is this package's.
@@ -65,13 +64,12 @@ BLIP = ("visual_encoder", "text_encoder", "text_decoder", *HEADS)
 
 def tower_config(task: str, size: str) -> dict:
     """``model:`` of BLIP base, or of the tiny model, without downloads."""
-    tokenizer = package_file("configs/models/tiny")
-    config: dict = {"image_size": TASKS[task][0], "tokenizer": tokenizer, "pretrained": None}
+    tiny = OmegaConf.load(BlipVqaAurora.default_config_path("tiny")).model
+    config: dict = {"image_size": TASKS[task][0], "tokenizer": tiny.tokenizer, "pretrained": None}
     if task != "vqa":
         config["queue_size"] = 512
     if size == "tiny":
-        vit = {"patch_size": 8, "embed_dim": 128, "depth": 3, "num_heads": 4}
-        config.update(image_size=48, vit=vit, med_config_path=package_file("configs/models/tiny/med_config.json"))
+        config.update((key, tiny[key]) for key in ("image_size", "vit", "med_config_path"))
     return config
 
 
@@ -111,17 +109,7 @@ def lavis_model(task: str, cfg):
         def forward(self, x):
             return self.forward_features(x)
 
-    if cfg.vit is None:
-        vision = VisionTransformerEncoder.from_config(OmegaConf.structured(cfg))
-    else:
-        vision = VisionTransformerEncoder(
-            img_size=cfg.image_size,
-            patch_size=cfg.vit.patch_size,
-            embed_dim=cfg.vit.embed_dim,
-            depth=cfg.vit.depth,
-            num_heads=cfg.vit.num_heads,
-        )
-        vision.vision_width = cfg.vit.embed_dim
+    vision = plain_vision_encoder(cfg)
     vision.__class__ = Frames
     text = XBertEncoder.from_config(OmegaConf.structured(cfg))
     decoder = XBertLMHeadDecoder.from_config(OmegaConf.structured(cfg)) if task == "vqa" else None

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch.nn.functional as F
-from lavis.models.med import BertLayer, BertModel
+from lavis.models.med import BertModel
 from lavis.models.vit import Mlp, VisionTransformer
 from torch import Tensor, nn
 
 from lavis_aurora.config import UniAdapterConfig
 from lavis_aurora.encoders.fused import retyped
-from lavis_aurora.encoders.fusion import RememberedCrossAttention
+from lavis_aurora.encoders.fusion import RememberingLayer, remember_query
 from lavis_aurora.errors import AuroraError, near_names
 
 
@@ -107,24 +107,17 @@ class AdaptedMlp(Mlp):
         return super().forward(x) if active is None else super().forward(x) + active.vision(self.index, x)
 
 
-class AdaptedLayer(BertLayer):
+class AdaptedLayer(RememberingLayer):
     """Layer of BERT with a bottleneck beside its feed-forward block."""
 
-    def forward(self, *args, **kwargs) -> tuple:
-        """As LAVIS's."""
-        self.crossattention.query = None
-        return super().forward(*args, **kwargs)
-
-    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
-        """The block; its input is f, or t itself where no image is attended to."""
-        output = super().feed_forward_chunk(attention_output)
-        query, self.crossattention.query = self.crossattention.query, None
+    def beside(self, query: Tensor | None, attention_output: Tensor) -> Tensor | None:
+        """The bottleneck's output for f, or for t itself where no image is attended to."""
         active = self.adapters.active_set
         if active is None:
-            return output
+            return None
         if query is None:
-            return output + active.text(self.index, attention_output)
-        return output + active.fusion(self.index, query, attention_output)
+            return active.text(self.index, attention_output)
+        return active.fusion(self.index, query, attention_output)
 
 
 def add_uniadapter(vision: VisionTransformer, texts: Sequence[BertModel], config: UniAdapterConfig) -> UniAdapters:
@@ -142,16 +135,14 @@ def add_uniadapter(vision: VisionTransformer, texts: Sequence[BertModel], config
         )
     adapters = UniAdapters(*shapes[0], config)
     for i, block in enumerate(vision.blocks):
-        block.mlp = _attached(AdaptedMlp, block.mlp, adapters, i)
+        block.mlp = _attached(retyped(AdaptedMlp, block.mlp), adapters, i)
     for text in texts:
         for i, layer in enumerate(text.encoder.layer):
-            text.encoder.layer[i] = layer = _attached(AdaptedLayer, layer, adapters, i)
-            layer.crossattention = retyped(RememberedCrossAttention, layer.crossattention)
+            text.encoder.layer[i] = _attached(remember_query(layer, AdaptedLayer), adapters, i)
     return adapters
 
 
-def _attached(cls: type[nn.Module], module: nn.Module, adapters: UniAdapters, index: int) -> nn.Module:
-    """``module`` as a ``cls`` that reads layer ``index`` of the adapters, which are registered at the model."""
-    new = retyped(cls, module)
-    new.__dict__.update(adapters=adapters, index=index)
-    return new
+def _attached(module: nn.Module, adapters: UniAdapters, index: int) -> nn.Module:
+    """``module``, reading layer ``index`` of the adapters, which are registered at the model."""
+    module.__dict__.update(adapters=adapters, index=index)
+    return module

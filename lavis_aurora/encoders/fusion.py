@@ -29,8 +29,19 @@ class GatedCrossAttention(BertAttention):
         return (self.gate(hidden_states, f, keep), *rest)
 
 
-class AffineLayer(BertLayer):
-    """A layer whose output is corrected by an :class:`AffineGate` of t and f, when it attends to an image."""
+class RememberedCrossAttention(BertAttention):
+    """Cross-attention that keeps its input t for the :class:`RememberingLayer` around it."""
+
+    query: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple:
+        """As LAVIS's."""
+        self.query = hidden_states
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+class RememberingLayer(BertLayer):
+    """A layer that adds something made of t and f to the output of its feed-forward block."""
 
     def forward(self, *args, **kwargs) -> tuple:
         """As LAVIS's."""
@@ -41,20 +52,29 @@ class AffineLayer(BertLayer):
         """The feed-forward block; its input is f, or t itself in a text-only pass."""
         output = super().feed_forward_chunk(attention_output)
         query, self.crossattention.query = self.crossattention.query, None
+        more = self.beside(query, attention_output)
+        return output if more is None else output + more
+
+    def beside(self, query: Tensor | None, attention_output: Tensor) -> Tensor | None:
+        """What is added: of t, which is None in a text-only pass, and of the block's input. None for nothing."""
+        return None
+
+
+def remember_query(layer: BertLayer, cls: type[RememberingLayer]) -> RememberingLayer:
+    """``layer`` as a ``cls``, with its parameters under their names."""
+    new = retyped(cls, layer)
+    new.crossattention = retyped(RememberedCrossAttention, new.crossattention)
+    return new
+
+
+class AffineLayer(RememberingLayer):
+    """A layer whose output is corrected by an :class:`AffineGate` of t and f, when it attends to an image."""
+
+    def beside(self, query: Tensor | None, attention_output: Tensor) -> Tensor | None:
+        """The gate's correction."""
         if query is None or self.factors.active is None:
-            return output
-        return output + self.gate(query, attention_output)
-
-
-class RememberedCrossAttention(BertAttention):
-    """Cross-attention that keeps its input t for the :class:`AffineLayer` around it."""
-
-    query: Tensor | None = None
-
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple:
-        """As LAVIS's."""
-        self.query = hidden_states
-        return super().forward(hidden_states, *args, **kwargs)
+            return None
+        return self.gate(query, attention_output)
 
 
 def add_gates(encoder: BertModel, config: GateConfig, factors: ModeFactors) -> None:
@@ -68,9 +88,8 @@ def add_gates(encoder: BertModel, config: GateConfig, factors: ModeFactors) -> N
     dim = encoder.config.hidden_size
     for i, layer in enumerate(layers):
         if config.form == "affine":
-            layers[i] = layer = retyped(AffineLayer, layer)
-            layer.crossattention = retyped(RememberedCrossAttention, layer.crossattention)
-            gated, layer.gate = layer, AffineGate(dim, config)
+            gated = layers[i] = remember_query(layer, AffineLayer)
+            gated.gate = AffineGate(dim, config)
         else:
             gated = layer.crossattention = retyped(GatedCrossAttention, layer.crossattention)
             gated.gate = QueryGate(dim, config)

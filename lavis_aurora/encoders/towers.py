@@ -17,23 +17,28 @@ from lavis_aurora.encoders.fused import fuse_text, fuse_vision
 from lavis_aurora.errors import AuroraError
 
 
-def build_vision_encoder(cfg: BlipAuroraConfig) -> VisionTransformerEncoder:
-    """LAVIS's ViT, of LAVIS's two sizes or of the size in ``model.vit``. Random weights."""
+def plain_vision_encoder(cfg: BlipAuroraConfig) -> VisionTransformerEncoder:
+    """LAVIS's ViT as it is, of LAVIS's two sizes or of the size in ``model.vit``. Random weights."""
     if cfg.vit is None:
-        # Checkpointing is ours, see CheckpointedBlock.
-        encoder = VisionTransformerEncoder.from_config(OmegaConf.structured(replace(cfg, vit_grad_ckpt=False)))
-    else:
-        eps = cfg.vit_layer_norm_epsilon
-        encoder = VisionTransformerEncoder(
-            img_size=cfg.image_size,
-            patch_size=cfg.vit.patch_size,
-            embed_dim=cfg.vit.embed_dim,
-            depth=cfg.vit.depth,
-            num_heads=cfg.vit.num_heads,
-            drop_path_rate=cfg.vit_drop_path_rate,
-            norm_layer=None if eps == -1 else partial(nn.LayerNorm, eps=eps),
-        )
-        encoder.vision_width = cfg.vit.embed_dim
+        return VisionTransformerEncoder.from_config(OmegaConf.structured(cfg))
+    eps = cfg.vit_layer_norm_epsilon
+    encoder = VisionTransformerEncoder(
+        img_size=cfg.image_size,
+        patch_size=cfg.vit.patch_size,
+        embed_dim=cfg.vit.embed_dim,
+        depth=cfg.vit.depth,
+        num_heads=cfg.vit.num_heads,
+        drop_path_rate=cfg.vit_drop_path_rate,
+        norm_layer=None if eps == -1 else partial(nn.LayerNorm, eps=eps),
+    )
+    encoder.vision_width = cfg.vit.embed_dim
+    return encoder
+
+
+def build_vision_encoder(cfg: BlipAuroraConfig) -> VisionTransformerEncoder:
+    """:func:`plain_vision_encoder` with fused attention."""
+    # Checkpointing is ours, see CheckpointedBlock.
+    encoder = plain_vision_encoder(replace(cfg, vit_grad_ckpt=False))
     fuse_vision(encoder, checkpointed=cfg.vit_ckpt_layer if cfg.vit_grad_ckpt else 0)
     return encoder
 

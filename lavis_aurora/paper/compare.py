@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -206,7 +205,7 @@ def _heads(column: str) -> tuple[str, str]:
     return direction, {"median_rank": "MdR"}.get(match[3], f"R@{match[3][1:]}")
 
 
-def compare(arguments: argparse.Namespace) -> str:
-    """All results, one below the other."""
-    found = [one for path in arguments.results for one in read_measured(path)]
-    return "\n\n".join(report(comparison(one, arguments.benchmark, arguments.table)) for one in found)
+def compare(results: Sequence[str | Path], benchmark: Optional[str] = None, table: Optional[str] = None) -> str:
+    """All results, one below the other; see :func:`read_measured` and :func:`comparison`."""
+    found = [one for path in results for one in read_measured(path)]
+    return "\n\n".join(report(comparison(one, benchmark, table)) for one in found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from tiny_vqa import vqa_project
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.paper.compare import compare, comparison, read_measured
 from lavis_aurora.paper.tables import paper_tables
-from lavis_aurora_cli import add_compare_arguments, train
+from lavis_aurora_cli import main, train
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER_RUN = {
@@ -52,10 +51,8 @@ def write_run(folder: Path, dataset: str, model: dict, run: dict, files: dict[st
     return folder
 
 
-def text_of(*arguments: str) -> str:
-    parser = argparse.ArgumentParser()
-    add_compare_arguments(parser)
-    return compare(parser.parse_args(list(arguments)))
+def text_of(*results: str) -> str:
+    return compare(results)
 
 
 def retrieval_metrics(back: str, values: tuple[float, ...]) -> dict[str, float]:
@@ -201,12 +198,14 @@ def test_what_real_runs_on_videos_write_is_read(tmp_path, project, builder, writ
     assert paper_tables()["benchmarks"][builder]["name"] in text_of(str(run))
 
 
-def test_a_run_on_other_data_is_shown_alone(tmp_path):
+def test_a_run_on_other_data_is_shown_alone(tmp_path, capsys):
     run = write_run(tmp_path, "demo_retrieval", {}, {}, {}, {"agg_metrics": 12.5})
     assert "none of the paper's benchmarks; --benchmark compares nevertheless with coco_retrieval, " in text_of(
         str(run)
     )
     assert "12.50" in text_of(str(run))
+    main(["compare", str(run)])
+    assert capsys.readouterr().out == text_of(str(run)) + "\n"
 
 
 @pytest.mark.parametrize("name", ["nothing", "result/odd.json", "result/test_epoch_1.json"])
