@@ -1,13 +1,14 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and json with errors that name the file."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from lavis_aurora.errors import AuroraError
 
@@ -41,3 +42,19 @@ def written_whole(path: str | Path, previous: str | Path | None = None) -> Itera
         if isinstance(error, (OSError, RuntimeError)):  # torch's zip writer tells of a full disk by a RuntimeError
             raise AuroraError(f"cannot write {path} ({error}); free some space or name another folder") from error
         raise
+
+
+def read_json(path: str | Path, key: str = "") -> Any:
+    """Content of a json file.
+
+    Args:
+        path: of it.
+        key: the YAML key that names it, for messages.
+
+    Raises:
+        AuroraError: it cannot be read.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AuroraError(f"{f'{key}: ' * bool(key)}{path} is not readable json ({error})") from error

@@ -6,7 +6,6 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
@@ -106,13 +105,6 @@ def trained_parameters(output: str) -> dict[str, int]:
     return {}
 
 
-def read_json(path: str | Path) -> Any:
-    """Content of a json file.
-
-    Raises:
-        AuroraError: it cannot be read.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AuroraError(f"{path}: cannot be read as json ({error})") from error
+def result_files(run: str | Path, pattern: str) -> list[Path]:
+    """Files of that name in a run's folder ``result``, the newest last."""
+    return sorted((Path(run) / "result").glob(pattern), key=lambda path: path.stat().st_mtime)

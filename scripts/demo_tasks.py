@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ Row = dict[str, Any]
 
 
 @dataclass
-class DemoTask:
+class DemoTask(ABC):
     """What differs from demo to demo.
 
     Attributes:
@@ -34,29 +35,29 @@ class DemoTask:
     def path(self) -> Path:
         return ROOT / "projects" / "aurora" / self.project
 
+    @abstractmethod
     def figures(self, run: Run) -> Row:
         """What a run measured on the test split."""
-        raise NotImplementedError
 
     def again(self, run: Run) -> list[Run]:
         """Further evaluations of what a run has tuned, for :meth:`figures` to read."""
         return []
 
+    @abstractmethod
     def validation(self, run: Run) -> float:
         """Score of the best epoch on the validation split, percent."""
-        raise NotImplementedError
 
     def references(self, datasets: dict[str, Any], folder: Path) -> Row:
         """Figures to compare with that no run measures, added to each row; ``folder`` is for files."""
         return {}
 
+    @abstractmethod
     def table(self, rows: list[Row]) -> str:
         """The comparison as text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def draw(self, rows: list[Row], path: Path) -> None:
         """The comparison as a picture."""
-        raise NotImplementedError
 
 
 def cost(row: Row) -> str:

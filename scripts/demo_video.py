@@ -28,7 +28,8 @@ class VideoDemo(RetrievalDemo):
 
     def figures(self, run: Run) -> Row:
         row = super().figures(run)
-        [one] = (super(VideoDemo, self).figures(further)["metrics"] for further in self.again(run))
+        [further] = self.again(run)
+        one = super().figures(further)["metrics"]
         for direction in self.directions:
             row["metrics"].update({f"{direction}_one_frame_r{k}": one[f"{direction}_r{k}"] for k in (1, 5, 10)})
         return row

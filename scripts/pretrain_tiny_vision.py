@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from lavis_aurora.demo.pictures import render
 from lavis_aurora.demo.scenes import Scene, domain_of, iter_scenes
+from lavis_aurora.files import written_whole
 from lavis_aurora.loading import load_preprocess
 
 ARCH = "blip_retrieval_aurora"
@@ -107,8 +108,8 @@ def main() -> None:
     truth = [classes_of(scenes, words), backgrounds]
     right = train(model.visual_encoder, naming, pictures, truth, args.steps, batch=64)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    kept = {name: value for name, value in model.state_dict().items() if "_m." not in name and "queue" not in name}
-    torch.save(kept, args.output)
+    with written_whole(args.output) as file:
+        torch.save(model.state_dict(), file)
     print(f"shapes named in the last batch: {right[0]:.0%} by patches, {right[1]:.0%} by [CLS]; {args.output}")
 
 

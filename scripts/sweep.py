@@ -26,7 +26,8 @@ from processes import ROOT, TrainingProcess
 
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.figures.table import write_table
-from lavis_aurora.results import final_metrics, newest_run, read_json, trained_parameters
+from lavis_aurora.files import read_json
+from lavis_aurora.results import final_metrics, newest_run, trained_parameters
 
 DONE, LOG, PLAN = "cell.json", "output.txt", "sweep.json"
 

@@ -8,8 +8,9 @@ import pytest
 from tiny import project_yaml, tiny_model
 
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.files import read_json
 from lavis_aurora.mode_approx import trainable_parameters_summary
-from lavis_aurora.results import final_metrics, newest_run, read_config, read_json, trained_parameters
+from lavis_aurora.results import final_metrics, newest_run, read_config, trained_parameters
 from lavis_aurora_cli import train
 
 

@@ -48,6 +48,15 @@ def activate(model: nn.Module, seed: int = 0, std: float = 0.2) -> nn.Module:
     return model
 
 
+def keys_of_trained(model: BlipRetrievalAurora) -> set[str]:
+    """Keys of the state dict that training may change (law 4): the adapter, the heads and their momentum copies."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    allowed = {names[id(p)] for _, p in adapter_parameters(model)}
+    for head in model.heads:
+        allowed |= {names[id(p)] for p in ([head] if isinstance(head, nn.Parameter) else head.parameters())}
+    return allowed | {"vision_proj_m.weight", "vision_proj_m.bias", "text_proj_m.weight", "text_proj_m.bias"}
+
+
 def write_pictures(folder: Path, count: int, captions_each: int = 1) -> dict[str, Path]:
     """Write ``count`` JPEGs for each split and its annotations in LAVIS's (Karpathy's) format.
 

@@ -20,8 +20,9 @@ from torch.utils.data import Dataset
 
 from lavis_aurora.data.dataset_keys import DATA_KINDS, SPLITS
 from lavis_aurora.data.samples import CheckedDataset, ReplacingDataset
-from lavis_aurora.data.vqa_files import check_vqa_files, read_json
+from lavis_aurora.data.vqa_files import check_vqa_files
 from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.files import read_json
 
 
 class Rule(NamedTuple):
@@ -77,7 +78,7 @@ def annotation_files(name: str, cfg: DictConfig) -> Iterator[tuple[str, str, str
         if urls and len(urls) != len(storage):
             raise AuroraError(f"{part}: {len(urls)} url, but {len(storage)} storage; give one of each for a file")
         for path in storage:
-            yield split, key, path if os.path.isabs(path) else get_cache_path(path)
+            yield split, key, get_cache_path(path)  # an absolute one stays
 
 
 def read_entries(path: str, key: str) -> list[dict]:
@@ -108,15 +109,14 @@ def check_entries(entries: list[dict], dataset_cls: type, path: str, key: str) -
                 )
 
 
-def check_paragraphs(files: list[str], key: str) -> None:
+def check_paragraphs(entries: list[dict], path: str, key: str) -> None:
     """Refuse several captions of a video where all of its descriptions make one (paper, appendix C: DiDeMo)."""
-    for path in files:
-        for i, entry in enumerate(read_entries(path, key)):
-            if len(entry["caption"]) > 1:
-                raise AuroraError(
-                    f"{key}: entry {i} of {path} has {len(entry['caption'])} captions; for paragraph-to-video "
-                    f"retrieval they are one, as python -m lavis_aurora.data.convert didemo joins them"
-                )
+    for i, entry in enumerate(entries):
+        if len(entry["caption"]) > 1:
+            raise AuroraError(
+                f"{key}: entry {i} of {path} has {len(entry['caption'])} captions; for paragraph-to-video "
+                f"retrieval they are one, as python -m lavis_aurora.data.convert didemo joins them"
+            )
 
 
 def check_unique(entries: list[dict], dataset_cls: type, path: str, key: str) -> None:
@@ -134,13 +134,15 @@ def check_unique(entries: list[dict], dataset_cls: type, path: str, key: str) ->
             )
 
 
-def check_split(files: list[str], dataset_cls: type, key: str) -> None:
-    """Check all annotation files of a split; see :func:`check_entries`."""
+def check_split(files: list[str], dataset_cls: type, key: str, paragraphs: bool = False) -> None:
+    """Check all annotation files of a split; see :func:`check_entries`, and :func:`check_paragraphs` if asked for."""
     further = FURTHER_FILES.get(dataset_cls)
     for path in files[:1] if further else files:
         entries = read_entries(path, key)
         check_entries(entries, dataset_cls, path, key)
         check_unique(entries, dataset_cls, path, key)
+        if paragraphs:
+            check_paragraphs(entries, path, key)
         if further:
             further(entries, files, key)
 
@@ -176,9 +178,7 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, Dataset]:
         cls = builder.train_dataset_cls if split == "train" else builder.eval_dataset_cls
         paths = [path for _, _, path in paths]
         if all(map(os.path.isfile, paths)):
-            check_split(paths, cls, key)
-            if name in PARAGRAPHS and split != "train":
-                check_paragraphs(paths, key)
+            check_split(paths, cls, key, paragraphs=name in PARAGRAPHS and split != "train")
     try:
         datasets = builder.build_datasets()
     except (OSError, TypeError, ValueError) as error:
@@ -186,8 +186,7 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, Dataset]:
             key, path = missing[0]
             raise AuroraError(f"{key}: {path} is missing and could not be fetched ({error}); {REMEDY}") from error
         raise
-    vis_root = cfg.build_info[cfg.data_type].storage
-    vis_root = vis_root if os.path.isabs(vis_root) else get_cache_path(vis_root)
+    vis_root = get_cache_path(cfg.build_info[cfg.data_type].storage)
     if not os.path.isdir(vis_root):
         key = f"datasets.{name}.build_info.{cfg.data_type}.storage"
         raise AuroraError(f"{key}: no such folder: {vis_root}; {REMEDY}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +30,7 @@ from lavis_aurora.errors import AuroraError
 from lavis_aurora.paths import package_file
 
 
-class DemoBuilder(BaseDatasetBuilder):
+class DemoBuilder(BaseDatasetBuilder, ABC):
     """A dataset that is made as the YAML asks for it, unless it is there; what is there is never changed.
 
     The types' ``build_info.folder`` has a name for each setting, so that runs with different ones share nothing.
@@ -80,13 +81,13 @@ class DemoBuilder(BaseDatasetBuilder):
         """Entries that the first file of a split must hold."""
         return int(info.annotations[split].count)
 
+    @abstractmethod
     def _is_first(self, entry: dict[str, Any], split: str, info: DictConfig) -> bool:
         """Whether this is the first entry of the split and its seed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _make(self, folder: Path, counts: dict[str, int], info: DictConfig) -> None:
         """Write the splits, with so many pictures or clips each."""
-        raise NotImplementedError
 
 
 class CaptionedDemoBuilder(DemoBuilder):

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.files import read_json
 
 Entries = list[dict[str, Any]]
-
-
-def read_file(path: Path) -> Any:
-    """What a json file holds."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AuroraError(f"{path} is not readable json ({error})") from error
 
 
 def _get(item: Any, key: str, path: Path, what: str) -> Any:
@@ -47,7 +39,7 @@ def msrvtt(paths: Sequence[Path], split: str, test_csv: Path | None) -> dict[str
     parts: dict[str, str] = {}
     captions: dict[str, list[str]] = defaultdict(list)
     for path in paths:
-        content = read_file(path)
+        content = read_json(path)
         for i, video in enumerate(_list(_get(content, "videos", path, "the file"), path, "videos")):
             parts[_get(video, "video_id", path, f"video {i}")] = _get(video, "split", path, f"video {i}")
         for i, sentence in enumerate(_list(_get(content, "sentences", path, "the file"), path, "sentences")):
@@ -113,7 +105,7 @@ def didemo(folder: Path, videos: Path | None) -> tuple[dict[str, Entries], list[
     for part in ("train", "val", "test"):
         path = folder / f"{part}_data.json"
         paragraphs: dict[str, list[str]] = defaultdict(list)
-        for i, item in enumerate(_list(read_file(path), path, "the file")):
+        for i, item in enumerate(_list(read_json(path), path, "the file")):
             text = _get(item, "description", path, f"entry {i}").strip()
             if text:
                 paragraphs[_get(item, "video", path, f"entry {i}")].append(text)
@@ -134,7 +126,7 @@ def karpathy(path: Path) -> tuple[str, dict[str, Entries]]:
     Returns:
         coco or flickr30k, and the entries.
     """
-    content = read_file(path)
+    content = read_json(path)
     name = _get(content, "dataset", path, "the file")
     if name not in ("coco", "flickr30k"):
         raise AuroraError(f"{path}: holds {name!r}; known: coco, flickr30k")

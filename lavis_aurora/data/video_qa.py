@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from lavis.common.utils import get_cache_path
 from lavis.datasets.builders.video_qa_builder import VideoQABuilder
 from lavis.datasets.datasets.video_vqa_datasets import VideoQADataset
 
-from lavis_aurora.data.vqa_files import read_json
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.files import read_json
 from lavis_aurora.paths import package_file
 
 
@@ -59,7 +58,7 @@ class OpenVideoQABuilder(VideoQABuilder):
         info = self.config.build_info.annotations.get("ans2label")
         if info is None:
             raise AuroraError(f"{key}: missing; name the file of answers (url and storage)")
-        path = info.storage if os.path.isabs(info.storage) else get_cache_path(info.storage)
+        path = get_cache_path(info.storage)  # an absolute one stays
         labels = read_json(path, f"{key}.storage")
         if not isinstance(labels, dict) or not labels:
             raise AuroraError(f'{key}.storage: {path} must hold answers with their numbers, e.g. {{"man": 0}}')

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.files import read_json
 
 # Of VQAv2's official files: keys of the file, the list it holds, and keys of each item.
 QUESTIONS = (("info", "task_type", "data_type", "data_subtype", "license"), "questions", ("question_id",))
 TRUE_ANSWERS = ((), "annotations", ("question_id", "image_id", "question_type", "answer_type", "answers"))
-
-
-def read_json(path: str, key: str) -> Any:
-    """What a file holds; ``key`` is the YAML key that names it, for messages."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise AuroraError(f"{key}: {path} is not readable json ({error})") from error
 
 
 def _read_official(path: str, key: str, form: tuple) -> set:

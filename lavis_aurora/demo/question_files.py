@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from lavis_aurora.demo.pictures import generate_pictures
 from lavis_aurora.demo.questions import ANSWER_TYPES, DESCRIBE, SHAPE_COUNTS, answers_of, iter_questions
 from lavis_aurora.demo.scenes import DOMAINS, SPLITS, caption_of, domain_of, iter_scenes
+from lavis_aurora.files import written_whole
 
 EACH = 4  # questions about a picture
 _PER_PICTURE = 100  # ids of its questions, the last one for its caption
@@ -132,9 +132,8 @@ def generate_questions(
         if captions and split == "train":
             contents[0] += captions_of(domain, count, seed)
         for path, content in reversed([*zip(done[split], contents)]):
-            unfinished = path.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            os.replace(unfinished, path)
+            with written_whole(path) as file:
+                file.write(f"{json.dumps(content, indent=1)}\n".encode())
     return done
 
 

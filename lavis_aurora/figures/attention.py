@@ -16,7 +16,7 @@ from torch import nn
 from lavis_aurora.encoders.visual import encode_visual
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.figures.drawing import blank, canvas
-from lavis_aurora.figures.run_data import load_trained, read_visual, split_data, untrained_model, visual_path
+from lavis_aurora.figures.run_data import load_trained, read_visual, split_data, untrained_model
 from lavis_aurora.results import read_config
 
 COLUMNS = 8  # of pictures
@@ -59,7 +59,7 @@ def numbers(args: argparse.Namespace) -> dict[str, Any]:
             raise AuroraError(f"--words {' '.join(args.words)}: not in the text; its words are {', '.join(words)}")
         words, maps = [words[i] for i in shown], maps[shown]
         rows.append({"run": str(run), "label": name, "words": words, "layer": layer, "maps": maps.tolist()})
-    picture = visual_path(dataset, args.picture)
+    picture = dataset.file(args.picture)
     return {"picture": picture, "text": text, "relative": args.relative, "rows": rows}
 
 

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.figures.attention import run_label
 from lavis_aurora.figures.drawing import blank, canvas
-from lavis_aurora.figures.run_data import read_visual, result_file, split_data, visual_path
+from lavis_aurora.figures.run_data import read_visual, result_file, split_data
+from lavis_aurora.files import read_json
 from lavis_aurora.results import read_config
 
 RIGHT, WRONG, UNKNOWN = "#15803d", "#b91c1c", "#374151"
@@ -66,7 +67,7 @@ def _ranked(args: argparse.Namespace) -> dict[str, Any]:
     cases = []
     for item in _chosen(args, list(range(len(ids))), len(ids)):
         right = dataset.txt2img[item]
-        shown = [{"file": visual_path(dataset, i), "right": i == right} for i in ids[item][: args.top]]
+        shown = [{"file": dataset.file(i), "right": i == right} for i in ids[item][: args.top]]
         rank = result["ranks"][direction][item] + 1
         cases.append({"item": item, "text": dataset.text[item], "rank": rank, "candidates": shown})
     return {"kind": "retrieval", "run": str(run), "cases": cases}
@@ -90,7 +91,7 @@ def _answers(args: argparse.Namespace, labels: list[str]) -> dict[str, Any]:
         given = [run[key]["answer"] for run in answers]
         truth = answers[0][key].get("truth") or truths.get(str(entry.get("question_id"))) or entry.get("answer")
         entries.append(
-            {"item": index, "file": visual_path(dataset, index), "question": entry["question"]}
+            {"item": index, "file": dataset.file(index), "question": entry["question"]}
             | {"answers": given, "truth": truth if isinstance(truth, str) else None}
         )
     if not entries:
@@ -111,8 +112,6 @@ def _key(result: dict[str, Any]) -> Any:
 
 def _truths(dataset) -> dict[str, str]:
     """The commonest true answer by question, where VQAv2's annotations are known."""
-    from lavis_aurora.results import read_json
-
     path = getattr(dataset, "coco_fmt_anno_file", None)
     if not path:
         return {}

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.figures.drawing import OWN, PALE, canvas, tidy
+from lavis_aurora.files import read_json
 from lavis_aurora.paper.tables import paper_tables
-from lavis_aurora.results import read_json
 
 UNITS = ("uniadapter-512", "full")
 NAMES = {"uniadapter": "UniAdapter", "aurora": "Aurora", "lora": "LoRA"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ from PIL import Image
 
 import lavis_aurora.register  # noqa: F401
 from lavis_aurora.data.annotations import build_checked
+from lavis_aurora.data.frames import read_frames, uniform_indices
+from lavis_aurora.data.samples import CheckedDataset
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.files import read_json
 from lavis_aurora.project import AuroraConfig, load_config
-from lavis_aurora.results import read_json
+from lavis_aurora.results import result_files
 from lavis_aurora.training.checkpointing import BEST, read_checkpoint, read_latest
 
 VIDEOS = (".mp4", ".avi", ".mkv", ".webm", ".mov")
@@ -53,8 +56,8 @@ def load_trained(model, run: str | Path) -> None:
     model.load_run_state(found[0]["model"], str(found[1]))
 
 
-def split_data(run: str | Path, split: str):
-    """LAVIS's dataset of a run's split; the first one that has it.
+def split_data(run: str | Path, split: str) -> CheckedDataset:
+    """The dataset of a run's split; the first one that has it.
 
     Raises:
         AuroraError: no dataset of the run has such a split.
@@ -74,16 +77,10 @@ def result_file(run: str | Path, pattern: str) -> Any:
     Raises:
         AuroraError: there is none.
     """
-    files = sorted((Path(run) / "result").glob(pattern), key=lambda path: path.stat().st_mtime)
+    files = result_files(run, pattern)
     if not files:
         raise AuroraError(f"{run}: its folder result holds no {pattern}; name the folder of a run that was tested")
     return read_json(files[-1])
-
-
-def visual_path(dataset, index: int) -> str:
-    """The file of a picture or video of a dataset, by the number of its entry."""
-    entry = dataset.annotation[index]
-    return os.path.join(dataset.vis_root, str(entry.get("image", entry.get("video"))))
 
 
 def read_visual(path: str | Path) -> np.ndarray:
@@ -94,11 +91,9 @@ def read_visual(path: str | Path) -> np.ndarray:
     """
     try:
         if Path(path).suffix.lower() in VIDEOS:
-            import decord
-
-            reader = decord.VideoReader(str(path))
-            return reader[len(reader) // 2].asnumpy()
+            [frame] = read_frames(str(path), partial(uniform_indices, count=1))
+            return frame.permute(1, 2, 0).numpy()
         with Image.open(path) as picture:
             return np.asarray(picture.convert("RGB"))
-    except Exception as error:  # decord has errors of its own
+    except Exception as error:  # PIL has errors of its own
         raise AuroraError(f"{path}: cannot be shown ({error})") from error

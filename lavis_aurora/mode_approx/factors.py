@@ -16,8 +16,10 @@ from lavis_aurora.precision import SinglePrecision
 
 # Deviation of U at the start.
 U_DEVIATION = 0.1
+# The factor set of the momentum teacher's moving average.
+TEACHER_SET = "momentum"
 # Sets that belong to a model's training and are no adapters.
-INTERNAL = ("momentum",)
+INTERNAL = (TEACHER_SET,)
 # Whose the heads of the backbone itself are, see Companions.
 BASE = "base"
 

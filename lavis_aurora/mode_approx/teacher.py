@@ -6,10 +6,7 @@ from torch import nn
 
 from lavis_aurora.mode_approx.adapted import AdaptedLayer
 from lavis_aurora.mode_approx.companions import switch_companions
-from lavis_aurora.mode_approx.factors import ModeFactors
-
-# The factor set of the moving average.
-TEACHER_SET = "momentum"
+from lavis_aurora.mode_approx.factors import TEACHER_SET, ModeFactors
 
 
 def momentum_copies(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:

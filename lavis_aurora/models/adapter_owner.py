@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -9,10 +10,11 @@ from typing import Any
 
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
+from torch import nn
 
-from lavis_aurora.config import BlipAuroraConfig
+from lavis_aurora.config import BlipAuroraConfig, ModeApproxModelConfig
 from lavis_aurora.config_check import parse_config
-from lavis_aurora.mode_approx import ModeFactors
+from lavis_aurora.mode_approx import ModeFactors, load_adapter
 from lavis_aurora.mode_approx.teacher import restart_teacher
 
 # Keys that say where a model comes from, not what it is.
@@ -42,9 +44,8 @@ class AdapterOwnerMixin:
             for key, value in own.items()
             if key in self.ADAPTER_KEYS or (key not in SOURCES and value != defaults[key])
         }
-        names = registry.mapping["model_name_mapping"]
         return {
-            "arch": next((name for name, cls in names.items() if cls is type(self)), type(self).__name__),
+            "arch": registered_name(self),
             "model_type": self.settings.model_type,
             "settings": settings,
             "preprocess": preprocess,
@@ -86,6 +87,19 @@ class AdapterOwnerMixin:
         """Let the momentum teacher start as the adapter that is trained."""
         if name == "default":
             restart_teacher(self, self.mode_approx)
+
+
+def registered_name(model: nn.Module) -> str:
+    """The name of a model's class with LAVIS; of one that is not registered, its own."""
+    names = registry.mapping["model_name_mapping"]
+    return next((name for name, cls in names.items() if cls is type(model)), type(model).__name__)
+
+
+def load_configured_adapter(model: nn.Module, settings: BlipAuroraConfig | ModeApproxModelConfig) -> None:
+    """Load ``model.adapter``, if there is one."""
+    if settings.adapter:
+        load_adapter(model, settings.adapter, check_base=settings.adapter_check_base)
+        logging.info("model.adapter: loaded %s", settings.adapter)
 
 
 def _lavis_version() -> str | None:

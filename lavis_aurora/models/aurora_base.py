@@ -18,10 +18,10 @@ from lavis_aurora.config import BlipAuroraConfig
 from lavis_aurora.config_check import parse_config
 from lavis_aurora.encoders.fusion import add_gates
 from lavis_aurora.errors import AuroraError, near_names
-from lavis_aurora.mode_approx import ModeFactors, inject_mode_approx, load_adapter, trainable_parameters_summary
+from lavis_aurora.mode_approx import ModeFactors, inject_mode_approx, trainable_parameters_summary
 from lavis_aurora.mode_approx.companions import bind_companions, keep_base_heads
 from lavis_aurora.mode_approx.trainable import adapter_parameters
-from lavis_aurora.models.adapter_owner import AdapterOwnerMixin
+from lavis_aurora.models.adapter_owner import AdapterOwnerMixin, load_configured_adapter
 from lavis_aurora.models.checkpoint import load_backbone, read_state_dict
 from lavis_aurora.models.matching import longest_anywhere
 from lavis_aurora.models.run_state import RunState
@@ -54,9 +54,7 @@ class AuroraBase(AdapterOwnerMixin, RunState):
         settings = parse_config(cls.CONFIG_CLASS, cfg or {}, "model")
         model = cls(settings)
         model.load_checkpoint_from_config(settings)
-        if settings.adapter:
-            load_adapter(model, settings.adapter, check_base=settings.adapter_check_base)
-            logging.info("model.adapter: loaded %s", settings.adapter)
+        load_configured_adapter(model, settings)
         logging.info("%s (%s)\n%s", cls.__name__, settings.tuning, trainable_parameters_summary(model))
         return model
 

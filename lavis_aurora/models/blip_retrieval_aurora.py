@@ -21,9 +21,9 @@ from lavis_aurora.encoders.shared_images import matching_passes, share_images
 from lavis_aurora.encoders.towers import build_text_encoder, build_tokenizer, build_vision_encoder, check_vocabulary
 from lavis_aurora.encoders.visual import VisualFeatures, encode_visual, visual_input
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.mode_approx.factors import TEACHER_SET
 from lavis_aurora.mode_approx.merge import merged_weights
 from lavis_aurora.mode_approx.presets import PRESETS
-from lavis_aurora.mode_approx.teacher import TEACHER_SET
 from lavis_aurora.models.aurora_base import AuroraBase
 from lavis_aurora.models.matching import draw_negatives, gather, shared_seed
 from lavis_aurora.paths import package_file

@@ -20,12 +20,12 @@ from lavis_aurora.mode_approx import (
     ModeFactors,
     bind_companions,
     inject_mode_approx,
-    load_adapter,
     trainable_parameters_summary,
 )
 from lavis_aurora.mode_approx.companions import keep_base_heads
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.mode_approx.teacher import momentum_copies, restart_teacher
+from lavis_aurora.models.adapter_owner import load_configured_adapter, registered_name
 from lavis_aurora.models.aurora_base import AuroraBase
 from lavis_aurora.models.run_state import RunState
 from lavis_aurora.paths import package_file
@@ -72,7 +72,7 @@ class ModeApproxModel(RunState, BaseModel):
         self.base = base
         self.heads = heads
         self.settings = ModeApproxModelConfig(
-            base={"arch": _registered_name(base)}, mode_approx=config, modules_to_save=modules_to_save
+            base={"arch": registered_name(base)}, mode_approx=config, modules_to_save=modules_to_save
         )
         bind_companions(self, self.mode_approx, train_heads=True)
 
@@ -95,9 +95,7 @@ class ModeApproxModel(RunState, BaseModel):
         base = base_cls.from_config(OmegaConf.create(settings.base))
         model = cls(base, settings.mode_approx, settings.modules_to_save)
         model.settings = settings
-        if settings.adapter:
-            load_adapter(model, settings.adapter, check_base=settings.adapter_check_base)
-            logging.info("model.adapter: loaded %s", settings.adapter)
+        load_configured_adapter(model, settings)
         logging.info("mode_approx around %s\n%s", arch, trainable_parameters_summary(model))
         return model
 
@@ -212,11 +210,6 @@ class ModeApproxModel(RunState, BaseModel):
         """Let the momentum teacher start as the adapter that is trained."""
         if name == "default":
             restart_teacher(self.base, self.mode_approx)
-
-
-def _registered_name(model: nn.Module) -> str:
-    names = registry.mapping["model_name_mapping"]
-    return next((name for name, cls in names.items() if cls is type(model)), type(model).__name__)
 
 
 def _base_config_path(arch: str | None, model_type: str | None, prefix: str) -> str:

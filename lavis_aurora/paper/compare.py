@@ -11,9 +11,10 @@ from typing import Any, Optional
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.files import read_json
 from lavis_aurora.paper.setup import setup_differences
 from lavis_aurora.paper.tables import label, paper_rows, paper_tables
-from lavis_aurora.results import evaluations, final_metrics, read_config, read_json
+from lavis_aurora.results import evaluations, final_metrics, read_config, result_files
 
 RESULT_FILE = re.compile(r"(?P<split>.+)_epoch_(?P<epoch>[^_]+)(_vqa_result|_accuracy)?\.json")
 # Methods of the paper by model.tuning; a rank is that of the section of this name.
@@ -73,7 +74,7 @@ def read_measured(path: str | Path) -> list[Measured]:
 def _counts(run: Path, split: str, metrics: dict[str, float], content: Any = None) -> dict[str, int]:
     """How many of what was tested."""
     if content is None:
-        files = sorted((run / "result").glob(f"{split}_epoch_*.json"), key=lambda file: file.stat().st_mtime)
+        files = result_files(run, f"{split}_epoch_*.json")
         content = read_json(files[-1]) if files else {}
     if isinstance(content, list):
         return {"questions": len(content)}

@@ -36,7 +36,7 @@ def test_files_of_a_split_are_those_of_vqav2(made) -> None:
     domain, folder, paths = made
     assert paths == {split: split_files(folder, domain, split) for split in COUNTS}
     assert [len(paths[split]) for split in COUNTS] == [1, 4, 4]
-    assert not [*folder.rglob("*unfinished*")]
+    assert not [*folder.rglob("*unfinished*"), *folder.rglob("*.partial")]
 
 
 def test_entries_are_what_lavis_reads(made) -> None:
@@ -92,15 +92,15 @@ def test_a_rerun_replaces_its_splits_and_leaves_the_others(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("fails_at", ["shifted_test_questions", "shifted_vqa_val"])
 def test_interrupted_run_leaves_nothing_that_looks_complete(tmp_path: Path, monkeypatch, fails_at: str) -> None:
-    real = question_files.os.replace
+    real = Path.replace
 
     def interrupted(source, target):
         if fails_at in str(target):
             raise KeyboardInterrupt
-        real(source, target)
+        return real(source, target)
 
     generate_questions(tmp_path, "shifted", COUNTS, each=EACH)
-    monkeypatch.setattr(question_files.os, "replace", interrupted)
+    monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generate_questions(tmp_path, "shifted", COUNTS, seed=1, each=EACH)
     broken = "test" if "test" in fails_at else "val"
