@@ -24,6 +24,8 @@ from pathlib import Path
 from bench_step import METHODS, TASKS, measure
 from processes import environment
 
+from lavis_aurora.files import written_whole
+
 MB = 1e6
 LABELS = {
     "lavis-full": "full, LAVIS's own model",
@@ -56,7 +58,7 @@ def measure_apart(args: argparse.Namespace, task: str, method: str) -> dict:
 
 
 def run_all(args: argparse.Namespace) -> dict:
-    """Medians by task and method; the methods take turns."""
+    """Medians by task and method; the methods take turns. ``--out`` holds what has been measured at any time."""
     runs = [(task, method) for task in args.tasks for _ in range(args.rounds) for method in args.methods]
     results: dict = defaultdict(lambda: defaultdict(list))
     start = time.time()
@@ -69,7 +71,11 @@ def run_all(args: argparse.Namespace) -> dict:
             f"left: about {timedelta(seconds=round(left))}",
             flush=True,
         )
-    return {task: {m: summary(rounds) for m, rounds in methods.items()} for task, methods in results.items()}
+        medians = {task: {m: summary(rounds) for m, rounds in methods.items()} for task, methods in results.items()}
+        if args.out:
+            with written_whole(args.out) as file:
+                file.write(json.dumps({"arguments": vars(args), "results": medians}, indent=1).encode())
+    return medians
 
 
 def summary(rounds: list[dict]) -> dict:
@@ -159,13 +165,14 @@ def main() -> None:
         logging.disable(logging.WARNING)
         print(json.dumps(measure(args)))
         return
+    if args.out and not Path(args.out).absolute().parent.is_dir():
+        parser.error(f"--out {args.out}: no such folder")
     results = run_all(args)
     print("\n" + tables(results))
     first = next(iter(next(iter(results.values())).values()))
     settings = {**first["machine"], "batch": args.batch, "clock": args.clock}
     print(", ".join(f"{key} {value}" for key, value in settings.items()))
     if args.out:
-        Path(args.out).write_text(json.dumps({"arguments": vars(args), "results": results}, indent=1))
         print(f"written to {args.out}")
 
 
