@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lavis_aurora.errors import AuroraError
@@ -12,7 +14,8 @@ from lavis_aurora.figures.drawing import OWN, PALE, canvas, tidy
 from lavis_aurora.files import read_json
 from lavis_aurora.paper.tables import paper_tables
 
-UNITS = ("uniadapter-512", "full")
+# In LAVIS's own model first: that is how the paper's UniAdapter ran.
+UNITS = ("lavis-uniadapter-512", "uniadapter-512")
 NAMES = {"uniadapter": "UniAdapter", "aurora": "Aurora", "lora": "LoRA"}
 # The paper's benchmarks of each measured task, with the markers of their figures.
 BENCHMARKS = {
@@ -20,6 +23,7 @@ BENCHMARKS = {
     "vqa": {"coco_vqa": "o"},
     "video": {"msrvtt_retrieval": "o", "didemo_retrieval": "s"},
 }
+HOLLOW = {"color": "black", "markerfacecolor": "none", "markersize": 8}
 KEYS = {"seconds": ("time", "time of a step"), "memory": ("memory", "memory above the model")}
 
 
@@ -67,38 +71,51 @@ def paper_ratios() -> dict[str, dict[str, dict[str, float]]]:
 
 def draw(numbers: dict[str, Any]) -> Figure:
     """Two panels for each task, time and memory; bars are measured, hollow markers the paper's."""
-    tasks, paper = numbers["tasks"], numbers["paper"]
+    tasks = numbers["tasks"]
     longest = max(len(task["methods"]) for task in tasks.values())
-    figure, axes = canvas(len(tasks), 2, 5.0, 1.1 + 0.36 * longest)
+    figure, axes = canvas(len(tasks), 2, 5.0, 1.1 + 0.36 * longest, sharey="row")
     panels = iter(axes)
     for name, task in tasks.items():
         methods = list(task["methods"])
+        paper = {}
+        if task["unit"] in UNITS:
+            paper = {benchmark: numbers["paper"].get(benchmark, {}) for benchmark in BENCHMARKS.get(name, {})}
         for key, (column, title) in KEYS.items():
             axis = next(panels)
-            ratios = [task["methods"][method][key] for method in methods]
-            colors = [OWN if method.startswith("aurora") else PALE for method in methods]
-            axis.barh(range(len(methods)), ratios, color=colors, height=0.66)
-            for i, (method, ratio) in enumerate(zip(methods, ratios)):
-                axis.text(
-                    0.02, i, f"{ratio:.2f}", va="center", fontsize=9, color="white" if ratio > 0.12 else "black"
-                )
-                if task["unit"] != UNITS[0]:
-                    continue
-                for benchmark, marker in BENCHMARKS.get(name, {}).items():
-                    value = paper.get(benchmark, {}).get(method_name(method), {}).get(column)
+            _bars(axis, methods, [task["methods"][method][key] for method in methods])
+            for benchmark, values in paper.items():
+                places = [
+                    (values.get(_papers_name(m, task["unit"]), {}).get(column), i) for i, m in enumerate(methods)
+                ]
+                for value, i in places:
                     if value is not None:
-                        axis.plot(value, i, marker, color="black", markerfacecolor="none", markersize=8)
-            axis.set_yticks(range(len(methods)), [method_name(method) for method in methods])
-            axis.invert_yaxis()
+                        axis.plot(value, i, BENCHMARKS[name][benchmark], **HOLLOW)
             axis.axvline(1, color="black", linewidth=0.8)
             axis.set_xlabel(f"{method_name(task['unit'])} = 1")
             axis.set_title(f"{name}: {title}")
             tidy(axis, "x")
-        if task["unit"] == UNITS[0]:
-            for benchmark, marker in BENCHMARKS.get(name, {}).items():
-                text = f"paper, {paper_tables()['benchmarks'][benchmark]['name']}"
-                axis.plot([], [], marker, color="black", markerfacecolor="none", label=text)
+        axis.set_yticks(range(len(methods)), [method_name(method) for method in methods])
+        axis.invert_yaxis()
+        for benchmark in paper:
+            label = f"paper, {paper_tables()['benchmarks'][benchmark]['name']}"
+            axis.plot([], [], BENCHMARKS[name][benchmark], label=label, **HOLLOW)
+        if paper:
             axis.legend(frameon=False, fontsize=8, loc="lower right")
     device = numbers["machine"].get("device", "")
     figure.suptitle(f"Training cost: bars measured{f' on {device}' if device else ''}")
     return figure
+
+
+def _papers_name(method: str, unit: str) -> str:
+    """The paper's row that a method is compared with; its UniAdapter of rank 512 is the unit itself."""
+    if method in UNITS:
+        return method_name(UNITS[1]) if method == unit else ""
+    return method_name(method)
+
+
+def _bars(axis: Axes, methods: Sequence[str], ratios: Sequence[float]) -> None:
+    """A bar for each method, its ratio written inside."""
+    colors = [OWN if method.startswith("aurora") else PALE for method in methods]
+    axis.barh(range(len(methods)), ratios, color=colors, height=0.66)
+    for i, ratio in enumerate(ratios):
+        axis.text(0.02, i, f"{ratio:.2f}", va="center", fontsize=9, color="white" if ratio > 0.12 else "black")
