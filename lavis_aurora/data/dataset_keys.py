@@ -36,7 +36,12 @@ def check_dataset_keys(name: str, cfg: DictConfig) -> None:
     prefix = f"datasets.{name}"
     path = registry.get_builder_class(name).default_config_path(cfg.get("type", "default"))
     # Some of LAVIS's name another builder there.
-    [own] = OmegaConf.load(path).datasets.values()
+    named = OmegaConf.load(path).get("datasets") or {}
+    if len(named) != 1:
+        raise AuroraError(
+            f"{path}: the default YAML of {name} must hold one dataset below 'datasets', not {len(named)}"
+        )
+    [own] = named.values()
     own_info = own.get("build_info") or {}
     own_files = own_info.get("annotations") or {}
 

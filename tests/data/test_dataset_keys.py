@@ -142,3 +142,15 @@ def test_keys_that_nothing_reads(name: str, change: dict, message: str) -> None:
     with pytest.raises(AuroraError) as caught:
         check_dataset_keys(name, merged(name, change))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["model: {}", "datasets: {a: {}, b: {}}"])
+def test_a_default_yaml_of_a_builder_holds_one_dataset(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    path = tmp_path / "defaults.yaml"
+    path.write_text(content)
+    cls = registry.get_builder_class("demo_retrieval")
+    monkeypatch.setattr(cls, "default_config_path", classmethod(lambda cls, type: str(path)))
+    with pytest.raises(AuroraError, match="defaults.yaml: the default YAML of demo_retrieval must hold one dataset"):
+        check_dataset_keys("demo_retrieval", OmegaConf.create({}))
