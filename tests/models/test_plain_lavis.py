@@ -95,19 +95,27 @@ def test_where_no_yaml_loads_it_that_is_said(arch: str, settings: object, words:
     assert words in said and "model:" not in said
 
 
-@pytest.mark.parametrize("arch", ["blip_retrieval", "blip_vqa"])
+@pytest.mark.parametrize(
+    ("arch", "model_type", "width"),
+    [("blip_retrieval", "base", 768), ("blip_retrieval", "large", 1024), ("blip_vqa", "base", 768)],
+)
 def test_lavis_builds_the_model_from_what_the_command_prints(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, arch: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    arch: str,
+    model_type: str,
+    width: int,
 ) -> None:
     """Everything is LAVIS's own but the depth of its ViT and the vocabulary, which would be downloaded."""
     vit, original = lavis.models.vit.VisionTransformerEncoder, lavis.models.vit.VisionTransformerEncoder.__init__
     monkeypatch.setattr(vit, "__init__", lambda self, *args, **kw: original(self, *args, **{**kw, "depth": 1}))
     monkeypatch.setattr(BlipBase, "init_tokenizer", classmethod(lambda cls: build_tokenizer(TOKENIZER)))
     queue = {"queue_size": 16} if arch == "blip_retrieval" else {}
-    sizes = {"image_size": 32, "med_config_path": med_config(tmp_path, encoder_width=768), **queue}
+    sizes = {"image_size": 32, "med_config_path": med_config(tmp_path, encoder_width=width), **queue}
     own = {"pretrained": None, "tokenizer": TOKENIZER, "gate": {"form": "none"}, **sizes}
     cls = registry.get_model_class(f"{arch}_aurora")
-    defaults = OmegaConf.load(cls.default_config_path("base")).model
+    defaults = OmegaConf.load(cls.default_config_path(model_type)).model
     model = cls.from_config(OmegaConf.merge(defaults, own))
     backbone, merged = tmp_path / "base.pth", tmp_path / "merged.pth"
     torch.save({"model": {k: v for k, v in model.state_dict().items() if "mode_approx" not in k}}, backbone)
