@@ -95,7 +95,7 @@ def read_entries(path: str, key: str) -> list[dict]:
 def _sample(dataset_cls: type) -> str:
     """What a file for this class holds, by an example; nothing for one of which none is known."""
     entry = next((SAMPLES[cls] for cls in dataset_cls.__mro__ if cls in SAMPLES), None)
-    return f"; it holds a list of entries such as {json.dumps(entry)}" if entry else ""
+    return f"; it must hold a list of entries such as {json.dumps(entry)}" if entry else ""
 
 
 def check_entries(entries: list[dict], dataset_cls: type, path: str, key: str) -> None:

@@ -59,7 +59,8 @@ def check_dataset_keys(name: str, cfg: DictConfig) -> None:
     info = _section(cfg.get("build_info"), f"{prefix}.build_info", {"annotations", *DATA_KINDS, *own_info})
     files_key = f"{prefix}.build_info.annotations"
     files = _section(info.get("annotations"), files_key, {*SPLITS, *own_files})
-    file_keys = {*FILE_KEYS, *(key for part in own_files.values() for key in part)}
+    known = getattr(registry.get_builder_class(name), "FILE_KEYS", FILE_KEYS)
+    file_keys = {*known, *(key for part in own_files.values() for key in part)}
     for split, part in files.items():
         _section(part, f"{files_key}.{split}", file_keys)
     for kind in DATA_KINDS:
