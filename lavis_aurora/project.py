@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lavis_aurora.config import RunConfig
-from lavis_aurora.config_check import parse_config
+from lavis_aurora.config.check import parse_config
 from lavis_aurora.data.dataset_keys import check_dataset_keys, check_processor_keys
 from lavis_aurora.errors import AuroraError, near_names
 from lavis_aurora.mode_approx.adapter_file import read_adapter_config

@@ -30,6 +30,29 @@ def read_config(run: str | Path) -> DictConfig:
 
 
 @dataclass
+class TunedModel:
+    """The model that a run tuned.
+
+    Attributes:
+        arch: its registered name; of the model inside, where the run wrapped one in mode_approx.
+        tuning: ``model.tuning``, or ``mode_approx`` for such a wrapper.
+        section: the model's part of the configuration.
+    """
+
+    arch: str
+    tuning: str
+    section: DictConfig
+
+
+def tuned_model(config: DictConfig) -> TunedModel:
+    """The model of a run's configuration."""
+    model = config.model
+    if model.get("arch") == "mode_approx":
+        return TunedModel(str(model.base.arch), "mode_approx", model.base)
+    return TunedModel(str(model.get("arch")), model.get("tuning", "aurora"), model)
+
+
+@dataclass
 class Evaluation:
     """One line of ``log.txt``.
 

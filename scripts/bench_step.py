@@ -22,7 +22,7 @@ from torch import nn
 import lavis_aurora
 from lavis_aurora.baselines.uniadapter import add_uniadapter
 from lavis_aurora.config import RetrievalAuroraConfig, VqaAuroraConfig
-from lavis_aurora.config_check import parse_config
+from lavis_aurora.config.check import parse_config
 from lavis_aurora.encoders.towers import build_tokenizer, plain_vision_encoder
 from lavis_aurora.mode_approx.trainable import adapter_parameters
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -24,6 +25,9 @@ from demo_runs import Run, execute
 from demo_tasks import LABELS, DemoTask, Row
 from demo_video import VIDEO
 from demo_vqa import VQA
+from processes import add_jobs
+
+from lavis_aurora.errors import AuroraError
 
 TASKS: dict[str, DemoTask] = {"retrieval": RETRIEVAL, "vqa": VQA, "video": VIDEO}
 
@@ -90,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=TASKS, default="retrieval", help="default: %(default)s")
     parser.add_argument("--search", action="store_true", help="choose learning rates on the validation split")
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time")
+    add_jobs(parser, min(2, os.cpu_count() or 1))
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output", type=Path, help="folder of the results (default: output/ and the task's name)")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the YAML")
@@ -98,7 +102,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     task, start = TASKS[args.task], time.time()
     output = args.output or Path("output") / task.path.stem
     folder = (output / time.strftime("%Y%m%d_%H%M%S")).absolute()
-    (search if args.search else compare)(task, folder, args.jobs, args.seed, args.options)
+    try:
+        (search if args.search else compare)(task, folder, args.jobs, args.seed, args.options)
+    except AuroraError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted; what is finished lies in {folder}")
     print(f"in all {timedelta(seconds=round(time.time() - start))}")
 
 

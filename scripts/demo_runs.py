@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from processes import ROOT, TrainingProcess
+from processes import ROOT, TrainingProcess, run_all
 
 
 @dataclass
@@ -57,13 +57,14 @@ class Run(TrainingProcess):
         self.folder.mkdir(parents=True)
         self.launch(ROOT / script, self.project, given, more={"HF_HUB_OFFLINE": "1"}, cwd=ROOT)
 
-    def finished(self) -> bool:
-        """Whether it is done; a failed run ends the demo with the end of its log."""
+    def ended(self) -> bool:
+        """Whether it is done, which it says; a failed run ends the demo with the end of its log."""
         if self.process.poll() is None:
             return False
         self.seconds = time.time() - self.started
         if self.process.returncode:
             sys.exit(f"demo: the run '{self.name}' failed; {self.log} ends with:\n{self.tail(15)}")
+        print(f"done: {self.name}, {timedelta(seconds=round(self.seconds))}", flush=True)
         return True
 
     def tail(self, lines: int) -> str:
@@ -83,21 +84,13 @@ class Run(TrainingProcess):
 
 def execute(runs: list[Run], jobs: int, options: Sequence[str]) -> None:
     """Run all, ``jobs`` at a time, saying where each one is."""
-    waiting, active, last = list(runs), [], 0.0
-    try:
-        while waiting or active:
-            while waiting and len(active) < jobs:
-                active.append(waiting.pop(0))
-                active[-1].start(options)
-                print(f"started: {active[-1].name}", flush=True)
-            time.sleep(0.5)
-            for run in [run for run in active if run.finished()]:
-                active.remove(run)
-                print(f"done: {run.name}, {timedelta(seconds=round(run.seconds))}", flush=True)
-            if time.time() - last > 20:
-                last = time.time()
-                for run in active:
-                    print(f"  {run.name}: {run.progress()}", flush=True)
-    finally:
+
+    def start(run: Run) -> None:
+        run.start(options)
+        print(f"started: {run.name}", flush=True)
+
+    def report(active: list[Run], waiting: int) -> None:
         for run in active:
-            run.process.kill()
+            print(f"  {run.name}: {run.progress()}", flush=True)
+
+    run_all(runs, jobs, start, Run.ended, report)

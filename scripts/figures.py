@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Optional
 
 from lavis_aurora.errors import AuroraError
-from lavis_aurora.figures.drawing import save
+from lavis_aurora.figures.drawing import FigureModule, save
 
 # Figure: (module and, if it holds several, the object in it; what it shows).
 FIGURES = {
@@ -32,8 +32,10 @@ FIGURES = {
     "cost": ("cost", "time and memory of training (table 5)"),
 }
 
+SUFFIXES = (".png", ".pdf", ".svg")
 
-def load(name: str):
+
+def load(name: str) -> FigureModule:
     """The module or object that draws a figure; only its own imports are paid for."""
     module, _, member = FIGURES[name][0].partition(":")
     found = import_module(f"lavis_aurora.figures.{module}")
@@ -54,6 +56,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     figure.add_arguments(own)
     own.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="the picture; .json goes beside it")
     args = own.parse_args(argv[1:])
+    if args.out.suffix not in SUFFIXES:
+        own.error(f"--out {args.out}: the name of a picture ends in {' or '.join(SUFFIXES)}")
     try:
         numbers = figure.numbers(args)
         picture, beside = save(figure.draw(numbers), numbers, args.out)

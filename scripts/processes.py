@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Optional, TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,8 +45,14 @@ class TrainingProcess:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.started = time.time()
         with self.log.open("a") as log:
+            # Ctrl-C reaches this process alone, which tells its children once: told twice, they would not save.
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env={**environment(), **(more or {})}, cwd=cwd
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**environment(), **(more or {})},
+                cwd=cwd,
+                start_new_session=True,
             )
 
     def output(self) -> str:
@@ -56,3 +63,54 @@ class TrainingProcess:
         """Where it is, from its last progress line."""
         lines = [line for line in self.output().splitlines() if "  step " in line]
         return lines[-1].partition("[INFO] ")[2] if lines else "starting"
+
+
+Process = TypeVar("Process", bound=TrainingProcess)
+
+
+def add_jobs(parser: argparse.ArgumentParser, default: int) -> None:
+    """The argument ``--jobs`` of programs that call :func:`run_all`."""
+
+    def positive(text: str) -> int:
+        if int(text) < 1:
+            raise ValueError(text)
+        return int(text)
+
+    parser.add_argument(
+        "--jobs", type=positive, default=default, help="runs at a time, one thread each (default: %(default)s)"
+    )
+
+
+def run_all(
+    processes: Sequence[Process],
+    jobs: int,
+    start: Callable[[Process], None],
+    ended: Callable[[Process], bool],
+    report: Callable[[list[Process], int], None],
+    every: float = 20.0,
+) -> None:
+    """Run all, ``jobs`` at a time. Those that run when this is left by an error are told to stop, and waited for.
+
+    Args:
+        processes: in the order in which they start.
+        start: starts one.
+        ended: whether one has ended; asked until it has, so it may say so, or raise.
+        report: says where the given ones are, and how many wait; after each end and every so many seconds.
+    """
+    waiting, active, last = list(processes), [], time.time()
+    try:
+        while waiting or active:
+            while waiting and len(active) < jobs:
+                active.append(waiting.pop(0))
+                start(active[-1])
+            time.sleep(0.2)
+            still = [process for process in active if not ended(process)]
+            if len(still) < len(active) or time.time() - last > every:
+                active, last = still, time.time()
+                report(active, len(waiting))
+    finally:
+        running = [one.process for one in active if one.process and one.process.poll() is None]
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()

@@ -22,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Optional
 
-from processes import ROOT, TrainingProcess
+from processes import ROOT, TrainingProcess, add_jobs, run_all
 
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.figures.table import write_table
@@ -85,7 +85,7 @@ class Cell(TrainingProcess):
         self.launch(ROOT / script, cfg_path, [*given, "run.resume=auto", f"run.output_dir={self.folder}"])
 
     def ended(self) -> bool:
-        """Whether its process has ended; ``result`` then says how."""
+        """Whether its process has ended; ``result`` then says how, and a line of output."""
         if self.process.poll() is None:
             return False
         seconds = time.time() - self.started
@@ -93,6 +93,7 @@ class Cell(TrainingProcess):
         run = newest_run(self.folder)
         if self.process.returncode or run is None:
             self.result = {"status": "failed", "seconds": seconds, "error": last_error(output)}
+            print(f"failed: {self.name}: {self.result['error']}\n  all of it: {self.log}", flush=True)
             return True
         self.result = {
             "status": "done",
@@ -102,6 +103,7 @@ class Cell(TrainingProcess):
             "metrics": final_metrics(run),
         }
         (self.folder / DONE).write_text(json.dumps(self.result, indent=1))
+        print(f"done: {self.name}, {timedelta(seconds=round(seconds))}", flush=True)
         return True
 
 
@@ -196,30 +198,11 @@ def execute(cells: list[Cell], jobs: int, cfg_path: str, options: Sequence[str],
     waiting = [cell for cell in cells if not cell.finished()]
     if len(waiting) < len(cells):
         print(f"{len(cells) - len(waiting)} of {len(cells)} cells are finished and kept", flush=True)
-    active: list[Cell] = []
-    last = time.time()
-    try:
-        while waiting or active:
-            while waiting and len(active) < jobs:
-                active.append(waiting.pop(0))
-                active[-1].start(cfg_path, options)
-            time.sleep(0.2)
-            ended = [cell for cell in active if cell.ended()]
-            for cell in ended:
-                active.remove(cell)
-                if cell.result["status"] == "failed":
-                    print(f"failed: {cell.name}: {cell.result['error']}\n  all of it: {cell.log}", flush=True)
-                else:
-                    print(f"done: {cell.name}, {timedelta(seconds=round(cell.result['seconds']))}", flush=True)
-            if ended or time.time() - last > every:
-                last = time.time()
-                print(report(cells, active, len(waiting), jobs), flush=True)
-    finally:
-        # They save where they are, and go on with the next call.
-        for cell in active:
-            cell.process.terminate()
-        for cell in active:
-            cell.process.wait()
+
+    def print_report(active: list[Cell], left: int) -> None:
+        print(report(cells, active, left, jobs), flush=True)
+
+    run_all(waiting, jobs, lambda cell: cell.start(cfg_path, options), Cell.ended, print_report, every)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -250,7 +233,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--grid", nargs="+", required=True, metavar="KEY=VALUE,VALUE", help="what differs")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="the same for all cells")
     parser.add_argument("--output", required=True, help="folder of the sweep; the same folder goes on")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, one thread each")
+    add_jobs(parser, 1)
     try:
         sys.exit(run(parser.parse_args(argv)))
     except AuroraError as error:

@@ -18,7 +18,7 @@ from PIL import Image
 from tiny import project_yaml, tiny_model
 
 from lavis_aurora.config import RetrievalAuroraConfig, RunConfig, VqaAuroraConfig
-from lavis_aurora.config_check import parse_config
+from lavis_aurora.config.check import parse_config
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.training.checkpointing import read_checkpoint
 from lavis_aurora_cli import train

@@ -1,11 +1,150 @@
-"""``model.adapter`` in a project YAML."""
+"""A project YAML: its sections, the names in it, ``--options`` over it, and ``model.adapter``."""
+
+from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
-from tiny import project_yaml, tiny_model
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
+from tiny import project_yaml, refused, tiny_model
 from tiny_vqa import vqa_model
 
 from lavis_aurora import AuroraError, save_adapter
-from lavis_aurora.project import load_config
+from lavis_aurora.project import AuroraConfig, load_config
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return project_yaml(tmp_path, count=1)
+
+
+# Sections and names
+
+
+def test_unknown_section_gets_the_nearest_name(project: Path) -> None:
+    config = OmegaConf.load(project)
+    config.runn = config.pop("run")
+    OmegaConf.save(config, project)
+    refused(project, "runn: unknown section; did you mean 'run'?")
+
+
+def test_unknown_section_in_options_gets_the_nearest_name(project: Path) -> None:
+    refused(project, "--options modle: unknown section; did you mean 'model'?", options=["modle.tuning=full"])
+
+
+@pytest.mark.parametrize("section", ["model", "datasets", "run"])
+def test_missing_section_is_named(project: Path, section: str) -> None:
+    config = OmegaConf.load(project)
+    del config[section]
+    OmegaConf.save(config, project)
+    refused(project, f"{section}: the section is missing")
+
+
+UNREGISTERED = [
+    ("model.arch", "blip_retrieval_auror", "blip_retrieval_aurora"),
+    ("run.task", "retrieval_auror", "retrieval_aurora"),
+    ("run.runner", "runner_auror", "runner_aurora"),
+    ("run.lr_sched", "linear_warmup_cosine", "linear_warmup_cosine_lr"),
+    ("model.model_type", "tinny", "tiny"),
+    ("datasets.coco_retrieval.type", "defaults", "default"),
+    ("datasets.coco_retrieval.vis_processor.train.name", "blip_image_trian", "blip_image_train"),
+    ("datasets.coco_retrieval.text_processor.eval.name", "blip_captoin", "blip_caption"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "near"), UNREGISTERED, ids=[row[0] for row in UNREGISTERED])
+@pytest.mark.parametrize("where", ["yaml", "options"])
+def test_unregistered_name_gets_the_nearest_one(project: Path, where: str, key: str, value: str, near: str) -> None:
+    if where == "yaml":
+        config = OmegaConf.load(project)
+        OmegaConf.update(config, key, value, force_add=True)
+        OmegaConf.save(config, project)
+    message = refused(project, key, repr(value), options=[f"{key}={value}"] if where == "options" else None)
+    assert f"did you mean {near!r}" in message
+
+
+@pytest.mark.parametrize("where", ["yaml", "options"])
+def test_unregistered_dataset_gets_the_nearest_one(project: Path, where: str) -> None:
+    options = ["datasets.coco_retrival.type=default"]
+    if where == "yaml":
+        config = OmegaConf.load(project)
+        config.datasets.coco_retrival = config.datasets.pop("coco_retrieval")
+        OmegaConf.save(config, project)
+        options = []
+    refused(project, "datasets.coco_retrival", "did you mean 'coco_retrieval'", options=options)
+
+
+def test_picture_size_of_a_processor_must_be_the_models(project: Path) -> None:
+    refused(
+        project,
+        "datasets.coco_retrieval.vis_processor.train.image_size: 48 is not model.image_size, 64",
+        options=["model.image_size=64"],
+    )
+
+
+def test_unknown_interpolation_names_its_key(project: Path) -> None:
+    refused(project, "run.output_dir", "nowhere", options=["run.output_dir=${nowhere}"])
+
+
+# Options
+
+
+@pytest.mark.parametrize("options", [["model.model_type=large"], ["model.model_type", "large"]])
+def test_model_type_in_options_loads_that_types_defaults(project: Path, options: list[str]) -> None:
+    cfg = load_config(str(project), options)
+    large = OmegaConf.load(registry.get_model_class("blip_retrieval_aurora").default_config_path("large"))
+    own = OmegaConf.load(project).model
+    for key, value in large.model.items():
+        expected = own[key] if key in own and key != "model_type" else value
+        assert cfg.model_cfg[key] == expected, key
+    assert cfg.model_cfg.vit_type == "large" and cfg.model_cfg.get("vit") is None
+    processor = cfg.datasets_cfg.coco_retrieval.vis_processor.train
+    assert processor == large.preprocess.vis_processor.train
+
+
+def test_dataset_type_in_options_loads_that_types_defaults(project: Path) -> None:
+    config = OmegaConf.load(project)
+    config.datasets = {"demo_retrieval": {"type": "default"}}
+    OmegaConf.save(config, project)
+    assert load_config(str(project)).datasets_cfg.demo_retrieval.build_info.domain == "shifted"
+    cfg = load_config(str(project), ["datasets.demo_retrieval.type=clean"])
+    assert cfg.datasets_cfg.demo_retrieval.build_info.domain == "clean"
+
+
+def test_model_type_defaults_to_the_models_default(project: Path) -> None:
+    config = OmegaConf.load(project)
+    del config.model["model_type"]
+    OmegaConf.save(config, project)
+    assert load_config(str(project)).model_cfg.model_type == "base"
+
+
+def test_options_override_the_yaml_which_overrides_the_type(project: Path) -> None:
+    config = OmegaConf.load(project)
+    config.model.mode_approx = {"rank": 5, "scale": 2.0}
+    OmegaConf.save(config, project)
+    cfg = load_config(str(project), ["model.mode_approx.rank=7", "run.max_epoch=9"])
+    assert cfg.model_cfg.mode_approx == {"rank": 7, "scale": 2.0}
+    assert (cfg.run_cfg.max_epoch, cfg.run_cfg.k_test) == (9, OmegaConf.load(project).run.k_test)
+    assert cfg.model_cfg.embed_dim == 64
+    assert isinstance(cfg, AuroraConfig)
+
+
+@pytest.mark.parametrize(
+    "options", [["run.max_epoch"], ["run.max_epoch", "2", "run.seed"], ["run.max_epoch=2", "run.seed", "3"]]
+)
+def test_option_without_a_value_is_refused(project: Path, options: list[str]) -> None:
+    message = refused(project, "--options", options=options)
+    assert any(option in message for option in options)
+
+
+def test_evaluate_skips_training_whatever_the_yaml_says(project: Path) -> None:
+    assert load_config(str(project), evaluate=True).run_cfg.evaluate is True
+    assert load_config(str(project)).run_cfg.evaluate is False
+    assert load_config(str(project), ["run.evaluate=true"]).run_cfg.evaluate is True
+
+
+# model.adapter
 
 
 @pytest.fixture

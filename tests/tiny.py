@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import nn
 
+from lavis_aurora.errors import AuroraError
 from lavis_aurora.mode_approx.trainable import adapter_parameters
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
+from lavis_aurora.project import load_config
 
 SPLITS = ("train", "val", "test")
 COLORS = ("black", "blue", "brown", "cyan", "gray", "green", "orange", "pink", "purple", "red", "white", "yellow")
@@ -128,6 +131,17 @@ def project_yaml(tmp_path: Path, count: int = 8, captions_each: int = 1, **overr
     path = tmp_path / "project.yaml"
     OmegaConf.save(project(tmp_path, count, captions_each, **overrides), path)
     return path
+
+
+def refused(path: Path, *parts: str, options: list[str] | None = None) -> str:
+    """The one-line error of loading a project, which names the file and all of ``parts``."""
+    with pytest.raises(AuroraError) as caught:
+        load_config(str(path), options)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    for part in parts:
+        assert part in message
+    return message
 
 
 def med_config(folder: Path, **changes: Any) -> str:

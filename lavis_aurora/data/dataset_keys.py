@@ -9,7 +9,7 @@ from typing import Any
 from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_aurora.config_check import parse_config
+from lavis_aurora.config.check import parse_config
 from lavis_aurora.errors import AuroraError, near_names
 
 # Keys that LAVIS's builders read, by the section that they stand in.

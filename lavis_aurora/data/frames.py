@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from lavis_aurora.config import VideoProcessorConfig
-from lavis_aurora.config_check import parse_config
+from lavis_aurora.config.check import parse_config
 
 
 class BrokenVideo(Exception):

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from lavis_aurora.figures.drawing import OWN, PALE, canvas, tidy
 from lavis_aurora.figures.table import read_table, series
 
-RECALLS = ("image_to_text_r1", "text_to_image_r1", "text_to_video_r1", "agg_metrics")
+RECALLS = ("image_to_text_r1", "text_to_image_r1", "video_to_text_r1", "text_to_video_r1", "agg_metrics")
+SPAN = 6.0  # percent; what differs by less is hardly more than chance, and shall not look like more
 TITLES = {
     "image_to_text": "image to text",
     "text_to_image": "text to image",
@@ -58,7 +59,7 @@ class Ablation:
     def draw(self, numbers: dict[str, Any]) -> Figure:
         """A panel for each metric: mean and spread of each form, and every seed as a dot."""
         metrics, values = numbers["metrics"], numbers["values"]
-        figure, axes = canvas(1, len(metrics), 3.6, 3.4)
+        figure, axes = canvas(1, len(metrics), 3.9, 3.4)
         for axis, metric in zip(axes, metrics):
             for i, (value, found) in enumerate(values.items()):
                 one = found.get(metric)
@@ -72,7 +73,10 @@ class Ablation:
                 axis.annotate(f"{one['mean']:.1f}", (i, one["mean"]), (-11, 0), "data", "offset points", ha="right")
             axis.set_xticks(range(len(values)), [numbers["labels"][value] for value in values])
             axis.set_xlim(-0.7, len(values) - 0.5)
-            axis.set_title(metric_title(metric))
+            axis.set_title(metric_title(metric, any(other.endswith("_r1") for other in metrics)))
+            low, high = axis.get_ylim()
+            missing = max(SPAN - (high - low), 0) / 2
+            axis.set_ylim(low - missing, high + missing)
             tidy(axis)
         axes[0].set_ylabel("percent")
         seeds = sorted({len(found[metric]["cells"]) for found in values.values() for metric in found})
@@ -91,11 +95,11 @@ def default_metrics(table: str) -> list[str]:
     ]
 
 
-def metric_title(metric: str) -> str:
-    """A column of a sweep's table, in words."""
+def metric_title(metric: str, retrieval: bool = False) -> str:
+    """A column of a sweep's table, in words; whether it is of retrieval, ``agg_metrics`` does not say itself."""
     split, _, name = metric.partition(".")
     if name == "agg_metrics":
-        return "accuracy, or mean of R@1, 5, 10"
+        return "mean of R@1, 5, 10" if retrieval else "accuracy, or mean of R@1, 5, 10"
     if name == "accuracy":
         return name
     for direction, words in TITLES.items():

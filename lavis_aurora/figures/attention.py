@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 from torch import nn
 
 from lavis_aurora.encoders.visual import encode_visual
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.figures.drawing import blank, canvas
 from lavis_aurora.figures.run_data import load_trained, read_visual, split_data, untrained_model
-from lavis_aurora.results import read_config
+from lavis_aurora.results import read_config, tuned_model
 
 COLUMNS = 8  # of pictures
 SPECIAL = ("[CLS]", "[SEP]", "[PAD]", "[ENC]", "[DEC]")
@@ -39,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def numbers(args: argparse.Namespace) -> dict[str, Any]:
     """Maps by run and word."""
+    for run in args.runs:
+        arch = read_config(run).model.arch
+        if arch != "blip_retrieval_aurora":
+            raise AuroraError(f"{run}: a run of {arch}; maps of words are those of blip_retrieval_aurora")
     dataset = split_data(args.runs[0], args.split)
     if not 0 <= args.picture < len(dataset.annotation) or "image" not in dataset.annotation[args.picture]:
         raise AuroraError(f"--picture {args.picture}: the split {args.split} has no picture of this number")
@@ -65,10 +70,11 @@ def numbers(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_label(run: str | Path) -> str:
     """What a run was tuned by."""
-    model = read_config(run).model
-    if model.get("tuning", "aurora") != "aurora":
-        return str(model.tuning)
-    sharing = (model.get("mode_approx") or {}).get("sharing", "global")
+    config = read_config(run)
+    tuning = tuned_model(config).tuning
+    if tuning != "aurora":
+        return tuning
+    sharing = OmegaConf.select(config, "model.mode_approx.sharing", default="global")
     return {"global": "Aurora, U and V shared", "tower": "Aurora, U and V by tower"}.get(sharing, sharing)
 
 

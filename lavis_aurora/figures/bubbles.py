@@ -10,7 +10,7 @@ from typing import Any, Optional
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lavis_aurora.figures.ablation import metric_title
+from lavis_aurora.figures.ablation import TITLES, metric_title
 from lavis_aurora.figures.drawing import FULL, OTHER, OWN, PALE, canvas, tidy
 from lavis_aurora.paper.compare import benchmark_of, comparison, read_measured
 from lavis_aurora.paper.tables import label, paper_rows, paper_tables
@@ -63,7 +63,7 @@ def _place(panels: dict[str, dict[str, Any]], measured) -> None:
     name = benchmark_of(measured)
     if name is None:
         name = ", ".join(measured.config.get("datasets", {}))
-        pair = [key for key in ("image_to_text_r1", "text_to_image_r1") if key in found["values"]]
+        pair = [f"{way}_r1" for way in TITLES if f"{way}_r1" in found["values"]]
         axes = pair if len(pair) == 2 else ["", "agg_metrics"]
         panels.setdefault(name, {"axes": axes, "paper": [], "measured": []})
     if name not in panels:
@@ -144,7 +144,7 @@ def name_points(axis: Axes, names: Sequence[tuple[str, float, float, str]], gap:
 
 def _axis_title(metric: str) -> str:
     words = {"tunable": "trained parameters", "test_dev": "accuracy, test-dev", "test_std": "accuracy, test-std"}
-    return words.get(metric) or metric_title(f".{metric}").rstrip(", ")
+    return metric and (words.get(metric) or metric_title(f".{metric}").rstrip(", "))
 
 
 def _area(parameters: float) -> float:

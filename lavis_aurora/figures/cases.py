@@ -14,7 +14,7 @@ from lavis_aurora.figures.attention import run_label
 from lavis_aurora.figures.drawing import blank, canvas
 from lavis_aurora.figures.run_data import read_visual, result_file, split_data
 from lavis_aurora.files import read_json
-from lavis_aurora.results import read_config
+from lavis_aurora.results import read_config, tuned_model
 
 RIGHT, WRONG, UNKNOWN = "#15803d", "#b91c1c", "#374151"
 
@@ -35,10 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def numbers(args: argparse.Namespace) -> dict[str, Any]:
     """The cases, with the files of their pictures."""
+    for name in ("count", "top"):
+        if getattr(args, name) < 1:
+            raise AuroraError(f"--{name} {getattr(args, name)}: must be 1 or more")
     labels = args.labels or [run_label(run) for run in args.runs]
     if len(labels) != len(args.runs):
         raise AuroraError(f"--labels: {len(labels)} names for {len(args.runs)} runs")
-    if "vqa" in str(read_config(args.runs[0]).model.arch):
+    if "vqa" in tuned_model(read_config(args.runs[0])).arch:
         return _answers(args, labels)
     if len(args.runs) > 1:
         raise AuroraError("cases of retrieval are those of one run; name one")
@@ -152,7 +155,7 @@ def _draw_ranked(numbers: dict[str, Any]) -> Figure:
 
 def _draw_answers(numbers: dict[str, Any]) -> Figure:
     cases, labels = numbers["cases"], numbers["labels"]
-    figure, axes = canvas(1, len(cases), 2.6, 3.2 + 0.22 * len(labels))
+    figure, axes = canvas(1, len(cases), 2.6, 3.4 + 0.22 * len(labels))
     for axis, case in zip(axes, cases):
         blank(axis)
         axis.imshow(read_visual(case["file"]))
@@ -160,10 +163,11 @@ def _draw_answers(numbers: dict[str, Any]) -> Figure:
         truth = case["truth"]
         lines = [(f"{label}: {answer}", _color(answer, truth)) for label, answer in zip(labels, case["answers"])]
         lines.append((f"true: {truth}" if truth else "true answer not known", UNKNOWN))
+        # The layout reserves room for labels of an axis; they have one color each, so lines are written over it.
+        axis.set_xlabel("\n" * len(lines), fontsize=9)
         for i, (line, color) in enumerate(lines):
-            axis.text(
-                0.5, -0.06 - 0.09 * i, line, transform=axis.transAxes, ha="center", va="top", fontsize=9, color=color
-            )
+            place = {"xytext": (0, -6 - 13 * i), "xycoords": "axes fraction", "textcoords": "offset points"}
+            axis.annotate(line, (0.5, 0), **place, ha="center", va="top", fontsize=9, color=color)
     known = any(case["truth"] for case in cases)
     title = f"Answers; the runs differ on {numbers['differing']} of {numbers['questions']} questions"
     figure.suptitle(title + "; green is right, red wrong" * known, fontsize=11)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.figures.drawing import FULL, OTHER, OWN, PALE, canvas, tidy
 from lavis_aurora.figures.run_data import load_trained, untrained_model
-from lavis_aurora.results import read_config
+from lavis_aurora.results import read_config, tuned_model
 
 KINDS = ("query", "key", "value")
 FUSED = "qkv"
@@ -41,7 +41,7 @@ def numbers(args: argparse.Namespace) -> dict[str, Any]:
     before: dict[str, np.ndarray] = {}
     after: dict[str, dict[str, np.ndarray]] = {}
     for run in args.runs:
-        tuning = read_config(run).model.get("tuning", "aurora")
+        tuning = tuned_model(read_config(run)).tuning
         if tuning not in COLORS or tuning in after:
             raise AuroraError(f"{run}: model.tuning is {tuning}; name at most one run of aurora and one of full")
         model = untrained_model(run)

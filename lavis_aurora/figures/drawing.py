@@ -14,6 +14,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+from lavis_aurora.errors import AuroraError  # noqa: E402
+
 OWN, FULL, OTHER, PALE = "#c2410c", "#1d4e89", "#c9b458", "#9aa5b1"
 CYCLE = (OWN, FULL, "#4d7c0f", "#7e22ce", OTHER, "#0f766e", PALE)
 DPI = 140
@@ -44,21 +46,27 @@ def tidy(axis: Axes, grid: str = "y") -> None:
     axis.set_axisbelow(True)
 
 
-def blank(axis: Axes, title: str = "", **options: Any) -> None:
+def blank(axis: Axes) -> None:
     """A panel of a picture: no axes."""
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set_visible(False)
-    if title:
-        axis.set_title(title, **options)
 
 
 def save(figure: Figure, numbers: dict[str, Any], path: str | Path) -> tuple[Path, Path]:
-    """Write the picture, and its numbers as json beside it; returns both paths."""
+    """Write the picture, and its numbers as json beside it; returns both paths.
+
+    Raises:
+        AuroraError: it cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".json")
-    figure.savefig(path, dpi=DPI)
-    plt.close(figure)
-    beside.write_text(json.dumps(numbers, indent=1))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DPI)
+        beside.write_text(json.dumps(numbers, indent=1))
+    except OSError as error:
+        raise AuroraError(f"{path}: cannot be written ({error})") from error
+    finally:
+        plt.close(figure)
     return path, beside

@@ -17,7 +17,7 @@ from lavis_aurora.data.samples import CheckedDataset
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.files import read_json
 from lavis_aurora.project import AuroraConfig, load_config
-from lavis_aurora.results import result_files
+from lavis_aurora.results import result_files, tuned_model
 from lavis_aurora.training.checkpointing import BEST, read_checkpoint, read_latest
 
 VIDEOS = (".mp4", ".avi", ".mkv", ".webm", ".mov")
@@ -34,8 +34,9 @@ def untrained_model(run: str | Path):
     Raises:
         AuroraError: it started from random weights, which no file holds.
     """
-    cfg = run_config(run).model_cfg
-    if cfg.get("pretrained") is None and not cfg.get("load_finetuned"):
+    config = run_config(run)
+    cfg, section = config.model_cfg, tuned_model(config.config).section
+    if section.get("pretrained") is None and not section.get("load_finetuned"):
         raise AuroraError(f"{run}: its backbone had random weights, which are lost; name a run of a pretrained one")
     return registry.get_model_class(cfg.arch).from_config(cfg).eval()
 

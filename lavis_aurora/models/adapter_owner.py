@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lavis_aurora.config import BlipAuroraConfig, ModeApproxModelConfig
-from lavis_aurora.config_check import parse_config
+from lavis_aurora.config.check import parse_config
 from lavis_aurora.mode_approx import ModeFactors, load_adapter
 from lavis_aurora.mode_approx.teacher import restart_teacher
 

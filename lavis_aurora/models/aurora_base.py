@@ -15,7 +15,7 @@ from lavis_aurora.baselines import add_baseline
 from lavis_aurora.baselines.lora import LoraSets
 from lavis_aurora.baselines.uniadapter import UniAdapters
 from lavis_aurora.config import BlipAuroraConfig
-from lavis_aurora.config_check import parse_config
+from lavis_aurora.config.check import parse_config
 from lavis_aurora.encoders.fusion import add_gates
 from lavis_aurora.errors import AuroraError, near_names
 from lavis_aurora.mode_approx import ModeFactors, inject_mode_approx, trainable_parameters_summary

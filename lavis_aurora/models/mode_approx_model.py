@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from lavis_aurora.config import ModeApproxConfig, ModeApproxModelConfig
-from lavis_aurora.config_check import parse_config
+from lavis_aurora.config.check import parse_config
 from lavis_aurora.errors import AuroraError, near_names
 from lavis_aurora.mode_approx import (
     ModeFactors,

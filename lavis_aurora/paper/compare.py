@@ -14,12 +14,18 @@ from lavis_aurora.errors import AuroraError
 from lavis_aurora.files import read_json
 from lavis_aurora.paper.setup import setup_differences
 from lavis_aurora.paper.tables import label, paper_rows, paper_tables
-from lavis_aurora.results import evaluations, final_metrics, read_config, result_files
+from lavis_aurora.results import evaluations, final_metrics, read_config, result_files, tuned_model
 
 RESULT_FILE = re.compile(r"(?P<split>.+)_epoch_(?P<epoch>[^_]+)(_vqa_result|_accuracy)?\.json")
 # Methods of the paper by model.tuning; a rank is that of the section of this name.
-METHODS = {"aurora": "Aurora", "lora": "LoRA", "uniadapter": "UniAdapter", "full": "BLIP"}
-RANKS = {"aurora": "mode_approx", "lora": "lora", "uniadapter": "uniadapter"}
+METHODS = {
+    "aurora": "Aurora",
+    "lora": "LoRA",
+    "uniadapter": "UniAdapter",
+    "full": "BLIP",
+    "mode_approx": "mode approximation alone",
+}
+RANKS = {"aurora": "mode_approx", "mode_approx": "mode_approx", "lora": "lora", "uniadapter": "uniadapter"}
 ZERO_SHOT = {"aurora": "BLIP + Aurora", "lora": "BLIP + LoRA", "uniadapter": "BLIP + UniAdapter", "frozen": "BLIP"}
 QUESTIONS = ("coco_vqa", "msrvtt_qa_aurora")
 HEADS = {"test_dev": "test-dev", "test_std": "test-std", "accuracy": "accuracy"}
@@ -100,7 +106,7 @@ def table_of(config: DictConfig, benchmark: str) -> str:
 
 def own_label(config: DictConfig) -> str:
     """Method and rank of a run, in the paper's words where it has some."""
-    tuning = config.model.get("tuning", "aurora")
+    tuning = tuned_model(config).tuning
     name = METHODS.get(tuning, tuning)
     rank = OmegaConf.select(config, f"model.{RANKS[tuning]}.rank") if tuning in RANKS else None
     return f"{name} (r={rank})" if rank is not None else name
@@ -108,7 +114,7 @@ def own_label(config: DictConfig) -> str:
 
 def row_like(measured: Measured, table: str, rows: Sequence[dict[str, Any]]) -> Optional[dict[str, Any]]:
     """The paper's row of the run's method and rank."""
-    tuning = measured.config.model.get("tuning", "aurora")
+    tuning = tuned_model(measured.config).tuning
     if table == "4":
         return next((row for row in rows if row["method"] == ZERO_SHOT.get(tuning)), None)
     return next((row for row in rows if label(row) == own_label(measured.config)), None)

@@ -9,10 +9,16 @@ from typing import Any, Optional
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_aurora.paper.tables import paper_tables
+from lavis_aurora.results import tuned_model
 
 # Files of BLIP base's weights, pretrained on 129M pairs.
 BLIP_BASE = ("model_base.pth", "model_base_capfilt_large.pth")
 UNSAID = "not said"
+# What is Aurora, whole or in part, and its forms of what the YAML does not name.
+OURS = {
+    "aurora": {"gate.form": "residual", "gate.init": "zeros", "context.form": "attention"},
+    "mode_approx": {"gate.form": "none", "context.form": "none"},
+}
 Difference = tuple[str, Any, Any]
 
 
@@ -50,22 +56,22 @@ def _differ(here: Any, there: Any) -> bool:
 
 def _method(config: DictConfig) -> dict[str, str]:
     """The paper's forms of what only Aurora has."""
-    if config.model.get("tuning", "aurora") != "aurora":
+    if tuned_model(config).tuning not in OURS:
         return {}
     return {"gate.form": "convex", "gate.init": "zeros", "context.form": "attention"}
 
 
 def _here(config: DictConfig, benchmark: str) -> Iterator[tuple[str, Any]]:
     """What the run had, under the names of tables.json."""
-    model, run = config.model, config.run
+    tuned, run = tuned_model(config), config.run
+    model = tuned.section
     yield "backbone", _backbone(model)
     yield "image_size", model.get("image_size")
-    if model.get("tuning", "aurora") == "aurora":
+    if tuned.tuning in OURS:
         # A YAML may leave out what it takes by default.
-        yield "gate.form", OmegaConf.select(config, "model.gate.form", default="residual")
-        yield "gate.init", OmegaConf.select(config, "model.gate.init", default="zeros")
-        if "retrieval" in str(model.get("arch")):
-            yield "context.form", OmegaConf.select(config, "model.context.form", default="attention")
+        for key, default in OURS[tuned.tuning].items():
+            if key != "context.form" or "retrieval" in tuned.arch:
+                yield key, OmegaConf.select(config, f"model.{key}", default=default)
     yield "processes", run.get("world_size", 1)
     for key in ("batch_size_train", "max_epoch", "init_lr", "weight_decay", "lr_sched"):
         yield key, run.get(key)
@@ -75,7 +81,10 @@ def _here(config: DictConfig, benchmark: str) -> Iterator[tuple[str, Any]]:
         frames = _frames(config, kind)
         if frames is not None:
             yield name, frames
-    if "vqa" in str(model.get("arch")):
+    for key, value in (("queue_size", model.get("queue_size")), ("seed", run.get("seed"))):
+        if value is not None:
+            yield key, value
+    if "vqa" in tuned.arch:
         yield "inference_method", run.get("inference_method")
         if run.get("inference_method") == "generate":
             yield "num_beams", run.get("num_beams")

@@ -10,7 +10,7 @@ from tiny_figures import arguments, sweep_table
 
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.figures import rank
-from lavis_aurora.figures.ablation import CONTEXT, GATE, GATE_INIT, SHARING, metric_title
+from lavis_aurora.figures.ablation import CONTEXT, GATE, GATE_INIT, SHARING, SPAN, metric_title
 from lavis_aurora.figures.table import series, write_table
 
 SEEDS = {"none": [40.0, 42.0, 47.0], "attention": [44.0, 44.0, 45.0]}
@@ -30,13 +30,35 @@ def test_forms_are_drawn_with_mean_spread_and_seeds(tmp_path):
     assert [axis.get_title() for axis in figure.axes] == [
         "R@1, image to text",
         "R@1, text to image",
-        "accuracy, or mean of R@1, 5, 10",
+        "mean of R@1, 5, 10",
     ]
     assert points(figure.axes[0]) == {0: 43.0, 1: pytest.approx(133 / 3)}
     dots = [list(line.get_ydata()) for line in figure.axes[0].lines if line.get_marker() == "."]
     assert dots == [SEEDS["none"], SEEDS["attention"]]
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["none", "attention\n(the paper)"]
     assert "3 seeds" in figure.get_suptitle()
+
+
+def test_small_differences_do_not_fill_a_panel(tmp_path):
+    near = sweep_table(tmp_path / "near.csv", CONTEXT.key, {"none": [50.0, 50.2], "mean": [50.1, 50.3]})
+    [first, *_] = CONTEXT.draw(CONTEXT.numbers(arguments(CONTEXT, near))).axes
+    low, high = first.get_ylim()
+    assert high - low == pytest.approx(SPAN) and low < 50.0 and high > 50.3
+    far = sweep_table(tmp_path / "far.csv", CONTEXT.key, {"none": [50.0], "mean": [70.0]})
+    [first, *_] = CONTEXT.draw(CONTEXT.numbers(arguments(CONTEXT, far))).axes
+    assert 20 < first.get_ylim()[1] - first.get_ylim()[0] < 25
+
+
+def test_both_ways_of_videos_are_drawn(tmp_path):
+    metrics = {f"{way}_r1": 50.0 for way in ("video_to_text", "text_to_video")} | {"agg_metrics": 60.0}
+    cells = [({CONTEXT.key: form}, {"status": "done", "seconds": 1.0, "metrics": {"test": metrics}}) for form in "ab"]
+    write_table(cells, tmp_path / "sweep.csv")
+    figure = CONTEXT.draw(CONTEXT.numbers(arguments(CONTEXT, tmp_path / "sweep.csv")))
+    assert [axis.get_title() for axis in figure.axes] == [
+        "R@1, video to text",
+        "R@1, text to video",
+        "mean of R@1, 5, 10",
+    ]
 
 
 @pytest.mark.parametrize("figure", [GATE, GATE_INIT, SHARING])

@@ -9,7 +9,7 @@ from tiny import activate, keys_of_trained, tiny_config, tiny_model
 
 from lavis_aurora import AuroraError
 from lavis_aurora.config import RetrievalAuroraConfig
-from lavis_aurora.config_check import parse_config
+from lavis_aurora.config.check import parse_config
 from lavis_aurora.encoders import shared_images
 from lavis_aurora.encoders.towers import build_text_encoder, build_tokenizer, build_vision_encoder
 from lavis_aurora.mode_approx import ModeApproxLinear

@@ -15,7 +15,7 @@ from torch import nn
 
 from lavis_aurora import AuroraError, load_model_and_preprocess
 from lavis_aurora.config import VqaAuroraConfig
-from lavis_aurora.config_check import parse_config
+from lavis_aurora.config.check import parse_config
 from lavis_aurora.encoders.towers import build_text_encoder, build_tokenizer, build_vision_encoder
 from lavis_aurora.mode_approx.linear import ModeApproxLinear
 from lavis_aurora.mode_approx.trainable import adapter_parameters

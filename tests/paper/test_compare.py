@@ -101,6 +101,24 @@ def test_differences_of_the_set_up_are_named(tmp_path):
         comparison(measured, "imagenet")
 
 
+def test_mode_approximation_around_a_model_is_not_called_aurora(tmp_path):
+    metrics = retrieval_metrics("image", (90.0, 95.0, 99.0, 80.0, 90.0, 95.0))
+    files = {"test_epoch_best.json": {"kind": "image", "images": 1000, "texts": 5000, "metrics": metrics}}
+    base = {"arch": "blip_retrieval", "pretrained": "x/model_base.pth", "image_size": 384, "queue_size": 57600}
+    run = write_run(tmp_path / "run", "flickr30k", {}, {"seed": 7}, files, metrics)
+    config = OmegaConf.load(run / "config.yaml")
+    config.model = {"arch": "mode_approx", "base": base, "mode_approx": {"rank": 64}}
+    OmegaConf.save(config, run / "config.yaml")
+    [measured] = read_measured(run)
+    found = comparison(measured)
+    assert found["method"] == "mode approximation alone (r=64)" and found["like"] is None and found["gaps"] == {}
+    setup = {key: (here, paper) for key, here, paper in found["setup"]}
+    assert setup["gate.form"] == ("none", "convex") and setup["context.form"] == ("none", "attention")
+    assert "backbone" not in setup and "image_size" not in setup
+    # What the paper does not say, and results depend on.
+    assert setup["queue_size"] == (57600, "not said") and setup["seed"] == (7, "not said")
+
+
 def test_video_retrieval_and_zero_shot_have_tables_of_their_own(tmp_path):
     metrics = retrieval_metrics("video", (50.0, 70.0, 80.0, 52.0, 74.0, 82.5))
     files = {"test_epoch_best.json": {"kind": "video", "videos": 1000, "texts": 1000, "metrics": metrics}}

@@ -206,7 +206,7 @@ def test_a_failed_run_ends_the_demo_with_the_end_of_its_log(tmp_path: Path, capf
 
 def test_a_run_left_early_is_stopped(tmp_path: Path, monkeypatch) -> None:
     run = Run(tmp_path / "x.yaml", "full", 1e-3, tmp_path / "run")
-    monkeypatch.setattr(Run, "finished", lambda self: 1 / 0)
+    monkeypatch.setattr(Run, "ended", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         execute([run], 1, [])
     assert run.process.wait(30) != 0
@@ -235,3 +235,9 @@ def test_command_line_chooses_the_task(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit):
         demo.main(["--task", "vqaa"])
     assert "invalid choice: 'vqaa'" in capsys.readouterr().err
+
+
+def test_options_that_cannot_be_used_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^error: .*run.max_epochs: unknown key; did you mean 'max_epoch'"):
+        demo.main(["--output", str(tmp_path / "out"), "--options", "run.max_epochs=1"])
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,50 @@
+"""Every key that a lavis_aurora YAML may hold: its default, its check, and where it comes from.
+
+LAVIS's own keys keep their names and meaning. Sections and tables are those of the Aurora paper
+(NeurIPS 2023). What is imported here needs nothing but the standard library, so that the method can use it
+without LAVIS; ``check``, which needs omegaconf, is imported by its own name.
+"""
+
+from lavis_aurora.config.baselines import LORA_TARGETS, LoraConfig, UniAdapterConfig
+from lavis_aurora.config.method import (
+    CONTEXT_FORMS,
+    GATE_FORMS,
+    GATE_INITS,
+    SHARINGS,
+    ContextConfig,
+    GateConfig,
+    ModeApproxConfig,
+)
+from lavis_aurora.config.models import (
+    TUNINGS,
+    BlipAuroraConfig,
+    ModeApproxModelConfig,
+    RetrievalAuroraConfig,
+    VitConfig,
+    VqaAuroraConfig,
+)
+from lavis_aurora.config.run import INFERENCE_METHODS, TOKEN_DTYPES, RunConfig
+from lavis_aurora.config.video import VideoProcessorConfig
+
+__all__ = [
+    "CONTEXT_FORMS",
+    "GATE_FORMS",
+    "GATE_INITS",
+    "INFERENCE_METHODS",
+    "LORA_TARGETS",
+    "SHARINGS",
+    "TOKEN_DTYPES",
+    "TUNINGS",
+    "BlipAuroraConfig",
+    "ContextConfig",
+    "GateConfig",
+    "LoraConfig",
+    "ModeApproxConfig",
+    "ModeApproxModelConfig",
+    "RetrievalAuroraConfig",
+    "RunConfig",
+    "UniAdapterConfig",
+    "VideoProcessorConfig",
+    "VitConfig",
+    "VqaAuroraConfig",
+]

@@ -1,0 +1,76 @@
+"""The method under ``model:``: mode approximation, gate and context enhancement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lavis_aurora.config.rules import one_of, patterns, require
+
+GATE_FORMS = ("residual", "convex", "affine", "none")
+GATE_INITS = ("zeros", "ones")
+SHARINGS = ("global", "tower")
+CONTEXT_FORMS = ("attention", "mean", "random", "none")
+
+
+@dataclass
+class ModeApproxConfig:
+    """Mode approximation (paper 3.2, eq. 2-4).
+
+    Attributes:
+        rank: R, the number of rank-one components. The paper uses 64 and 128.
+        scale: factor on the whole update; the rest of the scaling follows rank and width by itself. With 8, the
+            learning rate that suits the heads suits the factors.
+        sharing: global (one U and V for all towers, the paper) or tower (one for each, the paper's comparison in 4.4,
+            with 2dr more parameters for each tower beyond the first).
+        dropout: probability of dropping a feature that the update of a linear layer reads, in training. The update
+            is then computed beside the layer, which costs time and memory.
+        targets: which layers are adapted: regular expressions over their whole names, or names of presets
+            (``mode_approx/presets.py``), one or a list; null for those that the model is meant for.
+    """
+
+    rank: int = 64
+    scale: float = 8.0
+    sharing: str = "global"
+    dropout: float = 0.0
+    targets: Any = None
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "mode_approx.rank", self.rank, "1 or more")
+        require(self.scale > 0, "mode_approx.scale", self.scale, "above 0")
+        one_of("mode_approx.sharing", self.sharing, SHARINGS)
+        require(0 <= self.dropout < 1, "mode_approx.dropout", self.dropout, "0 or more and below 1")
+        if self.targets is not None:
+            self.targets = patterns("mode_approx.targets", self.targets)
+
+
+@dataclass
+class GateConfig:
+    """Gated query transformation (paper 3.3, figure 6).
+
+    Attributes:
+        form: residual (ours; equals the backbone at step 0), convex (the paper's words), affine (the form
+            in the authors' released code), none.
+        init: starting value of gamma and beta. The paper finds zeros better than ones.
+    """
+
+    form: str = "residual"
+    init: str = "zeros"
+
+    def __post_init__(self) -> None:
+        one_of("gate.form", self.form, GATE_FORMS)
+        one_of("gate.init", self.init, GATE_INITS)
+
+
+@dataclass
+class ContextConfig:
+    """Informative context enhancement (paper 3.3, eq. 5, figure 4).
+
+    Attributes:
+        form: attention (the paper), mean, random, none.
+    """
+
+    form: str = "attention"
+
+    def __post_init__(self) -> None:
+        one_of("context.form", self.form, CONTEXT_FORMS)

@@ -1,0 +1,189 @@
+"""``model:`` of every model that this plugin registers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from lavis_aurora.config.baselines import LoraConfig, UniAdapterConfig
+from lavis_aurora.config.method import ContextConfig, GateConfig, ModeApproxConfig
+from lavis_aurora.config.rules import one_of, patterns, require
+from lavis_aurora.errors import AuroraError
+
+TUNINGS = ("aurora", "heads", "lora", "uniadapter", "full", "frozen")
+
+
+@dataclass
+class VitConfig:
+    """A ViT of any size, instead of LAVIS's ``vit_type: base | large``. Sizes in pixels, dimensions, layers."""
+
+    patch_size: int = 16
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+
+    def __post_init__(self) -> None:
+        for key in ("patch_size", "embed_dim", "depth", "num_heads"):
+            require(getattr(self, key) >= 1, f"vit.{key}", getattr(self, key), "1 or more")
+        require(
+            self.embed_dim % self.num_heads == 0,
+            "vit.embed_dim",
+            self.embed_dim,
+            f"a multiple of vit.num_heads ({self.num_heads})",
+        )
+
+
+@dataclass
+class BlipAuroraConfig:
+    """What every BLIP model of this plugin takes under ``model:``.
+
+    Attributes:
+        arch, model_type, pretrained, finetuned, load_finetuned, image_size, vit_type, vit_grad_ckpt,
+        vit_ckpt_layer, vit_drop_path_rate, vit_layer_norm_epsilon, med_config_path, max_txt_len: LAVIS's own.
+        vit: sizes of another ViT than LAVIS's two.
+        tokenizer: hub name of a BERT tokenizer, or a folder with its vocab.txt.
+        tuning: aurora (the method), heads (only the heads), frozen, and the baselines lora, uniadapter, full (the
+            whole model).
+        freeze_vit: with tuning full, leave the vision encoder as it is (LAVIS's name for it in BLIP-2).
+        train_heads: also train the heads (projections, matching head, temperature), reported apart.
+        mode_approx, gate: parts of the method.
+        lora, uniadapter: settings of these baselines.
+        adapter: folder of an adapter to start from, see save_adapter; its mode_approx and gate are the defaults then.
+        adapter_check_base: refuse an adapter that was tuned on other weights than the model's.
+    """
+
+    arch: Optional[str] = None
+    model_type: Optional[str] = None
+    pretrained: Optional[str] = None
+    finetuned: Optional[str] = None
+    load_finetuned: bool = False
+    image_size: int = 384
+    vit_type: str = "base"
+    vit_grad_ckpt: bool = False
+    vit_ckpt_layer: int = 0
+    vit_drop_path_rate: float = 0
+    vit_layer_norm_epsilon: float = -1
+    vit: Optional[VitConfig] = None
+    med_config_path: str = "configs/models/med_config.json"
+    max_txt_len: int = 35
+    tokenizer: str = "bert-base-uncased"
+    tuning: str = "aurora"
+    freeze_vit: bool = False
+    train_heads: bool = True
+    mode_approx: ModeApproxConfig = field(default_factory=ModeApproxConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    uniadapter: UniAdapterConfig = field(default_factory=UniAdapterConfig)
+    adapter: Optional[str] = None
+    adapter_check_base: bool = True
+
+    def __post_init__(self) -> None:
+        one_of("model.tuning", self.tuning, TUNINGS)
+        if self.freeze_vit and self.tuning != "full":
+            raise AuroraError(
+                f"model.freeze_vit: for model.tuning: full, not {self.tuning}, which freezes the whole backbone; "
+                f"leave it out"
+            )
+        if self.adapter is not None and self.tuning != "aurora":
+            raise AuroraError(
+                f"model.adapter: needs model.tuning: aurora, not {self.tuning}; leave one of the two out"
+            )
+        one_of("model.vit_type", self.vit_type, ("base", "large"))
+        require(self.image_size >= 1, "model.image_size", self.image_size, "1 or more (pixels)")
+        require(self.max_txt_len >= 2, "model.max_txt_len", self.max_txt_len, "2 or more (tokens)")
+        patch = self.vit.patch_size if self.vit else 16
+        require(
+            self.image_size % patch == 0,
+            "model.image_size",
+            self.image_size,
+            f"a multiple of the patch size ({patch})",
+        )
+        if self.load_finetuned and not self.finetuned:
+            raise AuroraError(
+                "model.finetuned: missing although model.load_finetuned is true; name a checkpoint, or set "
+                "model.load_finetuned: false"
+            )
+
+
+@dataclass
+class RetrievalAuroraConfig(BlipAuroraConfig):
+    """``model:`` of blip_retrieval_aurora.
+
+    Attributes:
+        context: the third part of the method.
+        queue_size, alpha, embed_dim, momentum, negative_all_rank: LAVIS's blip_retrieval's own. The queue may
+            have any size; it wraps around.
+        train_temp: also train the temperature of ITC, with the heads or the whole model. It is a number of
+            about 0.07 that one step moves by the learning rate: set false with rates of 1e-3 and more.
+    """
+
+    context: ContextConfig = field(default_factory=ContextConfig)
+    queue_size: int = 57600
+    alpha: float = 0.4
+    embed_dim: int = 256
+    momentum: float = 0.995
+    negative_all_rank: bool = True
+    train_temp: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.queue_size >= 0, "model.queue_size", self.queue_size, "0 (no queue) or more")
+        require(self.embed_dim >= 1, "model.embed_dim", self.embed_dim, "1 or more")
+        require(0 <= self.alpha <= 1, "model.alpha", self.alpha, "between 0 and 1")
+        require(0 <= self.momentum <= 1, "model.momentum", self.momentum, "between 0 and 1")
+
+
+@dataclass
+class VqaAuroraConfig(BlipAuroraConfig):
+    """``model:`` of blip_vqa_aurora.
+
+    Attributes:
+        share_decoder: the answer decoder uses the slots of the question encoder, layer by layer (paper D.2); false
+            gives it slots of its own.
+        mask_question_padding: generated answers do not see the padding of shorter questions, so that they are the
+            same in any batch. LAVIS and BLIP let them see it; ranked answers never see it.
+        rank_chunk: pairs of question and answer scored at once when ranking; bounds the memory.
+    """
+
+    image_size: int = 480
+    share_decoder: bool = True
+    mask_question_padding: bool = False
+    rank_chunk: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.rank_chunk >= 1, "model.rank_chunk", self.rank_chunk, "1 or more (pairs)")
+        if self.tuning == "heads":
+            raise AuroraError(
+                "model.tuning: blip_vqa_aurora has no heads besides its answer decoder; use aurora, lora, "
+                "uniadapter, full or frozen"
+            )
+
+
+@dataclass
+class ModeApproxModelConfig:
+    """``model:`` of mode_approx: the method around any model that is registered with LAVIS.
+
+    Attributes:
+        arch, model_type: LAVIS's own; there is one type, default.
+        base: ``model:`` of the model inside: its arch, its model_type, and what differs from that type's defaults.
+        mode_approx: the method; without targets those of the preset for ``base.arch``.
+        modules_to_save: regular expressions over names of modules that are trained besides, e.g. a new classifier.
+        adapter: folder of an adapter to start from, see save_adapter; the base and the method are then its own,
+            where they are left out.
+        adapter_check_base: refuse an adapter that was tuned on other weights than the model's.
+    """
+
+    arch: Optional[str] = None
+    model_type: Optional[str] = None
+    base: dict[str, Any] = field(default_factory=dict)
+    mode_approx: ModeApproxConfig = field(default_factory=ModeApproxConfig)
+    modules_to_save: Any = None
+    adapter: Optional[str] = None
+    adapter_check_base: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base.get("arch"), str):
+            raise AuroraError("model.base.arch: missing; name the registered model to wrap, e.g. blip_retrieval")
+        if self.modules_to_save is not None:
+            self.modules_to_save = patterns("model.modules_to_save", self.modules_to_save)

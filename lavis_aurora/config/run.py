@@ -1,0 +1,129 @@
+"""``run:`` of this plugin's runner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from lavis_aurora.config.rules import one_of, require
+from lavis_aurora.errors import AuroraError
+
+INFERENCE_METHODS = ("rank", "generate")
+TOKEN_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass
+class RunConfig:
+    """``run:`` of runner_aurora: LAVIS's own keys, and these.
+
+    Attributes:
+        device: auto (a GPU if there is one), cuda or cpu.
+        itc_weight: score of a reranked pair = ITM + itc_weight * ITC (1 as LAVIS and BLIP; 0 is ITM alone).
+        k_test: candidates per query that are reranked; 0 ranks by ITC alone.
+        token_budget_gb: 10^9 bytes of main memory in which each process keeps tokens of images or videos for the
+            reranking; those beyond go through the vision tower a second time.
+        token_dtype: of these tokens, float32 (LAVIS's scores) or bfloat16 (twice as many in the same memory).
+        eval_bf16: retrieval is evaluated in bfloat16 (autocast), tokens too; faster on hardware that has it.
+        inference_method: how questions are answered: rank (the likeliest of a list) or generate.
+        num_ans_candidates: answers of the list that are scored as a whole, the likeliest by their first token.
+        num_beams, max_len, min_len: of generated answers; 1 beam is greedy, lengths in tokens.
+        prompt: wording around each question at evaluation, ``{}`` in the question's place; empty for none.
+        use_dist_eval_sampler: LAVIS's; here the task knows whether processes may share a split, and it has no effect.
+        compile: compile the layers of the towers with torch.compile; the first steps then take minutes.
+        grad_clip: largest norm of the gradient; 0 for no clipping.
+        max_broken_share: share of an epoch's samples whose video may be missing or broken; others are trained on in
+            their place, and the run stops above it.
+        output_dir: relative paths start at the current directory; each run adds a folder of its own.
+        resume: auto goes on with the newest run under output_dir of the same configuration, if there is one; none.
+        checkpoint_every: steps between checkpoints within an epoch; 0 for none but at its end.
+        save_queue: also keep the queue of features in checkpoints (118 MB with LAVIS's sizes), so that a resumed run
+            is exactly the run that was interrupted.
+        skip_nonfinite: leave out steps whose gradient is not finite, and count them, instead of stopping.
+    """
+
+    task: str = "retrieval_aurora"
+    runner: str = "runner_aurora"
+    lr_sched: str = "linear_warmup_cosine_lr"
+    init_lr: float = 1e-4
+    min_lr: float = 0.0
+    warmup_lr: float = -1.0
+    warmup_steps: int = 0
+    lr_decay_rate: Optional[float] = None
+    weight_decay: float = 0.05
+    beta2: float = 0.999
+    grad_clip: float = 0.0
+    max_broken_share: float = 0.01
+    max_epoch: int = 6
+    accum_grad_iters: int = 1
+    num_workers: int = 4
+    batch_size_train: int = 16
+    batch_size_eval: int = 64
+    train_splits: list[str] = field(default_factory=list)
+    valid_splits: list[str] = field(default_factory=list)
+    test_splits: list[str] = field(default_factory=list)
+    train_dataset_ratios: Any = None
+    k_test: int = 128
+    itc_weight: float = 1.0
+    token_budget_gb: float = 4.0
+    token_dtype: str = "float32"
+    eval_bf16: bool = False
+    inference_method: str = "rank"
+    num_ans_candidates: int = 128
+    num_beams: int = 3
+    max_len: int = 10
+    min_len: int = 1
+    prompt: str = ""
+    device: str = "auto"
+    world_size: int = 1
+    dist_url: str = "env://"
+    distributed: bool = False
+    use_dist_eval_sampler: bool = False
+    seed: int = 42
+    output_dir: str = "output"
+    amp: bool = False
+    compile: bool = False
+    log_freq: int = 50
+    resume_ckpt_path: Optional[str] = None
+    resume: str = "none"
+    checkpoint_every: int = 0
+    save_queue: bool = False
+    skip_nonfinite: bool = False
+    evaluate: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("run.device", self.device, ("auto", "cuda", "cpu"))
+        one_of("run.resume", self.resume, ("auto", "none"))
+        if self.resume == "auto" and self.resume_ckpt_path:
+            raise AuroraError("run.resume: auto finds the run by itself; leave out run.resume_ckpt_path, or set none")
+        one_of("run.inference_method", self.inference_method, INFERENCE_METHODS)
+        one_of("run.token_dtype", self.token_dtype, TOKEN_DTYPES)
+        for key in (
+            "max_epoch",
+            "accum_grad_iters",
+            "batch_size_train",
+            "batch_size_eval",
+            "log_freq",
+            "num_ans_candidates",
+            "num_beams",
+        ):
+            require(getattr(self, key) >= 1, f"run.{key}", getattr(self, key), "1 or more")
+        least = max(2, self.min_len + 1)
+        require(self.max_len >= least, "run.max_len", self.max_len, f"{least} or more (tokens, with the first)")
+        require(not self.prompt or "{}" in self.prompt, "run.prompt", self.prompt, "empty, or hold a {}")
+        for key in (
+            "init_lr",
+            "min_lr",
+            "weight_decay",
+            "grad_clip",
+            "num_workers",
+            "k_test",
+            "token_budget_gb",
+            "warmup_steps",
+            "min_len",
+            "checkpoint_every",
+        ):
+            require(getattr(self, key) >= 0, f"run.{key}", getattr(self, key), "0 or more")
+        share = self.max_broken_share
+        require(0 <= share <= 1, "run.max_broken_share", share, "between 0 and 1")
+        if self.lr_sched == "linear_warmup_step_lr" and self.lr_decay_rate is None:
+            raise AuroraError("run.lr_decay_rate: missing; run.lr_sched linear_warmup_step_lr needs it, e.g. 0.9")

@@ -1,0 +1,67 @@
+"""Keys that there are not, and values of the wrong type: both are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from tiny import refused
+
+UNKNOWN_KEYS = [
+    ("model.tunning", "tuning"),
+    ("model.quee_size", "queue_size"),
+    ("model.mode_aprox", "mode_approx"),
+    ("model.mode_approx.rnk", "rank"),
+    ("model.mode_approx.scal", "scale"),
+    ("model.gate.from", "form"),
+    ("model.context.forms", "form"),
+    ("model.vit.pach_size", "patch_size"),
+    ("model.vit.dept", "depth"),
+    ("run.max_epochs", "max_epoch"),
+    ("run.itcweight", "itc_weight"),
+    ("run.batch_size", "batch_size_train"),
+]
+
+
+@pytest.mark.parametrize(("key", "near"), UNKNOWN_KEYS, ids=[key for key, _ in UNKNOWN_KEYS])
+@pytest.mark.parametrize("where", ["yaml", "options"])
+def test_unknown_key_gets_the_nearest_valid_name(project: Path, where: str, key: str, near: str) -> None:
+    if where == "yaml":
+        config = OmegaConf.load(project)
+        OmegaConf.update(config, key, 1, force_add=True)
+        OmegaConf.save(config, project)
+    message = refused(project, f"{key}: unknown key", options=[f"{key}=1"] if where == "options" else None)
+    assert repr(near) in message.partition("did you mean ")[2]
+
+
+def test_unknown_key_without_a_near_name_gets_all_names(project: Path) -> None:
+    refused(project, "model.gate.zzz: unknown key; known: form, init", options=["model.gate.zzz=1"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.mode_approx.rank", "abc"),
+        ("model.mode_approx.rank", "1.5"),
+        ("model.mode_approx.rank", "null"),
+        ("model.mode_approx.scale", "big"),
+        ("model.mode_approx", "3"),
+        ("model.gate", "residual"),
+        ("model.context", "[1]"),
+        ("model.vit", "base"),
+        ("model.vit.depth", "[3]"),
+        ("model.image_size", "48px"),
+        ("model.train_heads", "maybe"),
+        ("model.queue_size", "many"),
+        ("model.tuning.form", "aurora"),
+        ("run.max_epoch", "six"),
+        ("run.init_lr", "fast"),
+        ("run.amp", "2.5"),
+        ("run.train_splits", "train"),
+        ("run.seed", "{a: 1}"),
+    ],
+)
+def test_wrong_type_names_the_key(project: Path, key: str, value: str) -> None:
+    named = key.rpartition(".")[0] if key == "model.tuning.form" else key
+    refused(project, f"{named}: ", options=[f"{key}={value}"])

@@ -1,0 +1,64 @@
+"""``model:``: LAVIS's defaults, and parts that do not fit each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from lavis.common.registry import registry
+from lavis.common.utils import get_abs_path
+from omegaconf import OmegaConf
+from tiny import tiny_config
+
+from lavis_aurora.config import RetrievalAuroraConfig
+from lavis_aurora.errors import AuroraError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_defaults_are_lavis_own() -> None:
+    own = OmegaConf.load(get_abs_path("configs/models/blip_retrieval_coco.yaml")).model
+    settings = RetrievalAuroraConfig()
+    for key in ("vit_type", "image_size", "embed_dim", "queue_size", "med_config_path"):
+        assert getattr(settings, key) == own[key], key
+
+
+def test_image_size_without_vit_must_fit_lavis_patches() -> None:
+    with pytest.raises(AuroraError, match=r"model.image_size: 200 .* a multiple of the patch size \(16\)"):
+        RetrievalAuroraConfig(image_size=200)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer": "/no/such/folder"}, "model.tokenizer"),
+        ({"tokenizer": str(ROOT / "tests")}, "model.tokenizer: the folder .* holds no vocab.txt"),
+        ({"tokenizer": "no-such-tokenizer"}, "model.tokenizer: cannot load 'no-such-tokenizer'"),
+        ({"med_config_path": "/no/such/med_config.json"}, "model.med_config_path: .*/no/such/med_config.json"),
+        ({"max_txt_len": 65}, "model.max_txt_len: 65 tokens do not fit the 64 positions"),
+        ({"vit": {"embed_dim": 64}}, "model.med_config_path: .* encoder_width 128.*64 wide"),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_named_when_building(change: dict, message: str) -> None:
+    cfg = tiny_config(**change)
+    with pytest.raises(AuroraError, match=message):
+        registry.get_model_class(cfg.arch).from_config(cfg)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"vocab_size": 100}'])
+def test_med_config_that_cannot_be_used_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "med.json"
+    path.write_text(content)
+    cfg = tiny_config(med_config_path=str(path))
+    with pytest.raises(AuroraError, match=f"model.med_config_path: .*{path}"):
+        registry.get_model_class(cfg.arch).from_config(cfg)
+
+
+def test_vocabulary_larger_than_the_embeddings_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "med.json"
+    small = json.loads(Path(tiny_config().med_config_path).read_text()) | {"vocab_size": 401}
+    path.write_text(json.dumps(small))
+    cfg = tiny_config(med_config_path=str(path))
+    with pytest.raises(AuroraError, match=r"model.tokenizer: .* has 402 tokens .* has vocab_size 401"):
+        registry.get_model_class(cfg.arch).from_config(cfg)

@@ -1,0 +1,83 @@
+"""Values that cannot be used, and those at the limits, which can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import refused
+
+from lavis_aurora.config import (
+    CONTEXT_FORMS,
+    GATE_FORMS,
+    GATE_INITS,
+    TUNINGS,
+    ContextConfig,
+    GateConfig,
+    ModeApproxConfig,
+    RetrievalAuroraConfig,
+    RunConfig,
+    VitConfig,
+)
+
+OUT_OF_RANGE = [
+    ("model.mode_approx.rank", "0", "1 or more"),
+    ("model.mode_approx.rank", "-4", "1 or more"),
+    ("model.mode_approx.scale", "0", "above 0"),
+    ("model.mode_approx.scale", "-1.5", "above 0"),
+    ("model.mode_approx.scale", "nan", "above 0"),
+    ("model.gate.form", "residul", "did you mean 'residual'"),
+    ("model.gate.init", "zero", "did you mean 'zeros'"),
+    ("model.context.form", "atention", "did you mean 'attention'"),
+    ("model.vit.patch_size", "0", "1 or more"),
+    ("model.vit.embed_dim", "0", "1 or more"),
+    ("model.vit.depth", "0", "1 or more"),
+    ("model.vit.num_heads", "-1", "1 or more"),
+    ("model.vit.num_heads", "3", "a multiple of vit.num_heads (3)"),
+    ("model.tuning", "auror", "did you mean 'aurora'"),
+    ("model.vit_type", "huge", "known: base, large"),
+    ("model.image_size", "0", "1 or more (pixels)"),
+    ("model.image_size", "50", "a multiple of the patch size (16)"),
+    ("model.max_txt_len", "1", "2 or more (tokens)"),
+    ("model.load_finetuned", "true", "model.finetuned: missing although model.load_finetuned is true"),
+    ("model.queue_size", "-1", "0 (no queue) or more"),
+    ("model.embed_dim", "0", "1 or more"),
+    ("model.alpha", "-0.1", "between 0 and 1"),
+    ("model.alpha", "1.1", "between 0 and 1"),
+    ("model.momentum", "-0.1", "between 0 and 1"),
+    ("model.momentum", "1.5", "between 0 and 1"),
+    ("run.device", "tpu9", "known: auto, cpu, cuda"),
+    ("run.max_broken_share", "-0.1", "between 0 and 1"),
+    ("run.max_broken_share", "1.1", "between 0 and 1"),
+    ("run.token_dtype", "float16", "did you mean 'bfloat16'"),
+    ("run.token_budget_gb", "-1", "0 or more"),
+    *[
+        (f"run.{key}", "0", "1 or more")
+        for key in ("max_epoch", "accum_grad_iters", "batch_size_train", "batch_size_eval", "log_freq")
+    ],
+    *[
+        (f"run.{key}", "-1", "0 or more")
+        for key in ("init_lr", "min_lr", "weight_decay", "grad_clip", "num_workers", "k_test", "warmup_steps")
+    ],
+]
+
+
+@pytest.mark.parametrize(("key", "value", "need"), OUT_OF_RANGE, ids=[f"{k}={v}" for k, v, _ in OUT_OF_RANGE])
+def test_value_out_of_range_names_key_value_and_need(project: Path, key: str, value: str, need: str) -> None:
+    named = {"model.load_finetuned": "model.finetuned"}.get(key, key.replace("model.mode_approx.", "mode_approx."))
+    named = named.replace("model.gate.", "gate.").replace("model.context.", "context.")
+    named = "vit.embed_dim" if "multiple of vit" in need else named.replace("model.vit.", "vit.")
+    refused(project, f"{named}: ", need, options=[f"{key}={value}"])
+
+
+def test_limits_themselves_are_allowed() -> None:
+    for form in GATE_FORMS:
+        for init in GATE_INITS:
+            assert GateConfig(form, init).form == form
+    assert [ContextConfig(form).form for form in CONTEXT_FORMS] == list(CONTEXT_FORMS)
+    assert ModeApproxConfig(rank=1, scale=1e-6).rank == 1
+    assert VitConfig(1, 1, 1, 1).depth == 1
+    for tuning in TUNINGS:
+        settings = RetrievalAuroraConfig(tuning=tuning, queue_size=0, alpha=0, momentum=1, max_txt_len=2)
+        assert settings.tuning == tuning
+    assert RunConfig(max_epoch=1, num_workers=0, k_test=0, init_lr=0, grad_clip=0).k_test == 0

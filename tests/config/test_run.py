@@ -1,0 +1,23 @@
+"""``run:``: keys that belong together, and all of them after loading."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from tiny import refused
+
+from lavis_aurora.config import RunConfig
+from lavis_aurora.project import load_config
+
+
+def test_step_scheduler_needs_a_decay_rate(project: Path) -> None:
+    options = ["run.lr_sched=linear_warmup_step_lr"]
+    refused(project, "run.lr_decay_rate", options=options)
+    assert load_config(str(project), [*options, "run.lr_decay_rate=0.9"]).run_cfg.lr_decay_rate == 0.9
+
+
+def test_run_section_is_complete_after_loading(project: Path) -> None:
+    run = load_config(str(project)).run_cfg
+    assert set(run) == {f.name for f in fields(RunConfig)}
+    assert (run.beta2, run.itc_weight, run.seed) == (0.999, 1.0, 42)

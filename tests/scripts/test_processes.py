@@ -1,0 +1,82 @@
+"""Programs in processes of their own: how many at a time, and how they end."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import pytest
+from processes import TrainingProcess, add_jobs, run_all
+
+# Stops once it is told to, and writes down how often it was.
+WAITS = """
+import pathlib, signal, sys, time
+told = pathlib.Path(sys.argv[sys.argv.index("--options") + 1])
+signal.signal(signal.SIGTERM, lambda *_: (told.open("a").write("x"), sys.exit(3)))
+signal.signal(signal.SIGINT, lambda *_: told.open("a").write("interrupted"))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+class Waiting(TrainingProcess):
+    """A process that waits for its end."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.log, self.told = folder / f"{name}.log", folder / name
+        self.program = folder / "waits.py"
+        self.program.write_text(WAITS)
+
+    def start(self) -> None:
+        self.launch(self.program, "x.yaml", [str(self.told)])
+        while "ready" not in self.output():
+            time.sleep(0.02)
+
+
+def test_so_many_run_at_a_time_and_in_order() -> None:
+    started, most = [], []
+
+    class Counted(TrainingProcess):
+        asked = 0
+
+        def ended(self) -> bool:
+            self.asked += 1
+            return self.asked > 1
+
+    def report(active: list, waiting: int) -> None:
+        most.append((len(active), waiting))
+
+    runs = [Counted() for _ in range(5)]
+    run_all(runs, 2, started.append, Counted.ended, report)
+    assert started == runs
+    # Two end, then two, then the last; each time what follows has not started yet.
+    assert most == [(0, 3), (0, 1), (0, 0)]
+
+
+def test_ctrl_c_is_passed_on_once(tmp_path: Path) -> None:
+    """A second signal would stop a training before it has saved."""
+    runs = [Waiting(tmp_path, name) for name in "ab"]
+
+    def interrupted(run: Waiting) -> bool:
+        # The terminal sends it to all processes of the session's group.
+        assert os.getsid(run.process.pid) != os.getsid(0) and os.getpgid(run.process.pid) != os.getpgid(0)
+        if run is runs[1]:
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        run_all(runs, 2, Waiting.start, interrupted, lambda active, waiting: None)
+    assert [run.process.returncode for run in runs] == [3, 3]
+    assert [run.told.read_text() for run in runs] == ["x", "x"]
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "two"])
+def test_none_at_a_time_is_refused(jobs: str, capsys) -> None:
+    parser = argparse.ArgumentParser()
+    add_jobs(parser, 2)
+    assert parser.parse_args([]).jobs == 2 and parser.parse_args(["--jobs", "3"]).jobs == 3
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--jobs", jobs])
+    assert f"argument --jobs: invalid positive value: '{jobs}'" in capsys.readouterr().err
