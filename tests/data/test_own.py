@@ -18,7 +18,7 @@ from lavis_aurora.data.dataset_keys import check_dataset_keys
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.paper.compare import compare
 from lavis_aurora.project import load_config
-from lavis_aurora_cli import train
+from lavis_aurora_cli import evaluate, train
 
 PROJECTS = Path(__file__).resolve().parents[2] / "projects" / "aurora"
 COUNT = 4
@@ -125,6 +125,23 @@ def test_the_yaml_names_the_default_paths() -> None:
         shown = OmegaConf.load(PROJECTS / f"{project}.yaml").datasets[name].build_info
         default = OmegaConf.load(registry.get_builder_class(name).default_config_path()).datasets[name].build_info
         assert shown == default
+
+
+def test_answers_of_one_s_own_are_ranked(tmp_path: Path, data: Path) -> None:
+    """As the comment in own_vqa.yaml says."""
+    write_own("own_vqa", data)
+    answers = ["a circle", "a star", "two"]
+    (data / "annotations/answers.json").write_text(json.dumps(answers))
+    files = "own/annotations/vqa_test.json,own/annotations/answers.json"
+    more = [
+        "run.inference_method=rank",
+        "run.test_splits=[test]",
+        f"datasets.own_vqa.build_info.annotations.test.storage=[{files}]",
+        f"run.output_dir={tmp_path / 'output'}",
+    ]
+    evaluate(["--cfg-path", str(PROJECTS / "own_vqa.yaml"), "--options", *options("own_vqa"), *more])
+    [result] = (only_run(tmp_path) / "result").glob("test*_vqa_result.json")
+    assert {entry["answer"] for entry in json.loads(result.read_text())} <= set(answers)
 
 
 def test_a_url_would_not_be_read() -> None:
