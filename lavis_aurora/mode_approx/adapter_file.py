@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lavis_aurora.errors import AuroraError
+from lavis_aurora.errors import AuroraError, some
 from lavis_aurora.files import written_whole
 from lavis_aurora.mode_approx.adapted import adapted_layers, factors_of
 from lavis_aurora.mode_approx.adapter_config import AdapterConfig, BaseConfig
@@ -124,7 +124,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", ch
     if not differences:
         differences = _tensor_differences(factors, config, tensors)
     if differences:
-        raise AuroraError(f"{folder} does not fit this model: {_some(differences)}")
+        raise AuroraError(f"{folder} does not fit this model: {some(differences, separator='; ')}")
     if name not in factors.sets:
         factors.add_set(name, config.mode_approx).requires_grad_(False)
     with torch.no_grad():
@@ -260,8 +260,3 @@ def factor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         factors = ModeFactors({slot: tuple(shape) for slot, shape in config.slots.items()}, config.mode_approx)
     return {key: tuple(parameter.shape) for key, parameter in factors.sets["default"].named_parameters()}
-
-
-def _some(problems: list[str]) -> str:
-    more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-    return "; ".join(problems[:4]) + more
