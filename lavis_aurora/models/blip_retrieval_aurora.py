@@ -180,7 +180,7 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
         # Processes exchange texts, which must then be of one length.
-        text = self.tokenize(samples["text_input"], to_longest=True, everywhere=self._gathers).to(image.device)
+        text = self.tokenize(samples["text_input"], to_longest=True, everywhere=self._gathers, device=image.device)
         visual = encode_visual(self.visual_encoder, image)
         image_embeds = visual.tokens
         text_embeds = self.text_encoder.forward_text(text).last_hidden_state
