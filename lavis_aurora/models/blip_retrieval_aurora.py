@@ -83,7 +83,7 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         )
         del self.init_tokenizer
         check_vocabulary(self.tokenizer, text.config.vocab_size, cfg)
-        self.context_form = cfg.context.form if cfg.tuning == "aurora" else "none"
+        self.context_form = cfg.context.form
         self._negative_seed: int | None = None
         if cfg.tuning != "full":
             # The backbone is frozen: its moving average is itself.
