@@ -117,8 +117,10 @@ class RetrievalAuroraConfig(BlipAuroraConfig):
 
     Attributes:
         context: the third part of the method; always set once this class is made.
-        queue_size, alpha, embed_dim, momentum, negative_all_rank: LAVIS's blip_retrieval's own. The queue may
-            have any size; it wraps around.
+        queue_size, alpha, embed_dim, momentum: LAVIS's blip_retrieval's own. The queue may have any size; it wraps
+            around.
+        negative_all_rank: negatives of ITM come from all processes, as in LAVIS's training on COCO; false takes those
+            of a process's own batch, as on Flickr30K. (The default of LAVIS's class is false.)
         train_temp: also train the temperature of ITC, with the heads or the whole model. It is a number of
             about 0.07 that one step moves by the learning rate: set false with rates of 1e-3 and more.
     """

@@ -15,6 +15,7 @@ from tiny import refused, tiny_config
 from lavis_aurora.config import TUNINGS, ContextConfig, RetrievalAuroraConfig
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.project import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +31,15 @@ def test_defaults_are_lavis_own() -> None:
 def test_image_size_without_vit_must_fit_lavis_patches() -> None:
     with pytest.raises(AuroraError, match=r"model.image_size: 200 .* a multiple of the patch size \(16\)"):
         RetrievalAuroraConfig(image_size=200)
+
+
+@pytest.mark.parametrize("data", ["coco", "flickr"])
+def test_negatives_come_from_where_lavis_trains_with_them(data: str) -> None:
+    lavis = OmegaConf.load(get_abs_path(f"projects/blip/train/retrieval_{data}_ft.yaml")).model.negative_all_rank
+    project = load_config(str(ROOT / f"projects/aurora/{data}_ret.yaml")).model_cfg
+    of_type = OmegaConf.load(BlipRetrievalAurora.default_config_path(data)).model
+    for section in (project, of_type):
+        assert parse_config(RetrievalAuroraConfig, section, "model").negative_all_rank is lavis
 
 
 @pytest.mark.parametrize("tuning", ["heads", "full"])
