@@ -219,7 +219,11 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
     def _contrastive(
         self, samples: dict, teacher: TeacherFeatures, image_feat: Tensor, text_feat: Tensor, idx: Tensor
     ) -> tuple[Tensor, BlipSimilarity]:
-        """ITC against the teacher's features of the batch over all processes and of the queue."""
+        """ITC against the teacher's features of the batch over all processes and of the queue.
+
+        In one process this is LAVIS's loss. In several, LAVIS and BLIP compare with the process's own batch and the
+        queue; here with the whole batch, so that it is the loss of one process that has it all.
+        """
         ramp = self._rampup_factor(samples["epoch"], samples["iters"], samples["num_iters_per_epoch"])
         alpha = self.alpha * ramp
         with torch.no_grad():
