@@ -17,3 +17,14 @@ def near_names(name: str, known: Iterable[str], limit: int = 3) -> str:
     if near:
         return f"; did you mean {' or '.join(repr(n) for n in near)}?"
     return f"; known: {', '.join(known)}"
+
+
+def some(names: Iterable[str], limit: int = 4, separator: str = ", ") -> str:
+    """The first ``limit`` of the names, and how many more there are.
+
+    >>> some("abcdef")
+    'a, b, c, d and 2 more'
+    """
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return separator.join(names[:limit]) + more

@@ -24,21 +24,10 @@ from pathlib import Path
 from bench_step import METHODS, TASKS, measure
 from processes import environment
 
+from lavis_aurora.figures.methods import UNITS, method_name
 from lavis_aurora.files import written_whole
 
 MB = 1e6
-LABELS = {
-    "lavis-full": "full, LAVIS's own model",
-    "lavis-uniadapter-512": "UniAdapter r=512, LAVIS's own model",
-    "full": "full",
-    "lora-32": "LoRA r=32",
-    "uniadapter-512": "UniAdapter r=512",
-    "uniadapter-128": "UniAdapter r=128",
-    "aurora-128": "Aurora r=128",
-    "aurora-64": "Aurora r=64",
-    "frozen-flow": "frozen, gradients flow",
-}
-UNITS = ("lavis-uniadapter-512", "uniadapter-512")
 
 
 def measure_apart(args: argparse.Namespace, task: str, method: str) -> dict:
@@ -67,7 +56,7 @@ def run_all(args: argparse.Namespace) -> dict:
         left = (time.time() - start) / (i + 1) * (len(runs) - i - 1)
         seconds, memory = statistics.median(result["seconds"]), result["memory"] / MB
         print(
-            f"[{i + 1}/{len(runs)}] {task:<10} {LABELS[method]:<37} {seconds:7.2f} s/step {memory:8.0f} MB  "
+            f"[{i + 1}/{len(runs)}] {task:<10} {method_name(method):<32} {seconds:7.2f} s/step {memory:8.0f} MB  "
             f"left: about {timedelta(seconds=round(left))}",
             flush=True,
         )
@@ -105,7 +94,7 @@ def tables(results: dict) -> str:
         for method, one in methods.items():
             spread = f"{one['seconds']:.3g} ({one['fastest']:.3g} - {one['slowest']:.3g})"
             lines.append(
-                f"| {LABELS[method]} | {one['trained']:,} | {one['checkpoint'] / MB:.2f} | {spread} | "
+                f"| {method_name(method)} | {one['trained']:,} | {one['checkpoint'] / MB:.2f} | {spread} | "
                 f"{one['memory'] / MB:,.0f} |"
             )
         lines.append("")
@@ -115,7 +104,7 @@ def tables(results: dict) -> str:
             continue
         head = " | ".join(f"{task}: time | memory" for task in measured)
         lines += [
-            f"Unit: {LABELS[unit]}",
+            f"Unit: {method_name(unit)}",
             "",
             f"| tuning | trained | {head} |",
             "| --- | --- |" + " --- |" * 2 * len(measured),
@@ -129,7 +118,7 @@ def tables(results: dict) -> str:
                 for one, task in zip(rows, measured)
                 for key in ("seconds", "memory")
             ]
-            lines.append(f"| {LABELS[method]} | {rows[0]['trained'] / 1e6:.2f}M | {' | '.join(ratios)} |")
+            lines.append(f"| {method_name(method)} | {rows[0]['trained'] / 1e6:.2f}M | {' | '.join(ratios)} |")
         lines.append("")
     return "\n".join(lines)
 

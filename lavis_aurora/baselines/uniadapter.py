@@ -98,7 +98,7 @@ class UniAdapters(nn.Module):
             self.active = before
 
 
-class AdaptedMlp(Mlp):
+class UniAdapterMlp(Mlp):
     """Feed-forward block of the ViT with a bottleneck beside it."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class AdaptedMlp(Mlp):
         return super().forward(x) if active is None else super().forward(x) + active.vision(self.index, x)
 
 
-class AdaptedLayer(RememberingLayer):
+class UniAdapterLayer(RememberingLayer):
     """Layer of BERT with a bottleneck beside its feed-forward block."""
 
     def beside(self, query: Tensor | None, attention_output: Tensor) -> Tensor | None:
@@ -135,10 +135,10 @@ def add_uniadapter(vision: VisionTransformer, texts: Sequence[BertModel], config
         )
     adapters = UniAdapters(*shapes[0], config)
     for i, block in enumerate(vision.blocks):
-        block.mlp = _attached(retyped(AdaptedMlp, block.mlp), adapters, i)
+        block.mlp = _attached(retyped(UniAdapterMlp, block.mlp), adapters, i)
     for text in texts:
         for i, layer in enumerate(text.encoder.layer):
-            text.encoder.layer[i] = _attached(remember_query(layer, AdaptedLayer), adapters, i)
+            text.encoder.layer[i] = _attached(remember_query(layer, UniAdapterLayer), adapters, i)
     return adapters
 
 

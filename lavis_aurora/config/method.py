@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 from lavis_aurora.config.rules import one_of, patterns, require
 
@@ -67,10 +67,12 @@ class ContextConfig:
     """Informative context enhancement (paper 3.3, eq. 5, figure 4).
 
     Attributes:
-        form: attention (the paper), mean, random, none.
+        form: attention (the paper), mean, random, none. Left out, it is attention with ``tuning: aurora``; the other
+            ways of tuning have none.
     """
 
-    form: str = "attention"
+    form: Optional[str] = None
 
     def __post_init__(self) -> None:
-        one_of("context.form", self.form, CONTEXT_FORMS)
+        if self.form is not None:
+            one_of("context.form", self.form, CONTEXT_FORMS)

@@ -45,7 +45,8 @@ class BlipAuroraConfig:
         tuning: aurora (the method), heads (only the heads), frozen, and the baselines lora, uniadapter, full (the
             whole model).
         freeze_vit: with tuning full, leave the vision encoder as it is (LAVIS's name for it in BLIP-2).
-        train_heads: also train the heads (projections, matching head, temperature), reported apart.
+        train_heads: also train the heads (projections, matching head, temperature), reported apart; heads and full
+            always do.
         mode_approx, gate: parts of the method.
         lora, uniadapter: settings of these baselines.
         adapter: folder of an adapter to start from, see save_adapter; its mode_approx and gate are the defaults then.
@@ -84,6 +85,11 @@ class BlipAuroraConfig:
                 f"model.freeze_vit: for model.tuning: full, not {self.tuning}, which freezes the whole backbone; "
                 f"leave it out"
             )
+        if not self.train_heads and self.tuning in ("heads", "full"):
+            raise AuroraError(
+                f"model.train_heads: false does not go with model.tuning: {self.tuning}, which trains the heads; "
+                f"leave it out, or choose another tuning"
+            )
         if self.adapter is not None and self.tuning != "aurora":
             raise AuroraError(
                 f"model.adapter: needs model.tuning: aurora, not {self.tuning}; leave one of the two out"
@@ -110,9 +116,11 @@ class RetrievalAuroraConfig(BlipAuroraConfig):
     """``model:`` of blip_retrieval_aurora.
 
     Attributes:
-        context: the third part of the method.
-        queue_size, alpha, embed_dim, momentum, negative_all_rank: LAVIS's blip_retrieval's own. The queue may
-            have any size; it wraps around.
+        context: the third part of the method; always set once this class is made.
+        queue_size, alpha, embed_dim, momentum: LAVIS's blip_retrieval's own. The queue may have any size; it wraps
+            around.
+        negative_all_rank: negatives of ITM come from all processes, as in LAVIS's training on COCO; false takes those
+            of a process's own batch, as on Flickr30K. (The default of LAVIS's class is false.)
         train_temp: also train the temperature of ITC, with the heads or the whole model. It is a number of
             about 0.07 that one step moves by the learning rate: set false with rates of 1e-3 and more.
     """
@@ -127,6 +135,13 @@ class RetrievalAuroraConfig(BlipAuroraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        form = self.context.form
+        if form is None:
+            self.context = ContextConfig("attention" if self.tuning == "aurora" else "none")
+        elif form != "none" and self.tuning != "aurora":
+            raise AuroraError(
+                f"model.context.form: {form} is for model.tuning: aurora, not {self.tuning}; leave it out or set none"
+            )
         require(self.queue_size >= 0, "model.queue_size", self.queue_size, "0 (no queue) or more")
         require(self.embed_dim >= 1, "model.embed_dim", self.embed_dim, "1 or more")
         require(0 <= self.alpha <= 1, "model.alpha", self.alpha, "between 0 and 1")

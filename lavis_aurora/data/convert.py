@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lavis_aurora.data.raw_annotations import Entries, didemo, karpathy, msrvtt
-from lavis_aurora.errors import AuroraError
+from lavis_aurora.errors import AuroraError, some
 from lavis_aurora.paths import data_root
 
 SHOWN = 5
@@ -145,8 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         name, entries = karpathy(args.annotations)
     if missing:
-        shown = ", ".join(missing[:SHOWN]) + (f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else "")
-        said = f"{len(missing)} videos are not in {args.videos}: {shown}"
+        said = f"{len(missing)} videos are not in {args.videos}: {some(missing, SHOWN)}"
         if not args.allow_partial:
             raise AuroraError(f"{said}; fetch them, or give --allow-partial to leave them out")
         print(f"left out: {said}")

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from lavis_aurora.data.frames import BrokenVideo
-from lavis_aurora.errors import AuroraError
+from lavis_aurora.errors import AuroraError, some
 
 # PIL's modes of more than 8 bits a channel.
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
@@ -108,7 +108,7 @@ def report_broken(broken: list[str], samples: int, allowed: float, path: Path) -
     if not videos:
         return
     count, total = sum(map(len, parts)), samples * get_world_size()
-    shown = "; ".join(videos[:SHOWN]) + (f"; and {len(videos) - SHOWN} more" if len(videos) > SHOWN else "")
+    shown = some(videos, SHOWN, "; ")
     said = f"videos could not be read {count} times in {total} samples, {len(videos)} different ones: {shown}"
     if is_main_process():
         path.write_text("\n".join(videos) + os.linesep, encoding="utf-8")

@@ -11,12 +11,10 @@ from matplotlib.figure import Figure
 
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.figures.drawing import OWN, PALE, canvas, tidy
+from lavis_aurora.figures.methods import UNITS, method_name
 from lavis_aurora.files import read_json
 from lavis_aurora.paper.tables import paper_tables
 
-# In LAVIS's own model first: that is how the paper's UniAdapter ran.
-UNITS = ("lavis-uniadapter-512", "uniadapter-512")
-NAMES = {"uniadapter": "UniAdapter", "aurora": "Aurora", "lora": "LoRA"}
 # The paper's benchmarks of each measured task, with the markers of their figures.
 BENCHMARKS = {
     "retrieval": {"coco_retrieval": "o", "flickr30k": "s"},
@@ -30,14 +28,6 @@ KEYS = {"seconds": ("time", "time of a step"), "memory": ("memory", "memory abov
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the figure."""
     parser.add_argument("bench", metavar="BENCH.JSON", help="of scripts/bench_train.py --out")
-
-
-def method_name(method: str) -> str:
-    """A method of the benchmark program, as the paper writes it."""
-    if method.startswith("lavis-"):
-        return f"{method_name(method[len('lavis-') :])}, LAVIS's own"
-    kind, _, rank = method.rpartition("-")
-    return f"{NAMES[kind]} (r={rank})" if kind in NAMES else method.replace("-", ", ")
 
 
 def numbers(args: argparse.Namespace) -> dict[str, Any]:

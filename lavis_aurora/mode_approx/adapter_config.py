@@ -21,10 +21,13 @@ class BaseConfig:
     Attributes:
         sha256: of the weights that the adapter updates, see :func:`~lavis_aurora.mode_approx.adapter_file.base_hash`.
         name: file or URL of its checkpoint; null for weights that came from nowhere else.
+        dtype: of these weights, see :func:`~lavis_aurora.mode_approx.adapter_file.base_dtype`; the hash differs with
+            it. Files that do not say it are of models in single precision.
     """
 
     sha256: str
     name: Optional[str] = None
+    dtype: str = "float32"
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lavis_aurora.errors import AuroraError
+from lavis_aurora.errors import AuroraError, some
 from lavis_aurora.files import written_whole
 from lavis_aurora.mode_approx.adapted import adapted_layers, factors_of
 from lavis_aurora.mode_approx.adapter_config import AdapterConfig, BaseConfig
@@ -77,7 +78,7 @@ def save_adapter(
     config = AdapterConfig(
         mode_approx=factors.sets[name].config,
         slots={slot: list(shape) for slot, shape in factors.slots.items()},
-        base=BaseConfig(sha256=base_hash(model), name=owner.base_name() if owner else None),
+        base=BaseConfig(base_hash(model), owner.base_name() if owner else None, base_dtype(model)),
         tensors_sha256=hashlib.sha256(content).hexdigest(),
         model={**(owner.describe_adapter() if owner else {}), **(description or {})},
         metrics=dict(metrics or {}),
@@ -108,7 +109,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", ch
         model: a model with an adapter, tuned or fresh.
         folder: what :func:`save_adapter` wrote.
         name: what the model shall call it.
-        check_base: refuse an adapter that was tuned on other weights than the model's.
+        check_base: refuse an adapter that was tuned on other weights than the model's; in another precision they
+            cannot be compared, and a warning says so.
 
     Raises:
         AuroraError: the folder cannot be read, or does not fit the model; says exactly what differs. The model is
@@ -124,7 +126,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", ch
     if not differences:
         differences = _tensor_differences(factors, config, tensors)
     if differences:
-        raise AuroraError(f"{folder} does not fit this model: {_some(differences)}")
+        raise AuroraError(f"{folder} does not fit this model: {some(differences, separator='; ')}")
     if name not in factors.sets:
         factors.add_set(name, config.mode_approx).requires_grad_(False)
     with torch.no_grad():
@@ -186,10 +188,7 @@ def base_hash(model: nn.Module) -> str:
 
     It tells backbones apart and does not depend on picture size, queue or heads. It is kept until a weight changes.
     """
-    factors = factors_of(model)
-    # Momentum copies follow the others, and round differently.
-    layers = [layer for _, layer in adapted_layers(model) if layer.pinned is None]
-    weights = [weight for layer in layers for weight in layer.backbone_weights().values()]
+    factors, weights = factors_of(model), _base_weights(model)
     state = [(weight.data_ptr(), weight._version, str(weight.device), weight.dtype) for weight in weights]
     if factors.base_hash is None or factors.base_hash[0] != state:
         digest = hashlib.sha256()
@@ -198,6 +197,17 @@ def base_hash(model: nn.Module) -> str:
             digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
         factors.base_hash = (state, digest.hexdigest())
     return factors.base_hash[1]
+
+
+def base_dtype(model: nn.Module) -> str:
+    """The type of the weights that :func:`base_hash` is of, e.g. float32; several are joined by +."""
+    return "+".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in _base_weights(model)}))
+
+
+def _base_weights(model: nn.Module) -> list[Tensor]:
+    # Momentum copies follow the others, and round differently.
+    layers = [layer for _, layer in adapted_layers(model) if layer.pinned is None]
+    return [weight for layer in layers for weight in layer.backbone_weights().values()]
 
 
 def _differences(
@@ -227,14 +237,29 @@ def _differences(
         ]
     if isinstance(model, AdapterOwner):
         problems += model.adapter_differences(config.model)
-    if not problems and check_base and config.base.sha256 != base_hash(model):
-        here_name = model.base_name() if isinstance(model, AdapterOwner) else None
-        problems.append(
-            f"it was tuned on other weights ({config.base.name or 'without a name'}, sha256 "
-            f"{config.base.sha256[:12]}) than these ({here_name or 'without a name'}, {base_hash(model)[:12]}); "
-            f"load those, or set check_base=False (model.adapter_check_base: false) to use it all the same"
-        )
+    if not problems and check_base:
+        problems += _base_differences(model, config.base)
     return problems
+
+
+def _base_differences(model: nn.Module, base: BaseConfig) -> list[str]:
+    """How the backbone's weights differ; in another precision they cannot be compared, which the log says."""
+    here, dtype = base_hash(model), base_dtype(model)
+    if here == base.sha256:
+        return []
+    if dtype != base.dtype:
+        logging.warning(
+            "the adapter was tuned on weights in %s and these are in %s: whether they are the same was not compared",
+            base.dtype,
+            dtype,
+        )
+        return []
+    name = model.base_name() if isinstance(model, AdapterOwner) else None
+    return [
+        f"it was tuned on other weights ({base.name or 'without a name'}, sha256 {base.sha256[:12]}) than these "
+        f"({name or 'without a name'}, {here[:12]}); load those, or set check_base=False "
+        f"(model.adapter_check_base: false) to use it all the same"
+    ]
 
 
 def _tensor_differences(factors: ModeFactors, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -260,8 +285,3 @@ def factor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         factors = ModeFactors({slot: tuple(shape) for slot, shape in config.slots.items()}, config.mode_approx)
     return {key: tuple(parameter.shape) for key, parameter in factors.sets["default"].named_parameters()}
-
-
-def _some(problems: list[str]) -> str:
-    more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-    return "; ".join(problems[:4]) + more

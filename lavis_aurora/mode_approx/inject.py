@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from torch import nn
 
 from lavis_aurora.config import ModeApproxConfig
-from lavis_aurora.errors import AuroraError
+from lavis_aurora.errors import AuroraError, some
 from lavis_aurora.mode_approx.factors import ModeFactors
 from lavis_aurora.mode_approx.linear import ModeApproxLinear
 from lavis_aurora.mode_approx.multihead import IN_WEIGHTS, ModeApproxMultiheadAttention
@@ -61,8 +61,7 @@ def _near(pattern: str, layers: Sequence[str], limit: int = 5) -> str:
     near = get_close_matches(pattern, kinds)
     if near:
         return f"; did you mean the layers {' or '.join(map(repr, near))}?"
-    more = f" and {len(kinds) - limit} more" if len(kinds) > limit else ""
-    return f"; layers are {', '.join(map(repr, kinds[:limit]))}{more}"
+    return f"; layers are {some(map(repr, kinds), limit)}"
 
 
 def _check_plain(name: str, layer: nn.Module) -> None:

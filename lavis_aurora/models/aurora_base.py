@@ -26,6 +26,7 @@ from lavis_aurora.models.adapter_owner import AdapterOwnerMixin, load_configured
 from lavis_aurora.models.checkpoint import load_backbone, read_state_dict
 from lavis_aurora.models.matching import longest_anywhere
 from lavis_aurora.models.run_state import RunState
+from lavis_aurora.models.transfer import to_device
 
 
 class AuroraBase(AdapterOwnerMixin, RunState):
@@ -130,13 +131,20 @@ class AuroraBase(AdapterOwnerMixin, RunState):
         """The weights of a checkpoint, with those filled in that the model can start without; here there are none."""
         return state
 
-    def tokenize(self, texts: Iterable[str], to_longest: bool = False, everywhere: bool = False) -> BatchEncoding:
-        """Token ids and mask on the CPU, cut at ``max_txt_len``.
+    def tokenize(
+        self,
+        texts: Iterable[str],
+        to_longest: bool = False,
+        everywhere: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> BatchEncoding:
+        """Token ids and mask, cut at ``max_txt_len``.
 
         Args:
             texts: what to tokenize.
             to_longest: pad to the longest text rather than to ``max_txt_len``.
             everywhere: pad to the longest text of all processes.
+            device: where they shall be; a GPU is not waited for.
         """
         tokens = self.tokenizer(
             list(texts),
@@ -148,7 +156,7 @@ class AuroraBase(AdapterOwnerMixin, RunState):
         if everywhere:
             length = longest_anywhere(tokens.input_ids.shape[1])
             tokens = self.tokenizer.pad(tokens, padding="max_length", max_length=length, return_tensors="pt")
-        return tokens
+        return to_device(tokens, device)
 
     def compile_layers(self) -> None:
         """Compile the layers of the towers (``run.compile``); layers of one kind share what is compiled."""

@@ -89,7 +89,7 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         )
         del self.init_tokenizer
         check_vocabulary(self.tokenizer, text.config.vocab_size, cfg)
-        self.context_form = cfg.context.form if cfg.tuning == "aurora" else "none"
+        self.context_form = cfg.context.form
         self._negative_seed: int | None = None
         if cfg.tuning != "full":
             # The backbone is frozen: its moving average is itself.
@@ -190,7 +190,7 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
         # Processes exchange texts, which must then be of one length.
-        text = self.tokenize(samples["text_input"], to_longest=True, everywhere=self._gathers).to(image.device)
+        text = self.tokenize(samples["text_input"], to_longest=True, everywhere=self._gathers, device=image.device)
         visual = encode_visual(self.visual_encoder, image)
         image_embeds = visual.tokens
         text_embeds = self.text_encoder.forward_text(text).last_hidden_state
@@ -229,7 +229,11 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
     def _contrastive(
         self, samples: dict, teacher: TeacherFeatures, image_feat: Tensor, text_feat: Tensor, idx: Tensor
     ) -> tuple[Tensor, BlipSimilarity]:
-        """ITC against the teacher's features of the batch over all processes and of the queue."""
+        """ITC against the teacher's features of the batch over all processes and of the queue.
+
+        In one process this is LAVIS's loss. In several, LAVIS and BLIP compare with the process's own batch and the
+        queue; here with the whole batch, so that it is the loss of one process that has it all.
+        """
         ramp = self._rampup_factor(samples["epoch"], samples["iters"], samples["num_iters_per_epoch"])
         alpha = self.alpha * ramp
         with torch.no_grad():

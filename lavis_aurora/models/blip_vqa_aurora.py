@@ -119,7 +119,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
             the question encoder's output, and the visual tokens.
         """
         visual = encode_visual(self.visual_encoder, samples["image"]).tokens
-        questions = self.tokenize(samples["text_input"], to_longest=True).to(self.device)
+        questions = self.tokenize(samples["text_input"], to_longest=True, device=self.device)
         questions.input_ids[:, 0] = self.tokenizer.enc_token_id
         samples["tokenized_text"] = questions
         return self.text_encoder.forward_automask(tokenized_text=questions, visual_embeds=visual), visual

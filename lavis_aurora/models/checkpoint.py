@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from lavis.common.dist_utils import download_cached_file
@@ -14,7 +14,7 @@ from lavis.models.vit import interpolate_pos_embed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lavis_aurora.errors import AuroraError
+from lavis_aurora.errors import AuroraError, some
 
 POS_EMBED = "visual_encoder.pos_embed"
 
@@ -61,17 +61,11 @@ def _fit(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
-
-
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:
     """Refuse weights that are no numbers."""
-    spoiled = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    spoiled = sorted(name for name, x in state.items() if x.is_floating_point() and not x.isfinite().all())
     if spoiled:
-        raise AuroraError(f"{source} holds NaN or infinite weights: {_some(spoiled)}; take another checkpoint")
+        raise AuroraError(f"{source} holds NaN or infinite weights: {some(spoiled)}; take another checkpoint")
 
 
 def load_backbone(model: nn.Module, state: dict[str, Tensor], source: str, new_keys: set[str]) -> None:
@@ -100,16 +94,21 @@ def load_backbone(model: nn.Module, state: dict[str, Tensor], source: str, new_k
         if state[key].shape != own[key].shape
     }
     if shapes:
-        raise AuroraError(f"{source} does not fit the model: {_some(shapes)}; check vit, image_size, med_config_path")
+        raise AuroraError(
+            f"{source} does not fit the model: {some(sorted(shapes))}; check vit, image_size, med_config_path"
+        )
     missing = own.keys() - state.keys() - new_keys - transient
     missing = {key for key in missing if not key.endswith("position_ids")}
     if missing:
-        raise AuroraError(f"{source} lacks {len(missing)} weights of the model: {_some(missing)}")
+        raise AuroraError(f"{source} lacks {len(missing)} weights of the model: {some(sorted(missing))}")
     unknown = state.keys() - own.keys()
     towers = {name for name, _ in model.named_children() if not name.endswith("_m")}
     foreign = {key for key in unknown if key.partition(".")[0] in towers}
     if foreign:
-        raise AuroraError(f"{source} has {len(foreign)} weights that the model has no place for: {_some(foreign)}")
+        raise AuroraError(
+            f"{source} has {len(foreign)} weights that the model has no place for: {some(sorted(foreign))}"
+        )
     model.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
-    ignored = f"; not needed here: {_some({key.partition('.')[0] for key in unknown})}" if unknown else ""
+    parts = sorted({key.partition(".")[0] for key in unknown})
+    ignored = f"; not needed here: {some(parts)}" if unknown else ""
     logging.info("loaded %d weights from %s%s", len(state) - len(unknown), source, ignored)

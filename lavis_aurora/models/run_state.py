@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lavis_aurora.errors import AuroraError
+from lavis_aurora.errors import AuroraError, some
 from lavis_aurora.models.checkpoint import check_finite
 
 
@@ -34,8 +34,7 @@ class RunState:
             if own[name].shape != state[name].shape
         ]
         if problems:
-            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise AuroraError(f"{source} does not fit this model: {'; '.join(sorted(problems)[:4])}{more}")
+            raise AuroraError(f"{source} does not fit this model: {some(sorted(problems), separator='; ')}")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])

@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 from omegaconf import DictConfig, OmegaConf
 
+from lavis_aurora.config import ModeApproxConfig
 from lavis_aurora.paper.tables import paper_tables
 from lavis_aurora.results import tuned_model
 
@@ -55,10 +56,11 @@ def _differ(here: Any, there: Any) -> bool:
 
 
 def _method(config: DictConfig) -> dict[str, str]:
-    """The paper's forms of what only Aurora has."""
+    """The paper's forms of what only Aurora has (3.2, 3.3)."""
     if tuned_model(config).tuning not in OURS:
         return {}
-    return {"gate.form": "convex", "gate.init": "zeros", "context.form": "attention"}
+    forms = {"gate.form": "convex", "gate.init": "zeros", "context.form": "attention"}
+    return {**forms, "lambda at the start": "random", "factor on the update": "none"}
 
 
 def _here(config: DictConfig, benchmark: str) -> Iterator[tuple[str, Any]]:
@@ -72,6 +74,9 @@ def _here(config: DictConfig, benchmark: str) -> Iterator[tuple[str, Any]]:
         for key, default in OURS[tuned.tuning].items():
             if key != "context.form" or "retrieval" in tuned.arch:
                 yield key, OmegaConf.select(config, f"model.{key}", default=default)
+        scale = OmegaConf.select(config, "model.mode_approx.scale", default=ModeApproxConfig().scale)
+        yield "lambda at the start", "one"
+        yield "factor on the update", f"{scale:g} / (0.1 sqrt(d rank))"
     yield "processes", run.get("world_size", 1)
     for key in ("batch_size_train", "max_epoch", "init_lr", "weight_decay", "lr_sched"):
         yield key, run.get(key)

@@ -11,7 +11,6 @@ from lavis_aurora.retrieval.metrics import target_ranks
 
 # What LAVIS writes for a pair that was not reranked.
 NOT_RERANKED = -100.0
-DIRECTIONS = ("image_to_text", "text_to_image")
 QUERIES_AT_ONCE = 512
 
 

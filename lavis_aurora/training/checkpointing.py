@@ -14,10 +14,11 @@ from lavis_aurora.files import written_whole
 
 LATEST, PREVIOUS, BEST = "checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 KEYS = {"model", "optimizer", "scaler", "epoch", "step", "best_metric", "best_epoch"}
-# Keys of ``run`` that may differ when a run goes on: they do not change what is computed.
+# Keys of ``run`` that may differ when a run goes on: they do not change what is computed. Of the number of processes
+# and their batches the product counts, see _essential.
 INCIDENTAL = {
     *("resume", "resume_ckpt_path", "evaluate", "output_dir", "rank", "gpu", "dist_url", "dist_backend"),
-    *("num_workers", "log_freq", "checkpoint_every", "world_size", "distributed"),
+    *("num_workers", "log_freq", "checkpoint_every", "distributed"),
 }
 
 
@@ -68,7 +69,18 @@ def same_run(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _essential(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the numbers of a run.
+
+    A step computes the same in any number of processes with the same global batch: so it is that one which counts.
+    Where negatives are each process's own (``negative_all_rank: false``), or the model inside is LAVIS's, each
+    process's share matters too.
+    """
     run = {key: value for key, value in config.get("run", {}).items() if key not in INCIDENTAL}
+    processes, model = run.pop("world_size", 1), config.get("model", {})
+    if model.get("arch") != "mode_approx" and model.get("negative_all_rank", True):
+        run["batch_size_train"] = run.get("batch_size_train", 0) * processes
+    else:
+        run["world_size"] = processes
     return {**config, "run": run}
 
 

@@ -146,6 +146,45 @@ def test_blip_base_at_rank_64_is_below_07_mb(tmp_path):
     assert size + 4 * gates < 0.7e6
 
 
+# Another precision
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float16"), ("bfloat16", "float32")])
+def test_in_another_precision_the_same_backbone_takes_its_adapter_and_says_it_was_not_compared(
+    tmp_path, caplog, dtypes
+):
+    there, here = (getattr(torch, dtype) for dtype in dtypes)
+    model = adapted_toy().to(there)
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["base"]["dtype"] == dtypes[0]
+    fresh = adapted_toy(update_seed=9).to(here)
+    load_adapter(fresh, tmp_path)
+    assert f"weights in {dtypes[0]} and these are in {dtypes[1]}" in caplog.text and "not compared" in caplog.text
+    assert torch.equal(fresh.mode_approx.sets["default"].P, model.mode_approx.sets["default"].P)
+    caplog.clear()
+    load_adapter(adapted_toy().to(there), tmp_path)
+    assert not caplog.text
+
+
+def test_in_one_precision_other_weights_are_refused_whatever_it_is(tmp_path):
+    save_adapter(adapted_toy().half(), tmp_path)
+    with pytest.raises(AuroraError, match="tuned on other weights"):
+        load_adapter(adapted_toy(seed=1).half(), tmp_path)
+
+
+def test_folders_that_do_not_tell_the_precision_are_of_single_precision(saved, caplog):
+    model, folder = saved
+    base = json.loads((folder / CONFIG).read_text())["base"]
+    del base["dtype"]
+    edit(folder, base=base)
+    load_adapter(adapted_toy(update_seed=9), folder)
+    assert not caplog.text
+    load_adapter(adapted_toy(update_seed=9).half(), folder)
+    assert "not compared" in caplog.text
+    with pytest.raises(AuroraError, match="tuned on other weights"):
+        load_adapter(adapted_toy(seed=1), folder)
+
+
 # What does not fit
 
 

@@ -9,9 +9,9 @@ from torch.nn.parallel import DistributedDataParallel
 CAPTIONS = ["a red circle", "a big blue square and a small star", "a ring", "a small pink heart"]
 
 
-def model_and_batch(tuning: str, rows: slice):
+def model_and_batch(tuning: str, rows: slice, **overrides):
     torch.manual_seed(0)
-    model = activate(tiny_model(tuning=tuning, queue_size=6, alpha=0.4)).train()
+    model = activate(tiny_model(tuning=tuning, queue_size=6, alpha=0.4, **overrides)).train()
     image = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(5))
     samples = {
         "image": image[rows],
@@ -50,3 +50,23 @@ def test_losses_and_gradients(tuning):
         assert abs(grads_0[name] - grad).max() / scale < 1e-3, name
     assert (queue_0 == queue).all()
     assert (queue_1 == queue).all()
+
+
+OWN_NEGATIVES = {"negative_all_rank": False, "context": {"form": "none"}}
+
+
+def half_with_own_negatives(rank: int):
+    model, samples = model_and_batch("aurora", slice(rank, None, 2), **OWN_NEGATIVES)
+    return step(DistributedDataParallel(model, broadcast_buffers=False), samples, model)[0]
+
+
+def test_without_negatives_of_all_processes_each_matches_within_its_own_batch():
+    """As on Flickr30K. In a batch of two, each sample's negative is the other."""
+    found = run_processes(2, half_with_own_negatives)
+    for rank, losses in enumerate(found):
+        model, samples = model_and_batch("aurora", slice(rank, None, 2), **OWN_NEGATIVES)
+        assert losses["loss_itm"] == pytest.approx(model(samples)["loss_itm"].item(), abs=1e-5)
+    model, samples = model_and_batch("aurora", slice(0, 4), **OWN_NEGATIVES)
+    assert sum(losses["loss_itc"] for losses in found) / 2 == pytest.approx(
+        model(samples)["loss_itc"].item(), abs=1e-5
+    )

@@ -28,6 +28,9 @@ PAPER_RUN = {
     "train_splits": ["train"],
 }
 
+# How Aurora starts and is scaled here.
+ALWAYS = [("lambda at the start", "one", "random"), ("factor on the update", "8 / (0.1 sqrt(d rank))", "none")]
+
 
 def write_run(folder: Path, dataset: str, model: dict, run: dict, files: dict[str, Any], logged: dict) -> Path:
     """A run's folder with a configuration, result files and the last line of its log."""
@@ -70,8 +73,9 @@ def test_image_retrieval_stands_beside_its_row(tmp_path):
         assert (found["benchmark"], found["table"], found["like"]) == ("flickr30k", "1", "Aurora (r=64)")
         assert found["gaps"]["image_to_text_r1"] == pytest.approx(97.8 - 96.8)
         assert found["gaps"]["text_to_image_r5"] == pytest.approx(97.0 - 97.8)
-        # With the paper's set-up, what it does not say remains.
+        # With the paper's set-up, what is always otherwise here, and what it does not say.
         assert found["setup"] == [
+            *ALWAYS,
             ("k_test", 128, "not said"),
             ("itc_weight", 1.0, "not said"),
             ("texts tested", 5000, "not said"),
@@ -86,13 +90,14 @@ def test_image_retrieval_stands_beside_its_row(tmp_path):
 def test_differences_of_the_set_up_are_named(tmp_path):
     metrics = retrieval_metrics("image", (50.0,) * 6)
     result = {"images": 100, "texts": 100, "metrics": metrics}
-    model = {"pretrained": None, "gate": {"form": "residual"}, "mode_approx": {"rank": 16}}
+    model = {"pretrained": None, "gate": {"form": "residual"}, "mode_approx": {"rank": 16, "scale": 4.0}}
     run = write_run(tmp_path, "coco_retrieval", model, {"world_size": 1}, {"test_epoch_0.json": result}, metrics)
     [measured] = read_measured(run)
     found = comparison(measured)
     assert found["like"] is None and found["gaps"] == {}
     assert ("backbone", "random weights", "BLIP base, 129M pairs") in found["setup"]
     assert ("gate.form", "residual", "convex") in found["setup"]
+    assert ("factor on the update", "4 / (0.1 sqrt(d rank))", "none") in found["setup"]
     assert ("processes", 1, 8) in found["setup"]
     assert ("images tested", 100, 5000) in found["setup"]
     assert "no figure of Aurora (r=16)" in text_of(str(run))
@@ -164,7 +169,7 @@ def test_answers_are_scored_by_the_log_of_their_run(tmp_path):
     [measured] = read_measured(run)
     found = comparison(measured)
     assert found["gaps"]["accuracy"] == pytest.approx(0.2)
-    assert found["setup"] == [("questions tested", 3, "not said")]
+    assert found["setup"] == [*ALWAYS, ("questions tested", 3, "not said")]
     run = write_run(tmp_path / "unknown", "coco_vqa", model, {}, {}, {"agg_metrics": None, "questions": 3})
     with pytest.raises(AuroraError, match="official server"):
         text_of(str(run))

@@ -38,7 +38,7 @@ def _whole(scores: RetrievalScores, direction: str) -> tuple[np.ndarray, np.ndar
     return matrix, itc
 
 
-@pytest.mark.parametrize("direction", module.DIRECTIONS)
+@pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])
 def test_ranks_matrix_and_best_are_those_of_the_whole(scores: RetrievalScores, direction: str) -> None:
     matrix, itc = _whole(scores, direction)
     targets = [[query % itc.shape[1]] for query in range(len(itc))]
@@ -52,7 +52,7 @@ def test_ranks_matrix_and_best_are_those_of_the_whole(scores: RetrievalScores, d
     assert scores.best(direction, 10)[0].shape == (len(itc), 3)
 
 
-@pytest.mark.parametrize("direction", module.DIRECTIONS)
+@pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])
 def test_without_reranking_itc_orders(direction: str) -> None:
     scores = _scores(k=0)
     _, itc = _whole(scores, direction)

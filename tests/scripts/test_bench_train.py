@@ -48,7 +48,14 @@ def test_tables_have_the_units_at_one():
         }
     }
     first, second = bench.tables(results).split("Unit: ")[1:]
-    assert "| UniAdapter r=512, LAVIS's own model | 18.91M | 1.00 | 1.00 |" in first
-    assert "| Aurora r=64 | 0.13M | 0.40 | 0.25 |" in first
-    assert "| UniAdapter r=512 | 18.91M | 1.00 | 1.00 |" in second
-    assert "| Aurora r=64 | 0.13M | 0.80 | 0.50 |" in second
+    assert "| UniAdapter (r=512), LAVIS's own | 18.91M | 1.00 | 1.00 |" in first
+    assert "| Aurora (r=64) | 0.13M | 0.40 | 0.25 |" in first
+    assert "| UniAdapter (r=512) | 18.91M | 1.00 | 1.00 |" in second
+    assert "| Aurora (r=64) | 0.13M | 0.80 | 0.50 |" in second
+
+
+def test_every_method_has_a_name_of_its_own():
+    names = {method: bench.method_name(method) for method in bench.METHODS}
+    assert len(set(names.values())) == len(names)
+    assert names["frozen-flow"] == "frozen, gradients flow" and names["lavis-full"] == "full, LAVIS's own"
+    assert set(bench.UNITS) <= names.keys()

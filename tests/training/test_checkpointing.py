@@ -10,6 +10,7 @@ from lavis_aurora.training.checkpointing import (
     read_checkpoint,
     read_latest,
     run_to_resume,
+    same_run,
     write_checkpoint,
 )
 
@@ -82,3 +83,22 @@ def test_the_newest_run_of_the_same_configuration_is_found(tmp_path):
     assert run_to_resume(tmp_path, config).name == "run1"
     assert run_to_resume(tmp_path, {**config, "model": {"arch": "b"}}) is None
     assert run_to_resume(tmp_path / "nowhere", config) is None
+
+
+def of(processes, batch, **model):
+    run = {"world_size": processes, "batch_size_train": batch, "distributed": processes > 1, "seed": 1}
+    return {"model": {"arch": "blip_retrieval_aurora", **model}, "run": run}
+
+
+def test_the_global_batch_says_whether_other_processes_go_on_with_a_run():
+    assert same_run(of(8, 16), of(1, 128)) and same_run(of(8, 16), of(4, 32))
+    assert not same_run(of(8, 16), of(1, 16))
+    alone = of(1, 16)
+    del alone["run"]["world_size"]  # as LAVIS writes it
+    assert same_run(alone, of(1, 16))
+
+
+@pytest.mark.parametrize("model", [{"negative_all_rank": False}, {"arch": "mode_approx"}])
+def test_where_each_process_has_negatives_of_its_own_their_number_counts(model):
+    assert not same_run(of(8, 16, **model), of(1, 128, **model))
+    assert same_run(of(8, 16, **model), of(8, 16, **model))
