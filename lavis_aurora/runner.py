@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ChainDataset, DataLoader
 
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.models.compiled import compile_layers
 from lavis_aurora.models.run_state import RunState
 from lavis_aurora.training.checkpointing import BEST
 from lavis_aurora.training.finite import FiniteGuard
@@ -64,7 +65,7 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
         if self._wrapped_model is None:
             self._model = self._model.to(self.device)
             if self.config.run_cfg.get("compile", False) and not self.evaluate_only:
-                self._model.compile_layers()
+                compile_layers(self._model)
             self._wrapped_model = self._model
             if self.use_distributed and any(p.requires_grad for p in self._model.parameters()):
                 # Queues start alike, are filled alike on all processes, and need not be sent each step.
