@@ -23,7 +23,7 @@ from torch.utils.data import ChainDataset, DataLoader
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.models.compiled import compile_layers
 from lavis_aurora.models.run_state import RunState
-from lavis_aurora.training.checkpointing import BEST
+from lavis_aurora.training.checkpointing import BEST, LATEST
 from lavis_aurora.training.finite import FiniteGuard
 from lavis_aurora.training.loaders import build_loader, check_splits
 from lavis_aurora.training.run_adapters import AdapterMixin
@@ -222,13 +222,21 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
     def _validate(self, epoch: int) -> dict[str, Any]:
         """Evaluate the validation splits; the first one decides which epoch is best. Returns metrics by split."""
         logs: dict[str, Any] = {}
+        run = self.config.run_cfg
         for i, split in enumerate(self.valid_splits):
             log = self.eval_epoch(split_name=split, cur_epoch=epoch)
-            metric = [log[TRAINING_METRIC] if log is not None else float("nan")]
+            metric = [(log or {}).get(TRAINING_METRIC)]
             if is_dist_avail_and_initialized():
                 dist.broadcast_object_list(metric, src=0)
+            if i == 0 and metric[0] is None:
+                raise AuroraError(
+                    f"run.valid_splits: run.task {run.task} reports no {TRAINING_METRIC} on {split} to select the "
+                    f"best epoch by; set run.valid_splits: [] to take the last. This one is saved: go on from it by "
+                    f"run.resume_ckpt_path={self.output_dir / LATEST}"
+                )
+            # LAVIS's tasks may give numpy's numbers, which no checkpoint holds.
             if i == 0 and metric[0] > self.best_metric:
-                self.best_metric, self.best_epoch = metric[0], epoch
+                self.best_metric, self.best_epoch = float(metric[0]), epoch
                 self._save_checkpoint(epoch, len(self.train_loader), validated=True, name=BEST)
                 self._save_adapter("best", {"epoch": epoch, split: log or {}})
             if log is not None:

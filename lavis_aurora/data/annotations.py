@@ -15,6 +15,7 @@ from lavis.datasets.datasets import retrieval_datasets as retrieval
 from lavis.datasets.datasets.coco_vqa_datasets import COCOVQADataset, COCOVQAEvalDataset
 from lavis.datasets.datasets.vg_vqa_datasets import VGVQADataset
 from lavis.datasets.datasets.video_vqa_datasets import VideoQADataset
+from lavis.datasets.datasets.vqa_datasets import VQAEvalDataset
 from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
@@ -137,7 +138,8 @@ def check_unique(entries: list[dict], dataset_cls: type, path: str, key: str) ->
 def check_split(files: list[str], dataset_cls: type, key: str, paragraphs: bool = False) -> None:
     """Check all annotation files of a split; see :func:`check_entries`, and :func:`check_paragraphs` if asked for."""
     further = FURTHER_FILES.get(dataset_cls)
-    for path in files[:1] if further else files:
+    # Behind the questions to evaluate stand lists of answers.
+    for path in files[:1] if issubclass(dataset_cls, VQAEvalDataset) else files:
         entries = read_entries(path, key)
         check_entries(entries, dataset_cls, path, key)
         check_unique(entries, dataset_cls, path, key)
