@@ -93,8 +93,6 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
     def scaler(self) -> torch.amp.GradScaler | None:
         """Loss scaling of mixed precision, on a GPU only."""
         if not self.config.run_cfg.amp or not self.cuda_enabled:
-            if self.config.run_cfg.amp:
-                logging.warning("run.amp: there is no mixed precision on a CPU; computing in single precision")
             return None
         if self._scaler is None:
             self._scaler = torch.amp.GradScaler("cuda")
@@ -142,7 +140,7 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
             loader.dataset.epoch = epoch
             loader.sampler.set_epoch(epoch)
             loader.sampler.first = self.start_step * run.batch_size_train
-        self.task.finite = FiniteGuard(self.output_dir, skip=run.skip_nonfinite)
+        self.task.finite.skipped = 0
         self.task.after_step = lambda done: self._after_step(epoch, done)
         self.stop.stepping = True
         stats = super().train_epoch(epoch)
@@ -181,6 +179,10 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
                 f"model: {{arch: mode_approx, base: {{arch: {arch}}}}}"
             )
         self.log_config()
+        run = self.config.run_cfg
+        if run.amp and not self.cuda_enabled:
+            logging.warning("run.amp: there is no mixed precision on a CPU; computing in single precision")
+        self.task.finite = FiniteGuard(self.output_dir, skip=run.skip_nonfinite)
         self.best_metric, self.best_epoch, self.start_step = float("-inf"), None, 0
         self._resume()
         epoch = self.start_epoch - 1

@@ -103,16 +103,13 @@ class AuroraTrainMixin:
         return {**_means(self.totals, iters_per_epoch), "lr": optimizer.param_groups[0]["lr"]}
 
     def _update(self, optimizer, scaler, losses: dict[str, Tensor], samples: dict) -> None:
-        """One step of the optimizer, unless its numbers are refused."""
+        """One step of the optimizer, unless its numbers are refused; the scaler learns of them either way."""
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         clip = float(self.cfg.get("grad_clip", 0)) or float("inf")
         if scaler is not None:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trained, clip)
-        if scaler is not None:
-            # Half precision overflows now and then: the scaler itself leaves such a step out.
-            norm = torch.zeros_like(norm)
-        if self.finite is None or self.finite.accepts(norm, losses.values(), samples):
+        if self.finite is None or self.finite.accepts(norm, losses.values(), samples, scaled=scaler is not None):
             if scaler is None:
                 optimizer.step()
             else:
