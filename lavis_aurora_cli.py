@@ -133,7 +133,7 @@ def configs(names: Sequence[str] = (), folder: str = ".") -> str:
     """List the project YAMLs, or copy those named to a folder; what was done, as text.
 
     Raises:
-        AuroraError: no such project, or the file is there already.
+        AuroraError: no such project, or a file is there already; none is copied then.
     """
     known = {path.stem: path for path in sorted(PROJECTS.glob("*.yaml"))}
     if not names:
@@ -142,18 +142,19 @@ def configs(names: Sequence[str] = (), folder: str = ".") -> str:
         return "\n".join(f"{name:<{width}}  " + f"\n{'':<{width}}  ".join(words) for name, words in lines)
     from lavis_aurora.errors import AuroraError, near_names
 
-    copied = []
+    targets = {}
     for name in names:
         stem = name.removesuffix(".yaml")
         if stem not in known:
             raise AuroraError(f"no project {name!r}{near_names(stem, known)}")
-        target = Path(folder) / f"{stem}.yaml"
+        targets[stem] = Path(folder) / f"{stem}.yaml"
+    for target in targets.values():
         if target.exists():
             raise AuroraError(f"{target} is there already; remove it, or name another folder by --to")
+    for stem, target in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(known[stem], target)
-        copied.append(str(target))
-    return "\n".join(copied)
+    return "\n".join(map(str, targets.values()))
 
 
 def _summary(path: Path) -> str:

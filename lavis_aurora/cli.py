@@ -38,6 +38,8 @@ def _set_up_processes(run) -> None:
         raise AuroraError("run.device: cuda, but torch sees no GPU; use auto or cpu")
     run.distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not run.distributed:
+        # Whatever the YAML says: the run's config.yaml tells what ran.
+        run.rank, run.world_size = 0, 1
         return
     run.rank, run.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     run.gpu = int(os.environ.get("LOCAL_RANK", 0))

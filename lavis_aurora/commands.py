@@ -22,6 +22,7 @@ from lavis_aurora.mode_approx.adapted import adapted_layers, factors_of
 from lavis_aurora.mode_approx.adapter_config import AdapterConfig
 from lavis_aurora.mode_approx.adapter_file import CONFIG, TENSORS, read_adapter, read_adapter_config
 from lavis_aurora.models.checkpoint import read_state_dict
+from lavis_aurora.models.plain_lavis import how_to_load
 from lavis_aurora.paths import package_file
 from lavis_aurora.project import load_config
 
@@ -120,12 +121,7 @@ def merge(adapter: str, output: str, pretrained: str | None = None) -> str:
     state = merged_state_dict(model)
     with written_whole(output) as file:
         torch.save({"model": state}, file)
-    inside = (described.get("settings") or {}).get("base") or {}
-    plain = inside.get("arch", arch).removesuffix("_aurora")
-    return (
-        f"{output}: {len(state)} tensors; LAVIS's {plain} loads it, in a YAML by\n"
-        f"  model: {{arch: {plain}, load_finetuned: true, finetuned: {Path(output).absolute()}}}"
-    )
+    return f"{output}: {len(state)} tensors; {how_to_load(arch, model.settings, Path(output).absolute())}"
 
 
 def targets(name: str, model_type: str | None = None) -> str:

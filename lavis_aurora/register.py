@@ -16,6 +16,7 @@ use_data_root()
 
 import lavis_aurora.data.demo_builder  # noqa: E402, F401
 import lavis_aurora.data.frames  # noqa: E402, F401
+import lavis_aurora.data.own  # noqa: E402, F401
 import lavis_aurora.data.video_qa  # noqa: E402, F401
 import lavis_aurora.models.blip_retrieval_aurora  # noqa: E402, F401
 import lavis_aurora.models.blip_vqa_aurora  # noqa: E402, F401

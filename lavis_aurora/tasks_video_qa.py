@@ -49,7 +49,7 @@ def exact_match(results: list[dict[str, Any]]) -> dict[str, float]:
 
 @registry.register_task("video_qa_aurora")
 class VideoQaAuroraTask(VqaAuroraTask):
-    """Answers to questions about videos, generated (the paper, D.3) or ranked, and how many are right."""
+    """Answers to questions about videos, or pictures (own_vqa), generated (D.3) or ranked, and how many are right."""
 
     # LAVIS numbers the samples of a split; question_id need not differ.
     result_key = "instance_id"

@@ -217,7 +217,7 @@ def run_ours(model: nn.Module, loader: DataLoader, rows: int) -> dict:
     count = len(texts.feats)
     keys = torch.arange(2 * rows * count)
     clock = Clock()
-    itm = score_pairs(model, images, texts, keys)
+    itm = score_pairs(model, images, texts, keys)[:, 1]
     took = clock.read()
     scores = np.full((count, count), np.nan, dtype=np.float32)
     scores[: 2 * rows] = (itm.view(2 * rows, count) + (images.feats @ texts.feats.t())[: 2 * rows]).numpy()

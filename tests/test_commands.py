@@ -91,7 +91,8 @@ def test_inspect_what_is_none(tmp_path, adapter, failing):
     assert "is not a readable checkpoint" in failing("inspect", tmp_path / "text.pth")
 
 
-# merge; that plain LAVIS loads the file and scores alike is tested in models/test_adapter_owner.py
+# merge; that plain LAVIS loads the file and scores alike is tested in models/test_adapter_owner.py, and with the
+# YAML that is printed in models/test_plain_lavis.py
 
 
 def test_merge_needs_the_base_and_leaves_nothing_half_done(adapter, tmp_path, failing):
@@ -118,7 +119,7 @@ def test_merge_around_another_model_names_that_one(tmp_path):
     model = ModeApproxModel.from_config({"base": base, "mode_approx": {"rank": 4}})
     save_adapter(activate(model), tmp_path / "adapter")
     said = merge(str(tmp_path / "adapter"), str(tmp_path / "merged.pth"))
-    assert "LAVIS's blip_retrieval loads it" in said and "{arch: blip_retrieval, " in said
+    assert "no YAML of plain LAVIS loads it" in said and "LAVIS's blip_retrieval such towers" in said
 
 
 # targets
@@ -202,3 +203,17 @@ def test_configs_are_copied_and_nothing_is_overwritten(tmp_path, failing, capsys
     )
     assert "demo_ret.yaml is there already" in failing("configs", "demo_ret", "--to", tmp_path / "new")
     assert "no project 'demo_rat'; did you mean 'demo_ret'" in failing("configs", "demo_rat")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["coco_ret", "demo_ret"], "demo_ret.yaml is there already"),
+        (["coco_ret", "demo_rat"], "no project 'demo_rat'; did you mean 'demo_ret'"),
+    ],
+)
+def test_configs_are_copied_all_or_none(tmp_path, failing, names, message):
+    (tmp_path / "demo_ret.yaml").write_text("mine")
+    assert message in failing("configs", *names, "--to", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo_ret.yaml"]
+    assert (tmp_path / "demo_ret.yaml").read_text() == "mine"

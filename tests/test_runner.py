@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tiny import project_yaml
 
 from lavis_aurora.tasks import RetrievalAuroraTask
@@ -34,7 +35,7 @@ def run(yaml: Path, *options: str) -> None:
 
 
 def test_a_run_leaves_configuration_checkpoints_results_and_log(tmp_path, capsys, caplog):
-    run(project_yaml(tmp_path, run={"max_epoch": 2, "amp": True, "min_lr": 1e-5}))
+    run(project_yaml(tmp_path, run={"max_epoch": 2, "amp": True, "min_lr": 1e-5, "world_size": 8}))
     folder = only_run(tmp_path)
     assert {p.name for p in folder.iterdir()} == {
         "config.yaml",
@@ -46,7 +47,9 @@ def test_a_run_leaves_configuration_checkpoints_results_and_log(tmp_path, capsys
         "checkpoint_previous.pth",
         "result",
     }
-    assert "weight_decay: 0.05" in (folder / "config.yaml").read_text()
+    saved = OmegaConf.load(folder / "config.yaml").run
+    assert saved.weight_decay == 0.05
+    assert saved.world_size == 1 and not saved.distributed, "what ran, not what the YAML says"
     result = json.loads((folder / "result" / "test_epoch_best.json").read_text())
     assert len(result["ranks"]["image_to_text"]) == result["images"] == 8
     assert [entry["train_epoch"] for entry in logged(folder, "train_loss")] == [0, 1]

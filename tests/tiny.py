@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lavis.models.med import XBertEncoder
+from lavis.models.vit import VisionTransformerEncoder
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import nn
@@ -40,6 +42,19 @@ def tiny_model(seed: int = 0, **overrides: Any) -> BlipRetrievalAurora:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return BlipRetrievalAurora.from_config(tiny_config(**overrides))
+
+
+def lavis_towers(cfg) -> tuple[VisionTransformerEncoder, XBertEncoder]:
+    """LAVIS's own classes, none of ours."""
+    vision = VisionTransformerEncoder(
+        img_size=cfg.image_size,
+        patch_size=cfg.vit.patch_size,
+        embed_dim=cfg.vit.embed_dim,
+        depth=cfg.vit.depth,
+        num_heads=cfg.vit.num_heads,
+    )
+    vision.vision_width = cfg.vit.embed_dim
+    return vision, XBertEncoder.from_config(cfg)
 
 
 def activate(model: nn.Module, seed: int = 0, std: float = 0.2) -> nn.Module:

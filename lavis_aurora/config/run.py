@@ -123,6 +123,7 @@ class RunConfig:
             "warmup_steps",
             "min_len",
             "checkpoint_every",
+            "seed",
         ):
             require(getattr(self, key) >= 0, f"run.{key}", getattr(self, key), "0 or more")
         share = self.max_broken_share

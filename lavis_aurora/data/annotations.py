@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import groupby
-from operator import itemgetter
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from lavis.common.registry import registry
@@ -13,6 +15,7 @@ from lavis.common.utils import get_cache_path
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.datasets.datasets import retrieval_datasets as retrieval
 from lavis.datasets.datasets.coco_vqa_datasets import COCOVQADataset, COCOVQAEvalDataset
+from lavis.datasets.datasets.gqa_datasets import GQADataset, GQAEvalDataset
 from lavis.datasets.datasets.vg_vqa_datasets import VGVQADataset
 from lavis.datasets.datasets.video_vqa_datasets import VideoQADataset
 from lavis.datasets.datasets.vqa_datasets import VQAEvalDataset
@@ -20,6 +23,7 @@ from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
 from lavis_aurora.data.dataset_keys import DATA_KINDS, SPLITS
+from lavis_aurora.data.fetch import REMEDY, annotation_files, fetch
 from lavis_aurora.data.samples import CheckedDataset, ReplacingDataset
 from lavis_aurora.data.vqa_files import check_vqa_files
 from lavis_aurora.errors import AuroraError, near_names
@@ -58,6 +62,17 @@ ENTRIES: dict[type, dict[str, Rule]] = {
     VGVQADataset: {"image": ANYTHING, "question": QUESTION, "answer": TEXT},
     VideoQADataset: {"video": ANYTHING, "question": QUESTION, "answer": TEXT, "question_id": NUMBER_OR_TEXT},
     COCOVQAEvalDataset: {"image": ANYTHING, "question": QUESTION, "question_id": NUMBER_OR_TEXT},
+    GQADataset: {"image": ANYTHING, "question": QUESTION, "answer": TEXT},
+    GQAEvalDataset: {"image": ANYTHING, "question": QUESTION, "answer": TEXT, "question_id": NUMBER_OR_TEXT},
+}
+# What to write where a file is missing.
+SAMPLES: dict[type, dict[str, Any]] = {
+    retrieval.RetrievalDataset: {"image": "beach/1.jpg", "caption": "two dogs on a beach", "image_id": 1},
+    retrieval.RetrievalEvalDataset: {"image": "beach/2.jpg", "caption": ["a dog in the sand", "a dog sleeps"]},
+    retrieval.VideoRetrievalDataset: {"video": "beach/1.mp4", "caption": "two dogs run along a beach"},
+    retrieval.VideoRetrievalEvalDataset: {"video": "beach/2.mp4", "caption": ["a dog digs", "a dog in the sand"]},
+    GQADataset: {"image": "beach/1.jpg", "question": "how many dogs are there?", "answer": "two"},
+    GQAEvalDataset: {"image": "beach/2.jpg", "question": "what lies here?", "answer": "a dog", "question_id": 1},
 }
 # Checks of the files of a split behind the first, where they are no further entries.
 FURTHER_FILES: dict[type, Callable[[list[dict], list[str], str], None]] = {COCOVQAEvalDataset: check_vqa_files}
@@ -65,21 +80,6 @@ FURTHER_FILES: dict[type, Callable[[list[dict], list[str], str], None]] = {COCOV
 RANKED = (retrieval.RetrievalEvalDataset, retrieval.VideoRetrievalEvalDataset)
 # Retrieved by one paragraph for each video.
 PARAGRAPHS = ("didemo_retrieval",)
-REMEDY = "put it there, or set AURORA_DATA or the key to where it is"
-
-
-def annotation_files(name: str, cfg: DictConfig) -> Iterator[tuple[str, str, str]]:
-    """(split, YAML key, absolute path) of the annotation files of a dataset."""
-    for split, info in cfg.build_info.annotations.items():
-        part = f"datasets.{name}.build_info.annotations.{split}"
-        key = f"{part}.storage"
-        storage, urls = ([v] if isinstance(v, str) else v for v in (info.get("storage"), info.get("url")))
-        if not storage:
-            raise AuroraError(f"{key}: missing; name the annotation file")
-        if urls and len(urls) != len(storage):
-            raise AuroraError(f"{part}: {len(urls)} url, but {len(storage)} storage; give one of each for a file")
-        for path in storage:
-            yield split, key, get_cache_path(path)  # an absolute one stays
 
 
 def read_entries(path: str, key: str) -> list[dict]:
@@ -90,6 +90,12 @@ def read_entries(path: str, key: str) -> list[dict]:
     if not entries:
         raise AuroraError(f"{key}: {path} is empty; a split needs at least one sample")
     return entries
+
+
+def _sample(dataset_cls: type) -> str:
+    """What a file for this class holds, by an example; nothing for one of which none is known."""
+    entry = next((SAMPLES[cls] for cls in dataset_cls.__mro__ if cls in SAMPLES), None)
+    return f"; it must hold a list of entries such as {json.dumps(entry)}" if entry else ""
 
 
 def check_entries(entries: list[dict], dataset_cls: type, path: str, key: str) -> None:
@@ -137,6 +143,9 @@ def check_unique(entries: list[dict], dataset_cls: type, path: str, key: str) ->
 
 def check_split(files: list[str], dataset_cls: type, key: str, paragraphs: bool = False) -> None:
     """Check all annotation files of a split; see :func:`check_entries`, and :func:`check_paragraphs` if asked for."""
+    for path in files:
+        if not os.path.isfile(path):
+            raise AuroraError(f"{key}: {path} is missing; {REMEDY}{_sample(dataset_cls)}")
     further = FURTHER_FILES.get(dataset_cls)
     # Behind the questions to evaluate stand lists of answers.
     for path in files[:1] if issubclass(dataset_cls, VQAEvalDataset) else files:
@@ -154,7 +163,7 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, Dataset]:
 
     Args:
         name: registered name of the builder.
-        cfg: its part of the YAML.
+        cfg: its part of the YAML; a split that is null there is left out.
 
     Returns:
         Datasets by split.
@@ -171,23 +180,17 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, Dataset]:
             raise AuroraError(f"{prefix}.build_info.{part}: the section is missing")
     if not info[data_type].get("storage"):
         raise AuroraError(f"{prefix}.build_info.{data_type}.storage: missing; name the folder")
+    cfg = copy.deepcopy(cfg)
+    for split in [split for split, files in cfg.build_info.annotations.items() if files is None]:
+        del cfg.build_info.annotations[split]
     builder: BaseDatasetBuilder = registry.get_builder_class(name)(cfg)
-    files = list(annotation_files(name, cfg))
-    missing = [(key, path) for _, key, path in files if not os.path.isfile(path)]
-    for (split, key), paths in groupby(files, key=itemgetter(0, 1)):
-        if split not in SPLITS:
-            continue  # what a builder reads besides, and checks itself
+    files = annotation_files(name, cfg)
+    fetch(builder, name, cfg, files)
+    # What a builder reads besides the splits, it checks itself.
+    for (split, key), group in groupby((f for f in files if f.split in SPLITS), key=attrgetter("split", "key")):
         cls = builder.train_dataset_cls if split == "train" else builder.eval_dataset_cls
-        paths = [path for _, _, path in paths]
-        if all(map(os.path.isfile, paths)):
-            check_split(paths, cls, key, paragraphs=name in PARAGRAPHS and split != "train")
-    try:
-        datasets = builder.build_datasets()
-    except (OSError, TypeError, ValueError) as error:
-        if missing and not isinstance(error, AuroraError):
-            key, path = missing[0]
-            raise AuroraError(f"{key}: {path} is missing and could not be fetched ({error}); {REMEDY}") from error
-        raise
+        check_split([file.path for file in group], cls, key, paragraphs=name in PARAGRAPHS and split != "train")
+    datasets = builder.build()
     vis_root = get_cache_path(cfg.build_info[cfg.data_type].storage)
     if not os.path.isdir(vis_root):
         key = f"datasets.{name}.build_info.{cfg.data_type}.storage"

@@ -21,6 +21,23 @@ FILE_KEYS = ("url", "storage", "md5")
 PROCESSOR_SPLITS = ("train", "eval")
 
 
+def default_section(name: str, cfg: DictConfig) -> DictConfig:
+    """A dataset's part of the default YAML of its type.
+
+    Raises:
+        AuroraError: that holds another number of datasets.
+    """
+    path = registry.get_builder_class(name).default_config_path(cfg.get("type", "default"))
+    # Some of LAVIS's name another builder there.
+    named = OmegaConf.load(path).get("datasets") or {}
+    if len(named) != 1:
+        raise AuroraError(
+            f"{path}: the default YAML of {name} must hold one dataset below 'datasets', not {len(named)}"
+        )
+    [own] = named.values()
+    return own
+
+
 def check_dataset_keys(name: str, cfg: DictConfig) -> None:
     """Refuse unknown keys of a dataset, those of its processors apart; see :func:`check_processor_keys`.
 
@@ -34,14 +51,7 @@ def check_dataset_keys(name: str, cfg: DictConfig) -> None:
         AuroraError: names the key and the nearest valid ones.
     """
     prefix = f"datasets.{name}"
-    path = registry.get_builder_class(name).default_config_path(cfg.get("type", "default"))
-    # Some of LAVIS's name another builder there.
-    named = OmegaConf.load(path).get("datasets") or {}
-    if len(named) != 1:
-        raise AuroraError(
-            f"{path}: the default YAML of {name} must hold one dataset below 'datasets', not {len(named)}"
-        )
-    [own] = named.values()
+    own = default_section(name, cfg)
     own_info = own.get("build_info") or {}
     own_files = own_info.get("annotations") or {}
 
@@ -49,7 +59,8 @@ def check_dataset_keys(name: str, cfg: DictConfig) -> None:
     info = _section(cfg.get("build_info"), f"{prefix}.build_info", {"annotations", *DATA_KINDS, *own_info})
     files_key = f"{prefix}.build_info.annotations"
     files = _section(info.get("annotations"), files_key, {*SPLITS, *own_files})
-    file_keys = {*FILE_KEYS, *(key for part in own_files.values() for key in part)}
+    known = getattr(registry.get_builder_class(name), "FILE_KEYS", FILE_KEYS)
+    file_keys = {*known, *(key for part in own_files.values() for key in part)}
     for split, part in files.items():
         _section(part, f"{files_key}.{split}", file_keys)
     for kind in DATA_KINDS:

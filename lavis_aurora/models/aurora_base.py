@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from lavis.models.med import BertModel
 from torch import Tensor
@@ -30,6 +31,9 @@ class AuroraBase(AdapterOwnerMixin, RunState):
 
     CONFIG_CLASS: type[BlipAuroraConfig]
     DEFAULT_MODEL_TYPE: str
+    # Keys of samples besides image or video, and what to call without them.
+    TRAINING_KEYS: tuple[str, ...]
+    WITHOUT_TRAINING: str
     mode_approx: ModeFactors | None
     baseline: LoraSets | UniAdapters | None
     settings: BlipAuroraConfig
@@ -81,6 +85,17 @@ class AuroraBase(AdapterOwnerMixin, RunState):
                 head.requires_grad_(True)
         if self.mode_approx is not None:
             bind_companions(self, self.mode_approx, cfg.train_heads)
+
+    def check_samples(self, samples: Mapping[str, Any]) -> None:
+        """Refuse samples that lack what training needs; models call it in ``forward``."""
+        missing = [key for key in self.TRAINING_KEYS if key not in samples]
+        if "image" not in samples and "video" not in samples:
+            missing.insert(0, "image")
+        if missing:
+            raise AuroraError(
+                f"samples lack {', '.join(map(repr, missing))}; training needs image (or video), "
+                f"{', '.join(self.TRAINING_KEYS)}; {self.WITHOUT_TRAINING}"
+            )
 
     def load_checkpoint_from_config(self, cfg: BlipAuroraConfig, **_kwargs) -> None:
         """Load ``finetuned`` or ``pretrained``; with neither, the random weights stay and the log says so."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.aurora_base import AuroraBase
 from lavis_aurora.models.matching import draw_negatives, gather, shared_seed
 from lavis_aurora.paths import package_file
+from lavis_aurora.retrieval.match import MatchScores, match_scores
 from lavis_aurora.retrieval.rerank import retrieval_scores
 from lavis_aurora.retrieval.scores import RetrievalScores
 
@@ -56,10 +58,14 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
     Usage:
         >>> from lavis_aurora import load_model_and_preprocess
         >>> model, vis, txt = load_model_and_preprocess("blip_retrieval_aurora", "tiny")
+        >>> scores = model.match(vis["eval"](picture).unsqueeze(0), ["a circle", "a star"])
+        >>> scores.itm  # probabilities of a match, (pictures, texts); scores.itc: cosine similarities
     """
 
     CONFIG_CLASS = RetrievalAuroraConfig
     DEFAULT_MODEL_TYPE = "base"
+    TRAINING_KEYS = ("text_input", "image_id", "epoch", "iters", "num_iters_per_epoch")
+    WITHOUT_TRAINING = "to score pictures and texts use model.match"
     PRETRAINED_MODEL_CONFIG_DICT = {
         name: package_file(f"configs/models/blip_retrieval_aurora_{name}.yaml")
         for name in ("base", "large", "coco", "flickr", "tiny")
@@ -174,8 +180,12 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
 
         Returns:
             ``loss``, ``loss_itc``, ``loss_itm`` and LAVIS's further fields.
+
+        Raises:
+            AuroraError: samples lack one of these.
         """
         self.check_trained()
+        self.check_samples(samples)
         image, idx = visual_input(samples), samples["image_id"].view(-1, 1)
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
@@ -297,6 +307,29 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         outputs["encoder_output"] = type(output)(last_hidden_state=first)
         outputs["encoder_output_neg"] = type(output)(last_hidden_state=rest)
         return loss, outputs
+
+    def match(self, images: Tensor, texts: str | Sequence[str]) -> MatchScores:
+        """Score every picture or video with every text, as an evaluation does: on the model's device, in eval mode.
+
+        Args:
+            images: (pictures, 3, height, width), as the processors make them; or videos, (videos, 3, frames, height,
+                width).
+            texts: a text, or a list of them.
+
+        Returns:
+            ``itc``, cosine similarities, and ``itm``, probabilities of a match, both (pictures, texts) and in main
+            memory; ``itm_logits``, (pictures, texts, 2), are what these are the softmax of. At the start ``itc`` and
+            ``itm_logits`` are what LAVIS's blip_image_text_matching gives.
+
+        Raises:
+            AuroraError: there is no picture or no text, or they are of another type or shape.
+        """
+        modes = [(module, module.training) for module in self.modules()]
+        try:
+            return match_scores(self.eval(), images, texts)
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def compute_sim_matrix(self, data_loader, task_cfg) -> tuple:
         """LAVIS's scores of each image with each text and the reverse, as two numpy arrays."""

@@ -55,6 +55,8 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
 
     CONFIG_CLASS = VqaAuroraConfig
     DEFAULT_MODEL_TYPE = "base"
+    TRAINING_KEYS = ("text_input", "answer", "n_answers", "weight")
+    WITHOUT_TRAINING = "to answer questions use model.predict_answers"
     ADAPTER_KEYS = ("mode_approx", "gate", "share_decoder")
     PRETRAINED_MODEL_CONFIG_DICT = {
         name: package_file(f"configs/models/blip_vqa_aurora_{name}.yaml") for name in ("base", "vqav2", "tiny")
@@ -131,14 +133,14 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
                 (batch,), ``weight`` (answers,), as for LAVIS's blip_vqa.
 
         Raises:
-            AuroraError: a question is empty, or answers are missing or too long.
+            AuroraError: samples lack one of these, a question is empty, or answers are missing or too long.
         """
         self.check_trained()
+        self.check_samples(samples)
         # LAVIS reads the size of the batch from its image.
         samples = {**samples, "image": visual_input(samples)}
         self._check_questions(samples["text_input"], samples["image"])
-        counts = samples.get("n_answers")
-        answers = samples.get("answer") or []
+        counts, answers = samples["n_answers"], samples["answer"] or []
         # On the host at once: LAVIS asks for them one by one.
         counts = None if counts is None else counts.tolist()
         if not counts or not answers or len(answers) != sum(counts):
@@ -188,7 +190,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
             raise AuroraError("answer_list: missing; inference_method rank chooses from a list, generate needs none")
         if inference_method == "generate" and max_len > self.positions:
             raise AuroraError(f"max_len: {max_len} tokens do not fit the {self.positions} positions of the decoder")
-        questions = samples["text_input"]
+        questions = samples.get("text_input", [])
         questions = [questions] if isinstance(questions, str) else list(questions)
         visual = visual_input(samples)
         self._check_questions(questions, visual)

@@ -143,11 +143,12 @@ def comparison(measured: Measured, benchmark: Optional[str] = None, table: Optio
         table: of the paper; that of the benchmark by default.
 
     Returns:
-        ``benchmark`` and ``table`` (None if the paper has none), ``columns``, ``rows`` of the paper, ``method`` and
-        ``values`` measured, ``gaps`` to the paper's row of the same method and rank, ``setup``.
+        ``data``, ``benchmark`` and ``table`` (None if the paper has none), ``columns``, ``rows`` of the paper,
+        ``method`` and ``values`` measured, ``gaps`` to the paper's row of the same method and rank, ``setup``.
     """
     benchmark = benchmark or benchmark_of(measured)
     own = {"method": own_label(measured.config), "path": str(measured.path), "split": measured.split}
+    own["data"] = ", ".join(measured.config.get("datasets", {}))
     if benchmark is None:
         values = {key: value for key, value in measured.metrics.items() if "chance" not in key and "itc" not in key}
         return {**own, "benchmark": None, "table": None, "columns": list(values), "rows": [], "values": values}
@@ -176,7 +177,10 @@ def report(result: dict[str, Any]) -> str:
     columns = result["columns"]
     if result["table"] is None:
         known = ", ".join(paper_tables()["benchmarks"])
-        lines = [f"{result['path']}: none of the paper's benchmarks; --benchmark compares nevertheless with {known}"]
+        lines = [
+            f"{result['path']}: the paper has no row for {result['data']}, which is none of its benchmarks; "
+            f"--benchmark compares nevertheless with {known}"
+        ]
         return "\n".join([*lines, *(f"  {key:<30}{result['values'][key]:8.2f}" for key in columns)])
     paper = paper_tables()
     name, title = paper["benchmarks"][result["benchmark"]]["name"], paper["tables"][result["table"]]["title"]

@@ -20,6 +20,8 @@ from lavis_aurora.encoders.visual import encode_visual, visual_input
 TEXT_BATCH = 256
 # Pictures or frames that are in the vision tower at once: its activations count in memory too.
 PICTURES_AT_ONCE = 16
+# Work that takes less has no bar.
+BAR_AFTER_SECONDS = 5
 
 
 def own_share(total: int) -> range:
@@ -56,7 +58,8 @@ def agreed(value):
 
 def progress(total: int, what: str, unit: str) -> tqdm:
     """A bar with the time left, on the main process."""
-    return tqdm(total=total, desc=what, unit=unit, mininterval=5, disable=get_rank() != 0)
+    delay = BAR_AFTER_SECONDS
+    return tqdm(total=total, desc=what, unit=unit, mininterval=5, delay=delay, disable=get_rank() != 0)
 
 
 @dataclass

@@ -59,7 +59,7 @@ def retrieval_scores(
         keys = torch.cat([one.flatten() for one in own]).unique()
         encoded = time.time()
         _log_start(images, texts, k_test, len(keys), encoded - start)
-        itm = score_pairs(model, images, texts, keys) if k_test else torch.empty(0)
+        itm = score_pairs(model, images, texts, keys)[:, 1] if k_test else torch.empty(0)
     candidates = (
         Candidates(found.indices.numpy(), (itm[torch.searchsorted(keys, one)] + itc_weight * found.values).numpy())
         for found, one in zip((i2t, t2i), own)
@@ -103,7 +103,7 @@ def _pair_keys(found: Tensor, texts: int, by_text: bool = False) -> Tensor:
 
 
 def score_pairs(model, images: ImageTokens, texts: Texts, keys: Tensor) -> Tensor:
-    """ITM logits of pairs, in main memory; each process scores those of its images.
+    """ITM logits (no match, match) of pairs, (pairs, 2), in main memory; each process scores those of its images.
 
     Args:
         model: as in :func:`retrieval_scores`.
@@ -113,7 +113,7 @@ def score_pairs(model, images: ImageTokens, texts: Texts, keys: Tensor) -> Tenso
     count = len(texts.feats)
     starts = torch.searchsorted(keys, torch.arange(len(images.feats) + 1) * count).tolist()
     wanted = [image for image in images.share if starts[image] < starts[image + 1]]
-    places, logits = [torch.empty(0, dtype=torch.long)], [torch.empty(0)]
+    places, logits = [torch.empty(0, dtype=torch.long)], [torch.empty(0, 2)]
     with progress(sum(starts[i + 1] - starts[i] for i in wanted), "reranking", "pair") as bar:
         for image, tokens in images.of(wanted):
             chosen = keys[starts[image] : starts[image + 1]] - image * count
@@ -125,10 +125,10 @@ def score_pairs(model, images: ImageTokens, texts: Texts, keys: Tensor) -> Tenso
 
 
 def _match(model, image: Tensor, texts: Texts, chosen: Tensor) -> Tensor:
-    """ITM logits of one image with the chosen texts, which are of rising length."""
+    """ITM logits of one image with the chosen texts, which are of rising length: (chosen, 2)."""
     parts = -(-int(texts.lengths[chosen].sum()) // TOKENS_AT_ONCE)
     fused = [
         encode_with_image(model.text_encoder, texts.ids[part], texts.lengths[part], image)
         for part in chosen.chunk(parts)
     ]
-    return model.itm_head(torch.cat(fused))[:, 1].float().cpu()
+    return model.itm_head(torch.cat(fused)).float().cpu()

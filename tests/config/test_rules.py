@@ -57,7 +57,7 @@ OUT_OF_RANGE = [
     ],
     *[
         (f"run.{key}", "-1", "0 or more")
-        for key in ("init_lr", "min_lr", "weight_decay", "grad_clip", "num_workers", "k_test", "warmup_steps")
+        for key in ("init_lr", "min_lr", "weight_decay", "grad_clip", "num_workers", "k_test", "warmup_steps", "seed")
     ],
 ]
 

@@ -12,11 +12,13 @@ import torch
 from lavis.common.registry import registry
 from lavis.datasets.datasets import retrieval_datasets as retrieval
 from lavis.datasets.datasets.caption_datasets import CaptionDataset
+from lavis.datasets.datasets.gqa_datasets import GQADataset, GQAEvalDataset
 from omegaconf import DictConfig, OmegaConf
 from tiny import SPLITS, project_yaml
 from torch.utils.data import DataLoader, Dataset
 
-from lavis_aurora.data.annotations import CheckedDataset, annotation_files, build_checked, check_entries
+from lavis_aurora.data.annotations import SAMPLES, CheckedDataset, build_checked, check_entries, check_split
+from lavis_aurora.data.fetch import annotation_files
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.project import load_config
 
@@ -102,16 +104,14 @@ def test_relative_paths_start_at_the_data_root(cfg: DictConfig, data: Path, monk
     for split, info in cfg.build_info.annotations.items():
         info.storage = f"{split}.json"
     cfg.build_info.images.storage = "images"
-    assert [path for _, _, path in annotation_files(NAME, cfg)] == [str(data / f"{s}.json") for s in SPLITS]
+    assert [file.path for file in annotation_files(NAME, cfg)] == [str(data / f"{s}.json") for s in SPLITS]
     assert torch.isfinite(build_checked(NAME, cfg)["val"][0]["image"]).all()
 
 
 def test_a_split_may_have_several_files_and_each_is_checked(cfg: DictConfig, data: Path) -> None:
     files = [str(data / "val.json"), str(data / "test.json")]
     cfg.build_info.annotations.val = {"url": files, "storage": files}
-    assert [(split, path) for split, _, path in annotation_files(NAME, cfg) if split == "val"] == [
-        ("val", file) for file in files
-    ]
+    assert [file.path for file in annotation_files(NAME, cfg) if file.split == "val"] == files
     assert len(build_checked(NAME, cfg)["val"]) == 2 * COUNT
     _edit(data / "test.json", 1, caption="a string")
     _refused(cfg, _key("val"), "entry 1 of", data / "test.json")
@@ -219,6 +219,28 @@ def test_video_entries_are_checked_too(dataset_cls: type, entry: dict, problem: 
     check_entries([good], dataset_cls, "a.json", "key")
     with pytest.raises(AuroraError, match=f"key: .*entry 1 of a.json.* {problem}"):
         check_entries([good, entry], dataset_cls, "a.json", "key")
+
+
+@pytest.mark.parametrize("dataset_cls", SAMPLES)
+def test_the_sample_that_errors_show_is_a_good_entry(dataset_cls: type) -> None:
+    check_entries([SAMPLES[dataset_cls]], dataset_cls, "a.json", "key")
+
+
+def test_behind_questions_to_evaluate_stands_a_list_of_answers(tmp_path: Path) -> None:
+    """As LAVIS's gqa and aok_vqa have it."""
+    (tmp_path / "asked.json").write_text(json.dumps([SAMPLES[GQAEvalDataset]]))
+    (tmp_path / "answers.json").write_text('["yes", "no"]')
+    files = [str(tmp_path / name) for name in ("asked.json", "answers.json")]
+    check_split(files, GQAEvalDataset, "key")
+    with pytest.raises(AuroraError, match="answers.json must hold a list of entries"):
+        check_split(files, GQADataset, "key")
+
+
+def test_a_split_that_is_null_is_left_out(cfg: DictConfig, data: Path) -> None:
+    (data / "val.json").unlink()
+    cfg.build_info.annotations.val = None
+    assert set(build_checked(NAME, cfg)) == {"train", "test"}
+    assert "val" in cfg.build_info.annotations, "the configuration of the run stays"
 
 
 def test_entries_of_datasets_that_are_not_for_retrieval_pass() -> None:

@@ -7,12 +7,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import activate, tiny_model
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from tiny import activate, project_yaml, tiny_model
 from tiny_figures import arguments, with_candidates
 
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.figures import attention, cases, distribution
 from lavis_aurora.figures.run_data import load_trained, untrained_model
+from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
+from lavis_aurora.project import load_config
 
 
 @pytest.mark.parametrize("form", ["none", "residual", "affine"])
@@ -68,6 +72,32 @@ def test_what_attention_cannot_show_is_named(retrieval_runs, given, match):
         attention.numbers(arguments(attention, retrieval_runs["aurora"], *given))
 
 
+def test_maps_are_those_of_retrieval(answer_runs):
+    with pytest.raises(AuroraError, match="a run of blip_vqa_aurora; maps of words are those of blip_retrieval"):
+        attention.numbers(arguments(attention, answer_runs[0]))
+
+
+def test_a_wrapped_model_has_the_weights_of_the_one_inside(tmp_path):
+    """Its weights are named below model.base."""
+
+    def resolved(**base) -> None:
+        yaml = project_yaml(tmp_path)
+        config = OmegaConf.load(yaml)
+        inside = {"arch": "blip_retrieval_aurora", "model_type": "tiny", **base}
+        config.model = {"arch": "mode_approx", "base": inside, "mode_approx": {"rank": 4}}
+        OmegaConf.save(config, yaml)
+        OmegaConf.save(load_config(str(yaml)).config, tmp_path / "config.yaml")
+
+    defaults = OmegaConf.load(BlipRetrievalAurora.default_config_path("tiny")).model
+    name = "text_encoder.embeddings.word_embeddings.weight"
+    resolved()
+    found = untrained_model(tmp_path).state_dict()[f"base.{name}"]
+    assert torch.equal(found, load_file(defaults.pretrained)[name].float())
+    resolved(pretrained=None)
+    with pytest.raises(AuroraError, match="random weights, which are lost"):
+        untrained_model(tmp_path)
+
+
 def test_distributions_are_those_of_the_weights(retrieval_runs):
     numbers = distribution.numbers(arguments(distribution, *retrieval_runs.values()))
     model = untrained_model(retrieval_runs["aurora"])
@@ -121,6 +151,9 @@ def test_ranked_pictures_are_those_of_the_result_file(retrieval_runs):
         cases.numbers(arguments(cases, run, "--items", "8"))
     with pytest.raises(AuroraError, match="name one"):
         cases.numbers(arguments(cases, run, run))
+    for name in ("count", "top"):
+        with pytest.raises(AuroraError, match=f"--{name} 0: must be 1 or more"):
+            cases.numbers(arguments(cases, run, f"--{name}", "0"))
 
 
 def test_answers_of_two_runs_stand_under_their_questions(answer_runs):

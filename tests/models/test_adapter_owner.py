@@ -11,10 +11,9 @@ import pytest
 import torch
 from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from lavis.models.blip_models.blip_vqa import BlipVQA
-from lavis.models.med import XBertEncoder, XBertLMHeadDecoder
-from lavis.models.vit import VisionTransformerEncoder
+from lavis.models.med import XBertLMHeadDecoder
 from omegaconf import OmegaConf
-from tiny import activate, project_yaml, tiny_config, tiny_model
+from tiny import activate, lavis_towers, project_yaml, tiny_config, tiny_model
 from tiny_vqa import ANSWERS, vqa_batch, vqa_config, vqa_model
 from torch.utils.data import DataLoader, Dataset
 
@@ -62,19 +61,6 @@ def scores(model) -> tuple:
 def assert_same_scores(a: tuple, b: tuple) -> None:
     for mine, theirs in zip(a, b):
         torch.testing.assert_close(torch.as_tensor(mine), torch.as_tensor(theirs), atol=1e-4, rtol=1e-4)
-
-
-def lavis_towers(cfg) -> tuple[VisionTransformerEncoder, XBertEncoder]:
-    """LAVIS's own classes, none of ours."""
-    vision = VisionTransformerEncoder(
-        img_size=cfg.image_size,
-        patch_size=cfg.vit.patch_size,
-        embed_dim=cfg.vit.embed_dim,
-        depth=cfg.vit.depth,
-        num_heads=cfg.vit.num_heads,
-    )
-    vision.vision_width = cfg.vit.embed_dim
-    return vision, XBertEncoder.from_config(cfg)
 
 
 def plain_retrieval(**overrides) -> BlipRetrieval:

@@ -245,6 +245,26 @@ def test_no_queue_and_a_queue_that_is_too_small():
         tiny_model(queue_size=2)(batch())
 
 
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (
+            {"image": batch()["image"], "text_input": CAPTIONS},
+            "samples lack 'image_id', 'epoch', 'iters', 'num_iters_per_epoch'; training needs image (or video), "
+            "text_input, image_id, epoch, iters, num_iters_per_epoch; to score pictures and texts use model.match",
+        ),
+        (
+            {k: v for k, v in batch().items() if k != "image"},
+            "samples lack 'image'; training needs image (or video),",
+        ),
+    ],
+)
+def test_samples_that_cannot_be_trained_on(samples, message):
+    with pytest.raises(AuroraError) as caught:
+        tiny_model()(samples)
+    assert message in str(caught.value)
+
+
 def test_batches_without_true_negatives_have_no_false_ones():
     model = tiny_model(context={"form": "none"}).eval()
     lone, pair = model(batch(1)), model(batch(3, ids=[4, 4, 4]))

@@ -276,6 +276,18 @@ def test_samples_that_cannot_be_trained_on(change, message):
     assert message in str(caught.value)
 
 
+def test_samples_that_lack_keys_name_them():
+    samples = vqa_batch()
+    with pytest.raises(AuroraError) as caught:
+        vqa_model()({"text_input": samples["text_input"], "answer": ANSWERS[:6]})
+    assert str(caught.value) == (
+        "samples lack 'image', 'n_answers', 'weight'; training needs image (or video), text_input, answer, "
+        "n_answers, weight; to answer questions use model.predict_answers"
+    )
+    with pytest.raises(AuroraError, match="0 questions for 4 images"):
+        vqa_model().predict_answers({"image": samples["image"]}, answer_list=ANSWERS)
+
+
 # Weights
 
 

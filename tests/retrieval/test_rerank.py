@@ -307,6 +307,7 @@ def test_tokens_beyond_the_budget_are_encoded_again(
         return original(encoder, visual)
 
     monkeypatch.setattr(encode, "encode_visual", counted)
+    monkeypatch.setattr(encode, "BAR_AFTER_SECONDS", 0)
     with caplog.at_level(logging.INFO):
         tight = retrieval_scores(model, loader, k_test=3, token_budget_gb=_gigabytes(2.5, max(1, frames)))
     assert sum(encoded) == 5 + 3

@@ -25,6 +25,19 @@ def test_the_command_writes_a_picture_and_its_numbers(retrieval_runs, tmp_path, 
     assert "error: " in end.value.code and "config.yaml" in end.value.code
 
 
+@pytest.mark.parametrize("out", ["picture", "numbers.json", "picture.xyz"])
+def test_a_name_that_is_no_pictures_is_refused_before_any_work(out, capsys):
+    with pytest.raises(SystemExit):
+        main(["bubbles", "--out", out])
+    assert f"--out {out}: the name of a picture ends in .png or .pdf or .svg" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="^error: .*bubbles.png: cannot be written"):
+        main(["bubbles", "--benchmarks", "flickr30k", "--out", str(tmp_path / "file" / "bubbles.png")])
+
+
 def test_every_name_of_the_command_has_a_figure():
     for name in FIGURES:
         figure = load(name)
