@@ -21,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ChainDataset, DataLoader
 
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.models.compiled import compile_layers
 from lavis_aurora.models.run_state import RunState
-from lavis_aurora.training.checkpointing import BEST
+from lavis_aurora.training.checkpointing import BEST, LATEST
 from lavis_aurora.training.finite import FiniteGuard
 from lavis_aurora.training.loaders import build_loader, check_splits
 from lavis_aurora.training.run_adapters import AdapterMixin
@@ -64,7 +65,7 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
         if self._wrapped_model is None:
             self._model = self._model.to(self.device)
             if self.config.run_cfg.get("compile", False) and not self.evaluate_only:
-                self._model.compile_layers()
+                compile_layers(self._model)
             self._wrapped_model = self._model
             if self.use_distributed and any(p.requires_grad for p in self._model.parameters()):
                 # Queues start alike, are filled alike on all processes, and need not be sent each step.
@@ -92,8 +93,6 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
     def scaler(self) -> torch.amp.GradScaler | None:
         """Loss scaling of mixed precision, on a GPU only."""
         if not self.config.run_cfg.amp or not self.cuda_enabled:
-            if self.config.run_cfg.amp:
-                logging.warning("run.amp: there is no mixed precision on a CPU; computing in single precision")
             return None
         if self._scaler is None:
             self._scaler = torch.amp.GradScaler("cuda")
@@ -141,7 +140,7 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
             loader.dataset.epoch = epoch
             loader.sampler.set_epoch(epoch)
             loader.sampler.first = self.start_step * run.batch_size_train
-        self.task.finite = FiniteGuard(self.output_dir, skip=run.skip_nonfinite)
+        self.task.finite.skipped = 0
         self.task.after_step = lambda done: self._after_step(epoch, done)
         self.stop.stepping = True
         stats = super().train_epoch(epoch)
@@ -180,6 +179,10 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
                 f"model: {{arch: mode_approx, base: {{arch: {arch}}}}}"
             )
         self.log_config()
+        run = self.config.run_cfg
+        if run.amp and not self.cuda_enabled:
+            logging.warning("run.amp: there is no mixed precision on a CPU; computing in single precision")
+        self.task.finite = FiniteGuard(self.output_dir, skip=run.skip_nonfinite)
         self.best_metric, self.best_epoch, self.start_step = float("-inf"), None, 0
         self._resume()
         epoch = self.start_epoch - 1
@@ -221,13 +224,21 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
     def _validate(self, epoch: int) -> dict[str, Any]:
         """Evaluate the validation splits; the first one decides which epoch is best. Returns metrics by split."""
         logs: dict[str, Any] = {}
+        run = self.config.run_cfg
         for i, split in enumerate(self.valid_splits):
             log = self.eval_epoch(split_name=split, cur_epoch=epoch)
-            metric = [log[TRAINING_METRIC] if log is not None else float("nan")]
+            metric = [(log or {}).get(TRAINING_METRIC)]
             if is_dist_avail_and_initialized():
                 dist.broadcast_object_list(metric, src=0)
+            if i == 0 and metric[0] is None:
+                raise AuroraError(
+                    f"run.valid_splits: run.task {run.task} reports no {TRAINING_METRIC} on {split} to select the "
+                    f"best epoch by; set run.valid_splits: [] to take the last. This one is saved: go on from it by "
+                    f"run.resume_ckpt_path={self.output_dir / LATEST}"
+                )
+            # LAVIS's tasks may give numpy's numbers, which no checkpoint holds.
             if i == 0 and metric[0] > self.best_metric:
-                self.best_metric, self.best_epoch = metric[0], epoch
+                self.best_metric, self.best_epoch = float(metric[0]), epoch
                 self._save_checkpoint(epoch, len(self.train_loader), validated=True, name=BEST)
                 self._save_adapter("best", {"epoch": epoch, split: log or {}})
             if log is not None:

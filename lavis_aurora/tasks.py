@@ -15,16 +15,18 @@ from lavis.tasks.retrieval import RetrievalTask
 
 from lavis_aurora.retrieval.metrics import chance_recall, recall_metrics
 from lavis_aurora.training.loop import AuroraTrainMixin
+from lavis_aurora.training.task_base import AuroraTaskBase
 
 # Candidates of each query that a result file holds, best first, with their scores.
 BEST_KEPT = 10
 
 
 @registry.register_task("retrieval_aurora")
-class RetrievalAuroraTask(AuroraTrainMixin, RetrievalTask):
+class RetrievalAuroraTask(AuroraTrainMixin, RetrievalTask, AuroraTaskBase):
     """LAVIS's retrieval of pictures or videos: R@K and median rank both ways, before and after reranking."""
 
     shards_evaluation = False
+    evaluates_by = "retrieval_scores"
 
     def evaluation(self, model, data_loader, **_kwargs) -> dict[str, Any] | None:
         """Metrics, ranks and best candidates of a split, on the main process; None on the others."""

@@ -22,24 +22,18 @@ from torch.utils.data import Dataset
 
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.training.loop import AuroraTrainMixin
+from lavis_aurora.training.task_base import AuroraTaskBase
 from lavis_aurora.vqa.accuracy import vqa_accuracy
 
 SHOWN_TYPES = 12  # question types that a report lists; VQAv2 has 65
 
 
 @registry.register_task("vqa_aurora")
-class VqaAuroraTask(AuroraTrainMixin, VQATask):
+class VqaAuroraTask(AuroraTrainMixin, VQATask, AuroraTaskBase):
     """LAVIS's vqa: the likeliest answer of a list, or a generated one, and VQAv2's accuracy by answer type."""
 
     # What a result is known by, when processes have answered a question twice.
     result_key = "question_id"
-
-    @classmethod
-    def setup_task(cls, cfg) -> VqaAuroraTask:
-        """A task with the settings of ``run:``."""
-        task = super().setup_task(cfg=cfg)
-        task.cfg = cfg.run_cfg
-        return task
 
     def build_datasets(self, cfg) -> dict:
         """Datasets by name and split, their files checked, with what the evaluation of each split needs.
@@ -50,9 +44,6 @@ class VqaAuroraTask(AuroraTrainMixin, VQATask):
         datasets = super().build_datasets(cfg)
         for name, splits in datasets.items():
             for split, dataset in splits.items():
-                if getattr(dataset, "coco_fmt_anno_file", None):
-                    self.ques_files[split] = dataset.coco_fmt_qust_file
-                    self.anno_files[split] = dataset.coco_fmt_anno_file
                 for key in ("valid_splits", "test_splits"):
                     if split in (cfg.run_cfg.get(key) or []):
                         self._check_split(f"datasets.{name}.build_info.annotations.{split}.storage", key, dataset)

@@ -27,6 +27,7 @@ from lavis_aurora.encoders.towers import build_tokenizer, plain_vision_encoder
 from lavis_aurora.mode_approx.trainable import adapter_parameters
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
+from lavis_aurora.models.compiled import compile_layers
 
 # Method: (class of the model, its configuration). "lavis" is LAVIS's own model as published: attention written out,
 # keys and values of an image for each text, a second backbone as momentum teacher; "ours" is this package's.
@@ -185,7 +186,7 @@ def measure(args: argparse.Namespace) -> dict:
     parts = {name: p for name, p in model.named_parameters() if id(p) not in adapter}
     backbone = sum(p.numel() * p.element_size() for name, p in parts.items() if name.partition(".")[0] in BLIP)
     if args.compile and METHODS[method][0] == "ours":
-        model.compile_layers()
+        compile_layers(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05)
     cuda = device.startswith("cuda")
     scaler = torch.amp.GradScaler("cuda", enabled=cuda and args.amp)

@@ -34,8 +34,8 @@ def run(yaml: Path, *options: str) -> None:
     train(["--cfg-path", str(yaml), *(["--options", *options] if options else [])])
 
 
-def test_a_run_leaves_configuration_checkpoints_results_and_log(tmp_path, capsys):
-    run(project_yaml(tmp_path, run={"max_epoch": 2, "world_size": 8}))
+def test_a_run_leaves_configuration_checkpoints_results_and_log(tmp_path, capsys, caplog):
+    run(project_yaml(tmp_path, run={"max_epoch": 2, "amp": True, "min_lr": 1e-5, "world_size": 8}))
     folder = only_run(tmp_path)
     assert {p.name for p in folder.iterdir()} == {
         "config.yaml",
@@ -53,6 +53,9 @@ def test_a_run_leaves_configuration_checkpoints_results_and_log(tmp_path, capsys
     result = json.loads((folder / "result" / "test_epoch_best.json").read_text())
     assert len(result["ranks"]["image_to_text"]) == result["images"] == 8
     assert [entry["train_epoch"] for entry in logged(folder, "train_loss")] == [0, 1]
+    # The cosine between 1e-3 and 1e-5 at the start and half-way.
+    assert [entry["train_lr"] for entry in logged(folder, "train_loss")] == pytest.approx([1e-3, 5.05e-4])
+    assert len([record for record in caplog.records if "no mixed precision on a CPU" in record.message]) == 1
     out = capsys.readouterr().out
     assert "test: 8 images, 8 texts" in out
     for words in ("image-to-text", "text-to-image", "chance", "median rank", "ITC only"):

@@ -28,6 +28,7 @@ class RunConfig:
         num_ans_candidates: answers of the list that are scored as a whole, the likeliest by their first token.
         num_beams, max_len, min_len: of generated answers; 1 beam is greedy, lengths in tokens.
         prompt: wording around each question at evaluation, ``{}`` in the question's place; empty for none.
+        report_metric: LAVIS's, of its tasks captioning and dialogue: whether answers are scored, or only written.
         use_dist_eval_sampler: LAVIS's; here the task knows whether processes may share a split, and it has no effect.
         compile: compile the layers of the towers with torch.compile; the first steps then take minutes.
         grad_clip: largest norm of the gradient; 0 for no clipping.
@@ -73,6 +74,7 @@ class RunConfig:
     max_len: int = 10
     min_len: int = 1
     prompt: str = ""
+    report_metric: bool = True
     device: str = "auto"
     world_size: int = 1
     dist_url: str = "env://"

@@ -46,9 +46,10 @@ class CheckedDataset(Dataset):
 
     def _check_depth(self, index: int) -> None:
         """Refuse pictures of more than 8 bits a channel, which PIL would turn white; a JPEG never has them."""
-        picture = str(self.inner.annotation[index].get("image", ".jpg"))
-        if not picture.lower().endswith((".jpg", ".jpeg")):
-            with Image.open(os.path.join(self.inner.vis_root, picture)) as opened:
+        path = os.path.join(self.inner.vis_root, str(self.inner.annotation[index].get("image", ".jpg")))
+        # SNLI-VE's have no ending at all: LAVIS adds it.
+        if not path.lower().endswith((".jpg", ".jpeg")) and os.path.isfile(path):
+            with Image.open(path) as opened:
                 if opened.mode in DEEP_MODES:
                     raise ValueError(f"its mode is {opened.mode}; convert it to 8 bits a channel")
 

@@ -32,7 +32,8 @@ def encode_with_image(encoder: BertModel, ids: Tensor, lengths: Tensor, image: T
     hidden = encoder.embeddings(ids, position_ids=places)
     *layers, last = encoder.encoder.layer
     for layer in layers:
-        hidden = layer(hidden, attention_mask=texts, encoder_hidden_states=image, mode="multimodal")[0]
+        # Past torch.compile (run.compile): each image has texts of other lengths, and would have a graph of its own.
+        hidden = layer.forward(hidden, attention_mask=texts, encoder_hidden_states=image, mode="multimodal")[0]
     return _last_layer(last, hidden, texts, image)
 
 

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from lavis.models.med import BertLayer, BertModel
-from lavis.models.vit import Block
+from lavis.models.med import BertModel
 from torch import Tensor
 from transformers import BatchEncoding
 
@@ -157,11 +156,3 @@ class AuroraBase(AdapterOwnerMixin, RunState):
             length = longest_anywhere(tokens.input_ids.shape[1])
             tokens = self.tokenizer.pad(tokens, padding="max_length", max_length=length, return_tensors="pt")
         return to_device(tokens, device)
-
-    def compile_layers(self) -> None:
-        """Compile the layers of the towers (``run.compile``); layers of one kind share what is compiled."""
-        # Text alone or with images, trained or by the teacher, the first layer or a later one: each is compiled once.
-        torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
-        for module in self.modules():
-            if isinstance(module, (Block, BertLayer)):
-                module.compile()

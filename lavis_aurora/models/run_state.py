@@ -45,7 +45,7 @@ class RunState:
 
     def queue_state(self) -> dict[str, Tensor]:
         """Copies of the queues, for a checkpoint."""
-        return {name: queue.cpu() for name, queue in self.queues().items()}
+        return {name: queue.to("cpu", copy=True) for name, queue in self.queues().items()}
 
     def load_queue_state(self, state: dict[str, Tensor]) -> bool:
         """Put back what :meth:`queue_state` gave; False, with nothing done, if it is not there or of another size."""

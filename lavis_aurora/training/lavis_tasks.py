@@ -6,8 +6,11 @@ from typing import Any
 
 from lavis.tasks.base_task import BaseTask
 from lavis.tasks.retrieval import RetrievalTask
+from lavis.tasks.vqa_reading_comprehension import VQARCTask
 
+from lavis_aurora.errors import AuroraError
 from lavis_aurora.training.loop import AuroraTrainMixin
+from lavis_aurora.training.task_base import AuroraTaskBase
 
 
 class LavisTaskMixin(AuroraTrainMixin):
@@ -19,7 +22,17 @@ class LavisTaskMixin(AuroraTrainMixin):
 
 
 def runnable_task(cls: type[BaseTask]) -> type[BaseTask]:
-    """The task itself, if it is made for runner_aurora, or a subclass that is."""
+    """The task itself, if it is made for runner_aurora, or a subclass that is.
+
+    Raises:
+        AuroraError: the task is of LAVIS's for models without a training loss.
+    """
     if issubclass(cls, AuroraTrainMixin):
         return cls
-    return type(cls.__name__, (LavisTaskMixin, cls), {"shards_evaluation": not issubclass(cls, RetrievalTask)})
+    if issubclass(cls, VQARCTask):
+        raise AuroraError(
+            "run.task: vqa_reading_comprehension and gqa_reading_comprehension evaluate models that have no training "
+            "loss, by keys of their own and in several processes only; run them by LAVIS's runner_base"
+        )
+    shards = not issubclass(cls, RetrievalTask)
+    return type(cls.__name__, (LavisTaskMixin, cls, AuroraTaskBase), {"shards_evaluation": shards})

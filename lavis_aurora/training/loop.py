@@ -10,18 +10,19 @@ import torch.distributed as dist
 from lavis.common.dist_utils import get_world_size, is_dist_avail_and_initialized
 from lavis.common.registry import registry
 from lavis.datasets.data_utils import prepare_sample
-from torch import Tensor
+from torch import Tensor, nn
 
-from lavis_aurora.data.annotations import build_checked
 from lavis_aurora.data.samples import BROKEN, report_broken
 from lavis_aurora.training.finite import FiniteGuard
 from lavis_aurora.training.progress import TrainingProgress
+from lavis_aurora.training.task_needs import check_model
 
 
 class AuroraTrainMixin:
-    """Training and data for any LAVIS task.
+    """Training for any LAVIS task: in front of it, with :class:`AuroraTaskBase` behind it.
 
     Attributes:
+        cfg: the ``run:`` part of the YAML.
         shards_evaluation: whether processes may share an evaluation split by samples; retrieval ranks it as a whole.
         first_step: where the epoch begins, if it was interrupted; ``totals`` are then the losses of the steps before.
         after_step: called after each step of the optimizer with the number of batches done in the epoch.
@@ -34,9 +35,18 @@ class AuroraTrainMixin:
     finite: FiniteGuard | None = None
     totals: dict[str, Tensor]
 
-    def build_datasets(self, cfg) -> dict:
-        """Datasets by name and split, their files checked."""
-        return {name: build_checked(name, cfg.datasets_cfg[name]) for name in cfg.datasets_cfg}
+    @classmethod
+    def setup_task(cls, cfg) -> AuroraTrainMixin:
+        """LAVIS's task with the settings of ``run:``, not all of which it keeps."""
+        task = super().setup_task(cfg=cfg)
+        task.cfg = cfg.run_cfg
+        return task
+
+    def build_model(self, cfg) -> nn.Module:
+        """LAVIS's; a model that this task cannot evaluate is refused."""
+        model = super().build_model(cfg)
+        check_model(type(self), model, cfg)
+        return model
 
     def _train_inner_loop(
         self,
@@ -52,9 +62,9 @@ class AuroraTrainMixin:
         cuda_enabled=False,
         accum_grad_iters=1,
     ) -> dict[str, float]:
-        """One epoch; returns the mean of each loss over steps and processes. Arguments are LAVIS's.
+        """One epoch; returns the mean of each loss over steps and processes, and the last ``lr``.
 
-        LAVIS's own loop waits for the GPU every step and gathers its means on a GPU only.
+        Arguments are LAVIS's, whose own loop waits for the GPU every step and gathers its means on a GPU only.
         """
         device = "cuda" if cuda_enabled else "cpu"
         first = self.first_step
@@ -67,13 +77,14 @@ class AuroraTrainMixin:
             broken += samples.pop(BROKEN, [])
             samples.update(epoch=epoch, num_iters_per_epoch=iters_per_epoch, iters=i)
             lr_scheduler.step(cur_epoch=epoch, cur_step=i)
+            self.losses = {}
             with torch.autocast(device, enabled=scaler is not None):
-                output = model(samples)
+                loss = self.train_step(model=model, samples=samples)
             # The last steps of an epoch may be fewer than are accumulated.
             rest = iters_per_epoch % accum_grad_iters
-            loss = output["loss"] / (rest if i >= iters_per_epoch - rest else accum_grad_iters)
-            (loss if scaler is None else scaler.scale(loss)).backward()
-            losses = {key: output[key].detach() for key in output if "loss" in key and output[key] is not None}
+            part = loss / (rest if i >= iters_per_epoch - rest else accum_grad_iters)
+            (part if scaler is None else scaler.scale(part)).backward()
+            losses = {**self.losses, "loss": loss.detach()}
             for key, value in losses.items():
                 # Of a step that is skipped, nothing counts.
                 self.totals[key] = self.totals.get(key, 0.0) + value.double().nan_to_num(0.0, 0.0, 0.0)
@@ -89,19 +100,16 @@ class AuroraTrainMixin:
         path = Path(registry.get_path("output_dir")) / f"broken_videos_epoch_{epoch}.txt"
         count = (iters_per_epoch - first) * int(self.cfg.batch_size_train)
         report_broken(broken, count, float(self.cfg.max_broken_share), path)
-        return _means(self.totals, iters_per_epoch)
+        return {**_means(self.totals, iters_per_epoch), "lr": optimizer.param_groups[0]["lr"]}
 
     def _update(self, optimizer, scaler, losses: dict[str, Tensor], samples: dict) -> None:
-        """One step of the optimizer, unless its numbers are refused."""
+        """One step of the optimizer, unless its numbers are refused; the scaler learns of them either way."""
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         clip = float(self.cfg.get("grad_clip", 0)) or float("inf")
         if scaler is not None:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trained, clip)
-        if scaler is not None:
-            # Half precision overflows now and then: the scaler itself leaves such a step out.
-            norm = torch.zeros_like(norm)
-        if self.finite is None or self.finite.accepts(norm, losses.values(), samples):
+        if self.finite is None or self.finite.accepts(norm, losses.values(), samples, scaled=scaler is not None):
             if scaler is None:
                 optimizer.step()
             else:

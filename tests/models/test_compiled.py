@@ -4,8 +4,13 @@ import copy
 
 import pytest
 import torch
+from lavis_models import build, hub_folder, samples
 from models.test_blip_retrieval_aurora import batch
 from tiny import activate, tiny_model
+
+from lavis_aurora import AuroraError, ModeApproxConfig
+from lavis_aurora.models.compiled import compile_layers
+from lavis_aurora.models.mode_approx_model import ModeApproxModel
 
 
 @pytest.mark.slow
@@ -14,7 +19,7 @@ def test_losses_and_gradients(tuning):
     """Also with a recomputed layer, a teacher pass and matching's passes; nothing falls back to Python."""
     model = activate(tiny_model(tuning=tuning, queue_size=20, vit_grad_ckpt=True, vit_ckpt_layer=1)).train()
     compiled = copy.deepcopy(model)
-    compiled.compile_layers()
+    compile_layers(compiled)
     torch._dynamo.utils.counters.clear()
     for step in range(2):
         for one in (model, compiled):
@@ -27,3 +32,28 @@ def test_losses_and_gradients(tuning):
                 assert (gradients[name] - parameter.grad).abs().max() < 1e-3 * scale, name
     assert not torch._dynamo.utils.counters["graph_break"]
     assert compiled.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.slow
+def test_a_plain_model_of_lavis_is_compiled_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(hub_folder(tmp_path))
+    model = activate(ModeApproxModel(build("blip_caption"), ModeApproxConfig(rank=4, targets="blip_caption"))).train()
+    compiled = copy.deepcopy(model)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_layers(compiled, backend=count)
+    gradients = []
+    for one in (model, compiled):
+        one(samples("blip_caption"))["loss"].backward()
+        gradients.append(one.mode_approx.sets["default"].P.grad)
+    assert graphs
+    torch.testing.assert_close(*gradients)
+
+
+def test_towers_that_are_not_compiled_are_refused():
+    with pytest.raises(AuroraError, match="set run.compile: false"):
+        compile_layers(torch.nn.Linear(2, 2))

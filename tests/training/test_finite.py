@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lavis.common.registry import registry
+from lavis.tasks.multimodal_classification import MultimodalClassificationTask
+from omegaconf import OmegaConf
 from tiny import project_yaml
 
+from lavis_aurora.config import RunConfig
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.training.checkpointing import read_checkpoint
-from lavis_aurora.training.finite import MOST_IN_A_ROW, FiniteGuard
+from lavis_aurora.training.finite import MOST_IN_A_ROW, MOST_OVERFLOWS, FiniteGuard
+from lavis_aurora.training.lavis_tasks import runnable_task
 from lavis_aurora_cli import train
 
 SAMPLES = {"image_id": torch.tensor([3, 4]), "text_input": ["a", "b"], "epoch": 0, "iters": 6, "image": torch.ones(2)}
@@ -81,3 +87,88 @@ def test_one_good_step_ends_the_row(tmp_path):
 def test_a_loss_without_gradient_counts_too(tmp_path):
     with pytest.raises(AuroraError, match="epoch 1, step 7"):
         FiniteGuard(tmp_path, skip=False).accepts(ONE, [torch.tensor(float("inf"))], SAMPLES)
+
+
+# Half precision
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_overflows_are_left_out_and_counted_but_not_for_ever(tmp_path, skip):
+    guard = FiniteGuard(tmp_path, skip=skip)
+    for _ in range(2):
+        for _ in range(MOST_OVERFLOWS):
+            assert not guard.accepts(NAN, [ONE], SAMPLES, scaled=True)
+        assert guard.accepts(ONE, [ONE], SAMPLES, scaled=True)
+    assert guard.skipped == 2 * MOST_OVERFLOWS and not list(tmp_path.iterdir())
+    for _ in range(MOST_OVERFLOWS):
+        guard.accepts(NAN, [ONE], SAMPLES, scaled=True)
+    with pytest.raises(AuroraError, match="so were the 25 before it; lower run.init_lr, or set run.amp: false"):
+        guard.accepts(NAN, [ONE], SAMPLES, scaled=True)
+
+
+def test_a_loss_that_is_no_number_stops_in_half_precision_too(tmp_path):
+    with pytest.raises(AuroraError, match="epoch 1, step 7.*set run.skip_nonfinite: true"):
+        FiniteGuard(tmp_path, skip=False).accepts(NAN, [NAN], SAMPLES, scaled=True)
+    guard = FiniteGuard(tmp_path, skip=True)
+    for _ in range(MOST_OVERFLOWS):
+        assert not guard.accepts(NAN, [NAN], SAMPLES, scaled=True)
+    assert guard.skipped == MOST_OVERFLOWS
+    with pytest.raises(AuroraError, match="so were the 25 before it"):
+        guard.accepts(NAN, [NAN], SAMPLES, scaled=True)
+
+
+class Line(torch.nn.Linear):
+    """A loss whose gradient is not finite in the steps named."""
+
+    def __init__(self, bad: set[int]) -> None:
+        super().__init__(2, 1)
+        self.bad = bad
+
+    def forward(self, samples: dict) -> dict:
+        loss = super().forward(samples["x"]).square().sum()
+        if samples["iters"] in self.bad:
+            loss = loss + (self.weight.sum() * 0).sqrt()  # its value is finite, its gradient is not
+        return {"loss": loss}
+
+
+def scaled_epoch(tmp_path, monkeypatch, steps: int, bad: set[int]) -> tuple[FiniteGuard, Line, torch.amp.GradScaler]:
+    """An epoch with torch's scaler of losses, on the CPU."""
+    monkeypatch.setitem(registry.mapping["paths"], "output_dir", str(tmp_path))
+    cfg = SimpleNamespace(run_cfg=OmegaConf.structured(RunConfig()))
+    task = runnable_task(MultimodalClassificationTask).setup_task(cfg=cfg)
+    task.finite = FiniteGuard(tmp_path, skip=False)
+    model, scaler = Line(bad), torch.amp.GradScaler("cpu")
+    task._train_inner_loop(
+        epoch=0,
+        iters_per_epoch=steps,
+        model=model,
+        data_loader=[{"x": torch.ones(1, 2)} for _ in range(steps)],
+        optimizer=torch.optim.SGD(model.parameters(), lr=1e-3),
+        lr_scheduler=SimpleNamespace(step=lambda cur_epoch, cur_step: None),
+        scaler=scaler,
+    )
+    return task.finite, model, scaler
+
+
+def test_the_loop_counts_what_the_scaler_leaves_out(tmp_path, monkeypatch):
+    guard, model, scaler = scaled_epoch(tmp_path, monkeypatch, steps=30, bad=set(range(1, 30, 3)))
+    assert guard.skipped == 10
+    assert scaler.get_scale() == 2.0**16 / 2**10
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_the_loop_stops_where_no_scale_helps(tmp_path, monkeypatch):
+    with pytest.raises(AuroraError, match="epoch 1, step 27: .*so were the 25 before it"):
+        scaled_epoch(tmp_path, monkeypatch, steps=60, bad=set(range(1, 60)))
+
+
+def test_the_count_in_a_row_goes_on_over_epochs(tmp_path, spoiled, capsys):
+    """Epochs of fewer steps than may be skipped in a row."""
+    spoiled(0, 1, 2, 3)
+    run = {"skip_nonfinite": True, "batch_size_train": 2, "max_epoch": 4, "valid_splits": [], "test_splits": []}
+    with pytest.raises(SystemExit):
+        train(["--cfg-path", str(project_yaml(tmp_path, run=run))])
+    assert "epoch 3, step 3: loss or gradient is not finite" in capsys.readouterr().err
+    [folder] = (tmp_path / "output").iterdir()
+    counts = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines() if "train_skipped" in line]
+    assert [entry["train_skipped_steps"] for entry in counts] == [4, 4]
