@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lavis_aurora.figures.ablation import TITLES, metric_title
-from lavis_aurora.figures.drawing import FULL, OTHER, OWN, PALE, canvas, tidy
+from lavis_aurora.figures.drawing import FULL, OTHER, OWN, PALE, apart, canvas, tidy
 from lavis_aurora.paper.compare import benchmark_of, comparison, read_measured
 from lavis_aurora.paper.tables import label, paper_rows, paper_tables
 
@@ -121,13 +121,7 @@ def name_points(axis: Axes, names: Sequence[tuple[str, float, float, str]], gap:
     """
     to_panel = axis.transData + axis.transAxes.inverted()
     order = sorted(names, key=lambda one: (one[2], one[1]))
-    heights = [float(to_panel.transform((one[1], one[2]))[1]) for one in order]
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + gap)
-    excess = max(heights[-1] - 0.98, 0) if heights else 0
-    for i in reversed(range(len(heights))):
-        above = heights[i + 1] - gap if i + 1 < len(heights) else heights[i] - excess
-        heights[i] = min(heights[i], above)
+    heights = apart([float(to_panel.transform((one[1], one[2]))[1]) for one in order], gap)
     for (text, x, y, color), height in zip(order, heights):
         axis.annotate(
             text,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,6 +52,17 @@ def blank(axis: Axes) -> None:
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set_visible(False)
+
+
+def apart(heights: Sequence[float], gap: float, top: float = 0.98) -> list[float]:
+    """Heights from low to high, moved so that names at them do not overlap: ``gap`` apart, none above ``top``."""
+    moved = list(heights)
+    for i in range(1, len(moved)):
+        moved[i] = max(moved[i], moved[i - 1] + gap)
+    above = top + gap
+    for i in reversed(range(len(moved))):
+        above = moved[i] = min(moved[i], above - gap)
+    return moved
 
 
 def save(figure: Figure, numbers: dict[str, Any], path: str | Path) -> tuple[Path, Path]:

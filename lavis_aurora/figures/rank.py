@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.figures.ablation import TITLES
-from lavis_aurora.figures.drawing import CYCLE, FULL, OTHER, OWN, canvas, tidy
+from lavis_aurora.figures.drawing import CYCLE, FULL, OTHER, OWN, apart, canvas, tidy
 from lavis_aurora.figures.table import read_table, series
 from lavis_aurora.paper.tables import LAYERS, WIDTH, aurora_count, label, lora_count, paper_tables, uniadapter_count
 
@@ -66,14 +66,21 @@ def draw(numbers: dict[str, Any]) -> Figure:
     panels, ranks = numbers["panels"], numbers["ranks"]
     figure, axes = canvas(1, len(panels) + 1, 3.9, 3.5)
     for axis, (direction, metrics) in zip(axes, panels.items()):
+        names: list[tuple[float, str, str]] = []
         for metric, color in zip(metrics, CYCLE):
             shown = [numbers["values"][str(rank)][metric] for rank in ranks]
             name = f"R@{metric.rpartition('_r')[2]}" if "_r" in metric else "accuracy"
             means = [one["mean"] for one in shown]
             axis.errorbar(ranks, means, [one["spread"] or 0 for one in shown], color=color, marker="o", capsize=3)
-            axis.annotate(name, (ranks[-1], means[-1]), (7, 0), "data", "offset points", va="center", color=color)
+            names.append((means[-1], name, color))
         axis.set_title(TITLES.get(direction, direction))
         _rank_axis(axis, ranks)
+        low, high = axis.get_ylim()
+        names.sort()
+        heights = apart([(mean - low) / (high - low) for mean, _, _ in names], gap=0.055)
+        for height, (_, name, color) in zip(heights, names):
+            place = (ranks[-1], low + height * (high - low))
+            axis.annotate(name, place, (7, 0), "data", "offset points", va="center", color=color)
     axes[0].set_ylabel("percent")
     axis, counts = axes[-1], numbers["counts"]
     for name, (_, color) in METHODS.items():
