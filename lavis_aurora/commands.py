@@ -38,9 +38,6 @@ def inspect(path: str) -> str:
         place = place.parent
     if not place.is_dir():
         return _tensor_table(read_state_dict(str(place), "inspect"))
-    inner = sorted(folder.name for folder in place.glob("adapter_*") if (folder / CONFIG).is_file())
-    if inner and not (place / CONFIG).is_file():
-        raise AuroraError(f"{place} is the folder of a run; name one of its adapters: {', '.join(inner)}")
     config, tensors = read_adapter(place)
     return "\n".join([*_describe(config), "", _tensor_table(tensors)])
 

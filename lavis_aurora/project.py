@@ -75,6 +75,8 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
     cfg = AuroraConfig(user, argparse.Namespace(cfg_path=cfg_path, options=options))
     run = parse_config(RunConfig, cfg.config.run, "run")
     run.evaluate = run.evaluate or evaluate
+    if run.resume_ckpt_path and not os.path.isfile(run.resume_ckpt_path):
+        raise AuroraError(f"run.resume_ckpt_path: no such file: {run.resume_ckpt_path}")
     _check_registered("run.task", run.task, "task_name_mapping")
     _check_registered("run.runner", run.runner, "runner_name_mapping")
     _check_registered("run.lr_sched", run.lr_sched, "lr_scheduler_name_mapping")

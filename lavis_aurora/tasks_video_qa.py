@@ -57,6 +57,7 @@ class VideoQaAuroraTask(VqaAuroraTask):
     def _check_split(self, files: str, key: str, dataset: Dataset) -> None:
         if files.endswith(".train.storage"):
             raise AuroraError(f"run.{key}: {files} holds questions to train on; evaluate another split")
+        self._check_answers(files, dataset)
 
     def valid_step(self, model, samples: dict) -> list[dict[str, Any]]:
         """``question_id``, ``answer``, ``instance_id``, ``question`` and the true answer, ``truth``."""

@@ -42,9 +42,10 @@ class VqaAuroraTask(AuroraTrainMixin, VQATask, AuroraTaskBase):
             AuroraError: a split to evaluate has no list to rank, or one to select the best epoch by no true answers.
         """
         datasets = super().build_datasets(cfg)
+        evaluated = ("test_splits",) if cfg.run_cfg.get("evaluate") else ("valid_splits", "test_splits")
         for name, splits in datasets.items():
             for split, dataset in splits.items():
-                for key in ("valid_splits", "test_splits"):
+                for key in evaluated:
                     if split in (cfg.run_cfg.get(key) or []):
                         self._check_split(f"datasets.{name}.build_info.annotations.{split}.storage", key, dataset)
         return datasets
@@ -52,15 +53,19 @@ class VqaAuroraTask(AuroraTrainMixin, VQATask, AuroraTaskBase):
     def _check_split(self, files: str, key: str, dataset: Dataset) -> None:
         if isinstance(getattr(dataset, "inner", dataset), VQADataset):
             raise AuroraError(f"run.{key}: {files} holds questions to train on; evaluate another split")
-        if self.inference_method == "rank" and not getattr(dataset, "answer_list", None):
-            raise AuroraError(
-                f"{files}: run.inference_method rank needs a list of answers, the second file; name it, or set "
-                f"run.inference_method: generate"
-            )
+        self._check_answers(files, dataset)
         if key == "valid_splits" and not getattr(dataset, "coco_fmt_anno_file", None):
             raise AuroraError(
                 f"{files}: run.valid_splits needs true answers to select the best epoch by, VQAv2's questions and "
                 f"annotations as the third and fourth file; name them, or validate on another split"
+            )
+
+    def _check_answers(self, files: str, dataset: Dataset) -> None:
+        """Refuse to rank answers without a list of them."""
+        if self.inference_method == "rank" and not getattr(dataset, "answer_list", None):
+            raise AuroraError(
+                f"{files}: run.inference_method rank needs a list of answers, the second file; name it, or set "
+                f"run.inference_method: generate"
             )
 
     def evaluation(self, model, data_loader, **_kwargs) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -89,7 +90,7 @@ def run_all(
     report: Callable[[list[Process], int], None],
     every: float = 20.0,
 ) -> None:
-    """Run all, ``jobs`` at a time. Those that run when this is left by an error are told to stop, and waited for.
+    """Run all, ``jobs`` at a time. Those that run when this is left, by an error or a signal, are told to stop.
 
     Args:
         processes: in the order in which they start.
@@ -98,6 +99,12 @@ def run_all(
         report: says where the given ones are, and how many wait; after each end and every so many seconds.
     """
     waiting, active, last = list(processes), [], time.time()
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    # A closed terminal too ends by way of the finally, or the runs would go on unseen.
+    handlers = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         while waiting or active:
             while waiting and len(active) < jobs:
@@ -114,3 +121,5 @@ def run_all(
             process.terminate()
         for process in running:
             process.wait()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

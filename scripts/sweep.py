@@ -144,9 +144,14 @@ def keep_plan(folder: Path, cfg_path: str, options: Sequence[str]) -> None:
     plan = {"project": Path(cfg_path).read_text(encoding="utf-8"), "options": sorted(options)}
     path = folder / PLAN
     if path.is_file():
-        for key, value in read_json(path).items():
-            if plan.get(key) != value:
-                raise AuroraError(f"--output {folder}: it holds a sweep with another {key}; name another folder")
+        before = read_json(path)
+        if before["project"] != plan["project"]:
+            raise AuroraError(f"--output {folder}: it holds a sweep of another project; name another folder")
+        if before["options"] != plan["options"]:
+            theirs = " ".join(before["options"]) or "none"
+            raise AuroraError(
+                f"--output {folder}: it holds a sweep with other options, {theirs}; name another folder"
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(plan, indent=1))

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from lavis_aurora.data.dataset_keys import DATA_KINDS, SPLITS
 from lavis_aurora.data.fetch import REMEDY, annotation_files, fetch
 from lavis_aurora.data.samples import CheckedDataset, ReplacingDataset
-from lavis_aurora.data.vqa_files import check_vqa_files
+from lavis_aurora.data.vqa_files import check_answers, check_vqa_files
 from lavis_aurora.errors import AuroraError, near_names
 from lavis_aurora.files import read_json
 
@@ -109,7 +109,7 @@ def check_entries(entries: list[dict], dataset_cls: type, path: str, key: str) -
     for i, entry in enumerate(entries):
         for name, rule in rules.items():
             if name not in entry:
-                raise AuroraError(f"{key}: entry {i} of {path} has no {name!r}{near_names(name, entry)}")
+                raise AuroraError(f"{key}: entry {i} of {path} has no {name!r}; it has {', '.join(map(repr, entry))}")
             if not rule.holds(entry[name]):
                 raise AuroraError(
                     f"{key}: the {name} of entry {i} of {path} must be {rule.need}, not {entry[name]!r}"
@@ -147,8 +147,11 @@ def check_split(files: list[str], dataset_cls: type, key: str, paragraphs: bool 
         if not os.path.isfile(path):
             raise AuroraError(f"{key}: {path} is missing; {REMEDY}{_sample(dataset_cls)}")
     further = FURTHER_FILES.get(dataset_cls)
-    # Behind the questions to evaluate stand lists of answers.
-    for path in files[:1] if issubclass(dataset_cls, VQAEvalDataset) else files:
+    # Behind the questions to evaluate stands the list of answers, and VQAv2's own files.
+    asked = issubclass(dataset_cls, VQAEvalDataset)
+    for path in files[1:2] if asked else ():
+        check_answers(path, key)
+    for path in files[:1] if asked else files:
         entries = read_entries(path, key)
         check_entries(entries, dataset_cls, path, key)
         check_unique(entries, dataset_cls, path, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import NamedTuple, Optional
 
@@ -71,6 +72,19 @@ def _refuse_foreign(name: str, cfg: DictConfig, files: list[AnnotationFile]) -> 
             )
 
 
+def _with_urls(cfg: DictConfig, files: list[AnnotationFile]) -> DictConfig:
+    """The configuration without splits that are nowhere to be fetched from, where LAVIS asks each for its url."""
+    urls: dict[str, bool] = {}
+    for file in files:
+        urls[file.split] = file.url is not None
+    if all(urls.values()) or not any(urls.values()):
+        return cfg
+    cfg = copy.deepcopy(cfg)
+    for split in (split for split, known in urls.items() if not known):
+        del cfg.build_info.annotations[split]
+    return cfg
+
+
 def fetch(builder: BaseDatasetBuilder, name: str, cfg: DictConfig, files: list[AnnotationFile]) -> None:
     """Let the main process fetch what is missing, and the others wait for it.
 
@@ -86,6 +100,8 @@ def fetch(builder: BaseDatasetBuilder, name: str, cfg: DictConfig, files: list[A
     _refuse_foreign(name, cfg, files)
     missing = [file for file in files if not os.path.isfile(file.path)]
     if is_main_process():
+        complete = builder.config
+        builder.config = _with_urls(complete, files)
         try:
             builder._download_data()  # LAVIS has no public name for it
         except (OSError, RuntimeError, TypeError, ValueError) as error:
@@ -95,5 +111,7 @@ def fetch(builder: BaseDatasetBuilder, name: str, cfg: DictConfig, files: list[A
             raise AuroraError(
                 f"{lost.key}: {lost.path} is missing and could not be fetched ({error}); {REMEDY}"
             ) from error
+        finally:
+            builder.config = complete
     if is_dist_avail_and_initialized():
         dist.barrier()

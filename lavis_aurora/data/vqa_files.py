@@ -27,6 +27,13 @@ def _read_official(path: str, key: str, form: tuple) -> set:
     return {item["question_id"] for item in content[items]}
 
 
+def check_answers(path: str, key: str) -> None:
+    """Refuse a file of answers to rank that is no list of them."""
+    answers = read_json(path, key)
+    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+        raise AuroraError(f'{key}: {path} must hold a list of answers, e.g. ["yes", "no"]')
+
+
 def check_vqa_files(entries: list[dict], files: Sequence[str], key: str) -> None:
     """Check the files of a split to evaluate: entries, and if there are more, answers to rank, questions, truth.
 
@@ -51,9 +58,6 @@ def check_vqa_files(entries: list[dict], files: Sequence[str], key: str) -> None
         raise AuroraError(
             f"{key}: {files[0]} has {len(entries)} entries with {len(ids)} question_id; each needs its own"
         )
-    answers = read_json(files[1], key)
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise AuroraError(f'{key}: {files[1]} must hold a list of answers, e.g. ["yes", "no"]')
     for path, form in zip(files[2:], (QUESTIONS, TRUE_ANSWERS)):
         official = _read_official(path, key, form)
         if official != ids:

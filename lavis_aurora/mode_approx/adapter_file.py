@@ -168,6 +168,9 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
     """Settings of an adapter folder, without its tensors."""
     path = Path(folder) / CONFIG
     if not path.is_file():
+        inner = sorted(found.parent.name for found in Path(folder).glob(f"adapter_*/{CONFIG}"))
+        if inner:
+            raise AuroraError(f"{folder} is the folder of a run; name one of its adapters: {', '.join(inner)}")
         raise AuroraError(f"{folder} is no adapter folder: it has no {CONFIG}")
     try:
         return AdapterConfig.from_json(path.read_text(encoding="utf-8"))

@@ -34,7 +34,10 @@ class RunState:
             if own[name].shape != state[name].shape
         ]
         if problems:
-            raise AuroraError(f"{source} does not fit this model: {some(sorted(problems), separator='; ')}")
+            raise AuroraError(
+                f"{source} does not fit this model: {some(sorted(problems), separator='; ')}; give the options of "
+                f"its run again (config.yaml beside it holds them)"
+            )
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])

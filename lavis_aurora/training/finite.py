@@ -53,7 +53,7 @@ class FiniteGuard:
         finite = torch.isfinite(torch.stack([norm.detach().float(), *(x.detach().float() for x in losses)]))
         if scaled and (self.skip or finite[1:].all()):
             # The scaler waits for the gradient too: to read it costs nothing more.
-            return self._judge(finite[0], samples, overflow=bool(finite[1:].all()), most=MOST_OVERFLOWS)
+            return self._judge(finite[0], samples, scaled=True, overflow=bool(finite[1:].all()))
         # Processes agree on the gradient alone.
         flag = finite[0] if self.skip else finite.all()
         if flag.device.type == "cpu" or self.skip or scaled:
@@ -68,8 +68,9 @@ class FiniteGuard:
             (flag, samples), self._pending = self._pending, None
             self._judge(flag, samples)
 
-    def _judge(self, flag: Tensor, samples: dict, overflow: bool = False, most: int = MOST_IN_A_ROW) -> bool:
-        """Whether the step may be taken, ``flag``; more than ``most`` overflows in a row are no overflows."""
+    def _judge(self, flag: Tensor, samples: dict, scaled: bool = False, overflow: bool = False) -> bool:
+        """Whether the step may be taken, ``flag``; too many overflows of scaled losses in a row are no overflows."""
+        most = MOST_OVERFLOWS if scaled else MOST_IN_A_ROW
         if flag:
             self._in_a_row = 0
             return True
@@ -87,7 +88,7 @@ class FiniteGuard:
         if not self.skip and not overflow:
             raise AuroraError(f"{message}; lower run.init_lr, or set run.skip_nonfinite: true")
         if self._in_a_row > most:
-            remedy = "lower run.init_lr, or set run.amp: false" if most == MOST_OVERFLOWS else "lower run.init_lr"
+            remedy = "lower run.init_lr, or set run.amp: false" if scaled else "lower run.init_lr"
             raise AuroraError(f"{message}; so were the {most} before it; {remedy}")
         logging.warning("%s; the step is skipped", message)
         return False

@@ -70,7 +70,9 @@ def check_splits(run: DictConfig, datasets: Mapping[str, Mapping[str, Dataset]],
     for key in ("train_splits", "valid_splits", "test_splits"):
         for split in run[key]:
             if split not in known:
-                raise AuroraError(f"run.{key}: no split {split!r} in the datasets{near_names(split, known)}")
+                raise AuroraError(
+                    f"run.{key}: no split {split!r} in the datasets{near_names(split, known)}; [] for none"
+                )
     if not run.evaluate and "train" not in run.train_splits:
         raise AuroraError("run.train_splits: training takes the split train; name it, or use evaluate.py")
     for key in ("valid_splits", "test_splits"):

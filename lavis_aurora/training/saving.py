@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +71,6 @@ class SavingMixin:
     def _resume(self) -> None:
         """Go on with this very run, or from the checkpoint that the YAML names."""
         if self.resume_ckpt_path:
-            if not os.path.isfile(self.resume_ckpt_path):
-                raise AuroraError(f"run.resume_ckpt_path: no such file: {self.resume_ckpt_path}")
             self._load_checkpoint(read_checkpoint(self.resume_ckpt_path), Path(self.resume_ckpt_path))
         elif self.config.run_cfg.resume == "auto" and (found := read_latest(self.output_dir)):
             self._load_checkpoint(*found)

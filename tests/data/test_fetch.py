@@ -183,6 +183,18 @@ def test_a_file_with_its_own_url_is_fetched_to_any_path(tmp_path: Path, root: Pa
     assert len(build_checked("flickr30k", config(tmp_path, "flickr30k", *options))["train"]) == 3
 
 
+def test_a_split_without_url_stands_beside_those_that_are_fetched(tmp_path: Path, root: Path, host: Path) -> None:
+    """LAVIS asks each for its url."""
+    cfg = config(tmp_path, "flickr30k")
+    mine = tmp_path / "mine.json"
+    shutil.copyfile(host / "val.json", mine)
+    cfg.build_info.annotations.val = {"storage": str(mine)}
+    assert {*build_checked("flickr30k", cfg)} == {*SPLITS}
+    mine.unlink()
+    with pytest.raises(AuroraError, match=r"annotations.val.storage: .*mine.json is missing; put it there"):
+        build_checked("flickr30k", cfg)
+
+
 def test_url_null_is_named(tmp_path: Path, root: Path) -> None:
     part = "datasets.flickr30k.build_info.annotations.train"
     with pytest.raises(AuroraError, match=f"{part}.url: null; leave it out"):

@@ -150,3 +150,29 @@ def test_a_url_would_not_be_read() -> None:
         AuroraError, match="own_retrieval.build_info.annotations.train.url: unknown key; known: storage"
     ):
         check_dataset_keys("own_retrieval", cfg)
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', "[1, 2]", '["a", ""]', "[]", "[oops"])
+def test_answers_of_ones_own_are_checked(data: Path, content: str) -> None:
+    write_own("own_vqa", data)
+    (data / "annotations/answers.json").write_text(content)
+    part = "datasets.own_vqa.build_info.annotations.val.storage"
+    files = f"[own/annotations/{PREFIX['own_vqa']}val.json,own/annotations/answers.json]"
+    cfg = load_config(str(PROJECTS / "own_vqa.yaml"), [*SMALL, f"{part}={files}"])
+    with pytest.raises(
+        AuroraError, match=rf"{part}: .*answers.json (must hold a list of answers|is not readable json)"
+    ):
+        build_checked("own_vqa", cfg.datasets_cfg.own_vqa)
+
+
+@pytest.mark.parametrize("key", ["valid_splits", "test_splits"])
+def test_answers_are_not_ranked_without_a_list(
+    tmp_path: Path, data: Path, key: str, capsys: pytest.CaptureFixture
+) -> None:
+    """Before anything is trained."""
+    write_own("own_vqa", data)
+    given = [*SMALL, "run.inference_method=rank", "run.valid_splits=[]", "run.test_splits=[]", f"run.{key}=[val]"]
+    with pytest.raises(SystemExit):
+        train(["--cfg-path", str(PROJECTS / "own_vqa.yaml"), "--options", *given, f"run.output_dir={tmp_path}"])
+    assert "rank needs a list of answers, the second file" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/checkpoint*"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -70,6 +71,21 @@ def test_ctrl_c_is_passed_on_once(tmp_path: Path) -> None:
         run_all(runs, 2, Waiting.start, interrupted, lambda active, waiting: None)
     assert [run.process.returncode for run in runs] == [3, 3]
     assert [run.told.read_text() for run in runs] == ["x", "x"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_what_runs(tmp_path: Path, number: int) -> None:
+    """A closed terminal sends SIGHUP to the program alone."""
+    run, before = Waiting(tmp_path, "a"), signal.getsignal(number)
+
+    def told(run: Waiting) -> bool:
+        os.kill(os.getpid(), number)
+        return False
+
+    with pytest.raises(SystemExit, match=str(128 + number)):
+        run_all([run], 1, Waiting.start, told, lambda active, waiting: None)
+    assert run.process.returncode == 3 and run.told.read_text() == "x"
+    assert signal.getsignal(number) is before
 
 
 @pytest.mark.parametrize("jobs", ["0", "-1", "two"])

@@ -104,7 +104,7 @@ def test_finished_cells_are_kept_and_failed_ones_start_again(tmp_path, monkeypat
     assert "2 of 4 cells are finished and kept" in capsys.readouterr().out
     attempts = [len(path.read_text()) for path in sorted((tmp_path / "sweep").glob("*/run/attempts"))]
     assert attempts == [2, 2, 1, 1]
-    assert "another options" in sweep(yaml, *grid, "--options", "run.max_epoch=2")
+    assert "with other options, none" in sweep(yaml, *grid, "--options", "run.max_epoch=2")
     yaml.write_text(yaml.read_text().replace("k_test: 4", "k_test: 3"))
     assert "another project" in sweep(yaml, *grid)
 
