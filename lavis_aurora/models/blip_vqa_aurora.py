@@ -140,8 +140,9 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         # LAVIS reads the size of the batch from its image.
         samples = {**samples, "image": visual_input(samples)}
         self._check_questions(samples["text_input"], samples["image"])
+        counts, answers = samples["n_answers"], samples["answer"] or []
         # On the host at once: LAVIS asks for them one by one.
-        counts, answers = samples["n_answers"].tolist(), samples["answer"]
+        counts = None if counts is None else counts.tolist()
         if not counts or not answers or len(answers) != sum(counts):
             raise AuroraError(
                 f"samples: {len(answers)} answers, n_answers {counts}; "
