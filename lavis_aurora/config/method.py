@@ -25,8 +25,8 @@ class ModeApproxConfig:
             with 2dr more parameters for each tower beyond the first).
         dropout: probability of dropping a feature that the update of a linear layer reads, in training. The update
             is then computed beside the layer, which costs time and memory.
-        targets: which layers are adapted: regular expressions over their whole names, or names of presets
-            (``mode_approx/presets.py``), one or a list; null for those that the model is meant for.
+        targets: which layers are adapted: regular expressions over their whole names, or names of presets, one or a
+            list; null for those that the model is meant for.
     """
 
     rank: int = 64
@@ -67,8 +67,8 @@ class ContextConfig:
     """Informative context enhancement (paper 3.3, eq. 5, figure 4).
 
     Attributes:
-        form: attention (the paper), mean, random, none. Left out, it is attention with ``tuning: aurora``; the other
-            ways of tuning have none.
+        form: attention (the paper), mean, random, none; in training only. Left out, it is attention with
+            ``tuning: aurora``; the other ways of tuning have none.
     """
 
     form: Optional[str] = None

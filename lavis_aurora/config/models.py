@@ -15,7 +15,14 @@ TUNINGS = ("aurora", "heads", "lora", "uniadapter", "full", "frozen")
 
 @dataclass
 class VitConfig:
-    """A ViT of any size, instead of LAVIS's ``vit_type: base | large``. Sizes in pixels, dimensions, layers."""
+    """A ViT of any size, instead of LAVIS's ``vit_type: base | large``.
+
+    Attributes:
+        patch_size: pixels of a side of a patch.
+        embed_dim: width of the features, a multiple of num_heads.
+        depth: layers.
+        num_heads: attention heads of a layer.
+    """
 
     patch_size: int = 16
     embed_dim: int = 768
@@ -38,8 +45,14 @@ class BlipAuroraConfig:
     """What every BLIP model of this plugin takes under ``model:``.
 
     Attributes:
-        arch, model_type, pretrained, finetuned, load_finetuned, image_size, vit_type, vit_grad_ckpt,
-        vit_ckpt_layer, vit_drop_path_rate, vit_layer_norm_epsilon, med_config_path, max_txt_len: LAVIS's own.
+        arch, model_type, finetuned, load_finetuned, vit_drop_path_rate, vit_layer_norm_epsilon, med_config_path:
+            as in LAVIS.
+        pretrained: weights of the backbone: URL or local file (.pth, .safetensors), or null for random weights.
+        image_size: pixels of a side, a multiple of the ViT's patch size.
+        vit_type: base or large, LAVIS's two ViTs.
+        vit_grad_ckpt, vit_ckpt_layer: recompute the last vit_ckpt_layer layers of the ViT in the backward pass,
+            instead of keeping their activations.
+        max_txt_len: tokens at which texts are cut.
         vit: sizes of another ViT than LAVIS's two.
         tokenizer: hub name of a BERT tokenizer, or a folder with its vocab.txt.
         tuning: aurora (the method), heads (only the heads), frozen, and the baselines lora, uniadapter, full (the
@@ -117,8 +130,10 @@ class RetrievalAuroraConfig(BlipAuroraConfig):
 
     Attributes:
         context: the third part of the method; always set once this class is made.
-        queue_size, alpha, embed_dim, momentum: LAVIS's blip_retrieval's own. The queue may have any size; it wraps
-            around.
+        queue_size: features that ITC compares with beside the batch; any size, the queue wraps around; 0 for none.
+        alpha: share of the momentum teacher's answer in the targets of ITC, as in LAVIS's blip_retrieval.
+        embed_dim: width of the features of ITC, as there.
+        momentum: of the teacher's moving average, as there.
         negative_all_rank: negatives of ITM come from all processes, as in LAVIS's training on COCO; false takes those
             of a process's own batch, as on Flickr30K. (The default of LAVIS's class is false.)
         train_temp: also train the temperature of ITC, with the heads or the whole model. It is a number of
@@ -153,6 +168,7 @@ class VqaAuroraConfig(BlipAuroraConfig):
     """``model:`` of blip_vqa_aurora.
 
     Attributes:
+        image_size: pixels of a side, a multiple of the ViT's patch size.
         share_decoder: the answer decoder uses the slots of the question encoder, layer by layer (paper D.2); false
             gives it slots of its own.
         mask_question_padding: generated answers do not see the padding of shorter questions, so that they are the
@@ -180,7 +196,7 @@ class ModeApproxModelConfig:
     """``model:`` of mode_approx: the method around any model that is registered with LAVIS.
 
     Attributes:
-        arch, model_type: LAVIS's own; there is one type, default.
+        arch, model_type: as in LAVIS; there is one type, default.
         base: ``model:`` of the model inside: its arch, its model_type, and what differs from that type's defaults.
         mode_approx: the method; without targets those of the preset for ``base.arch``.
         modules_to_save: regular expressions over names of modules that are trained besides, e.g. a new classifier.

@@ -14,9 +14,29 @@ TOKEN_DTYPES = ("float32", "bfloat16")
 
 @dataclass
 class RunConfig:
-    """``run:`` of runner_aurora: LAVIS's own keys, and these.
+    """``run:`` of runner_aurora: LAVIS's own keys, and those of this package.
 
     Attributes:
+        task: retrieval_aurora, vqa_aurora, video_qa_aurora, or one of LAVIS's.
+        runner: the one that knows these keys.
+        lr_sched: linear_warmup_cosine_lr, or linear_warmup_step_lr, which multiplies by lr_decay_rate each epoch.
+        init_lr, min_lr: learning rate after the warm-up, and the least one.
+        warmup_steps, warmup_lr: steps of the warm-up, and the rate at which it starts; below 0: at init_lr.
+        lr_decay_rate: of linear_warmup_step_lr.
+        weight_decay, beta2: of AdamW.
+        max_epoch: epochs in all.
+        num_workers: processes that load data, for each process that trains.
+        batch_size_train, batch_size_eval: pairs, questions or videos of a step, for each process.
+        train_splits: splits to train on.
+        seed: of everything that is drawn, with the process's rank added.
+        world_size, distributed: set from what torch.distributed.run says, whatever the YAML has.
+        evaluate: only test; evaluate.py sets it.
+        accum_grad_iters: steps whose gradients are averaged; a pair is compared with those of its own step alone.
+        valid_splits: the best epoch is chosen on these; with none it is the last.
+        test_splits: tested after training, with the best epoch, and by an evaluation.
+        amp: mixed precision, on a GPU.
+        log_freq: steps between lines of the log.
+        resume_ckpt_path: checkpoint to continue in a new folder, or to evaluate.
         device: auto (a GPU if there is one), cuda or cpu.
         itc_weight: score of a reranked pair = ITM + itc_weight * ITC (1 as LAVIS and BLIP; 0 is ITM alone).
         k_test: candidates per query that are reranked; 0 ranks by ITC alone.
@@ -28,8 +48,8 @@ class RunConfig:
         num_ans_candidates: answers of the list that are scored as a whole, the likeliest by their first token.
         num_beams, max_len, min_len: of generated answers; 1 beam is greedy, lengths in tokens.
         prompt: wording around each question at evaluation, ``{}`` in the question's place; empty for none.
-        report_metric: LAVIS's, of its tasks captioning and dialogue: whether answers are scored, or only written.
-        use_dist_eval_sampler: LAVIS's; here the task knows whether processes may share a split, and it has no effect.
+        report_metric: as in LAVIS, of its tasks captioning and dialogue: whether answers are scored, or only written.
+        use_dist_eval_sampler: without effect: here the task knows whether processes may share a split.
         compile: compile the layers of the towers with torch.compile; the first steps then take minutes.
         grad_clip: largest norm of the gradient; 0 for no clipping.
         max_broken_share: share of an epoch's samples whose video may be missing or broken; others are trained on in

@@ -13,6 +13,7 @@ class VideoProcessorConfig:
     """``vis_processor.train`` or ``.eval`` of a dataset of videos: aurora_video_train, aurora_video_eval.
 
     Attributes:
+        name: aurora_video_train (random frames, a random crop) or aurora_video_eval (middle frames of equal parts).
         n_frms: T, frames of a video (LAVIS's name; the paper has 8 in training and 16 at test, D.3).
         image_size: pixels of a side.
         mean, std: of the three colours; BLIP's by default.
