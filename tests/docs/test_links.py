@@ -1,0 +1,60 @@
+"""README.md, CONTRIBUTING.md and docs/: links and anchors resolve, and what commands name is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODE = re.compile(r"```.*?```|^    [^\n]*", re.DOTALL | re.MULTILINE)
+# A link may break between its words, not in its address.
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FILE = re.compile(r"(?<![\w/.-])((?:projects|scripts|\.ci)/[\w./-]*\w|(?:train|evaluate|lavis_aurora_cli)\.py)")
+
+
+def _text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page, which must differ."""
+    titles = re.findall(r"^#+ (.+)$", CODE.sub("", _text(page)), re.MULTILINE)
+    anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+    assert len(set(anchors)) == len(anchors), f"{page.name}: two headings are the same"
+    return set(anchors)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_anchors_resolve(page: Path) -> None:
+    assert _anchors(page)
+    for link in LINK.findall(CODE.sub("", _text(page))):
+        if re.match(r"\w+:", link):
+            continue
+        address, _, anchor = link.partition("#")
+        target = (page.parent / address).resolve() if address else page
+        assert target.exists(), f"{link}: no such file"
+        assert not anchor or anchor in _anchors(target), f"{link}: no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_commands_name_is_there(page: Path) -> None:
+    for name in FILE.findall(_text(page)):
+        assert (ROOT / name).exists(), f"{name}: no such file"
+
+
+def test_the_readme_is_short_and_names_every_page_and_project() -> None:
+    readme = _text(ROOT / "README.md")
+    assert len(readme.splitlines()) <= 200
+    pages = {path.relative_to(ROOT).as_posix() for path in PAGES[1:]}
+    assert pages <= set(LINK.findall(readme))
+    projects = {path.name for path in (ROOT / "projects" / "aurora").glob("*.yaml")}
+    assert projects <= set(re.findall(r"\w+\.yaml", readme))
+
+
+def test_python_blocks_compile() -> None:
+    for page in PAGES:
+        for block in re.findall(r"```python\n(.*?)```", _text(page), re.DOTALL):
+            compile(block, page.name, "exec")
