@@ -22,6 +22,8 @@ from lavis_aurora.errors import AuroraError, some
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 # Key of samples and batches: one text for each video that could not be read, with its path and the reason.
 BROKEN = "broken"
+# Key of samples where there are several training sets: which of them it is of.
+SET = "dataset"
 # Of as many videos in a row, one can be read unless something is wrong with all of them.
 TRIES = 10
 SHOWN = 10
@@ -33,7 +35,8 @@ class CheckedDataset(Dataset):
     """A LAVIS dataset whose unreadable samples raise an error that names the file.
 
     Attributes:
-        first_id: what is added to an ``image_id``, see :func:`set_ids_apart`.
+        first_id: what is added to an ``image_id``, see :func:`set_ids_apart`; samples then name their dataset under
+            :data:`SET`.
     """
 
     first_id = 0
@@ -53,9 +56,12 @@ class CheckedDataset(Dataset):
             raise AuroraError(
                 f"{self.name}: cannot read {self.file(index)} ({type(error).__name__}: {error})"
             ) from error
+        if not self.first_id:
+            return sample
+        sample = {**sample, SET: self.name}
         # Losses compare numbers; names are for messages.
-        if self.first_id and not isinstance(sample.get("image_id", ""), str):
-            sample = {**sample, "image_id": self.first_id + int(sample["image_id"])}
+        if not isinstance(sample.get("image_id", ""), str):
+            sample["image_id"] = self.first_id + int(sample["image_id"])
         return sample
 
     def _check_depth(self, index: int) -> None:

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, is_dist_avail_and_initialized
 from torch import Tensor
 
+from lavis_aurora.data.samples import SET
 from lavis_aurora.errors import AuroraError
 
 # What LAVIS's samples say of themselves.
-NAMES = ("instance_id", "image_id", "question_id", "text_input")
+NAMES = (SET, "instance_id", "image_id", "question_id", "text_input")
 PLACE = ("epoch", "iters")
 # So many in a row are no single bad batch.
 MOST_IN_A_ROW = 10

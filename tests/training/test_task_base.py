@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -101,13 +102,21 @@ def test_a_saved_queue_stays_right_when_the_run_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     for name in ("whole", "killed"):
-        yaml = project_of(tmp_path / name, *SETS[:2], run=RUN)
+        yaml = project_of(tmp_path / name, *SETS[:2], run={**RUN, "accum_grad_iters": 2})
         if name == "killed":
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 patch.setattr(AuroraRunner, "_after_step", killed)
                 train(["--cfg-path", str(yaml)])
         train(["--cfg-path", str(yaml)])
     assert_same(final(tmp_path / "whole"), final(tmp_path / "killed"))
+
+
+def test_a_batch_that_is_no_number_names_the_sets_of_its_samples(tmp_path):
+    run = {"init_lr": 1e30, "min_lr": 1e30, "batch_size_train": 8}
+    with pytest.raises(SystemExit):
+        train(["--cfg-path", str(project_of(tmp_path, *SETS[:2], run=run))])
+    [file] = only_run(tmp_path).glob("not_finite*.json")
+    assert set(json.loads(file.read_text())["dataset"]) == {"coco_retrieval train", "flickr30k train"}
 
 
 def test_ratios_that_would_have_no_effect_are_refused(tmp_path, capsys):
