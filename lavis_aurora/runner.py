@@ -29,6 +29,7 @@ from lavis_aurora.training.loaders import build_loader, check_splits
 from lavis_aurora.training.run_adapters import AdapterMixin
 from lavis_aurora.training.saving import SavingMixin
 from lavis_aurora.training.stopping import Stopped, StopRequest
+from lavis_aurora.training.warmup import WITH_WARMUP, LongWarmup
 
 TRAINING_METRIC = "agg_metrics"
 
@@ -88,6 +89,13 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
         if self._optimizer is None and not any(p.requires_grad for p in self._model.parameters()):
             raise AuroraError("model.tuning: nothing is trained; use evaluate.py, or another model.tuning")
         return super().optimizer
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """LAVIS's, with a warm-up of any length."""
+        if self._lr_sched is None and isinstance(super().lr_scheduler, WITH_WARMUP):
+            self._lr_sched = LongWarmup(self._lr_sched, len(self.train_loader))
+        return self._lr_sched
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:

@@ -212,7 +212,7 @@ def run_ours(model: nn.Module, loader: DataLoader, rows: int) -> dict:
     from lavis_aurora.retrieval.encode import ImageTokens, encode_texts
     from lavis_aurora.retrieval.rerank import score_pairs
 
-    texts = encode_texts(model, loader.dataset.text)
+    texts = encode_texts(model, loader.dataset.text, 256)
     images = ImageTokens(model, loader, budget_gb=4.0, dtype=torch.float32)
     count = len(texts.feats)
     keys = torch.arange(2 * rows * count)

@@ -38,6 +38,9 @@ class RunConfig:
         log_freq: steps between lines of the log.
         resume_ckpt_path: checkpoint to continue in a new folder, or to evaluate.
         device: auto (a GPU if there is one), cuda or cpu.
+        batch_size_eval: samples of an evaluation that are in the towers at once, pictures or whole videos; of
+            retrieval's texts 16 times as many.
+        warmup_steps: batches in which the rate rises from warmup_lr to init_lr, in as many epochs as they take.
         itc_weight: score of a reranked pair = ITM + itc_weight * ITC (1 as LAVIS and BLIP; 0 is ITM alone).
         k_test: candidates per query that are reranked; 0 ranks by ITC alone.
         token_budget_gb: 10^9 bytes of main memory in which each process keeps tokens of images or videos for the

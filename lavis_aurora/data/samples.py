@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -20,13 +22,24 @@ from lavis_aurora.errors import AuroraError, some
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 # Key of samples and batches: one text for each video that could not be read, with its path and the reason.
 BROKEN = "broken"
+# Key of samples where there are several training sets: which of them it is of.
+SET = "dataset"
 # Of as many videos in a row, one can be read unless something is wrong with all of them.
 TRIES = 10
 SHOWN = 10
+# LAVIS counts the pictures of a dataset from 0; so many bits are left to that.
+ID_BITS = 30
 
 
 class CheckedDataset(Dataset):
-    """A LAVIS dataset whose unreadable samples raise an error that names the file."""
+    """A LAVIS dataset whose unreadable samples raise an error that names the file.
+
+    Attributes:
+        first_id: what is added to an ``image_id``, see :func:`set_ids_apart`; samples then name their dataset under
+            :data:`SET`.
+    """
+
+    first_id = 0
 
     def __init__(self, inner: Dataset, name: str) -> None:
         self.inner = inner
@@ -38,11 +51,18 @@ class CheckedDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         try:
             self._check_depth(index)
-            return self.inner[index]
+            sample = self.inner[index]
         except Exception as error:  # PIL, decord and the processors each have errors of their own
             raise AuroraError(
                 f"{self.name}: cannot read {self.file(index)} ({type(error).__name__}: {error})"
             ) from error
+        if not self.first_id:
+            return sample
+        sample = {**sample, SET: self.name}
+        # Losses compare numbers; names are for messages.
+        if not isinstance(sample.get("image_id", ""), str):
+            sample["image_id"] = self.first_id + int(sample["image_id"])
+        return sample
 
     def _check_depth(self, index: int) -> None:
         """Refuse pictures of more than 8 bits a channel, which PIL would turn white; a JPEG never has them."""
@@ -87,6 +107,17 @@ class ReplacingDataset(CheckedDataset):
         """LAVIS's, with the broken videos of all samples."""
         rest = [{key: value for key, value in sample.items() if key != BROKEN} for sample in samples]
         return {**self.inner.collater(rest), BROKEN: [text for sample in samples for text in sample[BROKEN]]}
+
+
+def set_ids_apart(train: Mapping[str, CheckedDataset]) -> None:
+    """Let pictures of different training sets, by name, have different ids; those of a single set stay LAVIS's.
+
+    An id depends on its set's name and nothing else, so that a queue of features that was saved stays right when the
+    run goes on, also with other sets.
+    """
+    if len(train) > 1:
+        for name, dataset in train.items():
+            dataset.first_id = crc32(name.encode()) << ID_BITS
 
 
 def report_broken(broken: list[str], samples: int, allowed: float, path: Path) -> None:

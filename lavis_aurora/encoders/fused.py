@@ -46,7 +46,8 @@ class CheckpointedBlock(Block):
 
     def forward(self, x: Tensor, register_hook: bool = False) -> Tensor:
         """As LAVIS's."""
-        if not x.requires_grad and not any(p.requires_grad for p in self.parameters()) or not self.training:
+        # What is trained need not be a parameter of the block, nor have anything before it: factors are shared.
+        if not (self.training and torch.is_grad_enabled()):
             return super().forward(x, register_hook)
         return checkpoint(super().forward, x, register_hook, use_reentrant=False)
 

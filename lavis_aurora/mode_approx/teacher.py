@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from lavis_aurora.mode_approx.adapted import AdaptedLayer
@@ -21,6 +24,21 @@ def restart_teacher(model: nn.Module, factors: ModeFactors) -> None:
     switch_companions(factors, "default")
     model.copy_params()
     switch_companions(factors, factors.active)
+
+
+@contextmanager
+def resting_teacher(model: nn.Module) -> Iterator[None]:
+    """Inside the block LAVIS's momentum update leaves the copies inside ``model`` as they are."""
+    # Without momentum they are the trained modules themselves.
+    owners = [part for part in model.modules() if "model_pairs" in vars(part) and vars(part).get("momentum")]
+    momenta = [owner.momentum for owner in owners]
+    for owner in owners:
+        owner.momentum = 1.0
+    try:
+        yield
+    finally:
+        for owner, momentum in zip(owners, momenta):
+            owner.momentum = momentum
 
 
 def adapt_copies(model: nn.Module, factors: ModeFactors) -> None:

@@ -17,9 +17,8 @@ from transformers import BatchEncoding
 
 from lavis_aurora.encoders.visual import encode_visual, visual_input
 
-TEXT_BATCH = 256
-# Pictures or frames that are in the vision tower at once: its activations count in memory too.
-PICTURES_AT_ONCE = 16
+# Texts of 35 tokens that take as much room in their tower as a picture of 384 pixels, 577 tokens, takes in its own.
+TEXTS_PER_PICTURE = 16
 # Work that takes less has no bar.
 BAR_AFTER_SECONDS = 5
 
@@ -77,16 +76,16 @@ class Texts:
     feats: Tensor
 
 
-def encode_texts(model, texts: Sequence[str]) -> Texts:
-    """Tokenize all texts and encode this process's share, batches of similar length together."""
-    batches = [model.tokenize(texts[i : i + TEXT_BATCH]) for i in range(0, len(texts), TEXT_BATCH)]
+def encode_texts(model, texts: Sequence[str], at_once: int) -> Texts:
+    """Tokenize all texts and encode this process's share, ``at_once`` of similar length together."""
+    batches = [model.tokenize(texts[i : i + at_once]) for i in range(0, len(texts), at_once)]
     ids = torch.cat([batch.input_ids for batch in batches])
     mask = torch.cat([batch.attention_mask for batch in batches])
     lengths = mask.sum(dim=1)
     share = lengths.argsort(stable=True)[own_share(len(texts))]
     feats = [torch.empty(0, model.text_proj.out_features)]
     with progress(len(share), "encoding texts", "text") as bar:
-        for part in share.split(TEXT_BATCH) if len(share) else ():
+        for part in share.split(at_once) if len(share) else ():
             longest = int(lengths[part].max())
             batch = {"input_ids": ids[part, :longest], "attention_mask": mask[part, :longest]}
             hidden = model.text_encoder.forward_text(BatchEncoding(batch).to(model.device)).last_hidden_state
@@ -99,6 +98,8 @@ def encode_texts(model, texts: Sequence[str]) -> Texts:
 
 def encode_images(model, data_loader, indices: Sequence[int], what: str) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Index, tokens (tokens, d) and normalised ITC feature (d,) of some images or videos, in the order given.
+
+    A batch of the loader is a pass through the vision tower.
 
     Args:
         model: the retrieval model.
@@ -121,14 +122,12 @@ def encode_images(model, data_loader, indices: Sequence[int], what: str) -> Iter
         for samples in part:
             visual = visual_input(samples)
             bar.unit = "video" if visual.dim() == 5 else "image"
-            frames = visual.shape[2] if visual.dim() == 5 else 1
-            for few in visual.split(max(1, PICTURES_AT_ONCE // frames)):
-                features = encode_visual(model.visual_encoder, few.to(model.device))
-                feats = F.normalize(model.vision_proj(features.pooled).float(), dim=-1)
-                for tokens, feat in zip(features.tokens, feats):
-                    yield indices[position], tokens, feat
-                    position += 1
-                bar.update(len(few))
+            features = encode_visual(model.visual_encoder, visual.to(model.device))
+            feats = F.normalize(model.vision_proj(features.pooled).float(), dim=-1)
+            for tokens, feat in zip(features.tokens, feats):
+                yield indices[position], tokens, feat
+                position += 1
+            bar.update(len(visual))
 
 
 class ImageTokens:

@@ -11,8 +11,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from lavis_aurora.config import RunConfig
 from lavis_aurora.errors import AuroraError
-from lavis_aurora.retrieval.encode import PICTURES_AT_ONCE, ImageTokens, encode_texts
+from lavis_aurora.retrieval.encode import TEXTS_PER_PICTURE, ImageTokens, encode_texts
 from lavis_aurora.retrieval.rerank import score_pairs
+
+# Pictures or frames that are in the vision tower at once.
+PICTURES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,9 @@ def match_scores(model, images: Tensor, texts: str | Sequence[str]) -> MatchScor
     _check_images(model, images)
     # In the precision of a model that was cast to half.
     images = images.to(next(model.visual_encoder.parameters()).dtype)
-    loader = DataLoader(_Visuals(images), batch_size=PICTURES_AT_ONCE)
-    encoded = encode_texts(model, texts)
+    frames = images.shape[2] if images.dim() == 5 else 1
+    loader = DataLoader(_Visuals(images), batch_size=max(1, PICTURES_AT_ONCE // frames))
+    encoded = encode_texts(model, texts, TEXTS_PER_PICTURE * PICTURES_AT_ONCE)
     tokens = ImageTokens(model, loader, RunConfig.token_budget_gb, torch.float32)
     logits = score_pairs(model, tokens, encoded, torch.arange(len(images) * len(texts)))
     return MatchScores(tokens.feats @ encoded.feats.t(), logits.unflatten(0, (len(images), len(texts))))

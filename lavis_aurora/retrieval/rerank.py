@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from lavis_aurora.encoders.packed import encode_with_image
-from lavis_aurora.retrieval.encode import ImageTokens, Texts, agreed, encode_texts, gather_rows, progress
+from lavis_aurora.retrieval.encode import (
+    TEXTS_PER_PICTURE,
+    ImageTokens,
+    Texts,
+    agreed,
+    encode_texts,
+    gather_rows,
+    progress,
+)
 from lavis_aurora.retrieval.scores import Candidates, RetrievalScores
 
 # Text tokens that are in the fusion encoder at once; bounds its memory.
@@ -40,7 +48,8 @@ def retrieval_scores(
     Args:
         model: blip_retrieval_aurora, in eval mode.
         data_loader: over LAVIS's RetrievalEvalDataset or VideoRetrievalEvalDataset (``text`` and ``image`` lists);
-            not sharded.
+            not sharded. As many pictures or videos as it gives in a batch are in the vision tower at once, and
+            16 times as many texts in theirs.
         k_test: candidates per query; cut to the number of candidates; 0 scores by ITC alone.
         itc_weight: weight of ITC in the sum.
         token_budget_gb: 10^9 bytes of main memory in which this process may keep images' tokens; images beyond it go
@@ -50,7 +59,7 @@ def retrieval_scores(
     """
     start = time.time()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        texts = encode_texts(model, data_loader.dataset.text)
+        texts = encode_texts(model, data_loader.dataset.text, TEXTS_PER_PICTURE * data_loader.batch_size)
         images = ImageTokens(
             model, data_loader, token_budget_gb if k_test else 0, torch.bfloat16 if bf16 else token_dtype
         )

@@ -6,26 +6,49 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from lavis.common.dist_utils import get_rank
+import torch.distributed as dist
+from lavis.common.dist_utils import get_rank, is_dist_avail_and_initialized
 from torch import Tensor
 
+from lavis_aurora.data.samples import SET
 from lavis_aurora.errors import AuroraError
 
 # What LAVIS's samples say of themselves.
-NAMES = ("instance_id", "image_id", "question_id", "text_input")
+NAMES = (SET, "instance_id", "image_id", "question_id", "text_input")
+PLACE = ("epoch", "iters")
 # So many in a row are no single bad batch.
 MOST_IN_A_ROW = 10
 # In half precision the scale of the loss is found by halving it, about ten times at the start.
 MOST_OVERFLOWS = 25
 
 
+class _Step(NamedTuple):
+    """The batches whose gradients make a step.
+
+    Attributes:
+        finite: (batches, 2), whether the gradient after each batch is finite, and whether its losses are.
+        batches: what names each.
+    """
+
+    finite: Tensor
+    batches: list[dict[str, Any]]
+
+    def agreed(self) -> Tensor:
+        """``finite`` of all processes together, which must all ask for it."""
+        finite = self.finite.int()
+        if is_dist_avail_and_initialized():
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+        return finite.bool()
+
+
 class FiniteGuard:
     """Stops a run at the first step whose gradient is not finite, or skips such steps and counts them.
 
     On a GPU a step's outcome is read while the next one is computed, unless steps may be skipped: then each step
-    waits for it.
+    waits for it. Of a step whose gradient is accumulated, the first batch that spoilt it is named.
 
     Args:
         folder: where the samples of the bad batch are written.
@@ -35,7 +58,20 @@ class FiniteGuard:
     def __init__(self, folder: Path, skip: bool) -> None:
         self.folder, self.skip = folder, skip
         self.skipped = self._in_a_row = 0
-        self._pending: tuple[Tensor, dict] | None = None
+        self._finite: list[Tensor] = []
+        self._batches: list[dict[str, Any]] = []
+        self._pending: tuple[Tensor, _Step] | None = None
+
+    def note(self, norm: Tensor, losses: Iterable[Tensor], samples: dict) -> None:
+        """Keep what :meth:`accepts` must know of a batch that is not the last of its step; arguments are its own.
+
+        Args:
+            norm: of the gradient that is accumulated so far, on this process.
+        """
+        finite = torch.isfinite(torch.stack([norm.detach().float(), *(x.detach().float() for x in losses)]))
+        self._finite.append(torch.stack([finite[0], finite[1:].all()]))
+        # Not the pictures.
+        self._batches.append({key: samples[key] for key in (*PLACE, *NAMES) if key in samples})
 
     def accepts(self, norm: Tensor, losses: Iterable[Tensor], samples: dict, scaled: bool = False) -> bool:
         """Whether the step may be taken.
@@ -43,47 +79,54 @@ class FiniteGuard:
         Args:
             norm: of the gradient, the same on all processes.
             losses: of this process.
-            samples: the batch, with ``epoch`` and ``iters`` from 0.
+            samples: the step's last batch, with ``epoch`` and ``iters`` from 0.
             scaled: the loss was scaled, for half precision, in which a gradient may overflow: such a step is left
-                out and counted, while its loss is finite.
+                out and counted, while the losses of all its batches are finite.
 
         Raises:
             AuroraError: the numbers are not finite and the step is not to be skipped, or too many were in a row.
         """
-        finite = torch.isfinite(torch.stack([norm.detach().float(), *(x.detach().float() for x in losses)]))
-        if scaled and (self.skip or finite[1:].all()):
+        self.note(norm, losses, samples)
+        step = _Step(torch.stack(self._finite), self._batches)
+        self._finite, self._batches = [], []
+        gradient, loss = step.finite[-1, 0], step.finite[:, 1].all()
+        if scaled and (self.skip or loss):
             # The scaler waits for the gradient too: to read it costs nothing more.
-            return self._judge(finite[0], samples, scaled=True, overflow=bool(finite[1:].all()))
+            return self._judge(gradient, step, scaled=True)
         # Processes agree on the gradient alone.
-        flag = finite[0] if self.skip else finite.all()
+        flag = gradient if self.skip else gradient & loss
         if flag.device.type == "cpu" or self.skip or scaled:
-            return self._judge(flag, samples)
+            return self._judge(flag, step)
         self.flush()
-        self._pending = flag, samples
+        self._pending = flag, step
         return True
 
     def flush(self) -> None:
         """Read the outcome that is still pending; to be called before anything is saved."""
         if self._pending is not None:
-            (flag, samples), self._pending = self._pending, None
-            self._judge(flag, samples)
+            (flag, step), self._pending = self._pending, None
+            self._judge(flag, step)
 
-    def _judge(self, flag: Tensor, samples: dict, scaled: bool = False, overflow: bool = False) -> bool:
+    def _judge(self, flag: Tensor, step: _Step, scaled: bool = False) -> bool:
         """Whether the step may be taken, ``flag``; too many overflows of scaled losses in a row are no overflows."""
         most = MOST_OVERFLOWS if scaled else MOST_IN_A_ROW
         if flag:
             self._in_a_row = 0
             return True
+        # All processes are here if the gradient is not finite, and only then.
+        finite = step.finite if step.finite[-1, 0] else step.agreed()
+        overflow = scaled and bool(finite[:, 1].all())
+        samples = step.batches[int(finite.all(dim=1).int().argmin())]
         self.skipped += 1
         self._in_a_row += 1
-        epoch, step = samples["epoch"], samples["iters"]
-        place = f"epoch {epoch + 1}, step {step + 1}"
+        epoch, batch = samples["epoch"], samples["iters"]
+        place = f"epoch {epoch + 1}, step {batch + 1}"
         if overflow and self._in_a_row <= most:
             logging.info("%s: the gradient overflows in half precision; the step is skipped", place)
             return False
-        path = self.folder / f"not_finite_epoch_{epoch}_step_{step}_process_{get_rank()}.json"
-        batch = {key: _plain(samples[key]) for key in NAMES if key in samples}
-        path.write_text(json.dumps({"epoch": epoch, "step": step, **batch}, indent=1), encoding="utf-8")
+        path = self.folder / f"not_finite_epoch_{epoch}_step_{batch}_process_{get_rank()}.json"
+        names = {key: _plain(samples[key]) for key in NAMES if key in samples}
+        path.write_text(json.dumps({"epoch": epoch, "step": batch, **names}, indent=1), encoding="utf-8")
         message = f"{place}: loss or gradient is not finite; the batch is named in {path}"
         if not self.skip and not overflow:
             raise AuroraError(f"{message}; lower run.init_lr, or set run.skip_nonfinite: true")

@@ -73,6 +73,12 @@ def check_splits(run: DictConfig, datasets: Mapping[str, Mapping[str, Dataset]],
                 raise AuroraError(
                     f"run.{key}: no split {split!r} in the datasets{near_names(split, known)}; [] for none"
                 )
+    if not run.evaluate and run.train_dataset_ratios is not None:
+        # LAVIS draws by them from streamed datasets alone, and says nothing of others.
+        raise AuroraError(
+            "run.train_dataset_ratios: has no effect on datasets with annotation files, all of whose samples make an "
+            "epoch; leave it out, and to weigh a set name its file several times under its annotations' storage"
+        )
     if not run.evaluate and "train" not in run.train_splits:
         raise AuroraError("run.train_splits: training takes the split train; name it, or use evaluate.py")
     for key in ("valid_splits", "test_splits"):

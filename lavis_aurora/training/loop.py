@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -11,8 +12,10 @@ from lavis.common.dist_utils import get_world_size, is_dist_avail_and_initialize
 from lavis.common.registry import registry
 from lavis.datasets.data_utils import prepare_sample
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lavis_aurora.data.samples import BROKEN, report_broken
+from lavis_aurora.mode_approx.teacher import resting_teacher
 from lavis_aurora.training.finite import FiniteGuard
 from lavis_aurora.training.progress import TrainingProgress
 from lavis_aurora.training.task_needs import check_model
@@ -66,7 +69,6 @@ class AuroraTrainMixin:
 
         Arguments are LAVIS's, whose own loop waits for the GPU every step and gathers its means on a GPU only.
         """
-        device = "cuda" if cuda_enabled else "cpu"
         first = self.first_step
         progress = TrainingProgress(epoch, int(self.cfg.max_epoch), iters_per_epoch, first)
         if not first:
@@ -77,20 +79,19 @@ class AuroraTrainMixin:
             broken += samples.pop(BROKEN, [])
             samples.update(epoch=epoch, num_iters_per_epoch=iters_per_epoch, iters=i)
             lr_scheduler.step(cur_epoch=epoch, cur_step=i)
-            self.losses = {}
-            with torch.autocast(device, enabled=scaler is not None):
-                loss = self.train_step(model=model, samples=samples)
             # The last steps of an epoch may be fewer than are accumulated.
             rest = iters_per_epoch % accum_grad_iters
-            part = loss / (rest if i >= iters_per_epoch - rest else accum_grad_iters)
-            (part if scaler is None else scaler.scale(part)).backward()
-            losses = {**self.losses, "loss": loss.detach()}
+            parts = rest if i >= iters_per_epoch - rest else accum_grad_iters
+            begins = i == first or i % accum_grad_iters == 0
+            updates = (i + 1) % accum_grad_iters == 0 or i + 1 == iters_per_epoch
+            losses = self._backward(model, samples, scaler, parts, begins, updates)
             for key, value in losses.items():
                 # Of a step that is skipped, nothing counts.
                 self.totals[key] = self.totals.get(key, 0.0) + value.double().nan_to_num(0.0, 0.0, 0.0)
-            updates = (i + 1) % accum_grad_iters == 0 or i + 1 == iters_per_epoch
             if updates:
                 self._update(optimizer, scaler, losses, samples)
+            elif self.finite is not None:
+                self.finite.note(_gradient_norm(optimizer), losses.values(), samples)
             if (i + 1) % log_freq == 0 or i + 1 == iters_per_epoch:
                 progress.log(i, {key: float(v) for key, v in losses.items()}, optimizer.param_groups[0]["lr"])
             if updates:
@@ -102,13 +103,33 @@ class AuroraTrainMixin:
         report_broken(broken, count, float(self.cfg.max_broken_share), path)
         return {**_means(self.totals, iters_per_epoch), "lr": optimizer.param_groups[0]["lr"]}
 
+    def _backward(
+        self, model: nn.Module, samples: dict, scaler, parts: int, begins: bool, updates: bool
+    ) -> dict[str, Tensor]:
+        """Add a batch's part to the gradient; its losses, detached.
+
+        Args:
+            parts: batches of the step of the optimizer.
+            begins, updates: whether this is the first of them, and the last.
+        """
+        self.losses = {}
+        with ExitStack() as stack:
+            if not begins:
+                # The student has not moved: the teacher follows it once a step.
+                stack.enter_context(resting_teacher(model))
+            if not updates and isinstance(model, DistributedDataParallel):
+                stack.enter_context(model.no_sync())
+            with torch.autocast(next(model.parameters()).device.type, enabled=scaler is not None):
+                loss = self.train_step(model=model, samples=samples)
+            part = loss / parts
+            (part if scaler is None else scaler.scale(part)).backward()
+        return {**self.losses, "loss": loss.detach()}
+
     def _update(self, optimizer, scaler, losses: dict[str, Tensor], samples: dict) -> None:
         """One step of the optimizer, unless its numbers are refused; the scaler learns of them either way."""
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        clip = float(self.cfg.get("grad_clip", 0)) or float("inf")
         if scaler is not None:
             scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(trained, clip)
+        norm = _gradient_norm(optimizer, float(self.cfg.get("grad_clip", 0)) or float("inf"))
         if self.finite is None or self.finite.accepts(norm, losses.values(), samples, scaled=scaler is not None):
             if scaler is None:
                 optimizer.step()
@@ -117,6 +138,12 @@ class AuroraTrainMixin:
         if scaler is not None:
             scaler.update()
         optimizer.zero_grad(set_to_none=True)
+
+
+def _gradient_norm(optimizer: torch.optim.Optimizer, clip: float = float("inf")) -> Tensor:
+    """Norm of the gradient, which is then clipped to it."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    return torch.nn.utils.clip_grad_norm_(trained, clip)
 
 
 def _means(totals: dict[str, Tensor], steps: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ from lavis.tasks.base_task import BaseTask
 from torch import Tensor, nn
 
 from lavis_aurora.data.annotations import build_checked
+from lavis_aurora.data.samples import set_ids_apart
 from lavis_aurora.errors import AuroraError
 
 
@@ -20,8 +21,10 @@ class AuroraTaskBase(BaseTask):
     losses: dict[str, Tensor]
 
     def build_datasets(self, cfg) -> dict:
-        """Datasets by name and split, their files checked."""
-        return {name: build_checked(name, cfg.datasets_cfg[name]) for name in cfg.datasets_cfg}
+        """Datasets by name and split, their files checked; ids of different training sets are different."""
+        datasets = {name: build_checked(name, cfg.datasets_cfg[name]) for name in cfg.datasets_cfg}
+        set_ids_apart({name: splits["train"] for name, splits in datasets.items() if "train" in splits})
+        return datasets
 
     def train_step(self, model: nn.Module, samples: dict) -> Tensor:
         """The loss of a batch.

@@ -109,3 +109,18 @@ def test_checkpointed_blocks_give_the_same_gradients_and_copies_their_own():
     twin = copy.deepcopy(tower)
     torch.nn.init.zeros_(twin.blocks[2].attn.proj.weight)
     assert not torch.equal(twin(x), tower(x))
+
+
+@pytest.mark.parametrize("tuning", ["aurora", "uniadapter", "full"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_all_layers_asked_for_are_computed_again_the_first_too(tuning, count):
+    """Also where nothing before a layer is trained, and what is trained in it is no parameter of its own."""
+    tower = tiny_model(tuning=tuning, vit_grad_ckpt=True, vit_ckpt_layer=count).visual_encoder.train()
+    passes = []
+    for block in tower.blocks:
+        block.attn.register_forward_pre_hook(lambda attention, _: passes.append(attention))
+    tower.forward_features(torch.randn(2, 3, 48, 48)).square().sum().backward()
+    assert [passes.count(block.attn) for block in tower.blocks] == [1] * (3 - count) + [2] * count
+    with torch.no_grad():
+        tower.forward_features(torch.randn(2, 3, 48, 48))
+    assert len(passes) == 3 + count + 3

@@ -9,6 +9,7 @@ from torch import nn
 
 from lavis_aurora import AuroraError, ModeApproxConfig, inject_mode_approx
 from lavis_aurora.mode_approx.factors import TEACHER_SET
+from lavis_aurora.mode_approx.teacher import resting_teacher
 
 MOMENTUM = 0.9
 
@@ -90,6 +91,18 @@ def test_the_update_is_the_moving_average_of_the_factors(model):
     assert not torch.allclose(model.tower(x), model.tower_m(x))
     for key, value in frozen.items():
         torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-12, atol=1e-12)
+
+
+def test_a_resting_teacher_stays_as_it_is(model):
+    nn.init.normal_(model.mode_approx.sets["default"].V["4"])
+    before = factors_of(model, TEACHER_SET)
+    with pytest.raises(KeyError), resting_teacher(nn.ModuleList([model])):
+        model._momentum_update()
+        assert all(map(torch.equal, factors_of(model, TEACHER_SET), before))
+        raise KeyError
+    assert model.momentum == MOMENTUM
+    model._momentum_update()
+    assert not all(map(torch.equal, factors_of(model, TEACHER_SET), before))
 
 
 def test_the_teacher_reads_its_own_factors_whichever_are_active(model):

@@ -275,14 +275,38 @@ def test_each_pair_meets_the_fusion_encoder_once(model: BlipRetrievalAurora, mon
 
 
 def test_parts_do_not_change_scores(model: BlipRetrievalAurora, monkeypatch: pytest.MonkeyPatch) -> None:
-    loader = _loader(3, 3, frames=2)
-    whole = retrieval_scores(model, loader, k_test=9)
-    monkeypatch.setattr(encode, "TEXT_BATCH", 2)
-    monkeypatch.setattr(encode, "PICTURES_AT_ONCE", 1)
+    data = Pictures(3, 3, frames=2)
+    whole = retrieval_scores(model, DataLoader(data, batch_size=3), k_test=9)
+    loader = DataLoader(data, batch_size=1)
+    monkeypatch.setattr(rerank, "TEXTS_PER_PICTURE", 2)
     monkeypatch.setattr(rerank, "TOKENS_AT_ONCE", 20)
     monkeypatch.setattr(rerank, "QUERIES_AT_ONCE", 2)
     for parts, one in zip(_matrices(retrieval_scores(model, loader, k_test=9)), _matrices(whole)):
         np.testing.assert_allclose(parts, one, **SAME)
+
+
+@pytest.mark.parametrize("frames", [0, 2])
+@pytest.mark.parametrize("size", [1, 3, 20])
+def test_the_batch_of_an_evaluation_is_that_of_the_towers(
+    model: BlipRetrievalAurora, monkeypatch: pytest.MonkeyPatch, size: int, frames: int
+) -> None:
+    """``run.batch_size_eval`` pictures or videos, and 16 times as many texts; the scores are the same."""
+    data = Pictures(20, frames=frames)
+    expected = retrieval_scores(model, DataLoader(data, batch_size=4), k_test=3)
+    pictures, texts = [], []
+    encode_pictures, encode_texts = model.visual_encoder.forward_features, model.text_encoder.forward_text
+    monkeypatch.setattr(
+        model.visual_encoder, "forward_features", lambda x: pictures.append(len(x)) or encode_pictures(x)
+    )
+    monkeypatch.setattr(
+        model.text_encoder, "forward_text", lambda x: texts.append(len(x.input_ids)) or encode_texts(x)
+    )
+    scores = retrieval_scores(model, DataLoader(data, batch_size=size), k_test=3)
+    each = max(1, frames)
+    assert pictures == [len(part) * each for part in torch.arange(20).split(size)]
+    assert texts == [len(part) for part in torch.arange(20).split(16 * size)]
+    for ours, theirs in zip(_matrices(scores), _matrices(expected)):
+        np.testing.assert_allclose(ours, theirs, **SAME)
 
 
 def _gigabytes(images: float, frames: int = 1, size: int = 4) -> float:

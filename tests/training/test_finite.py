@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from distributed import run_processes
 from lavis.common.registry import registry
 from lavis.tasks.multimodal_classification import MultimodalClassificationTask
 from omegaconf import OmegaConf
 from tiny import project_yaml
+from torch.nn.parallel import DistributedDataParallel
 
 from lavis_aurora.config import RunConfig
 from lavis_aurora.errors import AuroraError
@@ -118,7 +120,7 @@ def test_a_loss_that_is_no_number_stops_in_half_precision_too(tmp_path):
 
 
 class Line(torch.nn.Linear):
-    """A loss whose gradient is not finite in the steps named."""
+    """A loss whose gradient is not finite in the batches named."""
 
     def __init__(self, bad: set[int]) -> None:
         super().__init__(2, 1)
@@ -131,35 +133,50 @@ class Line(torch.nn.Linear):
         return {"loss": loss}
 
 
-def scaled_epoch(tmp_path, monkeypatch, steps: int, bad: set[int]) -> tuple[FiniteGuard, Line, torch.amp.GradScaler]:
-    """An epoch with torch's scaler of losses, on the CPU."""
-    monkeypatch.setitem(registry.mapping["paths"], "output_dir", str(tmp_path))
+class NoLoss(Line):
+    """A loss that is no number itself."""
+
+    def forward(self, samples: dict) -> dict:
+        loss = super().forward(samples)["loss"]
+        return {"loss": loss * float("nan") if samples["iters"] in self.bad else loss}
+
+
+def epoch(folder, model, batches: int, each: int = 1, skip: bool = False, scaler=None) -> FiniteGuard:
+    """An epoch on the CPU, ``each`` batches a step; returns what watched it."""
     cfg = SimpleNamespace(run_cfg=OmegaConf.structured(RunConfig()))
     task = runnable_task(MultimodalClassificationTask).setup_task(cfg=cfg)
-    task.finite = FiniteGuard(tmp_path, skip=False)
+    task.finite = FiniteGuard(folder, skip=skip)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry.mapping["paths"], "output_dir", str(folder))
+        task._train_inner_loop(
+            epoch=0,
+            iters_per_epoch=batches,
+            model=model,
+            data_loader=[{"x": torch.ones(1, 2), "text_input": [f"text {i}"]} for i in range(batches)],
+            optimizer=torch.optim.SGD(model.parameters(), lr=1e-3),
+            lr_scheduler=SimpleNamespace(step=lambda cur_epoch, cur_step: None),
+            scaler=scaler,
+            accum_grad_iters=each,
+        )
+    return task.finite
+
+
+def scaled_epoch(tmp_path, steps: int, bad: set[int]) -> tuple[FiniteGuard, Line, torch.amp.GradScaler]:
+    """An epoch with torch's scaler of losses."""
     model, scaler = Line(bad), torch.amp.GradScaler("cpu")
-    task._train_inner_loop(
-        epoch=0,
-        iters_per_epoch=steps,
-        model=model,
-        data_loader=[{"x": torch.ones(1, 2)} for _ in range(steps)],
-        optimizer=torch.optim.SGD(model.parameters(), lr=1e-3),
-        lr_scheduler=SimpleNamespace(step=lambda cur_epoch, cur_step: None),
-        scaler=scaler,
-    )
-    return task.finite, model, scaler
+    return epoch(tmp_path, model, steps, scaler=scaler), model, scaler
 
 
-def test_the_loop_counts_what_the_scaler_leaves_out(tmp_path, monkeypatch):
-    guard, model, scaler = scaled_epoch(tmp_path, monkeypatch, steps=30, bad=set(range(1, 30, 3)))
+def test_the_loop_counts_what_the_scaler_leaves_out(tmp_path):
+    guard, model, scaler = scaled_epoch(tmp_path, steps=30, bad=set(range(1, 30, 3)))
     assert guard.skipped == 10
     assert scaler.get_scale() == 2.0**16 / 2**10
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_the_loop_stops_where_no_scale_helps(tmp_path, monkeypatch):
+def test_the_loop_stops_where_no_scale_helps(tmp_path):
     with pytest.raises(AuroraError, match="epoch 1, step 27: .*so were the 25 before it"):
-        scaled_epoch(tmp_path, monkeypatch, steps=60, bad=set(range(1, 60)))
+        scaled_epoch(tmp_path, steps=60, bad=set(range(1, 60)))
 
 
 def test_the_count_in_a_row_goes_on_over_epochs(tmp_path, spoiled, capsys):
@@ -172,3 +189,75 @@ def test_the_count_in_a_row_goes_on_over_epochs(tmp_path, spoiled, capsys):
     [folder] = (tmp_path / "output").iterdir()
     counts = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines() if "train_skipped" in line]
     assert [entry["train_skipped_steps"] for entry in counts] == [4, 4]
+
+
+# Steps of several batches
+
+
+def named(folder) -> dict:
+    [file] = folder.glob("not_finite*.json")
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("model", [Line, NoLoss])
+@pytest.mark.parametrize("bad", [4, 5, 6, 7])
+def test_of_a_step_the_batch_is_named_that_spoilt_it(tmp_path, model, bad):
+    """Batches 5 to 8 are a step, from 1; the first bad one of them counts."""
+    with pytest.raises(AuroraError, match=f"epoch 1, step {bad + 1}: loss or gradient is not finite"):
+        epoch(tmp_path, model({bad, 7}), batches=12, each=4)
+    assert named(tmp_path) == {"epoch": 0, "step": bad, "text_input": [f"text {bad}"]}
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_no_number_in_an_earlier_batch_is_no_overflow(tmp_path, skip):
+    """Nor is it skipped up to 25 times as if it were one."""
+    scaler = torch.amp.GradScaler("cpu")
+    if skip:
+        assert epoch(tmp_path, NoLoss({1}), batches=4, each=2, skip=True, scaler=scaler).skipped == 1
+    else:
+        with pytest.raises(AuroraError, match="epoch 1, step 2: loss or gradient is not finite"):
+            epoch(tmp_path, NoLoss({1}), batches=4, each=4, scaler=scaler)
+    assert named(tmp_path)["step"] == 1
+
+
+def test_an_overflow_in_an_earlier_batch_is_one(tmp_path):
+    guard = epoch(tmp_path, Line({1}), batches=8, each=4, scaler=torch.amp.GradScaler("cpu"))
+    assert guard.skipped == 1 and not list(tmp_path.glob("not_finite*"))
+
+
+def test_a_finite_step_after_a_skipped_one_is_judged_by_itself(tmp_path):
+    guard = epoch(tmp_path, NoLoss({0, 3}), batches=9, each=3, skip=True)
+    assert guard.skipped == 2
+    assert {json.loads(file.read_text())["step"] for file in tmp_path.glob("not_finite*")} == {0, 3}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_waits_for_the_gpu(tmp_path):
+    guard, one = FiniteGuard(tmp_path, skip=False), ONE.cuda()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            guard.note(one, [one], SAMPLES)
+        assert guard.accepts(one, [one], SAMPLES)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    guard.flush()
+
+
+def spoilt_in_one_process(rank: int, folder, scaled: bool) -> str:
+    model = DistributedDataParallel(NoLoss({1} if rank else set()))
+    try:
+        epoch(folder, model, batches=4, each=4, scaler=torch.amp.GradScaler("cpu") if scaled else None)
+    except AuroraError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scaled", [False, True])
+def test_processes_name_the_same_batch(tmp_path, scaled):
+    """The batch of one of them alone is no number; for the others it is no overflow either."""
+    for message in run_processes(2, spoilt_in_one_process, tmp_path, scaled):
+        assert message.startswith("epoch 1, step 2: loss or gradient is not finite")
+    assert {json.loads(file.read_text())["step"] for file in tmp_path.glob("not_finite*")} == {1}

@@ -1,0 +1,98 @@
+"""Warm-up of any length, against the plain formula."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from lavis.common.optims import LinearWarmupCosineLRScheduler, LinearWarmupStepLRScheduler
+from test_runner import logged, only_run
+from tiny import project_yaml
+
+from lavis_aurora.runner import AuroraRunner
+from lavis_aurora.training.checkpointing import read_checkpoint
+from lavis_aurora.training.warmup import LongWarmup
+from lavis_aurora_cli import train
+
+EPOCHS, BATCHES = 4, 5
+RATES = {"init_lr": 1.0, "min_lr": 0.1}
+
+
+def rates(cls: type, long: bool = True, **settings) -> list[float]:
+    """The rate of each batch of a run."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=9.0)
+    schedule = cls(optimizer, max_epoch=EPOCHS, **RATES, **settings)
+    schedule = LongWarmup(schedule, BATCHES) if long else schedule
+    found = []
+    for epoch in range(EPOCHS):
+        for step in range(BATCHES):
+            schedule.step(cur_epoch=epoch, cur_step=step)
+            found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def decayed(cls: type, epoch: int) -> float:
+    if cls is LinearWarmupStepLRScheduler:
+        return max(0.1, 0.5**epoch)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * epoch / EPOCHS))
+
+
+@pytest.mark.parametrize("cls", [LinearWarmupCosineLRScheduler, LinearWarmupStepLRScheduler])
+@pytest.mark.parametrize("start", [-1.0, 0.05])
+@pytest.mark.parametrize("warmup", [0, 3, 5, 8, 15, 40])
+def test_the_rate_of_every_batch(cls, start, warmup):
+    settings = {"warmup_steps": warmup, "warmup_start_lr": start, "decay_rate": 0.5}
+    first = start if start >= 0 else 1.0
+    rising = [first + (1.0 - first) * n / max(warmup, 1) for n in range(EPOCHS * BATCHES)]
+    expected = [min(1.0, rate, decayed(cls, n // BATCHES)) for n, rate in enumerate(rising)]
+    assert rates(cls, **settings) == pytest.approx(expected)
+    if warmup <= BATCHES:
+        assert rates(cls, **settings) == rates(cls, long=False, **settings), "LAVIS's, where that is whole"
+
+
+def test_a_warmup_longer_than_the_run_is_said(caplog):
+    rates(LinearWarmupCosineLRScheduler, warmup_steps=20)
+    assert not caplog.records
+    rates(LinearWarmupCosineLRScheduler, warmup_steps=21)
+    [record] = caplog.records
+    assert record.message.startswith("run.warmup_steps: 21 are more than the 20 batches of the run")
+
+
+RUN = {"max_epoch": 3, "warmup_steps": 5, "warmup_lr": 0.0, "init_lr": 1e-3, "valid_splits": [], "test_splits": []}
+
+
+def test_a_run_warms_up_over_epochs(tmp_path):
+    """Epochs of two batches, of each the last rate."""
+    train(["--cfg-path", str(project_yaml(tmp_path, run=RUN))])
+    found = [entry["train_lr"] for entry in logged(only_run(tmp_path), "train_lr")]
+    assert found == pytest.approx([0.2e-3, 0.6e-3, 0.25e-3]), "the cosine of the third epoch is below the warm-up"
+
+
+def test_resumed_in_the_midst_of_its_warmup_a_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch):
+    original = AuroraRunner._after_step
+
+    def killed(self, epoch, done):
+        original(self, epoch, done)
+        if (epoch, done) == (1, 1):
+            raise KeyboardInterrupt
+
+    run = {**RUN, "batch_size_train": 2, "warmup_steps": 8}
+    run |= {"checkpoint_every": 1, "resume": "auto", "save_queue": True}
+    ends = []
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        yaml = project_yaml(tmp_path / name, run=run)
+        if name == "killed":
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(AuroraRunner, "_after_step", killed)
+                train(["--cfg-path", str(yaml)])
+        train(["--cfg-path", str(yaml)])
+        folder = only_run(tmp_path / name)
+        lines = [line for line in (folder / "log.txt").read_text().splitlines() if line.startswith('{"train_epoch')]
+        state = read_checkpoint(folder / "checkpoint_latest.pth")
+        ends.append(([json.loads(line) for line in lines], state["model"]))
+    (logs, model), (other_logs, other) = ends
+    assert logs == other_logs
+    assert all(torch.equal(value, other[key]) for key, value in model.items())
