@@ -134,8 +134,6 @@ class ModeFactors(nn.Module):
         self.companions = nn.ModuleDict()
         self.active: str | None = "default"
         self.merged: str | None = None
-        # The backbone's hash and what it was computed from, see base_hash.
-        self.base_hash: tuple[list, str] | None = None
         self.add_set("default", config)
 
     def add_set(self, name: str, config: ModeApproxConfig) -> FactorSet:
