@@ -146,7 +146,7 @@ class ModeFactors(nn.Module):
             raise AuroraError(f"there is an adapter {name!r} already; delete_adapter it, or choose another name")
         if not re.fullmatch(r"\w[\w-]*", name) or hasattr(self.sets, name) or name == BASE:
             raise AuroraError(f"an adapter cannot be called {name!r}; use another word of letters, digits, _ and -")
-        self.sets[name] = FactorSet(self.slots, config).to(self.sets_device())
+        self.sets[name] = FactorSet(self.slots, config).to(self.sets_device()).train(self.training)
         return self.sets[name]
 
     def sets_device(self) -> torch.device | None:

@@ -92,8 +92,9 @@ def inject_mode_approx(
 ) -> ModeFactors:
     """Put the target layers of a model over one :class:`ModeFactors`, ``model.mode_approx``.
 
-    Everything else is frozen: the factors alone are trainable afterwards. Momentum copies that LAVIS keeps in
-    ``model.model_pairs`` get the moving average of the factors, see :func:`adapt_copies`.
+    Everything else is frozen: the factors alone are trainable afterwards. A model in eval mode stays there.
+    Momentum copies that LAVIS keeps in ``model.model_pairs`` get the moving average of the factors, see
+    :func:`adapt_copies`.
 
     Args:
         model: any module; changed in place.
@@ -126,7 +127,7 @@ def inject_mode_approx(
             adapted[id(layer)] = ModeApproxLinear(layer, factors, owned["weight"])
     _replace(model, adapted)
     model.requires_grad_(False)
-    model.mode_approx = factors.to(next(model.get_submodule(names[0]).parameters()).device)
+    model.mode_approx = factors.to(next(model.get_submodule(names[0]).parameters()).device).train(model.training)
     adapt_copies(model, factors)
     return factors
 

@@ -22,6 +22,7 @@ from lavis_aurora.encoders.visual import encode_visual, visual_input
 from lavis_aurora.errors import AuroraError, near_names
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.aurora_base import AuroraBase
+from lavis_aurora.models.evaluating import evaluating
 from lavis_aurora.paths import package_file
 from lavis_aurora.vqa.decoder import CachedDecoder, NoNan
 from lavis_aurora.vqa.ranking import AnswerList, rank_answers
@@ -166,7 +167,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         prompt: str = "",
         **_kwargs,
     ) -> list[str]:
-        """Answers to questions, one each.
+        """Answers to questions, one each, in eval mode; a model in training stays in training.
 
         Args:
             samples: ``image`` (batch, 3, height, width) or ``video`` (batch, 3, frames, height, width), and
@@ -196,15 +197,16 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         self._check_questions(questions, visual)
         if prompt:
             questions = [prompt.replace("{}", question) for question in questions]
-        return super().predict_answers(
-            {**samples, "image": visual, "text_input": questions},
-            num_beams=num_beams,
-            inference_method=inference_method,
-            max_len=max_len,
-            min_len=min_len,
-            num_ans_candidates=num_ans_candidates,
-            answer_list=answer_list,
-        )
+        with evaluating(self):
+            return super().predict_answers(
+                {**samples, "image": visual, "text_input": questions},
+                num_beams=num_beams,
+                inference_method=inference_method,
+                max_len=max_len,
+                min_len=min_len,
+                num_ans_candidates=num_ans_candidates,
+                answer_list=answer_list,
+            )
 
     @staticmethod
     def _check_questions(questions: Sequence[str], visual: Tensor) -> None:
