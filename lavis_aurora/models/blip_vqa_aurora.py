@@ -66,6 +66,13 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
     def __init__(self, cfg: VqaAuroraConfig) -> None:
         vision = build_vision_encoder(cfg)
         encoder = build_text_encoder(cfg, vision.vision_width)
+        width = encoder.config.hidden_size
+        if width != encoder.config.encoder_width:
+            raise AuroraError(
+                f"model.med_config_path: {cfg.med_config_path} has hidden_size {width} and encoder_width "
+                f"{encoder.config.encoder_width}; the answer decoder attends to questions as the encoder to images, "
+                f"so they must be equal"
+            )
         decoder = CachedDecoder.from_config(OmegaConf.structured(cfg))
         fuse_text(decoder.bert, attends_to_images=False)
         # LAVIS calls this class method in its constructor, without telling it the tokenizer's name.
