@@ -76,6 +76,7 @@ class ModeApproxModel(RunState, BaseModel):
         for head in heads:
             head.requires_grad_(True)
         self.base = base
+        self.training = base.training
         self.heads = heads
         self.settings = ModeApproxModelConfig(
             base={"arch": registered_name(base)}, mode_approx=config, modules_to_save=modules_to_save
@@ -169,14 +170,6 @@ class ModeApproxModel(RunState, BaseModel):
                 return method(*args, **kwargs)
 
         return scoring
-
-    def train(self, mode: bool = True) -> ModeApproxModel:
-        """torch's, but frozen batch normalisation (CLIP's ResNet) keeps its running statistics."""
-        super().train(mode)
-        for module in self.base.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train(mode and any(p.requires_grad for p in module.parameters()))
-        return self
 
     def forward(self, *args, **kwargs) -> Any:
         """The base's, e.g. ``model(samples)["loss"]``."""
