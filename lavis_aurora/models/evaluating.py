@@ -12,8 +12,10 @@ from torch import nn
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Context in which ``model`` is in eval mode; afterwards each of its modules is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
+        # Not by eval(): what a module makes of being asked for a mode (NormMode) stays as it was.
+        for module, _ in modes:
+            module.training = False
         yield
     finally:
         for module, training in modes:

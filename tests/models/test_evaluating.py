@@ -11,7 +11,7 @@ from tiny_vqa import ANSWERS, vqa_batch, vqa_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lavis_aurora import AuroraError, ModeApproxConfig
+from lavis_aurora import AuroraError, ModeApproxConfig, disable_adapter
 from lavis_aurora.models.mode_approx_model import ModeApproxModel
 
 
@@ -106,3 +106,14 @@ def test_an_error_leaves_the_modes_as_they_were():
     with pytest.raises(AuroraError, match="scores of answers are NaN"):
         model.predict_answers(vqa_batch(), answer_list=ANSWERS)
     assert all(module.training for module in model.modules())
+
+
+def test_a_head_that_was_scored_while_disabled_goes_on_training():
+    base = Dropping()
+    base.head = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model = ModeApproxModel(base, ModeApproxConfig(rank=2, targets=["query"]), ["head"]).train()
+    with disable_adapter(model):
+        model.predict({})
+        assert not model.head[1].training
+    model.predict({})
+    assert model.head[1].training
