@@ -152,6 +152,7 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
         self.task.after_step = lambda done: self._after_step(epoch, done)
         self.stop.stepping = True
         stats = super().train_epoch(epoch)
+        self._model.share_buffers()
         if self.task.finite.skipped:
             stats["skipped_steps"] = self.task.finite.skipped
         self.start_step = 0

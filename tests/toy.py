@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
+from lavis.models.base_model import MomentumDistilationMixin
 from torch import Tensor, nn
 
 from lavis_aurora import ModeApproxConfig, inject_mode_approx
+from lavis_aurora.mode_approx import bind_companions
 
 TARGETS = ["qkv", "query", "key"]
 
@@ -40,6 +44,56 @@ def randomize(model: nn.Module, name: str, seed: int) -> None:
     with torch.no_grad():
         for parameter in model.mode_approx.sets[name].parameters():
             parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+
+
+class NormedToy(nn.Module, MomentumDistilationMixin):
+    """A toy with batch normalisation in its backbone and in its head, and momentum copies of both, as LAVIS's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = nn.ModuleDict({"query": nn.Linear(8, 6), "norm": nn.BatchNorm1d(6)})
+        norm = nn.BatchNorm1d(3, affine=False)
+        self.head = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3), norm)
+        self.tower_m, self.head_m = copy.deepcopy(self.tower), copy.deepcopy(self.head)
+        self.model_pairs = [[self.tower, self.tower_m], [self.head, self.head_m]]
+        self.momentum = 0.5  # frozen weights average to themselves, bit for bit
+        self.copy_params()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.tower["norm"](self.tower["query"](x)))
+
+    def teach(self, x: Tensor) -> Tensor:
+        """What the momentum copies make of x."""
+        with torch.no_grad():
+            return self.head_m(self.tower_m["norm"](self.tower_m["query"](x)))
+
+
+def normed_toy(seed: int = 0) -> NormedToy:
+    """One whose head is trained with an adapter that does something, in training mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = NormedToy()
+        for norm in (*model.tower.values(), *model.head):
+            if isinstance(norm, nn.BatchNorm1d):
+                norm.running_mean.normal_()
+                norm.running_var.uniform_(0.5, 2)
+        inject_mode_approx(model, ModeApproxConfig(rank=2), [r"tower\.query"])
+    model.heads = [model.head.requires_grad_(True)]
+    bind_companions(model, model.mode_approx, train_heads=True)
+    randomize(model, "default", seed=1)
+    return model
+
+
+def train_steps(model: nn.Module, first: int, last: int) -> None:
+    """Some steps of plain gradient descent, teacher included; step i has the same inputs wherever it begins."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for i in range(first, last):
+        x = 3 + 2 * torch.randn(5, 8, generator=torch.Generator().manual_seed(i))
+        loss = (model(x) - model.teach(x)).square().mean() + model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model._momentum_update()
 
 
 def inputs(count: int = 5) -> Tensor:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from functools import partial
 
+from lavis.common.utils import get_abs_path
 from lavis.models.med import XBertEncoder
 from lavis.models.vit import VisionTransformerEncoder
 from omegaconf import OmegaConf
 from torch import nn
-from transformers import BertTokenizer
+from transformers import BertConfig, BertTokenizer
 
 from lavis_aurora.config import BlipAuroraConfig
 from lavis_aurora.encoders.fused import fuse_text, fuse_vision
 from lavis_aurora.errors import AuroraError
+
+# Keys that LAVIS's BERT reads and of which the towers here know one way: its value (the first; those after it compute
+# the same), and why.
+ONE_WAY = {
+    "position_embedding_type": (("absolute",), "LAVIS has no relative positions between texts and images"),
+    "add_cross_attention": ((True,), "texts attend to images"),
+    "fusion_layer": ((None,), "it is of ALBEF; in BLIP every layer attends to images"),
+    "pruned_heads": (({},), "BLIP's checkpoints hold all heads"),
+    "chunk_size_feed_forward": ((0, 1), "texts are of any length, which chunks would have to divide"),
+}
 
 
 def plain_vision_encoder(cfg: BlipAuroraConfig) -> VisionTransformerEncoder:
@@ -44,12 +56,20 @@ def build_vision_encoder(cfg: BlipAuroraConfig) -> VisionTransformerEncoder:
 
 
 def build_text_encoder(cfg: BlipAuroraConfig, vision_width: int) -> XBertEncoder:
-    """LAVIS's BERT with cross-attention, of the size in ``model.med_config_path``. Random weights."""
+    """LAVIS's BERT with cross-attention, of the size in ``model.med_config_path``. Random weights.
+
+    Raises:
+        AuroraError: the file is no configuration, asks for what these towers do not compute, or does not fit.
+    """
     try:
+        _check_computed(cfg.med_config_path, BertConfig.from_json_file(get_abs_path(cfg.med_config_path)))
         encoder = XBertEncoder.from_config(OmegaConf.structured(cfg))
-    except (OSError, ValueError, AttributeError) as error:
+    except AuroraError:
+        raise
+    except Exception as error:  # of json, transformers and torch, whatever a value breaks
         raise AuroraError(
-            f"model.med_config_path: {cfg.med_config_path} is not a readable BERT configuration of BLIP ({error})"
+            f"model.med_config_path: {cfg.med_config_path} is not a readable BERT configuration of BLIP "
+            f"({type(error).__name__}: {error})"
         ) from error
     if encoder.config.encoder_width != vision_width:
         raise AuroraError(
@@ -63,6 +83,18 @@ def build_text_encoder(cfg: BlipAuroraConfig, vision_width: int) -> XBertEncoder
         )
     fuse_text(encoder, attends_to_images=True)
     return encoder
+
+
+def _check_computed(path: str, config: BertConfig) -> None:
+    """Refuse a configuration with a key whose value these towers would not heed."""
+    for key, (values, reason) in ONE_WAY.items():
+        value = getattr(config, key, None)
+        if value not in values:
+            remedy = "leave it out" if values[0] is None else f"it must be {json.dumps(values[0])}"
+            raise AuroraError(
+                f"model.med_config_path: {path} has {key} {json.dumps(value)}, which cannot be computed ({reason}); "
+                f"{remedy}"
+            )
 
 
 def build_tokenizer(source: str) -> BertTokenizer:

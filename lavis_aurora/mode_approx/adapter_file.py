@@ -134,10 +134,16 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", ch
             parameter.copy_(tensors[f"{FACTORS}.{key}"])
         for group, part in factors.companions.items():
             values = {path: tensors[f"{group}.{path}"] for path in part.names if f"{group}.{path}" in tensors}
+            lacking = [path for path in part.names if path not in values]
+            if values and lacking:
+                logging.warning(
+                    "%s holds no %s, as older versions wrote it: the backbone's are taken, and results may differ",
+                    folder,
+                    some(lacking),
+                )
             # One without heads of its own replaces one that had some: the backbone's are its.
-            values = values or (part.parameters_of(BASE) if name in part else {})
-            if values:
-                part.add(name, values)
+            if values or name in part:
+                part.add(name, {**part.tensors_of(BASE), **values})
     if name == factors.active:
         switch_companions(factors, name)
     if isinstance(model, AdapterOwner):
@@ -178,28 +184,25 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
         raise AuroraError(f"{path}: {error}") from error
 
 
-def adapter_tensors(factors: ModeFactors, name: str) -> dict[str, nn.Parameter]:
-    """The parameters of an adapter by their names in its file. Factors that slots share are there once."""
-    tensors = {f"{FACTORS}.{key}": parameter for key, parameter in factors.sets[name].named_parameters()}
+def adapter_tensors(factors: ModeFactors, name: str) -> dict[str, Tensor]:
+    """Parameters and buffers of an adapter by their names in its file. Factors that slots share are there once."""
+    tensors: dict[str, Tensor] = {f"{FACTORS}.{key}": p for key, p in factors.sets[name].named_parameters()}
     for group, part in factors.companions.items():
-        tensors.update((f"{group}.{path}", parameter) for path, parameter in part.parameters_of(name).items())
+        tensors.update((f"{group}.{path}", tensor) for path, tensor in part.tensors_of(name).items())
     return tensors
 
 
 def base_hash(model: nn.Module) -> str:
     """sha256 of the weights that adapters update, in the model's order, without any update.
 
-    It tells backbones apart and does not depend on picture size, queue or heads. It is kept until a weight changes.
+    It tells backbones apart and does not depend on picture size, queue or heads. It is never kept: nothing but the
+    numbers themselves tells of an edit in place of ``weight.data``. BLIP base takes some tenths of a second.
     """
-    factors, weights = factors_of(model), _base_weights(model)
-    state = [(weight.data_ptr(), weight._version, str(weight.device), weight.dtype) for weight in weights]
-    if factors.base_hash is None or factors.base_hash[0] != state:
-        digest = hashlib.sha256()
-        for weight in weights:
-            digest.update(f"{weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
-        factors.base_hash = (state, digest.hexdigest())
-    return factors.base_hash[1]
+    digest = hashlib.sha256()
+    for weight in _base_weights(model):
+        digest.update(f"{weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def base_dtype(model: nn.Module) -> str:
@@ -268,16 +271,27 @@ def _base_differences(model: nn.Module, base: BaseConfig) -> list[str]:
 def _tensor_differences(factors: ModeFactors, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> list[str]:
     """How the tensors differ from those that the settings announce, and from numbers."""
     expected = {f"{FACTORS}.{key}": shape for key, shape in factor_shapes(config).items()}
-    for group, part in factors.companions.items():
-        if group == "gate" or any(key.startswith(f"{group}.") for key in tensors):
-            shapes = (tuple(parameter.shape) for parameter in part.standing())
-            expected.update(zip((f"{group}.{path}" for path in part.names), shapes))
-    problems = [f"{key} is missing there" for key in expected.keys() - tensors.keys()]
+    standing = {
+        f"{group}.{path}": own
+        for group, part in factors.companions.items()
+        if group == "gate" or any(key.startswith(f"{group}.") for key in tensors)
+        for path, own in part.standing().items()
+    }
+    expected.update((key, tuple(own.shape)) for key, own in standing.items())
+    buffers = {key for key, own in standing.items() if not isinstance(own, nn.Parameter)}
+    # Those that count hold integers.
+    exact = {key: own.dtype for key, own in standing.items() if not own.is_floating_point()}
+    problems = [f"{key} is missing there" for key in expected.keys() - tensors.keys() - buffers]
     problems += [f"{key} has no place here" for key in tensors.keys() - expected.keys()]
     problems += [
         f"{key} is {tuple(tensors[key].shape)} there and {expected[key]} here"
         for key in expected.keys() & tensors.keys()
         if tuple(tensors[key].shape) != expected[key]
+    ]
+    problems += [
+        f"{key} is {tensor.dtype} there and must be {exact.get(key, 'floating point')}"
+        for key, tensor in tensors.items()
+        if not (tensor.dtype == exact[key] if key in exact else tensor.is_floating_point())
     ]
     problems += [f"{key} is not finite there" for key, tensor in tensors.items() if not tensor.isfinite().all()]
     return sorted(problems)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,79 +10,100 @@ from torch import Tensor, nn
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.mode_approx.adapted import adapted_layers
 from lavis_aurora.mode_approx.factors import BASE, ModeFactors
-from lavis_aurora.mode_approx.trainable import adapter_parameters, head_parameters
+from lavis_aurora.mode_approx.norms import NormMode, norms_of
+from lavis_aurora.mode_approx.trainable import (
+    adapter_parameters,
+    head_buffers,
+    head_modules,
+    head_parameters,
+    persistent_buffers,
+)
 from lavis_aurora.precision import SinglePrecision
 
 
 class Companions(SinglePrecision):
-    """Parameters of one group, gates or heads, of all adapters.
+    """Parameters of one group, gates or heads, of all adapters, and the buffers of their modules.
 
     Those of one adapter stand in the model, under their own names; those of the others wait here. Switching moves
     references and copies no number. An adapter that brings no heads uses the backbone's.
 
     Args:
         model: the model in which they stand.
-        names: the parameters' full names there.
+        tensors: they themselves, by their full names there.
         label: what the summary calls them.
-        owner: the adapter whose parameters stand in the model now.
+        owner: the adapter whose tensors stand in the model now.
         single_precision: keep float32 over a backbone in half precision.
+        norms: those among the modules, which train as long as the tensors that stand in the model do.
     """
 
     def __init__(
-        self, model: nn.Module, names: Sequence[str], label: str, owner: str, single_precision: bool
+        self,
+        model: nn.Module,
+        tensors: dict[str, Tensor],
+        label: str,
+        owner: str,
+        single_precision: bool,
+        norms: Sequence[NormMode] = (),
     ) -> None:
         super().__init__()
-        self.names = list(names)
+        self.names = list(tensors)
         # In lists modules are not registered a second time.
-        self.places = _places(model, names)
+        self.places = _places(model, tensors.values())
         self.label = label
         self.owner = owner
         self.single_precision = single_precision
+        self.norms = list(norms)
         self.waiting = nn.ModuleDict()
 
     def __contains__(self, name: str | None) -> bool:
         return name == self.owner or name in self.waiting
 
-    def standing(self) -> list[nn.Parameter]:
-        """The parameters that stand in the model now."""
-        return [module._parameters[attribute] for (module, attribute), *_ in self.places]
+    def standing(self) -> dict[str, Tensor]:
+        """The parameters and buffers that stand in the model now, by their names there."""
+        return {name: getattr(*places[0]) for name, places in zip(self.names, self.places)}
 
-    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters of ``name`` by their names in the model; none if it has none of its own."""
+    def tensors_of(self, name: str) -> dict[str, Tensor]:
+        """The parameters and buffers of ``name`` by their names in the model; none if it has none of its own."""
         if name not in self:
             return {}
-        return dict(zip(self.names, self.standing() if name == self.owner else self.waiting[name].parameters()))
+        if name == self.owner:
+            return self.standing()
+        return {path: getattr(self.waiting[name], str(i)) for i, path in enumerate(self.names)}
 
+    @torch.no_grad()
     def add(self, name: str, values: dict[str, Tensor]) -> None:
-        """Let ``name`` have these values, frozen; where it has parameters already, they take the values."""
+        """Let ``name`` have these values, frozen; where it has tensors already, they take the values."""
         if name not in self:
             shelf = self._shelf(name)
-            for i, parameter in enumerate(self.standing()):
-                shelf.register_parameter(str(i), nn.Parameter(torch.empty_like(parameter), requires_grad=False))
-        for path, parameter in self.parameters_of(name).items():
-            parameter.data.copy_(values[path])
+            for i, tensor in enumerate(self.standing().values()):
+                _put(shelf, str(i), _like(tensor))
+        for path, tensor in self.tensors_of(name).items():
+            tensor.copy_(values[path])
 
     def switch(self, name: str | None) -> None:
-        """Put the parameters of ``name`` into the model, or the backbone's if it has none (None: the backbone)."""
+        """Put the tensors of ``name`` into the model, or the backbone's if it has none (None: the backbone)."""
         target = name if name in self else BASE
         if target == self.owner or target not in self:
             return
+        asked = [mode.norm.training if mode.trains else mode.asked for mode in self.norms]
         outgoing, incoming = self._shelf(self.owner), self.waiting[target]
-        for i, (places, parameter) in enumerate(zip(self.places, self.standing())):
-            outgoing.register_parameter(str(i), parameter)
+        for i, (places, tensor) in enumerate(zip(self.places, self.standing().values())):
+            _put(outgoing, str(i), tensor)
             for module, attribute in places:
                 setattr(module, attribute, getattr(incoming, str(i)))
-            incoming.register_parameter(str(i), None)
+            setattr(incoming, str(i), None)
         self.owner = target
+        for mode, one in zip(self.norms, asked):
+            mode(one)
 
     def _shelf(self, name: str) -> nn.Module:
-        """Where the parameters of ``name`` wait, by number; made once."""
+        """Where the tensors of ``name`` wait, by number; made once."""
         if name not in self.waiting:
-            self.waiting[name] = nn.Module()
+            self.waiting[name] = nn.Module().train(self.training)
         return self.waiting[name]
 
     def remove(self, name: str) -> None:
-        """Forget the parameters of ``name``, which must not stand in the model."""
+        """Forget the tensors of ``name``, which must not stand in the model."""
         if name in self.waiting:
             del self.waiting[name]
 
@@ -93,15 +114,28 @@ class Companions(SinglePrecision):
                 yield from ((self.label, parameter) for parameter in shelf.parameters())
 
 
-def _places(model: nn.Module, names: Sequence[str]) -> list[list[tuple[nn.Module, str]]]:
-    """Module and attribute of every place where each of the parameters stands; tied ones stand in several."""
-    parameters = dict(model.named_parameters())
-    found: dict[int, list[tuple[nn.Module, str]]] = {id(parameters[name]): [] for name in names}
+def _like(tensor: Tensor) -> Tensor:
+    """An empty parameter, frozen, or buffer."""
+    empty = torch.empty_like(tensor)
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _put(shelf: nn.Module, key: str, tensor: Tensor) -> None:
+    """Register a parameter or a buffer."""
+    if isinstance(tensor, nn.Parameter):
+        shelf.register_parameter(key, tensor)
+    else:
+        shelf.register_buffer(key, tensor)
+
+
+def _places(model: nn.Module, tensors: Iterable[Tensor]) -> list[list[tuple[nn.Module, str]]]:
+    """Module and attribute of every place where each of the tensors stands; tied ones stand in several."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {id(tensor): [] for tensor in tensors}
     for module in model.modules():
-        for attribute, parameter in module._parameters.items():
-            if id(parameter) in found:
-                found[id(parameter)].append((module, attribute))
-    return [found[id(parameters[name])] for name in names]
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if id(tensor) in found:
+                found[id(tensor)].append((module, attribute))
+    return list(found.values())
 
 
 def bind_companions(model: nn.Module, factors: ModeFactors, train_heads: bool) -> None:
@@ -115,12 +149,12 @@ def bind_companions(model: nn.Module, factors: ModeFactors, train_heads: bool) -
         train_heads: the heads are trained with the adapter ``default``: the backbone's own are kept beside them.
 
     Raises:
-        AuroraError: a head holds a weight that the adapter updates.
+        AuroraError: a head holds a weight that the adapter updates, or buffers and no parameter.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     own = {id(parameter) for parameter in factors.parameters()}
-    gates = [names[id(p)] for _, p in adapter_parameters(model) if id(p) not in own]
-    heads = list(dict.fromkeys(names[id(p)] for p in head_parameters(model)))
+    gates = {names[id(p)]: p for _, p in adapter_parameters(model) if id(p) not in own}
+    heads = {names[id(tensor)]: tensor for tensor in (*head_parameters(model), *head_buffers(model))}
     adapted = {id(weight) for _, layer in adapted_layers(model) for weight in layer.adapted_weights().values()}
     both = [names[id(p)] for p in head_parameters(model) if id(p) in adapted]
     if both:
@@ -128,13 +162,19 @@ def bind_companions(model: nn.Module, factors: ModeFactors, train_heads: bool) -
             f"{both[0]} has an update by mode_approx and cannot be trained itself too; name modules without adapted "
             f"layers in model.modules_to_save, or other layers in model.mode_approx.targets"
         )
+    for head in head_modules(model):
+        if persistent_buffers(head) and not any(True for _ in head.parameters()):
+            name = next(name for name, module in model.named_modules() if module is head)
+            raise AuroraError(f"{name} has buffers and no parameter to train; name the module around it as the head")
     if gates:
         factors.companions["gate"] = Companions(model, gates, "gate", "default", single_precision=True)
     if heads:
-        group = factors.companions["heads"] = Companions(model, heads, "heads", BASE, single_precision=False)
+        norms = [mode for head in head_modules(model) for mode in norms_of(model, head)] if train_heads else []
+        group = factors.companions["heads"] = Companions(model, heads, "heads", BASE, False, norms)
         if train_heads:
             group.owner = "default"
             keep_base_heads(factors)
+    factors.train(factors.training)
 
 
 def keep_base_heads(factors: ModeFactors) -> None:
@@ -143,7 +183,7 @@ def keep_base_heads(factors: ModeFactors) -> None:
         return
     group = factors.companions["heads"]
     if group.owner != BASE:
-        group.add(BASE, group.parameters_of(group.owner))
+        group.add(BASE, group.tensors_of(group.owner))
 
 
 def switch_companions(factors: ModeFactors, name: str | None) -> None:

@@ -134,8 +134,6 @@ class ModeFactors(nn.Module):
         self.companions = nn.ModuleDict()
         self.active: str | None = "default"
         self.merged: str | None = None
-        # The backbone's hash and what it was computed from, see base_hash.
-        self.base_hash: tuple[list, str] | None = None
         self.add_set("default", config)
 
     def add_set(self, name: str, config: ModeApproxConfig) -> FactorSet:
@@ -148,7 +146,7 @@ class ModeFactors(nn.Module):
             raise AuroraError(f"there is an adapter {name!r} already; delete_adapter it, or choose another name")
         if not re.fullmatch(r"\w[\w-]*", name) or hasattr(self.sets, name) or name == BASE:
             raise AuroraError(f"an adapter cannot be called {name!r}; use another word of letters, digits, _ and -")
-        self.sets[name] = FactorSet(self.slots, config).to(self.sets_device())
+        self.sets[name] = FactorSet(self.slots, config).to(self.sets_device()).train(self.training)
         return self.sets[name]
 
     def sets_device(self) -> torch.device | None:

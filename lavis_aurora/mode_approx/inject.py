@@ -14,8 +14,10 @@ from lavis_aurora.errors import AuroraError, some
 from lavis_aurora.mode_approx.factors import ModeFactors
 from lavis_aurora.mode_approx.linear import ModeApproxLinear
 from lavis_aurora.mode_approx.multihead import IN_WEIGHTS, ModeApproxMultiheadAttention
+from lavis_aurora.mode_approx.norms import freeze_norms
 from lavis_aurora.mode_approx.presets import ATTENTION, PRESETS, expand_presets
-from lavis_aurora.mode_approx.teacher import adapt_copies, momentum_copies
+from lavis_aurora.mode_approx.teacher import adapt_copies
+from lavis_aurora.mode_approx.trainable import momentum_copies
 
 # Linear layers that hold query, key and value stacked in their rows, by the last part of their name.
 FUSED = {"qkv": ("query", "key", "value")}
@@ -92,8 +94,11 @@ def inject_mode_approx(
 ) -> ModeFactors:
     """Put the target layers of a model over one :class:`ModeFactors`, ``model.mode_approx``.
 
-    Everything else is frozen: the factors alone are trainable afterwards. Momentum copies that LAVIS keeps in
-    ``model.model_pairs`` get the moving average of the factors, see :func:`adapt_copies`.
+    Everything else is frozen: the factors alone are trainable afterwards, and running statistics stand still. A model
+    in eval mode stays there.
+
+    Momentum copies that LAVIS keeps in ``model.model_pairs`` get the moving average of the factors, see
+    :func:`adapt_copies`.
 
     Args:
         model: any module; changed in place.
@@ -126,7 +131,8 @@ def inject_mode_approx(
             adapted[id(layer)] = ModeApproxLinear(layer, factors, owned["weight"])
     _replace(model, adapted)
     model.requires_grad_(False)
-    model.mode_approx = factors.to(next(model.get_submodule(names[0]).parameters()).device)
+    freeze_norms(model, momentum_copies(model))
+    model.mode_approx = factors.to(next(model.get_submodule(names[0]).parameters()).device).train(model.training)
     adapt_copies(model, factors)
     return factors
 

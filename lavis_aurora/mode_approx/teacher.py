@@ -10,11 +10,7 @@ from torch import nn
 from lavis_aurora.mode_approx.adapted import AdaptedLayer
 from lavis_aurora.mode_approx.companions import switch_companions
 from lavis_aurora.mode_approx.factors import TEACHER_SET, ModeFactors
-
-
-def momentum_copies(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """(trained, copy) as LAVIS's MomentumDistilationMixin lists them in ``model.model_pairs``; empty without."""
-    return [(trained, copy) for trained, copy in getattr(model, "model_pairs", ())]
+from lavis_aurora.mode_approx.trainable import momentum_copies, persistent_buffers
 
 
 def restart_teacher(model: nn.Module, factors: ModeFactors) -> None:
@@ -23,6 +19,11 @@ def restart_teacher(model: nn.Module, factors: ModeFactors) -> None:
         return
     switch_companions(factors, "default")
     model.copy_params()
+    for trained, copy in momentum_copies(model):
+        # LAVIS copies parameters alone.
+        own = persistent_buffers(trained)
+        for name, buffer in persistent_buffers(copy).items():
+            buffer.copy_(own[name])
     switch_companions(factors, factors.active)
 
 

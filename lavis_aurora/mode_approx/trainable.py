@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
+
+from lavis_aurora.mode_approx.norms import Norm, is_trained
 
 
 @runtime_checkable
@@ -32,6 +34,39 @@ def head_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of ``model.heads``, a list of modules and parameters; none without that attribute."""
     for head in getattr(model, "heads", ()):
         yield from [head] if isinstance(head, nn.Parameter) else head.parameters()
+
+
+def head_buffers(model: nn.Module) -> Iterator[Tensor]:
+    """The buffers inside ``model.heads`` that a state dict holds, such as running statistics."""
+    for head in head_modules(model):
+        yield from persistent_buffers(head).values()
+
+
+def head_modules(model: nn.Module) -> list[nn.Module]:
+    """``model.heads`` without single parameters."""
+    return [head for head in getattr(model, "heads", ()) if isinstance(head, nn.Module)]
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a state dict holds, by name; one in several places comes once."""
+    held = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in held}
+
+
+def momentum_copies(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """(trained, copy) as LAVIS's MomentumDistilationMixin lists them in ``model.model_pairs``; empty without."""
+    return [(trained, copy) for trained, copy in getattr(model, "model_pairs", ())]
+
+
+def trained_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that training changes, by name: of trained heads and norms, and of their momentum copies."""
+    owners = [*head_modules(model), *(module for module in model.modules() if isinstance(module, Norm))]
+    changed = {id(buffer) for owner in owners if is_trained(owner) for buffer in owner.buffers()}
+    for trained, copy in momentum_copies(model):
+        if isinstance(copy, nn.Module):
+            twins = dict(copy.named_buffers())
+            changed |= {id(twins.get(name)) for name, buffer in trained.named_buffers() if id(buffer) in changed}
+    return {name: buffer for name, buffer in persistent_buffers(model).items() if id(buffer) in changed}
 
 
 def trainable_parameters_summary(model: nn.Module) -> str:

@@ -26,6 +26,7 @@ from lavis_aurora.mode_approx.factors import TEACHER_SET
 from lavis_aurora.mode_approx.merge import merged_weights
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.aurora_base import AuroraBase
+from lavis_aurora.models.evaluating import evaluating
 from lavis_aurora.models.matching import draw_negatives, gather, shared_seed
 from lavis_aurora.paths import package_file
 from lavis_aurora.retrieval.match import MatchScores, match_scores
@@ -315,6 +316,8 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
     def match(self, images: Tensor, texts: str | Sequence[str]) -> MatchScores:
         """Score every picture or video with every text, as an evaluation does: on the model's device, in eval mode.
 
+        Processes of one group share the work: all of them must call it, each with the same pictures and texts.
+
         Args:
             images: (pictures, 3, height, width), as the processors make them; or videos, (videos, 3, frames, height,
                 width).
@@ -328,20 +331,18 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         Raises:
             AuroraError: there is no picture or no text, or they are of another type or shape.
         """
-        modes = [(module, module.training) for module in self.modules()]
-        try:
-            return match_scores(self.eval(), images, texts)
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluating(self):
+            return match_scores(self, images, texts)
 
     def compute_sim_matrix(self, data_loader, task_cfg) -> tuple:
-        """LAVIS's scores of each image with each text and the reverse, as two numpy arrays."""
+        """LAVIS's scores of each image with each text and the reverse, as two numpy arrays; all processes call it."""
         scores = self.retrieval_scores(data_loader, task_cfg)
         return scores.matrix("image_to_text"), scores.matrix("text_to_image")
 
     def retrieval_scores(self, data_loader, task_cfg) -> RetrievalScores:
-        """Scores of the best candidates, see :func:`lavis_aurora.retrieval.rerank.retrieval_scores`.
+        """Scores of the best candidates, see :func:`lavis_aurora.retrieval.rerank.retrieval_scores`; in eval mode.
+
+        Processes of one group share the work: all of them must call it.
 
         Args:
             data_loader: over a split for evaluation.
@@ -350,12 +351,13 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         """
         defaults = RunConfig()
         get = {key: task_cfg.get(key, getattr(defaults, key)) for key in EVALUATION_KEYS}
-        return retrieval_scores(
-            self,
-            data_loader,
-            k_test=get["k_test"],
-            itc_weight=get["itc_weight"],
-            token_budget_gb=get["token_budget_gb"],
-            token_dtype=getattr(torch, get["token_dtype"]),
-            bf16=get["eval_bf16"],
-        )
+        with evaluating(self):
+            return retrieval_scores(
+                self,
+                data_loader,
+                k_test=get["k_test"],
+                itc_weight=get["itc_weight"],
+                token_budget_gb=get["token_budget_gb"],
+                token_dtype=getattr(torch, get["token_dtype"]),
+                bf16=get["eval_bf16"],
+            )

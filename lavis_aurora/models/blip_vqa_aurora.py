@@ -22,6 +22,7 @@ from lavis_aurora.encoders.visual import encode_visual, visual_input
 from lavis_aurora.errors import AuroraError, near_names
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.aurora_base import AuroraBase
+from lavis_aurora.models.evaluating import evaluating
 from lavis_aurora.paths import package_file
 from lavis_aurora.vqa.decoder import CachedDecoder, NoNan
 from lavis_aurora.vqa.ranking import AnswerList, rank_answers
@@ -65,6 +66,13 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
     def __init__(self, cfg: VqaAuroraConfig) -> None:
         vision = build_vision_encoder(cfg)
         encoder = build_text_encoder(cfg, vision.vision_width)
+        width = encoder.config.hidden_size
+        if width != encoder.config.encoder_width:
+            raise AuroraError(
+                f"model.med_config_path: {cfg.med_config_path} has hidden_size {width} and encoder_width "
+                f"{encoder.config.encoder_width}; the answer decoder attends to questions as the encoder to images, "
+                f"so they must be equal"
+            )
         decoder = CachedDecoder.from_config(OmegaConf.structured(cfg))
         fuse_text(decoder.bert, attends_to_images=False)
         # LAVIS calls this class method in its constructor, without telling it the tokenizer's name.
@@ -166,7 +174,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         prompt: str = "",
         **_kwargs,
     ) -> list[str]:
-        """Answers to questions, one each.
+        """Answers to questions, one each, in eval mode; a model in training stays in training.
 
         Args:
             samples: ``image`` (batch, 3, height, width) or ``video`` (batch, 3, frames, height, width), and
@@ -196,15 +204,16 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         self._check_questions(questions, visual)
         if prompt:
             questions = [prompt.replace("{}", question) for question in questions]
-        return super().predict_answers(
-            {**samples, "image": visual, "text_input": questions},
-            num_beams=num_beams,
-            inference_method=inference_method,
-            max_len=max_len,
-            min_len=min_len,
-            num_ans_candidates=num_ans_candidates,
-            answer_list=answer_list,
-        )
+        with evaluating(self):
+            return super().predict_answers(
+                {**samples, "image": visual, "text_input": questions},
+                num_beams=num_beams,
+                inference_method=inference_method,
+                max_len=max_len,
+                min_len=min_len,
+                num_ans_candidates=num_ans_candidates,
+                answer_list=answer_list,
+            )
 
     @staticmethod
     def _check_questions(questions: Sequence[str], visual: Tensor) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import wraps
 from typing import Any
 
 from lavis.common.registry import registry
@@ -27,8 +28,12 @@ from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.mode_approx.teacher import momentum_copies, restart_teacher
 from lavis_aurora.models.adapter_owner import load_configured_adapter, registered_name
 from lavis_aurora.models.aurora_base import AuroraBase
+from lavis_aurora.models.evaluating import evaluating
 from lavis_aurora.models.run_state import RunState
 from lavis_aurora.paths import package_file
+
+# By these LAVIS's tasks evaluate a model.
+SCORING = ("compute_sim_matrix", "generate", "predict", "predict_answers")
 
 
 @registry.register_model("mode_approx")
@@ -36,7 +41,8 @@ class ModeApproxModel(RunState, BaseModel):
     """A LAVIS model whose attention projections are tuned by mode approximation (paper 3.2), all else frozen.
 
     The model stands at ``base`` as LAVIS built it: ``forward``, ``predict``, ``generate``, ``compute_sim_matrix``,
-    ``tokenizer`` and whatever else a task asks for are the base's own. Keys of the state dict are ``base.`` and
+    ``tokenizer`` and whatever else a task asks for are the base's own; what scores or answers does so in eval mode,
+    and a model in training stays in training. Keys of the state dict are ``base.`` and
     LAVIS's key, and ``base.mode_approx.`` for the factors; checkpoints of the base load by ``load_checkpoint``,
     unmodified.
 
@@ -70,6 +76,7 @@ class ModeApproxModel(RunState, BaseModel):
         for head in heads:
             head.requires_grad_(True)
         self.base = base
+        self.training = base.training
         self.heads = heads
         self.settings = ModeApproxModelConfig(
             base={"arch": registered_name(base)}, mode_approx=config, modules_to_save=modules_to_save
@@ -153,15 +160,16 @@ class ModeApproxModel(RunState, BaseModel):
         except AttributeError:
             if name == "base":
                 raise
-            return getattr(self.base, name)
+            value = getattr(self.base, name)
+            return self._in_eval_mode(value) if name in SCORING else value
 
-    def train(self, mode: bool = True) -> ModeApproxModel:
-        """torch's, but frozen batch normalisation (CLIP's ResNet) keeps its running statistics."""
-        super().train(mode)
-        for module in self.base.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train(mode and any(p.requires_grad for p in module.parameters()))
-        return self
+    def _in_eval_mode(self, method: Callable) -> Callable:
+        @wraps(method)
+        def scoring(*args, **kwargs) -> Any:
+            with evaluating(self):
+                return method(*args, **kwargs)
+
+        return scoring
 
     def forward(self, *args, **kwargs) -> Any:
         """The base's, e.g. ``model(samples)["loss"]``."""

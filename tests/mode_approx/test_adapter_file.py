@@ -227,17 +227,26 @@ def test_another_base_can_be_taken_all_the_same(saved):
     assert torch.equal(other.mode_approx.sets["default"].P, saved[0].mode_approx.sets["default"].P)
 
 
-def test_the_base_is_hashed_once_while_it_stays_the_same(saved, tmp_path, monkeypatch):
-    model, _ = saved
-    hashed = []
-    original = adapter_file.hashlib.sha256
-    monkeypatch.setattr(adapter_file.hashlib, "sha256", lambda *data: hashed.append(data) or original(*data))
+def edit_data(weight):
+    weight.data[0, 0] += 1
+
+
+def edit_by_numpy(weight):
+    weight.detach().numpy()[0, 0] += 1
+
+
+@pytest.mark.parametrize("change", [edit_data, edit_by_numpy])
+def test_a_base_that_was_changed_in_place_is_another(saved, tmp_path, change):
+    model, folder = saved
+    load_adapter(model, folder)
     before = adapter_file.base_hash(model)
-    save_adapter(model, tmp_path / "again")
-    assert len(hashed) == 1  # of the tensors' file
-    with torch.no_grad():
-        model.key.adapted_weight[0, 0] += 1
+    change(model.key.adapted_weight)
     assert adapter_file.base_hash(model) != before
+    with pytest.raises(AuroraError, match="it was tuned on other weights"):
+        load_adapter(model, folder)
+    save_adapter(model, tmp_path / "changed")
+    with pytest.raises(AuroraError, match="it was tuned on other weights"):
+        load_adapter(adapted_toy(), tmp_path / "changed")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lavis_aurora import AuroraError, ModeApproxConfig, inject_mode_approx
+from lavis_aurora import AuroraError, ModeApproxConfig, inject_mode_approx, merge_adapter
 from lavis_aurora.mode_approx import ModeApproxLinear
 from lavis_aurora.mode_approx.inject import find_targets
 
@@ -173,3 +173,18 @@ def test_whoever_reads_the_weight_itself_gets_the_update():
     torch.testing.assert_close(one, two)
     with factors.disabled():
         assert model.query.weight is plain
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_every_module_has_the_models_mode(training):
+    model = nn.ModuleDict({"a": Tower(), "self_attn": nn.MultiheadAttention(4, 2)}).train(training)
+    factors = inject_mode_approx(model, ModeApproxConfig(rank=2))
+    factors.add_set("other", ModeApproxConfig(rank=2))
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_a_model_that_was_in_eval_mode_scores_with_a_merged_adapter():
+    model = Tower().eval()
+    inject_mode_approx(model, ModeApproxConfig(rank=2))
+    merge_adapter(model)
+    model(torch.ones(1, 8), torch.ones(1, 6))

@@ -181,7 +181,7 @@ def test_forward_and_everything_else_is_the_bases():
     for key in ("loss", "loss_itc", "loss_itm"):
         torch.testing.assert_close(ours[key], theirs[key])
     assert wrapped.tokenizer is wrapped.base.tokenizer
-    assert wrapped.compute_sim_matrix.__self__ is wrapped.base
+    assert wrapped.compute_sim_matrix.__wrapped__.__self__ is wrapped.base
     assert wrapped.device == plain.device
     with pytest.raises(AttributeError, match="no_such_thing"):
         wrapped.no_such_thing  # noqa: B018
