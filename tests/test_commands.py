@@ -1,6 +1,5 @@
 """The command ``lavis-aurora``: inspect, merge, targets, configs."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from tiny import activate, project_yaml, tiny_model
+from toy import rewrite_adapter
 
 from lavis_aurora import AuroraError, save_adapter
 from lavis_aurora.commands import inspect, merge, targets
@@ -108,8 +108,7 @@ def test_merge_needs_the_base_and_leaves_nothing_half_done(adapter, tmp_path, fa
 
 
 def test_merge_of_an_adapter_that_does_not_name_its_model(adapter, tmp_path):
-    config = adapter / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "model": {}}))
+    rewrite_adapter(adapter, model={})
     with pytest.raises(AuroraError, match="does not name its model; use merged_state_dict"):
         merge(str(adapter), str(tmp_path / "merged.pth"))
 
