@@ -143,9 +143,7 @@ def _take_adapter_settings(user: DictConfig) -> None:
     if folder is None or not keys:
         return
     try:
-        settings = adapter_settings(
-            registry.get_model_class(user.model.arch), read_adapter_config(str(folder)).model
-        )
+        settings = adapter_settings(registry.get_model_class(user.model.arch), read_adapter_config(str(folder)).model)
     except AuroraError as error:
         raise AuroraError(f"model.adapter: {error}") from error
     user.model = OmegaConf.merge({key: settings[key] for key in keys if key in settings}, user.model)

@@ -1,5 +1,6 @@
 """The command ``lavis-aurora``: inspect, merge, targets, configs."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,17 @@ def test_inspect_what_is_none(tmp_path, adapter, failing):
     assert "is the folder of a run; name one of its adapters: adapter_best" in failing("inspect", tmp_path)
     (tmp_path / "text.pth").write_text("hello")
     assert "is not a readable checkpoint" in failing("inspect", tmp_path / "text.pth")
+
+
+def test_inspect_shows_names_and_does_not_act_by_them(adapter, tmp_path, capsys):
+    said = json.loads((adapter / "adapter_config.json").read_text())
+    rewrite_adapter(adapter, model={**said["model"], "arch": "\x1b[2Jarch"}, metrics={"\x07": 1.0})
+    save_file({"layer.\x1b]0;title\x07\nrow": torch.zeros(3)}, tmp_path / "a.safetensors")
+    for path in (adapter, tmp_path / "a.safetensors"):
+        main(["inspect", str(path)])
+    out = capsys.readouterr().out
+    assert r"\x1b[2Jarch" in out and r"layer.\x1b]0;title\x07\nrow" in out
+    assert out.replace("\n", "").isprintable()
 
 
 # merge; that plain LAVIS loads the file and scores alike is tested in models/test_adapter_owner.py, and with the
