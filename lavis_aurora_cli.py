@@ -65,6 +65,8 @@ def command_parser() -> argparse.ArgumentParser:
     one.add_argument("adapter", metavar="FOLDER", help="an adapter folder; its gate.form must be none")
     one.add_argument("output", metavar="FILE", help="the checkpoint to write, e.g. merged.pth")
     one.add_argument("--pretrained", help="file or URL of the backbone, instead of that of the model's type")
+    one.add_argument("--tokenizer", help="hub name or folder of the tokenizer, likewise")
+    one.add_argument("--med-config-path", help="configuration of the text tower, likewise")
     one.set_defaults(action=_merge)
 
     one = commands.add_parser("targets", help="which weights of a model would be adapted")
@@ -108,25 +110,33 @@ def _run(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from lavis_aurora.commands import inspect
 
-    print(inspect(args.path))
+    _show(inspect(args.path))
 
 
 def _merge(args: argparse.Namespace) -> None:
     from lavis_aurora.commands import merge
 
-    print(merge(args.adapter, args.output, args.pretrained))
+    sources = {key: getattr(args, key) for key in ("pretrained", "tokenizer", "med_config_path")}
+    _show(merge(args.adapter, args.output, **sources))
 
 
 def _targets(args: argparse.Namespace) -> None:
     from lavis_aurora.commands import targets
 
-    print(targets(args.model, args.model_type))
+    _show(targets(args.model, args.model_type))
 
 
 def _compare(args: argparse.Namespace) -> None:
     from lavis_aurora.paper.compare import compare
 
-    print(compare(args.results, args.benchmark, args.table))
+    _show(compare(args.results, args.benchmark, args.table))
+
+
+def _show(text: str) -> None:
+    """Print what may hold names from files."""
+    from lavis_aurora.errors import printable
+
+    print(printable(text, keep="\n"))
 
 
 def configs(names: Sequence[str] = (), folder: str = ".") -> str:

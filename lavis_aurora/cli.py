@@ -20,7 +20,7 @@ from lavis.common.logger import setup_logger
 from lavis.common.registry import registry
 
 import lavis_aurora.register  # noqa: F401
-from lavis_aurora.errors import AuroraError
+from lavis_aurora.errors import AuroraError, printable
 from lavis_aurora.project import AuroraConfig
 from lavis_aurora.training.checkpointing import run_to_resume
 from lavis_aurora.training.lavis_tasks import runnable_task
@@ -75,11 +75,19 @@ def _job_id(cfg: AuroraConfig) -> str:
     return name[0]
 
 
+def _printable_record(record: logging.LogRecord) -> bool:
+    """Let names from files show in the log, and not act on the terminal."""
+    record.msg, record.args = printable(record.getMessage(), keep="\n\t"), ()
+    return True
+
+
 def run_config(cfg: AuroraConfig) -> None:
     """Build task, data, model and runner as configured, and run."""
     run = cfg.run_cfg
     _set_up_processes(run)
     setup_logger()
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_printable_record)
     job_id = _job_id(cfg)
     _set_seeds(run.seed + get_rank())
     task = runnable_task(registry.get_task_class(run.task)).setup_task(cfg=cfg)

@@ -14,13 +14,13 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.errors import AuroraError, near_names, printable
 from lavis_aurora.files import written_whole
 from lavis_aurora.loading import load_model_and_preprocess
 from lavis_aurora.mode_approx import merged_state_dict
 from lavis_aurora.mode_approx.adapted import adapted_layers, factors_of
 from lavis_aurora.mode_approx.adapter_config import AdapterConfig
-from lavis_aurora.mode_approx.adapter_file import CONFIG, TENSORS, read_adapter, read_adapter_config
+from lavis_aurora.mode_approx.adapter_read import CONFIG, TENSORS, read_adapter, read_adapter_config
 from lavis_aurora.models.checkpoint import read_state_dict
 from lavis_aurora.models.plain_lavis import how_to_load
 from lavis_aurora.paths import package_file
@@ -65,6 +65,8 @@ def _describe(config: AdapterConfig) -> list[str]:
         numbers = (f"{k} {v:.4g}".strip() if isinstance(v, (int, float)) else f"{k} {v}" for k, v in shown.items())
         lines[f"metrics: {key}"] = ", ".join(text for text in numbers if not re.search("chance|_itc_", text))
     lines["written by"] = ", ".join(f"{key} {value}" for key, value in config.versions.items())
+    if config.format == 1:
+        lines["checksum"] = "of the tensors alone (an older version's); load and save the adapter to cover all"
     return [f"{key:<16} {value}" for key, value in lines.items()]
 
 
@@ -81,7 +83,7 @@ def _tensor_table(tensors: Mapping[str, Tensor]) -> str:
     """Counts by name; numbers in names are left out, so that layers of a kind share a row."""
     rows: dict[tuple, list[int]] = defaultdict(list)
     for name, tensor in sorted(tensors.items()):  # the order in a safetensors file means nothing
-        key = (_without_numbers(name), _shape(tensor), str(tensor.dtype).removeprefix("torch."))
+        key = (printable(_without_numbers(name)), _shape(tensor), str(tensor.dtype).removeprefix("torch."))
         rows[key].append(tensor.numel())
     width = max((len(name) for name, _, _ in rows), default=4)
     lines = [f"{'name':<{width}}  {'shape':<14}{'dtype':<10}{'tensors':>8}{'numbers':>14}"]
@@ -102,8 +104,13 @@ def _shape(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "number"
 
 
-def merge(adapter: str, output: str, pretrained: str | None = None) -> str:
+def merge(adapter: str, output: str, **sources: str | None) -> str:
     """Write a checkpoint that LAVIS's own model loads; what to do with it, as text.
+
+    Args:
+        adapter: a folder.
+        output: the file to write.
+        sources: ``pretrained``, ``tokenizer``, ``med_config_path`` of :func:`load_model_and_preprocess`.
 
     Raises:
         AuroraError: the file is there already, the adapter has gates, or backbone and adapter do not fit.
@@ -114,7 +121,7 @@ def merge(adapter: str, output: str, pretrained: str | None = None) -> str:
     arch = described.get("arch")
     if arch is None:
         raise AuroraError(f"{adapter} does not name its model; use merged_state_dict(model) in Python")
-    model, _, _ = load_model_and_preprocess(arch, is_eval=True, adapter=adapter, pretrained=pretrained)
+    model, _, _ = load_model_and_preprocess(arch, is_eval=True, adapter=adapter, **sources)
     state = merged_state_dict(model)
     with written_whole(output) as file:
         torch.save({"model": state}, file)

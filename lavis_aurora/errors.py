@@ -7,12 +7,33 @@ from collections.abc import Iterable
 
 
 class AuroraError(ValueError):
-    """Input that cannot be used. The message names the file or key, the problem and the remedy."""
+    """Input that cannot be used. The message names the file or key, the problem and the remedy.
+
+    Names in it may come from a stranger's file; they cannot act on the terminal, see :func:`printable`.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message), keep="\n\t"))
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""The text with whatever does not show as it is escaped: control characters, ANSI escapes, direction marks.
+
+    >>> printable("a\x1b[2Jb")
+    'a\\x1b[2Jb'
+
+    Args:
+        text: of any origin.
+        keep: characters that stay as they are, e.g. line breaks.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def near_names(name: str, known: Iterable[str], limit: int = 3) -> str:
     """'; did you mean 'rank'?' for the known names closest to ``name``, or '; known: ...' if none is near."""
-    known = sorted(known)
+    known = sorted(map(printable, known))
     near = difflib.get_close_matches(name, known, n=limit, cutoff=0.6)
     if near:
         return f"; did you mean {' or '.join(repr(n) for n in near)}?"
@@ -25,6 +46,6 @@ def some(names: Iterable[str], limit: int = 4, separator: str = ", ") -> str:
     >>> some("abcdef")
     'a, b, c, d and 2 more'
     """
-    names = list(names)
+    names = list(map(printable, names))
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return separator.join(names[:limit]) + more

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import lavis.models
 import torch
 from lavis.common.registry import registry
 from lavis.models import load_preprocess
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lavis_aurora.errors import AuroraError, near_names
-from lavis_aurora.mode_approx.adapter_file import read_adapter_config
+from lavis_aurora.mode_approx.adapter_read import CONFIG, read_adapter_config
+from lavis_aurora.models.adapter_settings import adapter_settings, check_preprocess, type_settings
+
+SOURCES = ("pretrained", "tokenizer", "med_config_path")
 
 
 def load_model_and_preprocess(
@@ -22,6 +27,8 @@ def load_model_and_preprocess(
     device: str | torch.device = "cpu",
     adapter: str | Path | None = None,
     pretrained: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    med_config_path: str | Path | None = None,
 ) -> tuple[nn.Module, dict, dict]:
     """Load a model registered with LAVIS and its processors.
 
@@ -32,7 +39,10 @@ def load_model_and_preprocess(
         is_eval: put the model in eval mode.
         device: where to put it.
         adapter: folder of an adapter to load; type, settings and processors are then those that it was tuned with.
+            It is data: nothing of what follows is taken from it.
         pretrained: file or URL of the backbone instead of the type's own; for models of this package.
+        tokenizer: hub name or folder of the tokenizer, likewise.
+        med_config_path: configuration of the text tower, likewise.
 
     Returns:
         model, vision processors and text processors (both by ``train`` and ``eval``).
@@ -55,18 +65,46 @@ def load_model_and_preprocess(
     if name != "mode_approx" and model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:
         known = cls.PRETRAINED_MODEL_CONFIG_DICT
         raise AuroraError(f"{name}: no model type {model_type!r}{near_names(str(model_type), known)}")
-    if adapter is None and pretrained is None:
+    sources = {"pretrained": pretrained, "tokenizer": tokenizer, "med_config_path": med_config_path}
+    sources = {key: str(value) for key, value in sources.items() if value is not None}
+    if adapter is None and not sources:
         return lavis.models.load_model_and_preprocess(name, model_type, is_eval=is_eval, device=device)
     if not hasattr(cls, "CONFIG_CLASS"):
-        raise AuroraError(f"{name} takes neither adapter nor pretrained; it is not of this package")
+        raise AuroraError(f"{name} takes neither adapter nor {', '.join(SOURCES)}; it is not of this package")
     type_defaults = getattr(cls, "type_defaults", None)
     cfg = OmegaConf.load(cls.default_config_path(model_type)) if type_defaults is None else type_defaults(model_type)
-    cfg.model = OmegaConf.merge(cfg.model, described.get("settings") or {})
+    preprocess = described.get("preprocess") or cfg.preprocess
     if adapter is not None:
+        with _named(adapter):
+            cfg.model = OmegaConf.merge(cfg.model, adapter_settings(cls, described))
+            check_preprocess(described.get("preprocess") or {})
         cfg.model.adapter = str(adapter)
-    if pretrained is not None:
-        backbone = cfg.model.base if "base" in cfg.model else cfg.model
-        backbone.update(pretrained=str(pretrained), load_finetuned=False)
+    _set_sources(cfg.model, sources)
+    try:
+        processors = load_preprocess(OmegaConf.create(preprocess))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise AuroraError(f"{adapter or name}: the processors cannot be made ({error})") from error
     model = cls.from_config(cfg.model).to(device)
-    processors = load_preprocess(OmegaConf.create(described.get("preprocess") or cfg.preprocess))
     return (model.eval() if is_eval else model, *processors)
+
+
+@contextmanager
+def _named(adapter: str | Path) -> Iterator[None]:
+    """Errors say which adapter's file they are of."""
+    try:
+        yield
+    except AuroraError as error:
+        raise AuroraError(f"{Path(adapter) / CONFIG}: {error}") from error
+
+
+def _set_sources(model: DictConfig, sources: Mapping[str, str]) -> None:
+    """Put what the user names in the place of the type's own weights, tokenizer and text configuration."""
+    backbone = model.base if "base" in model else model
+    cls = registry.get_model_class(backbone.arch)
+    if not hasattr(cls, "CONFIG_CLASS"):
+        known = {"pretrained", *type_settings(cls, backbone.get("model_type"))}
+        for key in sources.keys() - known:
+            raise AuroraError(f"{key}: {backbone.arch} takes none; leave it out")
+    backbone.update(sources)
+    if "pretrained" in sources:
+        backbone.load_finetuned = False

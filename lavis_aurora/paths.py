@@ -3,7 +3,7 @@
 - ``AURORA_DATA``: folder of annotations, pictures and videos (LAVIS's relative ``storage`` paths start there)
   and, under ``weights``, of downloaded checkpoints. Without it, data are looked for in ``./data`` and
   checkpoints go to torch's own cache.
-- ``${aurora.package:NAME}`` in a YAML is the path of a file that comes with this package.
+- ``${aurora.package:NAME}`` in a YAML is the path of a file that comes with this package, and of no other.
 """
 
 from __future__ import annotations
@@ -16,12 +16,22 @@ import torch
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
+from lavis_aurora.errors import AuroraError
+
 PACKAGE_ROOT = Path(__file__).resolve().parent
 
 
 def package_file(name: str) -> str:
-    """Absolute path of a file in the installed package, e.g. ``configs/models/tiny/vocab.txt``."""
-    return str(PACKAGE_ROOT / name)
+    """Absolute path of a file in the installed package, e.g. ``configs/models/tiny/vocab.txt``.
+
+    Raises:
+        AuroraError: the name leads out of the package.
+    """
+    # Not resolved: ``projects`` is a link where the package is installed editable.
+    path = os.path.normpath(PACKAGE_ROOT / name)
+    if not Path(path).is_relative_to(PACKAGE_ROOT):
+        raise AuroraError(f"aurora.package:{name} is not in the package; name a file of it, or a path of your own")
+    return path
 
 
 def data_root() -> Path:

@@ -16,7 +16,8 @@ from lavis_aurora.config import RunConfig
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.data.dataset_keys import check_dataset_keys, check_processor_keys
 from lavis_aurora.errors import AuroraError, near_names
-from lavis_aurora.mode_approx.adapter_file import read_adapter_config
+from lavis_aurora.mode_approx.adapter_read import read_adapter_config
+from lavis_aurora.models.adapter_settings import adapter_settings
 
 SECTIONS = ("datasets", "model", "run")
 
@@ -142,7 +143,7 @@ def _take_adapter_settings(user: DictConfig) -> None:
     if folder is None or not keys:
         return
     try:
-        settings = read_adapter_config(str(folder)).model.get("settings") or {}
+        settings = adapter_settings(registry.get_model_class(user.model.arch), read_adapter_config(str(folder)).model)
     except AuroraError as error:
         raise AuroraError(f"model.adapter: {error}") from error
     user.model = OmegaConf.merge({key: settings[key] for key in keys if key in settings}, user.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from tiny import project_yaml, tiny_model
 
+from lavis_aurora.cli import _printable_record
 from lavis_aurora.project import load_config
 from lavis_aurora_cli import evaluate, main, train
 
@@ -401,3 +403,9 @@ def test_a_real_process_prints_that_line_and_nothing_else(tmp_path: Path) -> Non
     assert (done.returncode, done.stdout) == (1, "")
     [line] = done.stderr.splitlines()
     assert line.startswith(f"error: {path}: no such file")
+
+
+def test_lines_of_the_log_do_not_act_on_the_terminal():
+    record = logging.LogRecord("x", logging.INFO, "x.py", 1, "skipped %s\n%d in all", ("a\x1b[2J.mp4", 3), None)
+    assert _printable_record(record)
+    assert record.getMessage() == "skipped a\\x1b[2J.mp4\n3 in all"

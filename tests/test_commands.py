@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from tiny import activate, project_yaml, tiny_model
+from toy import rewrite_adapter
 
 from lavis_aurora import AuroraError, save_adapter
 from lavis_aurora.commands import inspect, merge, targets
@@ -91,6 +92,17 @@ def test_inspect_what_is_none(tmp_path, adapter, failing):
     assert "is not a readable checkpoint" in failing("inspect", tmp_path / "text.pth")
 
 
+def test_inspect_shows_names_and_does_not_act_by_them(adapter, tmp_path, capsys):
+    said = json.loads((adapter / "adapter_config.json").read_text())
+    rewrite_adapter(adapter, model={**said["model"], "arch": "\x1b[2Jarch"}, metrics={"\x07": 1.0})
+    save_file({"layer.\x1b]0;title\x07\nrow": torch.zeros(3)}, tmp_path / "a.safetensors")
+    for path in (adapter, tmp_path / "a.safetensors"):
+        main(["inspect", str(path)])
+    out = capsys.readouterr().out
+    assert r"\x1b[2Jarch" in out and r"layer.\x1b]0;title\x07\nrow" in out
+    assert out.replace("\n", "").isprintable()
+
+
 # merge; that plain LAVIS loads the file and scores alike is tested in models/test_adapter_owner.py, and with the
 # YAML that is printed in models/test_plain_lavis.py
 
@@ -108,8 +120,7 @@ def test_merge_needs_the_base_and_leaves_nothing_half_done(adapter, tmp_path, fa
 
 
 def test_merge_of_an_adapter_that_does_not_name_its_model(adapter, tmp_path):
-    config = adapter / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "model": {}}))
+    rewrite_adapter(adapter, model={})
     with pytest.raises(AuroraError, match="does not name its model; use merged_state_dict"):
         merge(str(adapter), str(tmp_path / "merged.pth"))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
-from lavis_aurora.errors import near_names, some
+from lavis_aurora.errors import AuroraError, near_names, printable, some
 
 
 @pytest.mark.parametrize(
@@ -25,3 +27,24 @@ def test_some_names_the_first_and_counts_the_rest(names, options, expected):
 def test_near_names_or_else_all_are_named():
     assert near_names("rnak", ["seed", "rank"]) == "; did you mean 'rank'?"
     assert near_names("xyz", ["seed", "rank"]) == "; known: rank, seed"
+
+
+HOSTILE = "a\x1b[2Jb\x07\x9b\u202ec\ud800"
+SHOWN = r"a\x1b[2Jb\x07\x9b\u202ec\ud800"
+
+
+def test_what_does_not_show_as_it_is_is_escaped():
+    assert printable(HOSTILE) == SHOWN == printable(SHOWN)
+    assert printable("a\nb") == r"a\nb" and printable("a\nb", keep="\n") == "a\nb"
+    assert printable("猫 é 🐈") == "猫 é 🐈"
+
+
+def test_names_in_errors_cannot_act_on_the_terminal():
+    assert str(AuroraError(f"no such file: {HOSTILE}")) == f"no such file: {SHOWN}"
+    assert str(AuroraError("two\nlines")) == "two\nlines"
+    assert some([HOSTILE, "x\ny"]) == SHOWN + r", x\ny"
+    assert near_names("q", [HOSTILE]) == f"; known: {SHOWN}"
+
+
+def test_errors_travel_between_processes():
+    assert str(pickle.loads(pickle.dumps(AuroraError("told")))) == "told"

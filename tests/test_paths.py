@@ -1,9 +1,13 @@
 from pathlib import Path
 
+import pytest
 import torch
 from lavis.common.registry import registry
 from lavis.common.utils import get_cache_path
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from lavis_aurora import AuroraError
 from lavis_aurora.paths import data_root, package_file, use_data_root
 
 
@@ -27,3 +31,11 @@ def test_data_lie_under_aurora_data_or_the_current_directory(monkeypatch, tmp_pa
 def test_files_of_the_package_are_found_anywhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert Path(package_file("configs/models/tiny/vocab.txt")).is_file()
+
+
+@pytest.mark.parametrize("name", ["../..", "configs/../../x", "/etc/passwd", ".."])
+def test_no_name_leads_out_of_the_package(name):
+    with pytest.raises(AuroraError, match=f"aurora.package:{name} is not in the package"):
+        package_file(name)
+    with pytest.raises(OmegaConfBaseException, match="is not in the package"):
+        OmegaConf.create({"a": f"${{aurora.package:{name}}}"}).a  # noqa: B018

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
 
 import torch
 from lavis.models.base_model import MomentumDistilationMixin
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lavis_aurora import ModeApproxConfig, inject_mode_approx
 from lavis_aurora.mode_approx import bind_companions
+from lavis_aurora.mode_approx.adapter_read import CONFIG, METADATA, TENSORS, tensors_hash
 
 TARGETS = ["qkv", "query", "key"]
 
@@ -98,3 +104,20 @@ def train_steps(model: nn.Module, first: int, last: int) -> None:
 
 def inputs(count: int = 5) -> Tensor:
     return torch.randn(count, 8, generator=torch.Generator().manual_seed(2))
+
+
+def rewrite_adapter(folder: Path, tensors: dict[str, Tensor] | None = None, **changes: Any) -> None:
+    """Change keys or tensors of an adapter folder as a stranger would: with checksums that fit."""
+    tensors = load_file(folder / TENSORS) if tensors is None else tensors
+    data = {**json.loads((folder / CONFIG).read_text()), "tensors_sha256": tensors_hash(tensors), **changes}
+    text = json.dumps(data)
+    (folder / CONFIG).write_text(text)
+    save_file(tensors, folder / TENSORS, {METADATA: text})
+
+
+def as_format_1(folder: Path, **changes: Any) -> None:
+    """Make an adapter folder one of the older version, with ``changes`` of its keys."""
+    save_file(load_file(folder / TENSORS), folder / TENSORS)
+    digest = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
+    data = {**json.loads((folder / CONFIG).read_text()), "format": 1, "tensors_sha256": digest, **changes}
+    (folder / CONFIG).write_text(json.dumps(data))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -27,9 +28,24 @@ def parse_config(cls: type[Config], cfg: DictConfig | Mapping[str, Any], prefix:
     """
     if isinstance(cfg, cls):
         return cfg
+    with _named_errors(cls, cfg, prefix):
+        return OmegaConf.to_object(check_types(cls, cfg, prefix))
+
+
+def check_types(cls: type, cfg: DictConfig | Mapping[str, Any], prefix: str) -> DictConfig:
+    """``cfg`` over the defaults of ``cls``, every key and type checked, but not yet whether the values can be used.
+
+    Args and errors as of :func:`parse_config`.
+    """
+    with _named_errors(cls, cfg, prefix):
+        return OmegaConf.merge(OmegaConf.structured(cls), cfg)
+
+
+@contextmanager
+def _named_errors(cls: type, cfg: DictConfig | Mapping[str, Any], prefix: str) -> Iterator[None]:
+    """One AuroraError with the key's whole name, whatever omegaconf raises."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), cfg)
-        return OmegaConf.to_object(merged)
+        yield
     except AuroraError as error:
         # A part that checks itself does not know where in the YAML it stands.
         raise error if str(error).startswith(prefix) else AuroraError(f"{prefix}.{error}") from None

@@ -36,8 +36,8 @@ class ModeApproxConfig:
     targets: Any = None
 
     def __post_init__(self) -> None:
-        require(self.rank >= 1, "mode_approx.rank", self.rank, "1 or more")
-        require(self.scale > 0, "mode_approx.scale", self.scale, "above 0")
+        require(1 <= self.rank <= 2**14, "mode_approx.rank", self.rank, "1 or more, and at most 16384")
+        require(0 < self.scale <= 1e6, "mode_approx.scale", self.scale, "above 0, and at most 1e6")
         one_of("mode_approx.sharing", self.sharing, SHARINGS)
         require(0 <= self.dropout < 1, "mode_approx.dropout", self.dropout, "0 or more and below 1")
         if self.targets is not None:

@@ -117,6 +117,10 @@ class BlipAuroraConfig:
             self.image_size,
             f"a multiple of the patch size ({patch})",
         )
+        if self.vit is not None:
+            width, positions = self.vit.embed_dim, (self.image_size // patch) ** 2
+            weights = width * (12 * self.vit.depth * width + positions)
+            require(weights < 2**32, "model.vit", vars(self.vit), "of fewer than 4 billion weights; check the sizes")
         if self.load_finetuned and not self.finetuned:
             raise AuroraError(
                 "model.finetuned: missing although model.load_finetuned is true; name a checkpoint, or set "

@@ -30,6 +30,6 @@ def patterns(key: str, value: Any) -> list[str]:
     for pattern in regexes:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise AuroraError(f"{key}: {pattern!r} is no regular expression ({error})") from None
     return list(regexes)

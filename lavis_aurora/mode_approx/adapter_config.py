@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Optional, get_type_hints
 
 from lavis_aurora.config import ModeApproxConfig
 from lavis_aurora.errors import AuroraError, near_names
 
-FORMAT = 1
+# Since 2, the tensors' file holds the text of this one, and tensors_sha256 is of the tensors, not of their file.
+FORMAT = 2
+READABLE = (1, FORMAT)
+
+# The largest number in the settings, by its key: beyond what models have. Nothing is allocated before it is checked.
+SIZES = {"image_size": 2**12, "max_txt_len": 2**12, "n_frms": 2**12, "depth": 2**9, "embed_dim": 2**14}
+LARGEST = 2**18
+# What a model says of itself, where it says it.
+DESCRIPTION = {"arch": str, "model_type": str, "settings": dict, "preprocess": dict, "text_config": dict}
 
 
 @dataclass
@@ -20,7 +28,8 @@ class BaseConfig:
 
     Attributes:
         sha256: of the weights that the adapter updates, see :func:`~lavis_aurora.mode_approx.adapter_file.base_hash`.
-        name: file or URL of its checkpoint; null for weights that came from nowhere else.
+        name: ARCH/TYPE for the weights of a registered model; null for others. No file or URL: a folder that is
+            shared must not tell where its owner's files lie, nor decide what others fetch.
         dtype: of these weights, see :func:`~lavis_aurora.mode_approx.adapter_file.base_dtype`; the hash differs with
             it. Files that do not say it are of models in single precision.
     """
@@ -28,6 +37,12 @@ class BaseConfig:
     sha256: str
     name: Optional[str] = None
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise AuroraError(f"base.sha256: {self.sha256!r} is no hash")
+        if not re.fullmatch(r"\w+(\+\w+)*", self.dtype):
+            raise AuroraError(f"base.dtype: {self.dtype!r} is no type of weights")
 
 
 @dataclass
@@ -38,8 +53,9 @@ class AdapterConfig:
         mode_approx: rank and scale.
         slots: (d_in, d_out) of each slot, in the order of the rows of P and lambda.
         base: the backbone.
-        tensors_sha256: of the file ``adapter_model.safetensors`` that belongs to this one.
-        model: what the model says of itself: for those of this package arch, model_type, settings, preprocess.
+        tensors_sha256: of the tensors in ``adapter_model.safetensors`` that belong to these settings.
+        model: what the model says of itself: for those of this package arch, model_type, settings, preprocess,
+            vocabulary_sha256 and text_config.
         metrics: measured with this adapter, by name.
         versions: of the packages that wrote it.
         format: of this file.
@@ -55,20 +71,32 @@ class AdapterConfig:
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        if self.format != FORMAT:
+        if self.format not in READABLE:
             raise AuroraError(f"format: {self.format} is not {FORMAT}, which this version reads; update lavis_aurora")
+        if not self.slots:
+            raise AuroraError("slots: there are none; an adapter updates at least one weight")
         for slot, shape in self.slots.items():
-            if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
-                raise AuroraError(f"slots.{slot}: {shape!r} is not [d_in, d_out]")
+            sizes = shape if isinstance(shape, list) and len(shape) == 2 else [0]
+            if not all(type(n) is int and 0 < n <= LARGEST for n in sizes):
+                raise AuroraError(f"slots.{slot}: {shape!r} is not [d_in, d_out] of at most {LARGEST}")
+        for key, kind in DESCRIPTION.items():
+            if not isinstance(self.model.get(key), (kind, type(None))):
+                raise AuroraError(f"model.{key}: {self.model[key]!r} is not a {kind.__name__}")
+        for key, value in _leaves(self.model, "model"):
+            largest = SIZES.get(key.rpartition(".")[2], LARGEST)
+            if isinstance(value, (int, float)) and not abs(value) <= largest:
+                raise AuroraError(f"{key}: {value!r} cannot be used; it must be at most {largest}")
 
     def to_json(self) -> str:
         """The file's text; :meth:`from_json` gives back an equal configuration.
 
         Raises:
-            AuroraError: a metric or a setting is no JSON value.
+            AuroraError: a metric or a setting is no JSON value, or would not be read back.
         """
+        data = asdict(self)
+        _check_strings(data)
         try:
-            text = json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
+            text = json.dumps(data, indent=1, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
             raise AuroraError(f"the adapter's settings and metrics must be plain JSON values ({error})") from error
         # A slot on one line, not on four.
@@ -79,13 +107,40 @@ class AdapterConfig:
         """Read and check the file's text.
 
         Raises:
-            AuroraError: not JSON, an unknown or missing key, or a value of another type.
+            AuroraError: not JSON, an unknown or missing key, or a value of another type or beyond reason.
         """
         try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise AuroraError(f"not a JSON file ({error})") from error
+            data = json.loads(text, parse_constant=_refuse_constant)
+            _check_strings(data)
+        except AuroraError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise AuroraError(f"not a JSON file of an adapter ({error})") from error
         return _parse(cls, data, "")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in a JSON value by its dotted key; of a section, its keys too."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield key or "the file", name
+            yield from _leaves(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _leaves(part, key)
+    else:
+        yield key, value
+
+
+def _check_strings(data: Any) -> None:
+    """An adapter is data: what OmegaConf would resolve or take for missing is refused, wherever it stands."""
+    for key, value in _leaves(data):
+        if isinstance(value, str) and ("${" in value or value == "???"):
+            raise AuroraError(f"{key}: {value!r} cannot be used; an adapter is data and nothing in it is resolved")
 
 
 def _parse(cls: type, data: Any, prefix: str) -> Any:

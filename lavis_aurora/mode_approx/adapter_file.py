@@ -13,19 +13,24 @@ from typing import Any, Protocol, runtime_checkable
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lavis_aurora.errors import AuroraError, some
 from lavis_aurora.files import written_whole
 from lavis_aurora.mode_approx.adapted import adapted_layers, factors_of
 from lavis_aurora.mode_approx.adapter_config import AdapterConfig, BaseConfig
+from lavis_aurora.mode_approx.adapter_read import (
+    CONFIG,
+    FACTORS,
+    METADATA,
+    TENSORS,
+    dtype_name,
+    read_adapter,
+    tensors_hash,
+)
 from lavis_aurora.mode_approx.companions import switch_companions
 from lavis_aurora.mode_approx.factors import BASE, INTERNAL, ModeFactors
 from lavis_aurora.version import __version__
-
-TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-FACTORS = "factors"
 
 
 @runtime_checkable
@@ -36,7 +41,7 @@ class AdapterOwner(Protocol):
         """What must be known to build the model again: JSON values, under ``model`` of the file."""
 
     def base_name(self) -> str | None:
-        """File or URL of the backbone's checkpoint; None if there is none."""
+        """ARCH/TYPE of the registered model whose backbone this is; None for other weights."""
 
     def adapter_differences(self, description: Mapping[str, Any]) -> list[str]:
         """How the model that ``description`` is of differs from this one, where an adapter cannot bridge it."""
@@ -73,18 +78,19 @@ def save_adapter(
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AuroraError(f"{key}: not finite; the adapter was not written to {folder}")
-    content = safetensors.torch.save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     owner = model if isinstance(model, AdapterOwner) else None
     config = AdapterConfig(
         mode_approx=factors.sets[name].config,
         slots={slot: list(shape) for slot, shape in factors.slots.items()},
         base=BaseConfig(base_hash(model), owner.base_name() if owner else None, base_dtype(model)),
-        tensors_sha256=hashlib.sha256(content).hexdigest(),
+        tensors_sha256=tensors_hash(tensors),
         model={**(owner.describe_adapter() if owner else {}), **(description or {})},
         metrics=dict(metrics or {}),
         versions={"lavis_aurora": __version__, "torch": torch.__version__, "python": platform.python_version()},
     )
     text = config.to_json()
+    content = safetensors.torch.save(tensors, {METADATA: text})
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,9 +130,11 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", ch
     config, tensors = read_adapter(folder)
     differences = _differences(model, factors, config, name, check_base)
     if not differences:
-        differences = _tensor_differences(factors, config, tensors)
+        differences = _tensor_differences(factors, tensors)
     if differences:
         raise AuroraError(f"{folder} does not fit this model: {some(differences, separator='; ')}")
+    if config.format == 1:
+        logging.warning("%s is of an older version: no checksum covers its settings; save it again", folder)
     if name not in factors.sets:
         factors.add_set(name, config.mode_approx).requires_grad_(False)
     with torch.no_grad():
@@ -148,40 +156,6 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", ch
         switch_companions(factors, name)
     if isinstance(model, AdapterOwner):
         model.adapter_loaded(name)
-
-
-def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Settings and tensors of an adapter folder.
-
-    Raises:
-        AuroraError: names the file and what is wrong with it.
-    """
-    config = read_adapter_config(folder)
-    path = Path(folder) / TENSORS
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise AuroraError(f"{path} cannot be read ({error.strerror}); save the adapter again") from error
-    if hashlib.sha256(content).hexdigest() != config.tensors_sha256:
-        raise AuroraError(f"{path} is not the file that {CONFIG} beside it belongs to; copy or save both again")
-    try:
-        return config, safetensors.torch.load(content)
-    except SafetensorError as error:
-        raise AuroraError(f"{path} is not a readable safetensors file ({error})") from error
-
-
-def read_adapter_config(folder: str | Path) -> AdapterConfig:
-    """Settings of an adapter folder, without its tensors."""
-    path = Path(folder) / CONFIG
-    if not path.is_file():
-        inner = sorted(found.parent.name for found in Path(folder).glob(f"adapter_*/{CONFIG}"))
-        if inner:
-            raise AuroraError(f"{folder} is the folder of a run; name one of its adapters: {', '.join(inner)}")
-        raise AuroraError(f"{folder} is no adapter folder: it has no {CONFIG}")
-    try:
-        return AdapterConfig.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, AuroraError) as error:
-        raise AuroraError(f"{path}: {error}") from error
 
 
 def adapter_tensors(factors: ModeFactors, name: str) -> dict[str, Tensor]:
@@ -268,37 +242,27 @@ def _base_differences(model: nn.Module, base: BaseConfig) -> list[str]:
     ]
 
 
-def _tensor_differences(factors: ModeFactors, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> list[str]:
-    """How the tensors differ from those that the settings announce, and from numbers."""
-    expected = {f"{FACTORS}.{key}": shape for key, shape in factor_shapes(config).items()}
-    standing = {
-        f"{group}.{path}": own
-        for group, part in factors.companions.items()
-        if group == "gate" or any(key.startswith(f"{group}.") for key in tensors)
-        for path, own in part.standing().items()
-    }
-    expected.update((key, tuple(own.shape)) for key, own in standing.items())
-    buffers = {key for key, own in standing.items() if not isinstance(own, nn.Parameter)}
-    # Those that count hold integers.
-    exact = {key: own.dtype for key, own in standing.items() if not own.is_floating_point()}
+def _tensor_differences(factors: ModeFactors, tensors: Mapping[str, Tensor]) -> list[str]:
+    """How gates and heads differ from the model's, and all tensors from numbers, in the type that they get here."""
+    expected: dict[str, Tensor] = {}
+    for group, part in factors.companions.items():
+        if group == "gate" or any(key.startswith(f"{group}.") for key in tensors):
+            expected.update((f"{group}.{path}", own) for path, own in part.standing().items())
+    # Adapters of earlier versions have none.
+    buffers = {key for key, own in expected.items() if not isinstance(own, nn.Parameter)}
     problems = [f"{key} is missing there" for key in expected.keys() - tensors.keys() - buffers]
-    problems += [f"{key} has no place here" for key in tensors.keys() - expected.keys()]
-    problems += [
-        f"{key} is {tuple(tensors[key].shape)} there and {expected[key]} here"
-        for key in expected.keys() & tensors.keys()
-        if tuple(tensors[key].shape) != expected[key]
-    ]
-    problems += [
-        f"{key} is {tensor.dtype} there and must be {exact.get(key, 'floating point')}"
-        for key, tensor in tensors.items()
-        if not (tensor.dtype == exact[key] if key in exact else tensor.is_floating_point())
-    ]
-    problems += [f"{key} is not finite there" for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    for key, tensor in tensors.items():
+        here = expected.get(key)
+        # Factors are in single precision, and were compared with the settings.
+        dtype = torch.float32 if here is None else here.dtype
+        # Integers count something: they are of one type.
+        same_kind = tensor.is_floating_point() if dtype.is_floating_point else tensor.dtype == dtype
+        if here is None and key.partition(".")[0] != FACTORS:
+            problems.append(f"{key} has no place here")
+        elif here is not None and tensor.shape != here.shape:
+            problems.append(f"{key} is {tuple(tensor.shape)} there and {tuple(here.shape)} here")
+        elif not same_kind:
+            problems.append(f"{key} is of type {dtype_name(tensor.dtype)} there and {dtype_name(dtype)} here")
+        elif not tensor.to(dtype).isfinite().all():
+            problems.append(f"{key} is not finite there")
     return sorted(problems)
-
-
-def factor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """The factors' shapes that follow from slots and rank, by name."""
-    with torch.device("meta"):
-        factors = ModeFactors({slot: tuple(shape) for slot, shape in config.slots.items()}, config.mode_approx)
-    return {key: tuple(parameter.shape) for key, parameter in factors.sets["default"].named_parameters()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,9 +18,10 @@ from lavis_aurora.config import BlipAuroraConfig, ModeApproxModelConfig
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.mode_approx import ModeFactors, load_adapter
 from lavis_aurora.mode_approx.teacher import restart_teacher
+from lavis_aurora.models.adapter_settings import portable_settings
 
-# Keys that say where a model comes from, not what it is.
-SOURCES = ("arch", "model_type", "adapter", "adapter_check_base")
+# What decides the output of a text tower, and shows neither in its weights nor in their shapes.
+TEXT_CONFIG = ("hidden_act", "layer_norm_eps", "num_attention_heads", "position_embedding_type")
 
 
 class AdapterOwnerMixin:
@@ -37,19 +40,16 @@ class AdapterOwnerMixin:
 
     def describe_adapter(self) -> dict[str, Any]:
         """Registered name and type, settings that differ from the type's defaults, and the type's preprocessing."""
-        own = asdict(self.settings)
         defaults, preprocess = self._type_defaults()
-        settings = {
-            key: value
-            for key, value in own.items()
-            if key in self.ADAPTER_KEYS or (key not in SOURCES and value != defaults[key])
-        }
+        own = portable_settings(type(self), asdict(self.settings), defaults)
+        settings = {key: value for key, value in own.items() if key in self.ADAPTER_KEYS or value != defaults[key]}
         return {
             "arch": registered_name(self),
             "model_type": self.settings.model_type,
             "settings": settings,
             "preprocess": preprocess,
             "lavis": _lavis_version(),
+            **describe_text(self),
         }
 
     def _type_defaults(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -66,8 +66,11 @@ class AdapterOwnerMixin:
             self.mode_approx.check_trained()
 
     def base_name(self) -> str | None:
-        """File or URL of the backbone's checkpoint."""
-        return self.backbone_source
+        """ARCH/TYPE if the backbone is that of the model's type; None for other weights."""
+        defaults, _ = self._type_defaults()
+        own = defaults["finetuned" if defaults["load_finetuned"] else "pretrained"]
+        same = self.backbone_source is not None and self.backbone_source == own
+        return f"{registered_name(self)}/{self.settings.model_type}" if same else None
 
     def adapter_differences(self, description: Mapping[str, Any]) -> list[str]:
         """Another model, or another form of the gate, whose parameters mean something else."""
@@ -75,8 +78,9 @@ class AdapterOwnerMixin:
         problems = []
         if description.get("arch", here["arch"]) != here["arch"]:
             problems.append(f"it is of {description['arch']}, and this is {here['arch']}")
-        settings = description.get("settings") or {}
-        form = (settings.get("gate") or {}).get("form", self.settings.gate.form)
+        problems += text_differences(self, description)
+        gate = (description.get("settings") or {}).get("gate")
+        form = gate.get("form", self.settings.gate.form) if isinstance(gate, Mapping) else self.settings.gate.form
         if form != self.settings.gate.form:
             problems.append(
                 f"gate.form is {form} there and {self.settings.gate.form} here; set model.gate.form: {form}"
@@ -87,6 +91,34 @@ class AdapterOwnerMixin:
         """Let the momentum teacher start as the adapter that is trained."""
         if name == "default":
             restart_teacher(self, self.mode_approx)
+
+
+def describe_text(model: nn.Module) -> dict[str, Any]:
+    """What tells a model's vocabulary and text tower from others, as their files cannot be named in an adapter."""
+    said: dict[str, Any] = {}
+    tokenizer = getattr(model, "tokenizer", None)
+    if hasattr(tokenizer, "get_vocab"):
+        words = [tokenizer.get_vocab(), getattr(tokenizer, "do_lower_case", None)]
+        said["vocabulary_sha256"] = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
+    config = getattr(getattr(model, "text_encoder", None), "config", None)
+    if config is not None:
+        said["text_config"] = {key: getattr(config, key, None) for key in TEXT_CONFIG}
+    return said
+
+
+def text_differences(model: nn.Module, description: Mapping[str, Any]) -> list[str]:
+    """Another vocabulary, or a text tower that computes otherwise; folders of older versions do not tell."""
+    here, problems = describe_text(model), []
+    if description.get("vocabulary_sha256", here.get("vocabulary_sha256")) != here.get("vocabulary_sha256"):
+        problems.append("it was tuned with another vocabulary; name its tokenizer (tokenizer=, model.tokenizer)")
+    there, own = description.get("text_config") or {}, here.get("text_config", {})
+    problems += [
+        f"{key} of the text encoder is {there[key]} there and {own[key]} here; name its file (med_config_path=, "
+        f"model.med_config_path)"
+        for key in own.keys() & there.keys()
+        if own[key] != there[key]
+    ]
+    return problems
 
 
 def registered_name(model: nn.Module) -> str:

@@ -26,7 +26,13 @@ from lavis_aurora.mode_approx import (
 from lavis_aurora.mode_approx.companions import keep_base_heads
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.mode_approx.teacher import momentum_copies, restart_teacher
-from lavis_aurora.models.adapter_owner import load_configured_adapter, registered_name
+from lavis_aurora.models.adapter_owner import (
+    describe_text,
+    load_configured_adapter,
+    registered_name,
+    text_differences,
+)
+from lavis_aurora.models.adapter_settings import portable_settings, type_settings
 from lavis_aurora.models.aurora_base import AuroraBase
 from lavis_aurora.models.evaluating import evaluating
 from lavis_aurora.models.run_state import RunState
@@ -199,20 +205,35 @@ class ModeApproxModel(RunState, BaseModel):
 
     def describe_adapter(self) -> dict[str, Any]:
         """What an adapter folder says of the model: all that builds it again, and the base's preprocessing."""
-        settings = {key: value for key, value in asdict(self.settings).items() if key in self.ADAPTER_KEYS}
         base, preprocess = self.settings.base, {}
+        defaults = type_settings(type(self.base), base.get("model_type"))
+        own = portable_settings(type(self.base), base, defaults)
+        named = {key: base[key] for key in ("arch", "model_type") if base.get(key) is not None}
+        settings = portable_settings(type(self), asdict(self.settings), {})
+        settings["base"] = {**named, **{key: value for key, value in own.items() if value != defaults.get(key)}}
         if base.get("model_type") is not None:
             path = _base_config_path(base["arch"], base["model_type"], "")
-            preprocess = OmegaConf.to_container(OmegaConf.load(path).get("preprocess") or OmegaConf.create())
-        return {"arch": "mode_approx", "model_type": "default", "settings": settings, "preprocess": preprocess}
+            preprocess = OmegaConf.load(path).get("preprocess") or OmegaConf.create()
+            preprocess = OmegaConf.to_container(preprocess, resolve=True)
+        return {
+            "arch": "mode_approx",
+            "model_type": "default",
+            "settings": settings,
+            "preprocess": preprocess,
+            **describe_text(self.base),
+        }
 
     def base_name(self) -> str | None:
-        """File or URL of the base's checkpoint."""
-        return self.settings.base.get("finetuned" if self.settings.base.get("load_finetuned", True) else "pretrained")
+        """ARCH/TYPE if the base has the weights of its type; None for others."""
+        base = self.settings.base
+        defaults = type_settings(type(self.base), base.get("model_type"))
+        key = "finetuned" if base.get("load_finetuned", True) else "pretrained"
+        same = base.get(key) is not None and base[key] == defaults.get(key)
+        return f"{base['arch']}/{base.get('model_type')}" if same else None
 
     def adapter_differences(self, description: Mapping[str, Any]) -> list[str]:
-        """None besides those of slots and weights: models that share their towers may share adapters."""
-        return []
+        """The vocabulary, and no model's name: models that share their towers may share adapters."""
+        return text_differences(self.base, description)
 
     def adapter_loaded(self, name: str) -> None:
         """Let the momentum teacher start as the adapter that is trained."""

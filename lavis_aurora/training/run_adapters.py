@@ -10,9 +10,8 @@ from lavis.common.dist_utils import main_process
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_aurora.mode_approx import save_adapter
-from lavis_aurora.mode_approx.adapter_file import CONFIG, read_adapter_config
-
-PREPROCESS = ("vis_processor", "text_processor")
+from lavis_aurora.mode_approx.adapter_read import CONFIG, read_adapter_config
+from lavis_aurora.models.adapter_settings import PROCESSOR_KINDS, is_portable_processor
 
 
 class AdapterMixin:
@@ -54,9 +53,13 @@ def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _processors(datasets: DictConfig) -> dict[str, Any]:
-    """The processors of the first dataset that has any."""
+    """The processors of the first dataset that has any; without those whose settings may name files."""
     for dataset in datasets.values():
-        found = {kind: dataset[kind] for kind in PREPROCESS if dataset.get(kind) is not None}
+        found = {kind: dataset[kind] for kind in PROCESSOR_KINDS if dataset.get(kind) is not None}
         if found:
-            return OmegaConf.to_container(OmegaConf.create(found), resolve=True)
+            plain = OmegaConf.to_container(OmegaConf.create(found), resolve=True)
+            return {
+                kind: {split: part for split, part in splits.items() if is_portable_processor(part or {})}
+                for kind, splits in plain.items()
+            }
     return {}

@@ -1,0 +1,178 @@
+"""What of a model's settings stands in an adapter folder, and what is taken from one: an adapter is data.
+
+A folder names its backbone by registered name, type and hash. Where weights, tokenizer and configuration files come
+from is said by the user, or by the defaults of the registered type, and never by a folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
+
+from lavis_aurora.config.check import check_types
+from lavis_aurora.data.dataset_keys import PROCESSOR_SPLITS, check_processor_keys
+from lavis_aurora.errors import AuroraError, near_names, some
+
+# Of this package's own models: what they are and how they were tuned.
+BLIP_SETTINGS = (
+    *("image_size", "vit_type", "vit", "vit_layer_norm_epsilon", "embed_dim", "max_txt_len"),
+    *("vit_drop_path_rate", "vit_grad_ckpt", "vit_ckpt_layer", "train_heads", "train_temp"),
+    *("mode_approx", "gate", "context", "share_decoder", "mask_question_padding", "rank_chunk"),
+    *("queue_size", "alpha", "momentum", "negative_all_rank"),
+)
+# Never: where things come from, and what is decided by whoever loads.
+LEFT_OUT = (
+    *("arch", "model_type", "pretrained", "finetuned", "load_finetuned", "load_pretrained", "tokenizer"),
+    *("med_config_path", "adapter", "adapter_check_base", "tuning", "freeze_vit", "lora", "uniadapter"),
+)
+WRAPPER_SETTINGS = ("base", "mode_approx", "modules_to_save")
+# Settings of LAVIS's models and processors that are words, and name neither a file nor anything to fetch.
+WORDS = ("vit_type", "vit_model", "vit_precision", "precision", "vit_layer_norm_epsilon", "prompt")
+PROCESSOR_KINDS = ("vis_processor", "text_processor")
+# These fetch a tokenizer when they are made.
+FETCHING_PROCESSORS = ("gpt_dialogue", "gpt_video_ft")
+
+
+def portable_settings(cls: type, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a model's settings that may stand in an adapter folder.
+
+    Args:
+        cls: the model's class; of this package, or any of LAVIS's, whose settings are numbers and known words then.
+        settings: of the model.
+        defaults: of its type; what is a word or path there stays so.
+    """
+    if hasattr(cls, "CONFIG_CLASS"):
+        allowed = WRAPPER_SETTINGS if "base" in _known(cls) else BLIP_SETTINGS
+        return {key: value for key, value in settings.items() if key in allowed}
+    return {
+        key: value
+        for key, value in settings.items()
+        if key not in LEFT_OUT
+        and (is_plain({key: value}) and not isinstance(defaults.get(key), str) or _is_word(key, value))
+    }
+
+
+def is_plain(value: Any, words: tuple[str, ...] = ()) -> bool:
+    """Whether a value is made of numbers alone, and of text under the keys ``words``."""
+    if isinstance(value, Mapping):
+        return all(_is_word(key, part, words) or is_plain(part, words) for key, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(is_plain(part) for part in value)
+    return value is None or isinstance(value, (bool, int, float))
+
+
+def _is_word(key: str, value: Any, words: tuple[str, ...] = WORDS) -> bool:
+    return key in words and isinstance(value, str)
+
+
+def adapter_settings(cls: type, described: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with which a model may be built for an adapter; what is not taken is named in the log.
+
+    Args:
+        cls: the class to build, unless the adapter names a registered one.
+        described: ``model`` of the adapter's file.
+
+    Raises:
+        AuroraError: an unknown key, or a value of a wrong type.
+    """
+    cls = registry.get_model_class(described.get("arch") or "") or cls
+    settings = described.get("settings") or {}
+    if not hasattr(cls, "CONFIG_CLASS"):
+        return {}
+    for key in settings:
+        if key not in _known(cls):
+            raise AuroraError(f"model.settings.{key}: unknown key{near_names(key, _known(cls))}")
+    taken = portable_settings(cls, settings, {})
+    left = sorted(settings.keys() - taken.keys())
+    check_types(cls.CONFIG_CLASS, taken, "model.settings")
+    if "base" in taken:
+        taken["base"], more = _base_settings(taken["base"])
+        left += more
+    _check_patterns("mode_approx.targets", (taken.get("mode_approx") or {}).get("targets"))
+    _check_patterns("modules_to_save", taken.get("modules_to_save"))
+    if left:
+        logging.warning(
+            "not taken from the adapter, which is data: %s; name yourself what differs from the type's own "
+            "(pretrained=, tokenizer=, med_config_path=, or these keys in a YAML)",
+            some(left, limit=8),
+        )
+    return taken
+
+
+def _base_settings(base: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """``base`` of an adapter of mode_approx: registered name, type, and what may be taken; the names of the rest."""
+    names = {key: base.get(key) for key in ("arch", "model_type")}
+    for key, value in names.items():
+        if not isinstance(value, (str, type(None))):
+            raise AuroraError(f"model.settings.base.{key}: {value!r} is not a str")
+    cls = registry.get_model_class(names["arch"] or "")
+    if cls is None:
+        raise AuroraError(f"model.settings.base.arch: {names['arch']!r} is no registered model")
+    defaults = type_settings(cls, names["model_type"])
+    taken = portable_settings(cls, base, defaults)
+    others = sorted(base.keys() - taken.keys() - names.keys())
+    left = [f"base.{key}" for key in others if base[key] != defaults.get(key)]
+    if hasattr(cls, "CONFIG_CLASS"):
+        check_types(cls.CONFIG_CLASS, taken, "model.settings.base")
+    return {**{key: value for key, value in names.items() if value is not None}, **taken}, left
+
+
+def type_settings(cls: type, model_type: str | None) -> dict[str, Any]:
+    """``model:`` of the default YAML of a model's type; nothing for a type that is not known."""
+    model_type = model_type or getattr(cls, "DEFAULT_MODEL_TYPE", None)
+    if model_type not in getattr(cls, "PRETRAINED_MODEL_CONFIG_DICT", {}):
+        return {}
+    return OmegaConf.to_container(OmegaConf.load(cls.default_config_path(model_type)).model, resolve=True)
+
+
+def _known(cls: type) -> list[str]:
+    return [one.name for one in fields(cls.CONFIG_CLASS)]
+
+
+def _check_patterns(key: str, patterns: Any) -> None:
+    """Refuse regular expressions of which the search may take for ever."""
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
+        if isinstance(pattern, str) and (re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+?{]", pattern)) > 4):
+            raise AuroraError(
+                f"model.settings.{key}: {pattern!r} repeats too much for a pattern from an adapter; build the model "
+                f"by a YAML without model.adapter, then load_adapter(model, folder)"
+            )
+
+
+def check_preprocess(preprocess: Mapping[str, Any]) -> None:
+    """Refuse an adapter's processors that are not registered, or have settings other than numbers and words.
+
+    Raises:
+        AuroraError: names the key.
+    """
+    for kind, splits in preprocess.items():
+        key = f"model.preprocess.{kind}"
+        _check_section(key, kind, splits, PROCESSOR_KINDS)
+        for split, part in (splits or {}).items():
+            _check_section(f"{key}.{split}", split, part, PROCESSOR_SPLITS)
+            if part is None:
+                continue
+            name, known = part.get("name"), registry.mapping["processor_name_mapping"]
+            if not isinstance(name, str) or name not in known or name in FETCHING_PROCESSORS:
+                raise AuroraError(f"{key}.{split}.name: {name!r} is no processor for pictures, videos or captions")
+            if not is_portable_processor(part):
+                raise AuroraError(f"{key}.{split}: {part!r} holds text where a number is expected")
+            check_processor_keys(OmegaConf.create(part), f"{key}.{split}")
+
+
+def is_portable_processor(part: Mapping[str, Any]) -> bool:
+    """Whether a processor's settings may stand in an adapter folder."""
+    return is_plain(part, ("name", "prompt"))
+
+
+def _check_section(key: str, name: str, part: Any, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise AuroraError(f"{key}: unknown key{near_names(name, known)}")
+    if not isinstance(part, (Mapping, type(None))):
+        raise AuroraError(f"{key}: must be a section of keys, not {part!r}")
