@@ -112,7 +112,8 @@ def test_lavis_builds_the_model_from_what_the_command_prints(
     monkeypatch.setattr(vit, "__init__", lambda self, *args, **kw: original(self, *args, **{**kw, "depth": 1}))
     monkeypatch.setattr(BlipBase, "init_tokenizer", classmethod(lambda cls: build_tokenizer(TOKENIZER)))
     queue = {"queue_size": 16} if arch == "blip_retrieval" else {}
-    sizes = {"image_size": 32, "med_config_path": med_config(tmp_path, encoder_width=width), **queue}
+    widths = {"encoder_width": width, **({"hidden_size": width} if arch == "blip_vqa" else {})}
+    sizes = {"image_size": 32, "med_config_path": med_config(tmp_path, **widths), **queue}
     own = {"pretrained": None, "tokenizer": TOKENIZER, "gate": {"form": "none"}, **sizes}
     cls = registry.get_model_class(f"{arch}_aurora")
     defaults = OmegaConf.load(cls.default_config_path(model_type)).model
