@@ -122,7 +122,8 @@ def test_lavis_builds_the_model_from_what_the_command_prints(
     torch.save({"model": {k: v for k, v in model.state_dict().items() if "mode_approx" not in k}}, backbone)
     save_adapter(activate(model), tmp_path / "adapter")
 
-    main(["merge", str(tmp_path / "adapter"), str(merged), "--pretrained", str(backbone)])
+    files = ["--tokenizer", TOKENIZER, "--med-config-path", sizes["med_config_path"]]
+    main(["merge", str(tmp_path / "adapter"), str(merged), "--pretrained", str(backbone), *files])
     cfg = _read_by_lavis(capsys.readouterr().out, tmp_path)
     plain = registry.get_model_class(cfg.arch).from_config(cfg)
     assert type(plain).__module__.startswith("lavis.models")
