@@ -238,9 +238,9 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
                     f"best epoch by; set run.valid_splits: [] to take the last. This one is saved: go on from it by "
                     f"run.resume_ckpt_path={self.output_dir / LATEST}"
                 )
-            # LAVIS's tasks may give numpy's numbers, which no checkpoint holds.
-            # One that is validated again, after it was interrupted, takes its own place.
+            # An epoch that is validated again, as it was interrupted there, takes its own place.
             if i == 0 and (metric[0] > self.best_metric or epoch == self.best_epoch):
+                # LAVIS's tasks may give numpy's numbers, which no checkpoint holds.
                 self.best_metric, self.best_epoch = float(metric[0]), epoch
                 self._save_checkpoint(epoch, len(self.train_loader), validated=True, name=BEST)
                 self._save_adapter("best", {"epoch": epoch, split: log or {}})

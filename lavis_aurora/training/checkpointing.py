@@ -43,7 +43,12 @@ def write_checkpoint(state: dict[str, Any], path: str | Path, previous: str | Pa
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of :func:`write_checkpoint`; tensors and plain values only are unpickled."""
+    """A checkpoint of :func:`write_checkpoint`; tensors and plain values only are unpickled.
+
+    Raises:
+        AuroraError: it is damaged, holds numbers that are none, or what no run writes.
+        MemoryError: there is no room for it.
+    """
     try:
         state = load_torch(path)
     except MemoryError:
@@ -81,7 +86,7 @@ def _are_tensors(value: dict[str, Tensor]) -> bool:
 def _is_adamw(value: dict[str, Any]) -> bool:
     """A state dict of LAVIS's optimizer; whether it is that of the model's parameters is seen on loading."""
     moments, groups = [one for one in value["state"].values() if one], value["param_groups"]
-    return all(isinstance(group["params"], list) and isinstance(group["lr"], float) for group in groups) and all(
+    return all(isinstance(group["params"], list) and group["lr"] >= 0 for group in groups) and all(
         float(one["step"]) >= 0 and one["exp_avg"].shape == one["exp_avg_sq"].shape for one in moments
     )
 
@@ -109,7 +114,7 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
     "steps_per_epoch": _is_count,
     "validated": lambda value: isinstance(value, bool),
     "processes": _are_processes,
-    "best_metric": lambda value: isinstance(value, float) and not math.isnan(value),
+    "best_metric": lambda value: isinstance(value, (int, float)) and not math.isnan(value),
     "best_epoch": lambda value: value is None or _is_count(value),
 }
 # The others may be infinite: the best metric before the first, a limit in the configuration.

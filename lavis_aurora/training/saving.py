@@ -146,7 +146,7 @@ class SavingMixin:
         steps = len(self.train_loader)
         validated = state.get("validated", True)
         self.start_epoch, self.start_step = (state["epoch"] + 1, 0) if validated else (state["epoch"], state["step"])
-        if self.start_step and state["steps_per_epoch"] != steps:
+        if self.start_step and state.get("steps_per_epoch") != steps:
             logging.warning("epoch %d starts anew: it now has %d steps", self.start_epoch + 1, steps)
             self.start_step = 0
         processes = state.get("processes", [])

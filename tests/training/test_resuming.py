@@ -332,6 +332,18 @@ def test_a_finished_run_whose_best_file_is_gone_writes_it_anew(tmp_path, caplog,
     assert json.loads((run / "result" / "test_epoch_best.json").read_text())
 
 
+def test_moments_of_other_parameters_are_refused(tmp_path, capsys):
+    yaml = image_project(tmp_path, max_epoch=1)
+    train(["--cfg-path", str(yaml)])
+    state = read_checkpoint(only_run(tmp_path) / LATEST)
+    first = state["optimizer"]["state"][0]
+    first.update({key: first[key][:1, :1] for key in ("exp_avg", "exp_avg_sq")})
+    write_checkpoint(state, tmp_path / "other.pth")
+    with pytest.raises(SystemExit):
+        train(["--cfg-path", str(yaml), "--options", f"run.resume_ckpt_path={tmp_path / 'other.pth'}"])
+    assert "other.pth does not fit the optimizer (moments of torch.Size([1, 1]) for" in capsys.readouterr().err
+
+
 def test_a_best_file_that_is_damaged_before_it_is_tested_is_named(tmp_path, monkeypatch, capsys):
     original = AuroraRunner._save_checkpoint
 
@@ -456,3 +468,22 @@ def test_two_processes_stop_together_and_resume(tmp_path):
         output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, output
     assert_same(final(tmp_path / "whole"), final(tmp_path / "stopped"))
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_without_the_best_and_the_latest(tmp_path):
+    yaml = image_project(tmp_path, max_epoch=2)
+    for damage in (None, "best", "latest and best"):
+        if damage == "best":
+            run = only_run(tmp_path)
+            whole = read_checkpoint(run / LATEST)
+            # An earlier epoch was the best: the last one is validated again.
+            write_checkpoint({**whole, "best_epoch": 0, "best_metric": 1e9}, run / LATEST)
+        for name in {"best": [BEST], "latest and best": [LATEST, BEST]}.get(damage, []):
+            damage_in_data(run / name)
+        process = start(yaml, processes=2)
+        output, _ = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, output
+        assert ("is lost" in output or "is written anew" in output) == (damage is not None), output
+    assert_same(whole["model"], read_checkpoint(run / LATEST)["model"])
+    assert read_checkpoint(run / BEST)["epoch"] == 1
