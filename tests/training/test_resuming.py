@@ -340,7 +340,8 @@ def test_moments_of_other_parameters_are_refused(tmp_path, capsys):
     first.update({key: first[key][:1, :1] for key in ("exp_avg", "exp_avg_sq")})
     write_checkpoint(state, tmp_path / "other.pth")
     with pytest.raises(SystemExit):
-        train(["--cfg-path", str(yaml), "--options", f"run.resume_ckpt_path={tmp_path / 'other.pth'}"])
+        options = ["run.resume=none", f"run.resume_ckpt_path={tmp_path / 'other.pth'}"]
+        train(["--cfg-path", str(yaml), "--options", *options])
     assert "other.pth does not fit the optimizer (moments of torch.Size([1, 1]) for" in capsys.readouterr().err
 
 
