@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and json with errors that name the file."""
+"""Files that are written whole or not at all, and files that are read with an error for what is wrong with them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+from zipfile import BadZipFile, ZipFile
+
+import torch
 
 from lavis_aurora.errors import AuroraError
 
@@ -22,7 +25,8 @@ def written_whole(path: str | Path, previous: str | Path | None = None) -> Itera
         previous: where an older file of that name is kept.
 
     Raises:
-        AuroraError: the file cannot be written; the older one is still there.
+        AuroraError: the system refuses the file; the older one is still there. Whatever else goes wrong in the block
+            is raised as it is.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -39,8 +43,32 @@ def written_whole(path: str | Path, previous: str | Path | None = None) -> Itera
             partial.unlink(missing_ok=True)
         except OSError:
             logging.warning("%s is left behind, unfinished", partial)
-        if isinstance(error, (OSError, RuntimeError)):  # torch's zip writer tells of a full disk by a RuntimeError
-            raise AuroraError(f"cannot write {path} ({error}); free some space or name another folder") from error
+        # torch's zip writer, refused a write, goes on to an error of its own; one without that is about no file.
+        refusal = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(refusal, OSError):
+            raise AuroraError(f"cannot write {path} ({refusal}); free some space or name another folder") from error
+        raise
+
+
+def load_torch(path: str | Path) -> Any:
+    """What ``torch.save`` wrote, on the CPU; tensors and plain values only are unpickled.
+
+    Raises:
+        MemoryError: there is no room for it.
+        Exception: torch, pickle and zipfile each have errors of their own for a file that is damaged or no such file.
+    """
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\3\4"  # by which torch tells it from its older format, without checksums
+        if zipped:
+            with ZipFile(file) as archive:
+                damaged = archive.testzip()  # torch itself compares no checksum
+            if damaged is not None:
+                raise BadZipFile(f"damaged: the checksum of its part {damaged!r} is another")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except RuntimeError as error:
+        if zipped and "can't allocate memory" in str(error):
+            raise MemoryError(f"{path}: {error}") from error
         raise
 
 

@@ -25,7 +25,7 @@ def read_config(run: str | Path) -> DictConfig:
     path = Path(run) / "config.yaml"
     try:
         return OmegaConf.load(path)
-    except (OSError, YAMLError) as error:
+    except (OSError, UnicodeError, YAMLError) as error:
         raise AuroraError(f"{path}: cannot be read ({error}); name the folder of a run") from error
 
 

@@ -192,8 +192,10 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
         if run.amp and not self.cuda_enabled:
             logging.warning("run.amp: there is no mixed precision on a CPU; computing in single precision")
         self.task.finite = FiniteGuard(self.output_dir, skip=run.skip_nonfinite)
-        self.best_metric, self.best_epoch, self.start_step = float("-inf"), None, 0
+        self.best_metric, self.best_epoch, self.best_lost, self.start_step = float("-inf"), None, False, 0
         self._resume()
+        if self.best_lost and self.valid_splits:
+            self._validate_again()
         epoch = self.start_epoch - 1
         for epoch in range(self.start_epoch, 0 if self.evaluate_only else self.max_epoch):
             if self.start_step < len(self.train_loader):
@@ -245,8 +247,9 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
                     f"best epoch by; set run.valid_splits: [] to take the last. This one is saved: go on from it by "
                     f"run.resume_ckpt_path={self.output_dir / LATEST}"
                 )
-            # LAVIS's tasks may give numpy's numbers, which no checkpoint holds.
-            if i == 0 and metric[0] > self.best_metric:
+            # An epoch that is validated again, as it was interrupted there, takes its own place.
+            if i == 0 and (metric[0] > self.best_metric or epoch == self.best_epoch):
+                # LAVIS's tasks may give numpy's numbers, which no checkpoint holds.
                 self.best_metric, self.best_epoch = float(metric[0]), epoch
                 self._save_checkpoint(epoch, len(self.train_loader), validated=True, name=BEST)
                 self._save_adapter("best", {"epoch": epoch, split: log or {}})

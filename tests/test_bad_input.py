@@ -252,10 +252,11 @@ def test_weights_that_are_no_numbers(project: Path, tmp_path: Path, capsys, valu
 def test_a_checkpoint_that_is_no_numbers(project: Path, tmp_path: Path, capsys) -> None:
     state = tiny_model().run_state()
     state["text_proj.weight"] = state["text_proj.weight"] * float("nan")
-    rest = {"optimizer": {}, "scaler": None, "epoch": 0, "step": 1, "best_metric": 0.0, "best_epoch": 0}
+    rest = {"optimizer": {"state": {}, "param_groups": []}, "scaler": None, "epoch": 0, "step": 1}
+    rest |= {"best_metric": 0.0, "best_epoch": 0}
     torch.save({"model": state, **rest}, tmp_path / "nan.pth")
     line = refused(capsys, project, f"run.resume_ckpt_path={tmp_path / 'nan.pth'}")
-    assert "nan.pth holds NaN or infinite weights: text_proj.weight" in line
+    assert "nan.pth holds NaN or infinite numbers: model.text_proj.weight" in line
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(project: Path, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -259,7 +259,8 @@ def test_weights_of_another_size(project: Path, tmp_path: Path, failing: Callabl
 
 def test_checkpoint_of_another_tuning(project: Path, tmp_path: Path, failing: Callable[..., str]) -> None:
     path = tmp_path / "heads.pth"
-    rest = {"optimizer": {}, "scaler": None, "epoch": 0, "step": 1, "best_metric": 0.0, "best_epoch": 0}
+    rest = {"optimizer": {"state": {}, "param_groups": []}, "scaler": None, "epoch": 0, "step": 1}
+    rest |= {"best_metric": 0.0, "best_epoch": 0}
     torch.save({"model": tiny_model(tuning="heads").run_state(), **rest}, path)
     line = failing(project, f"run.resume_ckpt_path={path}")
     assert f"{path} does not fit this model" in line and "mode_approx" in line

@@ -1,7 +1,8 @@
 import pytest
+import torch
 
 from lavis_aurora import AuroraError
-from lavis_aurora.files import written_whole
+from lavis_aurora.files import load_torch, written_whole
 
 
 def test_a_whole_file_takes_the_place_of_the_older_one(tmp_path):
@@ -14,13 +15,49 @@ def test_a_whole_file_takes_the_place_of_the_older_one(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("No space left"), KeyboardInterrupt()])
+ERRORS = [
+    OSError(28, "No space left"),
+    KeyboardInterrupt(),
+    MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    torch.OutOfMemoryError("CUDA out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_an_interrupted_write_leaves_the_older_one_alone(tmp_path, error):
+    """Only what the system says of the file is one of the file."""
     path = tmp_path / "a"
     path.write_text("old")
-    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else AuroraError
-    with pytest.raises(expected), written_whole(path) as file:
+    with pytest.raises(AuroraError if isinstance(error, OSError) else type(error)), written_whole(path) as file:
         file.write(b"ne")
         raise error
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert path.read_text() == "old"
+
+
+def test_torchs_error_after_the_systems_is_the_systems(tmp_path):
+    """Its zip writer, refused a write, ends with a RuntimeError about positions."""
+    with pytest.raises(AuroraError, match=r"cannot write .*a \(\[Errno 28\] No space left\); free some space"):
+        with written_whole(tmp_path / "a"):
+            try:
+                raise OSError(28, "No space left")
+            finally:
+                raise RuntimeError("unexpected pos 832 vs 726")
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["zip", "older format"])
+def test_what_torch_saved_is_read(tmp_path, older):
+    torch.save({"a": torch.ones(3), "b": [1]}, tmp_path / "a", _use_new_zipfile_serialization=not older)
+    state = load_torch(tmp_path / "a")
+    assert torch.equal(state["a"], torch.ones(3)) and state["b"] == [1]
+
+
+def test_no_room_for_a_file_is_no_damage(tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    torch.save({}, tmp_path / "a")
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(MemoryError, match="you tried to allocate 8 bytes"):
+        load_torch(tmp_path / "a")

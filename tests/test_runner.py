@@ -118,17 +118,21 @@ def test_a_finished_run_is_not_resumed(tmp_path, capsys):
     assert "run.max_epoch: 1 epochs are done; raise it, or test with evaluate.py" in capsys.readouterr().err
 
 
-def test_without_its_file_the_best_epoch_is_looked_for_anew(tmp_path):
+def test_without_its_file_the_best_epoch_is_looked_for_anew(tmp_path, caplog):
     yaml = project_yaml(tmp_path)
-    run(yaml)
+    run(yaml, "run.max_epoch=2")
     latest = only_run(tmp_path) / "checkpoint_latest.pth"
     state = torch.load(latest, weights_only=True)
     moved = tmp_path / "moved.pth"
     # An earlier epoch was the best, and its weights are not here.
-    torch.save({**state, "best_metric": 1e9, "best_epoch": -1}, moved)
-    run(yaml, "run.max_epoch=2", f"run.resume_ckpt_path={moved}")
+    torch.save({**state, "best_metric": 1e9, "best_epoch": 0}, moved)
+    run(yaml, "run.max_epoch=3", f"run.resume_ckpt_path={moved}")
+    assert "the best so far, epoch 1, is lost" in caplog.text
     [second] = [p for p in (tmp_path / "output").iterdir() if p != latest.parent]
-    assert torch.load(second / "checkpoint_best.pth", weights_only=True)["epoch"] == 1
+    validated = {entry["val_epoch"]: entry["val_agg_metrics"] for entry in logged(second, "val_agg_metrics")}
+    assert list(validated) == [1, 2], "the one that it goes on from too"
+    best = torch.load(second / "checkpoint_best.pth", weights_only=True)
+    assert best["best_metric"] == validated[best["epoch"]] == max(validated.values())
 
 
 def test_outputs_of_relative_folders_lie_under_the_current_directory(tmp_path, monkeypatch):

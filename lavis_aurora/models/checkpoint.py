@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lavis_aurora.errors import AuroraError, some
+from lavis_aurora.files import load_torch
 
 POS_EMBED = "visual_encoder.pos_embed"
 
@@ -39,12 +40,14 @@ def read_state_dict(source: str, key: str) -> dict[str, Tensor]:
     try:
         if path.endswith(".safetensors"):
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_torch(path)
     except pickle.UnpicklingError as error:
         raise AuroraError(
             f"{key}: {path} holds more than tensors and is not unpickled; on a machine where you trust it, "
             f"keep only torch.load(path, weights_only=False)['model'] and save that"
         ) from error
+    except MemoryError:
+        raise
     except Exception as error:  # torch, zipfile and safetensors each have errors of their own
         raise AuroraError(f"{key}: {path} is not a readable checkpoint ({error})") from error
     state = state.get("model", state) if isinstance(state, dict) else state
@@ -61,9 +64,17 @@ def _fit(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def is_finite(x: Tensor) -> bool:
+    """Whether all are numbers; in one pass without copies, of which ``isfinite`` makes several."""
+    if not x.is_floating_point() or not x.numel():
+        return True
+    bounds = torch.aminmax(x if x.dtype.itemsize > 1 else x.float())
+    return all(bool(bound.isfinite()) for bound in bounds)
+
+
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:
     """Refuse weights that are no numbers."""
-    spoiled = sorted(name for name, x in state.items() if x.is_floating_point() and not x.isfinite().all())
+    spoiled = sorted(name for name, x in state.items() if not is_finite(x))
     if spoiled:
         raise AuroraError(f"{source} holds NaN or infinite weights: {some(spoiled)}; take another checkpoint")
 

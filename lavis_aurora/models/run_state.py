@@ -70,9 +70,10 @@ class RunState:
         return {name: queue.to("cpu", copy=True) for name, queue in self.queues().items()}
 
     def load_queue_state(self, state: dict[str, Tensor]) -> bool:
-        """Put back what :meth:`queue_state` gave; False, with nothing done, if it is not there or of another size."""
+        """Put back what :meth:`queue_state` gave; False, with nothing done, if it is not there or of another kind."""
         own = self.queues()
-        if any(name not in state or state[name].shape != queue.shape for name, queue in own.items()):
+        kinds = [{name: (queue.shape, queue.dtype) for name, queue in queues.items()} for queues in (own, state)]
+        if not kinds[0].items() <= kinds[1].items():
             return False
         for name, queue in own.items():
             queue.copy_(state[name])

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lavis_aurora.errors import AuroraError
-from lavis_aurora.files import written_whole
+from lavis_aurora.errors import AuroraError, some
+from lavis_aurora.files import load_torch, written_whole
+from lavis_aurora.models.checkpoint import is_finite
+from lavis_aurora.training.order import is_random_state
 
 LATEST, PREVIOUS, BEST = "checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
+DAMAGED = "checkpoint_damaged.pth"  # a latest one that could not be read, out of the way of the next
 KEYS = {"model", "optimizer", "scaler", "epoch", "step", "best_metric", "best_epoch"}
 # Keys of ``run`` that may differ when a run goes on: they do not change what is computed. Of the number of processes
 # and their batches the product counts, see _essential.
@@ -38,28 +43,116 @@ def write_checkpoint(state: dict[str, Any], path: str | Path, previous: str | Pa
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of :func:`write_checkpoint`; tensors and plain values only are unpickled."""
+    """A checkpoint of :func:`write_checkpoint`; tensors and plain values only are unpickled.
+
+    Raises:
+        AuroraError: it is damaged, holds numbers that are none, or what no run writes.
+        MemoryError: there is no room for it.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_torch(path)
+    except MemoryError:
+        raise
     except Exception as error:  # torch, pickle and zipfile each have errors of their own
         raise AuroraError(f"{path} is not a readable checkpoint ({error})") from error
     missing = KEYS - (set(state) if isinstance(state, dict) else set())
     if missing:
         raise AuroraError(f"{path} is not a checkpoint of a run: it has no {', '.join(sorted(missing))}")
-    if not all(isinstance(value, torch.Tensor) for value in dict(state["model"]).values()):
-        raise AuroraError(f"{path} is not a checkpoint of a run: its model is no state dict of tensors")
+    wrong = [key for key, is_right in ENTRIES.items() if key in state and not _holds(is_right, state[key])]
+    if wrong or not _holds(_fit_together, state):
+        wrong = wrong or ["epoch, step and best epoch together"]
+        raise AuroraError(f"{path} is not a checkpoint of a run: no run writes such {some(wrong)}")
+    if spoiled := [name for key in NUMBERS for name in _not_finite(state.get(key), key)]:
+        raise AuroraError(f"{path} holds NaN or infinite numbers: {some(spoiled)}; take another checkpoint")
     return state
 
 
+def _holds(condition: Callable[[Any], bool], value: Any) -> bool:
+    """Whether a value fulfils it, of whatever type it is."""
+    try:
+        return bool(condition(value))
+    except Exception:  # a value of another type can do anything
+        return False
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _are_tensors(value: dict[str, Tensor]) -> bool:
+    return all(isinstance(name, str) and isinstance(x, Tensor) for name, x in value.items())
+
+
+def _is_adamw(value: dict[str, Any]) -> bool:
+    """A state dict of LAVIS's optimizer; whether it is that of the model's parameters is seen on loading."""
+    moments, groups = [one for one in value["state"].values() if one], value["param_groups"]
+    return all(isinstance(group["params"], list) and group["lr"] >= 0 for group in groups) and all(
+        float(one["step"]) >= 0 and one["exp_avg"].shape == one["exp_avg_sq"].shape for one in moments
+    )
+
+
+def _is_scaler(value: dict[str, Any] | None) -> bool:
+    return not value or (value["scale"] > 0 and _is_count(value["_growth_tracker"]))
+
+
+def _are_processes(value: list[dict[str, Any]]) -> bool:
+    losses = [one["losses"] for one in value]
+    return all(
+        one.keys() == losses[0].keys() and all(isinstance(x, float) for x in one.values()) for one in losses
+    ) and all(is_random_state(one["random"]) for one in value)
+
+
+# What is right for each entry; those that older versions did not write may be missing.
+ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "model": lambda value: _are_tensors(value) and all(x.is_floating_point() for x in value.values()),
+    "queue": _are_tensors,
+    "optimizer": _is_adamw,
+    "scaler": _is_scaler,
+    "config": lambda value: _essential(value) is not None,
+    "epoch": _is_count,
+    "step": _is_count,
+    "steps_per_epoch": _is_count,
+    "validated": lambda value: isinstance(value, bool),
+    "processes": _are_processes,
+    "best_metric": lambda value: isinstance(value, (int, float)) and not math.isnan(value),
+    "best_epoch": lambda value: value is None or _is_count(value),
+}
+# The others may be infinite: the best metric before the first, a limit in the configuration.
+NUMBERS = ("model", "queue", "optimizer", "scaler", "processes")
+
+
+def _fit_together(state: dict[str, Any]) -> bool:
+    """Whether a run can have been where the checkpoint says that it was."""
+    epoch, best = state["epoch"], state["best_epoch"]
+    return (
+        state["step"] <= state.get("steps_per_epoch", state["step"])
+        and epoch < state.get("config", {}).get("run", {}).get("max_epoch", math.inf)
+        and (best is None or (best <= epoch and math.isfinite(state["best_metric"])))
+    )
+
+
+def _not_finite(value: Any, name: str) -> Iterator[str]:
+    """Names of the numbers inside of a value that are none."""
+    if isinstance(value, (Mapping, list, tuple)):
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _not_finite(inner, f"{name}.{key}")
+    elif isinstance(value, (Tensor, float)):
+        if not _holds(is_finite if isinstance(value, Tensor) else math.isfinite, value):
+            yield name
+
+
 def read_latest(folder: Path) -> tuple[dict[str, Any], Path] | None:
-    """The newest readable checkpoint of a run's folder and its path; None if there is none."""
-    for name in (LATEST, PREVIOUS):
+    """The newest readable checkpoint of a run's folder, at worst the best epoch's, and its path; None without any.
+
+    The log names what is passed over.
+    """
+    for name in (LATEST, PREVIOUS, BEST):
         path = folder / name
         if path.is_file():
             try:
                 return read_checkpoint(path), path
             except AuroraError as error:
-                logging.warning("%s; trying the one before it", error)
+                logging.warning("%s; it is passed over", error)
     return None
 
 

@@ -26,13 +26,23 @@ def random_state() -> dict[str, Any]:
     return state
 
 
+def is_random_state(state: dict[str, Any]) -> bool:
+    """Whether generators take it; errors, of many kinds, are another no."""
+    _put_back(state, random.Random(), np.random.RandomState(), torch.Generator())
+    return "cuda" not in state or state["cuda"].dtype is torch.uint8
+
+
+def _put_back(state: dict[str, Any], python: Any, numpy: Any, generator: torch.Generator) -> None:
+    version, values, gauss = state["python"]
+    python.setstate((version, tuple(values), gauss))
+    kind, keys, *rest = state["numpy"]
+    numpy.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    generator.set_state(state["torch"])
+
+
 def set_random_state(state: dict[str, Any]) -> None:
     """Put back what :func:`random_state` gave."""
-    version, values, gauss = state["python"]
-    random.setstate((version, tuple(values), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
+    _put_back(state, random, np.random, torch.default_generator)
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lavis.common.dist_utils import main_process
 from omegaconf import DictConfig, OmegaConf
 
+from lavis_aurora.errors import AuroraError
 from lavis_aurora.mode_approx import save_adapter
 from lavis_aurora.mode_approx.adapter_read import CONFIG, read_adapter_config
 from lavis_aurora.models.adapter_settings import PROCESSOR_KINDS, is_portable_processor
@@ -29,7 +32,7 @@ class AdapterMixin:
         if getattr(model, "mode_approx", None) is None:
             return
         folder = self.output_dir / f"adapter_{kind}"
-        known = read_adapter_config(folder).metrics if (folder / CONFIG).is_file() else {}
+        known = _metrics(folder) if (folder / CONFIG).is_file() else {}
         if known.get("epoch") != metrics.get("epoch", known.get("epoch")):
             known = {}
         processors = _processors(self.config.datasets_cfg)
@@ -39,6 +42,15 @@ class AdapterMixin:
             metrics={**known, **_plain(metrics)},
             description={"preprocess": processors} if processors else None,
         )
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    """Those that an adapter's folder holds; none if it is damaged, for it is written anew."""
+    try:
+        return read_adapter_config(folder).metrics
+    except AuroraError as error:
+        logging.warning("%s; its metrics are lost, and the adapter is written anew", error)
+        return {}
 
 
 def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,8 +12,18 @@ from lavis.common.dist_utils import get_rank, get_world_size, is_dist_avail_and_
 from torch import nn
 
 from lavis_aurora.errors import AuroraError
-from lavis_aurora.training.checkpointing import BEST, LATEST, PREVIOUS, read_checkpoint, read_latest, write_checkpoint
+from lavis_aurora.training.checkpointing import (
+    BEST,
+    DAMAGED,
+    LATEST,
+    PREVIOUS,
+    read_checkpoint,
+    read_latest,
+    write_checkpoint,
+)
 from lavis_aurora.training.order import random_state, set_random_state
+
+T = TypeVar("T")
 
 
 class SavingMixin:
@@ -22,11 +32,13 @@ class SavingMixin:
     Attributes:
         start_epoch, start_step: where training begins, from 0.
         best_metric, best_epoch: of the best epoch so far.
+        best_lost: its file is; the epoch that the run goes on from is the first to be compared with.
     """
 
     start_step = 0
     best_metric = float("-inf")
     best_epoch: int | None = None
+    best_lost = False
 
     def _save_checkpoint(self, epoch: int, step: int, validated: bool = False, name: str = LATEST) -> None:
         """Write a checkpoint, whole or not at all; the one before it stays as checkpoint_previous.pth.
@@ -65,15 +77,31 @@ class SavingMixin:
     def _reload_best_model(self, model: nn.Module) -> nn.Module:
         """Put the best epoch's weights back."""
         path = self.output_dir / BEST
-        model.load_run_state(read_checkpoint(path)["model"], str(path))
+        try:
+            model.load_run_state(read_checkpoint(path)["model"], str(path))
+        except AuroraError as error:
+            raise AuroraError(f"{error}; start the run again with run.resume=auto, which writes it anew") from error
         return model
 
     def _resume(self) -> None:
         """Go on with this very run, or from the checkpoint that the YAML names."""
         if self.resume_ckpt_path:
             self._load_checkpoint(read_checkpoint(self.resume_ckpt_path), Path(self.resume_ckpt_path))
-        elif self.config.run_cfg.resume == "auto" and (found := read_latest(self.output_dir)):
-            self._load_checkpoint(*found)
+        elif self.config.run_cfg.resume == "auto":
+            # All processes go on from the same one.
+            found = read_latest(self.output_dir) if is_main_process() else None
+            path = _of_main_process(found and found[1])
+            if path is not None:
+                self._load_checkpoint(found[0] if found else read_checkpoint(path), path)
+                if is_main_process():
+                    self._set_damaged_aside(path)
+
+    def _set_damaged_aside(self, resumed: Path) -> None:
+        """A latest checkpoint that is not the one resumed from: the next one would push a good one out for it."""
+        latest = self.output_dir / LATEST
+        if resumed != latest and latest.exists():
+            latest.replace(self.output_dir / DAMAGED)
+            logging.warning("%s is kept as %s; the run goes on from %s", latest, DAMAGED, resumed.name)
 
     def _load_checkpoint(self, state: dict[str, Any], path: Path) -> None:
         """Take up a run where its checkpoint left it; for evaluation, only its weights."""
@@ -86,7 +114,10 @@ class SavingMixin:
         settings = [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in groups]
         try:
             self.optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, ValueError) as error:
+            for parameter, moments in self.optimizer.state.items():
+                if moments and moments["exp_avg"].shape != parameter.shape:
+                    raise ValueError(f"moments of {moments['exp_avg'].shape} for a parameter of {parameter.shape}")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise AuroraError(f"run.resume_ckpt_path: {path} does not fit the optimizer ({error})") from error
         for group, own in zip(self.optimizer.param_groups, settings):
             group.update(own)  # weight decay and betas are this YAML's
@@ -97,8 +128,9 @@ class SavingMixin:
         self._take_position(state)
         if self.start_epoch >= self.max_epoch and not self._is_own(path):
             raise AuroraError(f"run.max_epoch: {self.max_epoch} epochs are done; raise it, or test with evaluate.py")
-        self.best_metric, self.best_epoch = state["best_metric"], state["best_epoch"]
-        self._keep_best(path, state["epoch"])
+        best = _of_main_process(self._keep_best(state, path) if is_main_process() else None)
+        self.best_lost = best is None and state["best_epoch"] is not None and state.get("validated", True)
+        self.best_metric, self.best_epoch = best or (float("-inf"), None)
         if self.start_epoch >= self.max_epoch:
             logging.info(
                 "run.resume: %s is finished (epochs: %d) and is only tested again", path.parent, self.max_epoch
@@ -114,7 +146,7 @@ class SavingMixin:
         steps = len(self.train_loader)
         validated = state.get("validated", True)
         self.start_epoch, self.start_step = (state["epoch"] + 1, 0) if validated else (state["epoch"], state["step"])
-        if self.start_step and state["steps_per_epoch"] != steps:
+        if self.start_step and state.get("steps_per_epoch") != steps:
             logging.warning("epoch %d starts anew: it now has %d steps", self.start_epoch + 1, steps)
             self.start_step = 0
         processes = state.get("processes", [])
@@ -130,11 +162,40 @@ class SavingMixin:
             for key in (losses[0] if losses else ())
         }
 
-    def _keep_best(self, resumed: Path, epoch: int) -> None:
-        """Take over the best epoch so far, which may stay the best; without its file, look for a new one."""
-        best = resumed.with_name(BEST)
-        source = best if best.is_file() else resumed if self.best_epoch == epoch else None
-        if self.best_epoch is None or source is None:
-            self.best_metric, self.best_epoch = float("-inf"), None
-        elif is_main_process() and source.parent != self.output_dir:
-            write_checkpoint(read_checkpoint(source), self.output_dir / BEST)
+    def _keep_best(self, state: dict[str, Any], path: Path) -> tuple[float, int] | None:
+        """Metric and epoch of the best so far, whose file is afterwards this run's too; None if there is none."""
+        if state["best_epoch"] is None:
+            return None
+        source = path.with_name(BEST)
+        try:
+            best = read_checkpoint(source)
+            of_another = best["epoch"] != best["best_epoch"] or _shapes(best) != _shapes(state)
+            if of_another or best["epoch"] > state["epoch"]:
+                raise AuroraError(f"{source} is not the best epoch of the run of {path}")
+        except AuroraError as error:
+            if state["best_epoch"] != state["epoch"] or not state.get("validated", True):
+                logging.warning("%s; the best so far, epoch %d, is lost", error, state["best_epoch"] + 1)
+                return None
+            logging.warning("%s; it is written anew: %s is of that epoch", error, path)
+            best, source = state, path
+        if source != self.output_dir / BEST:
+            write_checkpoint(best, self.output_dir / BEST)
+        return best["best_metric"], best["epoch"]
+
+    def _validate_again(self) -> None:
+        """Let the epoch that the run goes on from take the place of a lost best one; no random number is drawn."""
+        before = random_state()
+        self._validate(self.start_epoch - 1)
+        set_random_state(before)
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, torch.Size]:
+    return {name: x.shape for name, x in state["model"].items()}
+
+
+def _of_main_process(value: T) -> T:
+    """The main process's, on all."""
+    values = [value]
+    if is_dist_avail_and_initialized():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]

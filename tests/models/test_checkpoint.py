@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from tiny import tiny_model
 
 from lavis_aurora import AuroraError
-from lavis_aurora.models.checkpoint import read_state_dict
+from lavis_aurora.models.checkpoint import is_finite, read_state_dict
 
 
 @pytest.fixture
@@ -84,6 +84,22 @@ def test_broken_files_are_refused(tmp_path, content, suffix):
     path.write_bytes(content)
     with pytest.raises(AuroraError, match="not a readable checkpoint|holds more than tensors"):
         read_state_dict(str(path), "model.pretrained")
+
+
+def test_a_flipped_bit_in_weights_is_noticed(tmp_path):
+    path, weights = tmp_path / "weights.pth", torch.randn(1000)
+    torch.save({"model": {"a": weights}}, path)
+    content = path.read_bytes()
+    place = content.index(weights.numpy().tobytes()) + 2000
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    with pytest.raises(AuroraError, match="model.pretrained: .*weights.pth is not a readable checkpoint .damaged"):
+        read_state_dict(str(path), "model.pretrained")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_numbers_are_told_from_what_is_none(dtype):
+    assert is_finite(torch.ones(3).to(dtype)) and is_finite(torch.empty(0, dtype=dtype))
+    assert not is_finite(torch.tensor([1.0, float("nan"), 1.0]).to(dtype))
 
 
 def test_nothing_that_could_run_code_is_unpickled(tmp_path):

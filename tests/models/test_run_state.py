@@ -11,7 +11,7 @@ from toy import NormedToy, train_steps
 
 from lavis_aurora import AuroraError, ModeApproxConfig, load_adapter, save_adapter
 from lavis_aurora.models.mode_approx_model import ModeApproxModel
-from lavis_aurora.training.checkpointing import KEYS, read_checkpoint, write_checkpoint
+from lavis_aurora.training.checkpointing import read_checkpoint, write_checkpoint
 
 
 def test_queues_are_copies_that_training_leaves_alone():
@@ -40,7 +40,12 @@ def test_a_run_goes_on_with_the_buffers_of_what_is_trained(tmp_path):
     undisturbed, stopped, resumed = wrapped(), wrapped(), wrapped()
     train_steps(undisturbed, 0, 6)
     train_steps(stopped, 0, 3)
-    write_checkpoint({**dict.fromkeys(KEYS), "model": stopped.run_state()}, tmp_path / "latest.pth")
+    state = {
+        "model": stopped.run_state(),
+        "optimizer": {"state": {}, "param_groups": [{"params": [0], "lr": 0.1}]},
+        **{"scaler": None, "epoch": 0, "step": 3, "best_metric": 0.0, "best_epoch": None},
+    }
+    write_checkpoint(state, tmp_path / "latest.pth")
     state = read_checkpoint(tmp_path / "latest.pth")["model"]
     assert state["base.head.1.num_batches_tracked"] == 6 and "base.head_m.3.running_var" in state
     assert not any("tower" in key for key in state)
@@ -107,3 +112,11 @@ def test_all_processes_evaluate_with_the_main_ones_statistics():
     assert (own["base.head.1.running_mean"] != other["base.head.1.running_mean"]).any()
     for name, value in first.items():
         assert (value == own[name]).all() and (value == second[name]).all(), name
+
+
+def test_queues_of_another_kind_are_not_taken():
+    model = tiny_model(queue_size=16)
+    kept = model.queue_state()
+    for other in (kept["idx_queue"].float(), kept["idx_queue"][:, :8]):
+        assert not model.load_queue_state({**kept, "idx_queue": other})
+    assert not model.load_queue_state({})

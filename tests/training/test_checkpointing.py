@@ -1,10 +1,13 @@
+import math
 import os
+import random
 
 import pytest
 import torch
 
 from lavis_aurora import AuroraError
 from lavis_aurora.training.checkpointing import (
+    BEST,
     LATEST,
     PREVIOUS,
     read_checkpoint,
@@ -13,15 +16,16 @@ from lavis_aurora.training.checkpointing import (
     same_run,
     write_checkpoint,
 )
+from lavis_aurora.training.order import random_state
 
 STATE = {
     "model": {"a": torch.ones(2)},
-    "optimizer": {"lr": 0.1},
+    "optimizer": {"state": {}, "param_groups": [{"params": [0], "lr": 0.1}]},
     "scaler": None,
     "epoch": 3,
     "step": 5,
     "best_metric": 1.0,
-    "best_epoch": 2,
+    "best_epoch": 1,
 }
 
 
@@ -58,6 +62,143 @@ def test_foreign_files_are_named(tmp_path):
     torch.save({"model": {}}, tmp_path / "a.pth")
     with pytest.raises(AuroraError, match="not a checkpoint of a run: it has no best_epoch, best_metric, epoch"):
         read_checkpoint(tmp_path / "a.pth")
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_refused_or_the_same(tmp_path):
+    path, draw = tmp_path / "a.pth", random.Random(0)
+    write_checkpoint({**STATE, "model": {"a": torch.randn(300)}}, path)
+    whole, content = read_checkpoint(path), path.read_bytes()
+    refused = 0
+    for _ in range(100):
+        bit = draw.randrange(8 * len(content))
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            state = read_checkpoint(path)
+        except AuroraError as error:
+            assert str(path) in str(error)
+            refused += 1
+        else:
+            assert torch.equal(state.pop("model")["a"], whole["model"]["a"])
+            assert state == {key: value for key, value in whole.items() if key != "model"}
+    assert refused > 20
+
+
+def moments(**changes):
+    one = {"step": torch.tensor(1.0), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}
+    return {**STATE["optimizer"], "state": {0: {**one, **changes}}}
+
+
+def process(**changes):
+    return {"random": random_state(), "losses": {"loss": 1.0}, **changes}
+
+
+def test_entries_that_a_run_writes_are_read(tmp_path):
+    state = {
+        **STATE,
+        "model": {"a": torch.ones(2), "none": torch.ones(0), "bf16": torch.ones(2, dtype=torch.bfloat16)},
+        "optimizer": moments(),
+        "scaler": torch.amp.GradScaler("cpu").state_dict(),
+        "queue": {"idx_queue": torch.full((1, 4), -100)},
+        "config": {"run": {"max_epoch": 4, "batch_size_train": 2, "grad_clip": math.inf}, "model": {}},
+        "processes": [process(), process()],
+        "steps_per_epoch": 5,
+        "validated": False,
+    }
+    write_checkpoint(state, tmp_path / "a.pth")
+    assert read_checkpoint(tmp_path / "a.pth").keys() == state.keys()
+    write_checkpoint({**state, "best_metric": -math.inf, "best_epoch": None}, tmp_path / "a.pth")
+    assert read_checkpoint(tmp_path / "a.pth")["best_epoch"] is None
+
+
+IMPOSSIBLE = [
+    ("model", 3),
+    ("model", {"a": [1.0]}),
+    ("model", {"a": torch.ones(2, dtype=torch.int64)}),
+    ("queue", [torch.ones(2)]),
+    ("optimizer", None),
+    ("optimizer", {}),
+    ("optimizer", {"state": {}, "param_groups": [{"params": 0, "lr": 0.1}]}),
+    ("optimizer", moments(step="one")),
+    ("optimizer", moments(exp_avg=torch.ones(3))),
+    ("optimizer", moments(exp_avg=None)),
+    ("scaler", {"scale": -1.0}),
+    ("scaler", 2),
+    ("config", 3),
+    ("config", {"run": [1]}),
+    ("config", {"run": {"world_size": "two", "batch_size_train": None}}),
+    ("epoch", -1),
+    ("epoch", 1.5),
+    ("epoch", True),
+    ("epoch", "3"),
+    ("step", None),
+    ("steps_per_epoch", "many"),
+    ("validated", "yes"),
+    ("processes", {"a": 1}),
+    ("processes", [process(), process(losses={})]),
+    ("processes", [process(losses={"loss": "low"})]),
+    ("processes", [process(random={**random_state(), "torch": torch.ones(3)})]),
+    ("processes", [process(random={**random_state(), "python": (3, (1, 2), None)})]),
+    ("processes", [process(random={**random_state(), "cuda": "no"})]),
+    ("processes", [process(random={})]),
+    ("best_metric", math.nan),
+    ("best_metric", "high"),
+    ("best_epoch", "first"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), IMPOSSIBLE)
+def test_entries_that_no_run_writes_are_refused(tmp_path, key, value):
+    torch.save({**STATE, key: value}, tmp_path / "a.pth")
+    with pytest.raises(AuroraError, match=f"a.pth is not a checkpoint of a run: no run writes such {key}$"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"best_epoch": 4}, {"best_metric": -math.inf}, {"steps_per_epoch": 4}, {"config": {"run": {"max_epoch": 3}}}],
+)
+def test_entries_that_contradict_each_other_are_refused(tmp_path, changes):
+    torch.save({**STATE, **changes}, tmp_path / "a.pth")
+    with pytest.raises(AuroraError, match="no run writes such epoch, step and best epoch together"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+NOT_FINITE = {
+    "model.a": {"model": {"a": torch.tensor([1.0, math.nan])}},
+    "queue.q": {"queue": {"q": torch.tensor([[-math.inf]], dtype=torch.half)}},
+    "optimizer.state.0.exp_avg": {"optimizer": moments(exp_avg=torch.tensor([0.0, math.inf]))},
+    "scaler.scale": {"scaler": {"scale": math.inf, "_growth_tracker": 0}},
+    "processes.0.losses.loss": {"processes": [process(losses={"loss": math.nan})]},
+}
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_numbers_that_are_none_are_named(tmp_path, name):
+    torch.save({**STATE, **NOT_FINITE[name]}, tmp_path / "a.pth")
+    with pytest.raises(AuroraError, match=f"a.pth holds NaN or infinite numbers: {name}; take another"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+def test_the_best_is_gone_on_from_when_no_other_is_left(tmp_path, caplog):
+    for name in (LATEST, PREVIOUS, BEST):
+        write_checkpoint(STATE, tmp_path / name)
+    for name in (LATEST, PREVIOUS):
+        (tmp_path / name).write_bytes(b"PK")
+    assert read_latest(tmp_path)[1].name == BEST
+    assert f"{LATEST} is not a readable checkpoint" in caplog.text and "it is passed over" in caplog.text
+
+
+def test_checkpoints_of_another_program_are_passed_over(tmp_path):
+    config = {"model": {"arch": "a"}, "run": {"seed": 1}}
+    for name, state in {"other": {"config": 3, "state_dict": {}}, "odd": {**STATE, "config": "of another"}}.items():
+        (tmp_path / name).mkdir()
+        torch.save(state, tmp_path / name / LATEST)
+    (tmp_path / "run").mkdir()
+    write_checkpoint({**STATE, "config": config}, tmp_path / "run" / LATEST)
+    os.utime(tmp_path / "run", (1, 1))
+    assert run_to_resume(tmp_path, config).name == "run"
 
 
 def test_the_one_before_is_kept_and_used_when_the_newest_is_broken(tmp_path):

@@ -6,21 +6,28 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tiny import project_yaml
 from tiny_video import video_project, write_video_questions, write_videos
 from tiny_vqa import vqa_project
 
+from lavis_aurora import AuroraError
+from lavis_aurora.mode_approx.adapter_file import read_adapter
+from lavis_aurora.project import load_config
+from lavis_aurora.results import final_metrics, read_config
 from lavis_aurora.runner import AuroraRunner
-from lavis_aurora.training.checkpointing import LATEST, read_checkpoint, write_checkpoint
+from lavis_aurora.training.checkpointing import BEST, LATEST, read_checkpoint, write_checkpoint
 from lavis_aurora.training.stopping import Stopped
 from lavis_aurora_cli import train
 
@@ -234,8 +241,166 @@ def test_a_stop_is_no_unreadable_file(tmp_path, monkeypatch):
         raise Stopped(signal.SIGTERM)
 
     monkeypatch.setattr(torch, "load", stopped)
+    (tmp_path / "any.pth").touch()
     with pytest.raises(Stopped):
         read_checkpoint(tmp_path / "any.pth")
+
+
+def flipped(content: bytes, draw: random.Random) -> bytes:
+    """With one random bit turned over."""
+    damaged, bit = bytearray(content), draw.randrange(8 * len(content))
+    damaged[bit // 8] ^= 1 << bit % 8
+    return bytes(damaged)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def damage_in_data(path: Path) -> None:
+    """A bit of a tensor: torch reads it without a word."""
+    with zipfile.ZipFile(path) as archive:
+        largest = archive.read(max(archive.infolist(), key=lambda part: part.file_size))
+    content = path.read_bytes()
+    place = content.index(largest) + len(largest) // 2
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+
+
+DAMAGES = {
+    "latest": {"checkpoint_latest.pth": damage_in_data},
+    "latest and previous": {"checkpoint_latest.pth": cut, "checkpoint_previous.pth": damage_in_data},
+    "best": {"checkpoint_best.pth": damage_in_data},
+    "best, of another program": {"checkpoint_best.pth": lambda path: torch.save({"state_dict": {}}, path)},
+    "best, gone": {"checkpoint_best.pth": Path.unlink},
+    "adapter, empty": {"adapter_best/adapter_config.json": lambda path: path.write_text("")},
+    "adapter, cut": {"adapter_last/adapter_config.json": lambda path: path.write_text(path.read_text()[:50])},
+    "adapter, no tensors": {"adapter_best/adapter_model.safetensors": lambda path: path.write_text("")},
+    "texts": dict.fromkeys(("config.yaml", "log.txt"), lambda path: path.write_bytes(b"\xff{")),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped_and_whole(tmp_path_factory) -> tuple[Path, dict]:
+    """Folder of a run of three epochs that was stopped in the last one, and how an undisturbed one ends."""
+    folder = tmp_path_factory.mktemp("runs")
+    run = {"max_epoch": 3, "checkpoint_every": 0}
+    train(["--cfg-path", str(image_project(folder / "whole", **run))])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        stop_in(patch, 9)
+        train(["--cfg-path", str(image_project(folder / "stopped", **run))])
+    return folder / "stopped", final(folder / "whole")
+
+
+@pytest.mark.parametrize("damages", DAMAGES.values(), ids=DAMAGES)
+def test_a_run_goes_on_whatever_file_is_damaged(stopped_and_whole, tmp_path, damages, caplog):
+    stopped, whole = stopped_and_whole
+    folder = tmp_path / "stopped"
+    shutil.copytree(stopped, folder)
+    yaml, run = folder / "project.yaml", only_run(folder)
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(yaml), {"run": {"output_dir": str(folder / "output")}}), yaml)
+    for name, damage in damages.items():
+        damage(run / name)
+    train(["--cfg-path", str(yaml)])
+    end = final(folder)
+    assert_same(whole["latest"]["model"], end["latest"]["model"])
+    lost = BEST in damages
+    assert not lost or "is lost" in caplog.text or "is written anew" in caplog.text
+    if not lost:
+        assert_same({**whole["latest"], "processes": 0}, {**end["latest"], "processes": 0})
+        assert_same(whole["results"], end["results"])
+    assert ("is kept as checkpoint_damaged.pth" in caplog.text) == (LATEST in damages)
+    for path in run.glob("checkpoint_[!d]*.pth"):
+        read_checkpoint(path)
+    for kind in ("best", "last"):
+        read_adapter(run / f"adapter_{kind}")
+
+
+@pytest.mark.parametrize("best_epoch", [0, 1])
+def test_a_finished_run_whose_best_file_is_gone_writes_it_anew(tmp_path, caplog, best_epoch):
+    yaml = image_project(tmp_path, max_epoch=2)
+    train(["--cfg-path", str(yaml)])
+    run = only_run(tmp_path)
+    state = read_checkpoint(run / LATEST)
+    write_checkpoint({**state, "best_epoch": best_epoch, "best_metric": 50.0}, run / LATEST)
+    (run / BEST).unlink()
+    train(["--cfg-path", str(yaml)])
+    assert ("the best so far, epoch 1, is lost" if best_epoch == 0 else "it is written anew") in caplog.text
+    best = read_checkpoint(run / BEST)
+    assert best["epoch"] == 1
+    assert_same(best["model"], state["model"])
+    assert (best["best_metric"] == 50.0) == (best_epoch == 1)
+    assert json.loads((run / "result" / "test_epoch_best.json").read_text())
+
+
+def test_moments_of_other_parameters_are_refused(tmp_path, capsys):
+    yaml = image_project(tmp_path, max_epoch=1)
+    train(["--cfg-path", str(yaml)])
+    state = read_checkpoint(only_run(tmp_path) / LATEST)
+    first = state["optimizer"]["state"][0]
+    first.update({key: first[key][:1, :1] for key in ("exp_avg", "exp_avg_sq")})
+    write_checkpoint(state, tmp_path / "other.pth")
+    with pytest.raises(SystemExit):
+        options = ["run.resume=none", f"run.resume_ckpt_path={tmp_path / 'other.pth'}"]
+        train(["--cfg-path", str(yaml), "--options", *options])
+    assert "other.pth does not fit the optimizer (moments of torch.Size([1, 1]) for" in capsys.readouterr().err
+
+
+def test_a_best_file_that_is_damaged_before_it_is_tested_is_named(tmp_path, monkeypatch, capsys):
+    original = AuroraRunner._save_checkpoint
+
+    def damaging(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if kwargs.get("name") == BEST:
+            damage_in_data(self.output_dir / BEST)
+
+    yaml = image_project(tmp_path, max_epoch=1)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(AuroraRunner, "_save_checkpoint", damaging)
+        train(["--cfg-path", str(yaml)])
+    error = capsys.readouterr().err
+    assert f"{only_run(tmp_path) / BEST} is not a readable checkpoint" in error and "run.resume=auto" in error
+    train(["--cfg-path", str(yaml)])
+    assert final(tmp_path)["best"]["epoch"] == 0
+
+
+@pytest.mark.slow
+def test_no_file_of_a_run_loads_silently_changed(tmp_path):
+    """A flipped bit or a lost page in a checkpoint is noticed, or is where nothing is read from."""
+    train(["--cfg-path", str(image_project(tmp_path))])
+    run, draw = only_run(tmp_path), random.Random(0)
+    for path in run.glob("*.pth"):
+        whole, content = read_checkpoint(path), path.read_bytes()
+        pages = [page for page in range(0, len(content), 4096) if any(content[page : page + 4096])]
+        damaged = [flipped(content, draw) for _ in range(200)]
+        damaged += [content[:page] + bytes(min(4096, len(content) - page)) + content[page + 4096 :] for page in pages]
+        refused = 0
+        for one in damaged:
+            path.write_bytes(one)
+            try:
+                assert_same(whole, read_checkpoint(path))
+            except AuroraError:
+                refused += 1
+        assert refused > 150 + len(pages) // 2, f"{path}: {refused} of {len(damaged)}"
+        path.write_bytes(content)
+    assert len(list(run.glob("*.pth"))) == 3
+
+
+@pytest.mark.slow
+def test_a_damaged_text_of_a_run_ends_nothing(tmp_path):
+    """Of config.yaml and log.txt a resumed run reads nothing; whoever shows them meets no traceback."""
+    train(["--cfg-path", str(image_project(tmp_path, max_epoch=1))])
+    run, draw = only_run(tmp_path), random.Random(0)
+    for name in ("config.yaml", "log.txt"):
+        content = (run / name).read_bytes()
+        for i in range(200):
+            (run / name).write_bytes(flipped(content, draw))
+            final_metrics(run)
+            with suppress(AuroraError):
+                read_config(run)
+            if name == "config.yaml" and i % 2:
+                with suppress(AuroraError):
+                    load_config(str(run / name))
+        (run / name).write_bytes(content)
 
 
 def test_another_configuration_starts_a_new_run(tmp_path):
@@ -304,3 +469,22 @@ def test_two_processes_stop_together_and_resume(tmp_path):
         output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, output
     assert_same(final(tmp_path / "whole"), final(tmp_path / "stopped"))
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_without_the_best_and_the_latest(tmp_path):
+    yaml = image_project(tmp_path, max_epoch=2)
+    for damage in (None, "best", "latest and best"):
+        if damage == "best":
+            run = only_run(tmp_path)
+            whole = read_checkpoint(run / LATEST)
+            # An earlier epoch was the best: the last one is validated again.
+            write_checkpoint({**whole, "best_epoch": 0, "best_metric": 1e9}, run / LATEST)
+        for name in {"best": [BEST], "latest and best": [LATEST, BEST]}.get(damage, []):
+            damage_in_data(run / name)
+        process = start(yaml, processes=2)
+        output, _ = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, output
+        assert ("is lost" in output or "is written anew" in output) == (damage is not None), output
+    assert_same(whole["model"], read_checkpoint(run / LATEST)["model"])
+    assert read_checkpoint(run / BEST)["epoch"] == 1
