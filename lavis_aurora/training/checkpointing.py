@@ -18,7 +18,7 @@ KEYS = {"model", "optimizer", "scaler", "epoch", "step", "best_metric", "best_ep
 # and their batches the product counts, see _essential.
 INCIDENTAL = {
     *("resume", "resume_ckpt_path", "evaluate", "output_dir", "rank", "gpu", "dist_url", "dist_backend"),
-    *("num_workers", "log_freq", "checkpoint_every", "distributed"),
+    *("num_workers", "log_freq", "checkpoint_every", "distributed", "dist_timeout_minutes"),
 }
 
 
