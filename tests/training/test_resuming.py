@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed import free_port
 from tiny import project_yaml
 from tiny_video import video_project, write_video_questions, write_videos
 from tiny_vqa import vqa_project
@@ -344,12 +345,11 @@ def ended(pid: int) -> bool:
 
 def start_agent(yaml: Path, *launcher: str, options: tuple[str, ...] = ()) -> subprocess.Popen:
     """``torch.distributed.run`` with these arguments."""
-    parts = [sys.executable, "-m", "torch.distributed.run", *launcher, str(ROOT / "train.py"), "--cfg-path", str(yaml)]
+    parts = [sys.executable, "-m", "torch.distributed.run", *launcher, str(ROOT / "train.py")]
+    parts += ["--cfg-path", str(yaml), *(["--options", *options] if options else [])]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     log = (yaml.parent / f"agent_{time.time_ns()}.log").open("w+")
-    return subprocess.Popen(
-        [*parts, *(["--options", *options] if options else [])], env=environment, stdout=log, stderr=log, text=True
-    )
+    return subprocess.Popen(parts, env=environment, stdout=log, stderr=log, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -375,24 +375,28 @@ def test_two_kills_in_a_row_under_max_restarts(tmp_path, undisturbed):
     assert_same(undisturbed, final(tmp_path / "killed"))
 
 
-def start_two_agents(yaml: Path, port: int, *more: str, options: tuple[str, ...] = ()) -> list[subprocess.Popen]:
+def start_one_of_two(yaml: Path, port: int, host: bool, *more: str) -> subprocess.Popen:
+    """An agent of a run on two machines; the host serves the store by which the agents meet."""
     where = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1")
-    launcher = ("--nnodes=2", "--nproc_per_node=1", *where, *more)
-    return [start_agent(yaml, *launcher, options=options) for _ in range(2)]
+    return start_agent(yaml, "--nnodes=2", "--nproc_per_node=1", *where, f"--rdzv-conf=is_host={int(host)}", *more)
+
+
+def start_both(yaml: Path, port: int, *more: str) -> list[subprocess.Popen]:
+    return [start_one_of_two(yaml, port, host, *more) for host in (True, False)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_an_agent_that_is_killed_takes_the_other_down_and_both_resume(tmp_path, undisturbed, victim):
     yaml = image_project(tmp_path / "killed", max_epoch=EPOCHS_IN_TWO)
-    agents = start_two_agents(yaml, free_port())
+    agents = start_both(yaml, free_port())
     wait_for_progress(tmp_path / "killed", *agents)
     workers = [pid for agent in agents for pid in children(agent.pid)]
     assert len(workers) == 2
     agents[victim].kill()
     assert agents[1 - victim].wait(timeout=120) != 0
     assert all(map(ended, workers)), "none goes on without its agent"
-    agents = start_two_agents(yaml, free_port())
+    agents = start_both(yaml, free_port())
     assert [agent.wait(timeout=PATIENCE) for agent in agents] == [0, 0]
     assert_same(undisturbed, final(tmp_path / "killed"))
 
@@ -401,24 +405,19 @@ def test_an_agent_that_is_killed_takes_the_other_down_and_both_resume(tmp_path, 
 def test_agents_that_count_restarts_differently_find_each_other(tmp_path, undisturbed):
     """One agent is new, the other has started its processes again."""
     yaml, port = image_project(tmp_path / "killed", max_epoch=EPOCHS_IN_TWO), free_port()
-    agents = start_two_agents(yaml, port, "--max-restarts=3")
-    wait_for_progress(tmp_path / "killed", *agents)
-    # The one that serves the store is needed by both.
-    [guest] = [agent for agent in agents if not listens(agent.pid, port)]
+    host, guest = start_both(yaml, port, "--max-restarts=3")
+    wait_for_progress(tmp_path / "killed", host, guest)
     guest.kill()
     guest.wait()
-    agents.remove(guest)
-    again, _ = start_two_agents(yaml, port, "--max-restarts=3")
-    assert [agent.wait(timeout=PATIENCE) for agent in (*agents, again)] == [0, 0]
+    guest = start_one_of_two(yaml, port, False, "--max-restarts=3")
+    assert [agent.wait(timeout=PATIENCE) for agent in (host, guest)] == [0, 0]
     assert_same(undisturbed, final(tmp_path / "killed"))
 
 
 @pytest.mark.slow
 def test_a_process_that_hangs_takes_the_others_down_within_the_time_limit(tmp_path):
     yaml = image_project(tmp_path, max_epoch=1000)
-    agent = start_agent(
-        yaml, "--standalone", "--nproc_per_node=2", options=("run.dist_timeout_minutes=0.2",)
-    )
+    agent = start_agent(yaml, "--standalone", "--nproc_per_node=2", options=("run.dist_timeout_minutes=0.2",))
     wait_for_progress(tmp_path, agent)
     hangs = children(agent.pid)[1]
     os.kill(hangs, signal.SIGSTOP)
