@@ -402,8 +402,10 @@ def test_an_agent_that_is_killed_takes_the_other_down_and_both_resume(tmp_path, 
 
 
 @pytest.mark.slow
-def test_agents_that_count_restarts_differently_find_each_other(tmp_path, undisturbed):
+def test_agents_that_count_restarts_differently_find_each_other(tmp_path, undisturbed, monkeypatch):
     """One agent is new, the other has started its processes again."""
+    # Without it torch's agent waits for a new one in vain.
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     yaml, port = image_project(tmp_path / "killed", max_epoch=EPOCHS_IN_TWO), free_port()
     host, guest = start_both(yaml, port, "--max-restarts=3")
     wait_for_progress(tmp_path / "killed", host, guest)
