@@ -64,7 +64,7 @@ def _choose_run(cfg: AuroraConfig, lock: RunLock) -> tuple[str, str | None]:
     name = f"{datetime.now():%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
     if run.resume != "auto":
         return name, run.resume_ckpt_path
-    folder = run_to_resume(Path(run.output_dir).expanduser(), cfg.to_dict())
+    folder = run_to_resume(Path(run.output_dir).expanduser(), cfg.to_dict(), run.evaluate)
     if run.evaluate:
         if folder is None:
             raise AuroraError(

@@ -116,7 +116,8 @@ def test_evaluation_with_resume_auto_takes_the_runs_best(tmp_path, capsys):
     # The last epoch is another one than the best.
     state = torch.load(first / "checkpoint_latest.pth", weights_only=True)
     torch.save({**state, "model": {key: x + 1 for key, x in state["model"].items()}}, first / "checkpoint_latest.pth")
-    evaluate([*command, "run.seed=3"])
+    # Another number of processes would have another batch.
+    evaluate([*command, "run.seed=3", "run.batch_size_train=2"])
     [second] = [path for path in (tmp_path / "output").iterdir() if path != first]
     results = [path / "result" / f"test_epoch_{name}.json" for path, name in ((first, "best"), (second, "0"))]
     tested, again = (json.loads(path.read_text())["ranks"] for path in results)
