@@ -7,8 +7,11 @@ command needs is imported when it runs.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import os
 import re
 import shutil
+import signal
 import textwrap
 from collections.abc import Sequence
 from itertools import takewhile
@@ -38,7 +41,16 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     _act(_run_parser(EVALUATE, evaluate=True).parse_args(argv))
 
 
+def end_with_parent() -> None:
+    """Let Linux kill this process once the thread that started it has ended, however that comes about."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def _act(args: argparse.Namespace) -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Of a killed agent the processes would go on with those of other agents.
+        end_with_parent()
     from lavis_aurora.cli import exit_on_error
 
     exit_on_error(lambda: args.action(args))

@@ -9,7 +9,7 @@ import secrets
 import sys
 import traceback
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,11 @@ from lavis.common.registry import registry
 import lavis_aurora.register  # noqa: F401
 from lavis_aurora.errors import AuroraError, printable
 from lavis_aurora.project import AuroraConfig
-from lavis_aurora.training.checkpointing import run_to_resume
+from lavis_aurora.training.checkpointing import BEST, run_to_resume
 from lavis_aurora.training.lavis_tasks import runnable_task
+from lavis_aurora.training.process_groups import join_processes
+from lavis_aurora.training.run_lock import RunLock
 from lavis_aurora.training.stopping import Stopped
-
-# Long enough for the main process to download or make the data.
-INIT_TIMEOUT = timedelta(hours=12)
 
 
 def _set_up_processes(run) -> None:
@@ -43,15 +42,13 @@ def _set_up_processes(run) -> None:
         return
     run.rank, run.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     run.gpu = int(os.environ.get("LOCAL_RANK", 0))
-    backend = "gloo"
     if run.device == "cuda":
-        backend = "nccl"
         if run.gpu >= torch.cuda.device_count():
             raise AuroraError(
                 f"--nproc_per_node: process {run.gpu} has no GPU of its own, of {torch.cuda.device_count()}"
             )
         torch.cuda.set_device(run.gpu)
-    dist.init_process_group(backend, init_method=run.dist_url, timeout=INIT_TIMEOUT)
+    join_processes(run)
 
 
 def _set_seeds(seed: int) -> None:
@@ -60,19 +57,46 @@ def _set_seeds(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _job_id(cfg: AuroraConfig) -> str:
-    """The name of the run to go on with, or one that no other run has; the same on all processes."""
+def _choose_run(cfg: AuroraConfig, lock: RunLock) -> tuple[str, str | None]:
+    """The name of the run to go on with, whose folder is then locked, or one that no other run has; and the
+    checkpoint to evaluate, or to go on from."""
     run = cfg.run_cfg
-    name = [f"{datetime.now():%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"]
-    if run.resume == "auto" and not run.evaluate and get_rank() == 0:
-        folder = run_to_resume(Path(run.output_dir).expanduser(), cfg.to_dict())
+    name = f"{datetime.now():%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
+    if run.resume != "auto":
+        return name, run.resume_ckpt_path
+    folder = run_to_resume(Path(run.output_dir).expanduser(), cfg.to_dict(), run.evaluate)
+    if run.evaluate:
         if folder is None:
-            logging.info("run.resume: no run of this configuration under %s; a new one starts", run.output_dir)
-        else:
-            name = [folder.name]
-    if dist.is_initialized():
-        dist.broadcast_object_list(name, src=0)
-    return name[0]
+            raise AuroraError(
+                f"run.resume: no run of this configuration under {run.output_dir} to evaluate; name its checkpoint "
+                f"by run.resume_ckpt_path=FILE, or set run.resume=none to evaluate the model as it is before training"
+            )
+        if not (folder / BEST).is_file():
+            raise AuroraError(f"run.resume: {folder} has no {BEST}; name a checkpoint by run.resume_ckpt_path=FILE")
+        logging.info("run.resume: evaluating %s", folder / BEST)
+        return name, str(folder / BEST)
+    if folder is None:
+        logging.info("run.resume: no run of this configuration under %s; a new one starts", run.output_dir)
+        return name, None
+    lock.take(folder)
+    return folder.name, None
+
+
+def _agree_on_run(cfg: AuroraConfig, lock: RunLock) -> str:
+    """The run's name; it and the checkpoint are the main process's choice."""
+    choice: list = [None]
+    try:
+        if get_rank() == 0:
+            choice = [_choose_run(cfg, lock)]
+    finally:
+        if dist.is_initialized():
+            dist.broadcast_object_list(choice, src=0)
+    if choice[0] is None:
+        sys.exit(1)  # the main process says why
+    name, cfg.run_cfg.resume_ckpt_path = choice[0]
+    if cfg.run_cfg.evaluate:
+        cfg.run_cfg.resume = "none"  # config.yaml names the checkpoint itself
+    return name
 
 
 def _printable_record(record: logging.LogRecord) -> bool:
@@ -88,14 +112,17 @@ def run_config(cfg: AuroraConfig) -> None:
     setup_logger()
     for handler in logging.getLogger().handlers:
         handler.addFilter(_printable_record)
-    job_id = _job_id(cfg)
-    _set_seeds(run.seed + get_rank())
-    task = runnable_task(registry.get_task_class(run.task)).setup_task(cfg=cfg)
-    datasets = task.build_datasets(cfg)
-    model = task.build_model(cfg)
-    runner_cls = registry.get_runner_class(run.runner)
-    runner = runner_cls(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
-    runner.train()
+    with RunLock() as lock:
+        job_id = _agree_on_run(cfg, lock)
+        _set_seeds(run.seed + get_rank())
+        task = runnable_task(registry.get_task_class(run.task)).setup_task(cfg=cfg)
+        datasets = task.build_datasets(cfg)
+        model = task.build_model(cfg)
+        runner_cls = registry.get_runner_class(run.runner)
+        runner = runner_cls(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
+        if get_rank() == 0:
+            lock.take(runner.output_dir)
+        runner.train()
     if dist.is_initialized():
         dist.destroy_process_group()
 

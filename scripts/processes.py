@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Optional, TypeVar
 
+from lavis_aurora_cli import end_with_parent
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -47,6 +49,7 @@ class TrainingProcess:
         self.started = time.time()
         with self.log.open("a") as log:
             # Ctrl-C reaches this process alone, which tells its children once: told twice, they would not save.
+            # Killed, it can tell them nothing: they end with it, or a restart would meet them.
             self.process = subprocess.Popen(
                 command,
                 stdout=log,
@@ -54,6 +57,7 @@ class TrainingProcess:
                 env={**environment(), **(more or {})},
                 cwd=cwd,
                 start_new_session=True,
+                preexec_fn=end_with_parent,
             )
 
     def output(self) -> str:

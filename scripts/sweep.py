@@ -80,9 +80,12 @@ class Cell(TrainingProcess):
     def start(self, cfg_path: str, options: Sequence[str]) -> None:
         """Start it on one thread, or go on where it was interrupted."""
         given = [*options, *(f"{key}={value}" for key, value in self.settings.items())]
-        # Nothing to train: the same test, without a word about it.
-        script = "evaluate.py" if "model.tuning=frozen" in given else "train.py"
-        self.launch(ROOT / script, cfg_path, [*given, "run.resume=auto", f"run.output_dir={self.folder}"])
+        given.append(f"run.output_dir={self.folder}")
+        if "model.tuning=frozen" in given:
+            # Nothing to train: the same test, without a word about it.
+            self.launch(ROOT / "evaluate.py", cfg_path, given)
+        else:
+            self.launch(ROOT / "train.py", cfg_path, [*given, "run.resume=auto"])
 
     def ended(self) -> bool:
         """Whether its process has ended; ``result`` then says how, and a line of output."""

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -32,5 +32,5 @@ def run_processes(world: int, function: Callable, *args: Any) -> list:
     """``function(rank, *args)`` of each process; it must be defined at the top of a module."""
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_join, (world, _free_port(), function, args, results), nprocs=world)
+        mp.spawn(_join, (world, free_port(), function, args, results), nprocs=world)
         return [results[rank] for rank in range(world)]

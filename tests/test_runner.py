@@ -96,6 +96,38 @@ def test_evaluation_of_a_checkpoint_repeats_the_test(tmp_path, capsys):
     assert not list(second.glob("*.pth"))
 
 
+def test_evaluation_with_resume_auto_takes_the_runs_best(tmp_path, capsys):
+    yaml = project_yaml(tmp_path, run={"max_epoch": 2})
+    command = ["--cfg-path", str(yaml), "--options", "run.resume=auto"]
+
+    def refused(*options: str) -> str:
+        before = [path.name for path in tmp_path.rglob("*")]
+        with pytest.raises(SystemExit):
+            evaluate([*command, *options])
+        [line] = capsys.readouterr().err.splitlines()
+        assert [path.name for path in tmp_path.rglob("*")] == before
+        return line
+
+    nothing = f"error: run.resume: no run of this configuration under {tmp_path / 'output'} to evaluate; name its"
+    assert refused().startswith(nothing)
+    run(yaml, "run.seed=3")
+    first = only_run(tmp_path)
+    assert refused().startswith(nothing), "it has another seed"
+    # The last epoch is another one than the best.
+    state = torch.load(first / "checkpoint_latest.pth", weights_only=True)
+    torch.save({**state, "model": {key: x + 1 for key, x in state["model"].items()}}, first / "checkpoint_latest.pth")
+    # Another number of processes would have another batch.
+    evaluate([*command, "run.seed=3", "run.batch_size_train=2"])
+    [second] = [path for path in (tmp_path / "output").iterdir() if path != first]
+    results = [path / "result" / f"test_epoch_{name}.json" for path, name in ((first, "best"), (second, "0"))]
+    tested, again = (json.loads(path.read_text())["ranks"] for path in results)
+    assert again == tested
+    saved = OmegaConf.load(second / "config.yaml").run
+    assert (saved.resume, saved.resume_ckpt_path) == ("none", str(first / "checkpoint_best.pth"))
+    (first / "checkpoint_best.pth").unlink()
+    assert refused("run.seed=3").startswith(f"error: run.resume: {first} has no checkpoint_best.pth; name a")
+
+
 def test_resumed_training_continues_the_epochs_and_keeps_the_best(tmp_path):
     yaml = project_yaml(tmp_path, run={"max_epoch": 1})
     run(yaml)

@@ -58,10 +58,13 @@ class RunConfig:
         max_broken_share: share of an epoch's samples whose video may be missing or broken; others are trained on in
             their place, and the run stops above it.
         output_dir: relative paths start at the current directory; each run adds a folder of its own.
-        resume: auto goes on with the newest run under output_dir of the same configuration, if there is one; none.
+        resume: auto goes on with the newest run under output_dir of the same configuration, if there is one; an
+            evaluation takes the best checkpoint of it, and there must be one. Or none.
         checkpoint_every: steps between checkpoints within an epoch; 0 for none but at its end.
         save_queue: also keep the queue of features in checkpoints (118 MB with LAVIS's sizes), so that a resumed run
             is exactly the run that was interrupted.
+        dist_timeout_minutes: how long processes of one run wait for each other, at most, before they end; also while
+            the main one downloads or makes the data.
         skip_nonfinite: leave out steps whose gradient is not finite, and count them, instead of stopping.
     """
 
@@ -101,6 +104,7 @@ class RunConfig:
     device: str = "auto"
     world_size: int = 1
     dist_url: str = "env://"
+    dist_timeout_minutes: float = 30.0
     distributed: bool = False
     use_dist_eval_sampler: bool = False
     seed: int = 42
@@ -149,6 +153,8 @@ class RunConfig:
             "seed",
         ):
             require(getattr(self, key) >= 0, f"run.{key}", getattr(self, key), "0 or more")
+        minutes = self.dist_timeout_minutes
+        require(0 < minutes <= 7 * 24 * 60, "run.dist_timeout_minutes", minutes, "above 0 and at most a week, 10080")
         share = self.max_broken_share
         require(0 <= share <= 1, "run.max_broken_share", share, "between 0 and 1")
         if self.lr_sched == "linear_warmup_step_lr" and self.lr_decay_rate is None:

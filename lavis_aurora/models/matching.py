@@ -22,7 +22,7 @@ def shared_seed(device: torch.device) -> int:
 @lru_cache(maxsize=1)
 def _host_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
     """The processes of ``world``, talking from CPU to CPU."""
-    return world if dist.get_backend(world) == "gloo" else dist.new_group(backend="gloo")
+    return world if "gloo" in dist.get_backend_config(world) else dist.new_group(backend="gloo")
 
 
 def longest_anywhere(length: int) -> int:

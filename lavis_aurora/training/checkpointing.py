@@ -23,8 +23,11 @@ KEYS = {"model", "optimizer", "scaler", "epoch", "step", "best_metric", "best_ep
 # and their batches the product counts, see _essential.
 INCIDENTAL = {
     *("resume", "resume_ckpt_path", "evaluate", "output_dir", "rank", "gpu", "dist_url", "dist_backend"),
-    *("num_workers", "log_freq", "checkpoint_every", "distributed"),
+    *("num_workers", "log_freq", "checkpoint_every", "distributed", "dist_timeout_minutes"),
 }
+
+# What may differ besides when a run's best epoch is evaluated.
+OF_NO_EVALUATION = ("world_size", "batch_size_train", "batch_size_eval", "test_splits")
 
 
 def write_checkpoint(state: dict[str, Any], path: str | Path, previous: str | Path | None = None) -> None:
@@ -156,12 +159,12 @@ def read_latest(folder: Path) -> tuple[dict[str, Any], Path] | None:
     return None
 
 
-def same_run(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two resolved configurations compute the same."""
-    return _essential(config) == _essential(other)
+def same_run(config: Mapping[str, Any], other: Mapping[str, Any], evaluate: bool = False) -> bool:
+    """Whether two resolved configurations compute the same; or one evaluates what the other trains."""
+    return _essential(config, evaluate) == _essential(other, evaluate)
 
 
-def _essential(config: Mapping[str, Any]) -> dict[str, Any]:
+def _essential(config: Mapping[str, Any], evaluate: bool = False) -> dict[str, Any]:
     """What decides the numbers of a run.
 
     A step computes the same in any number of processes with the same global batch: so it is that one which counts.
@@ -169,6 +172,8 @@ def _essential(config: Mapping[str, Any]) -> dict[str, Any]:
     process's share matters too.
     """
     run = {key: value for key, value in config.get("run", {}).items() if key not in INCIDENTAL}
+    if evaluate:
+        return {**config, "run": {key: value for key, value in run.items() if key not in OF_NO_EVALUATION}}
     processes, model = run.pop("world_size", 1), config.get("model", {})
     if model.get("arch") != "mode_approx" and model.get("negative_all_rank", True):
         run["batch_size_train"] = run.get("batch_size_train", 0) * processes
@@ -177,12 +182,18 @@ def _essential(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "run": run}
 
 
-def run_to_resume(output_dir: str | Path, config: Mapping[str, Any]) -> Path | None:
-    """The newest folder under ``output_dir`` with a checkpoint of this very configuration; None if there is none."""
+def run_to_resume(output_dir: str | Path, config: Mapping[str, Any], evaluate: bool = False) -> Path | None:
+    """The newest folder under ``output_dir`` with a checkpoint of this very configuration; None if there is none.
+
+    Args:
+        output_dir: of the runs.
+        config: as resolved.
+        evaluate: it is to be evaluated, by any number of processes on any splits.
+    """
     by_time: Callable[[Path], float] = lambda folder: folder.stat().st_mtime  # noqa: E731
     folders = {path.parent for name in (LATEST, PREVIOUS) for path in Path(output_dir).glob(f"*/{name}")}
     for folder in sorted(folders, key=by_time, reverse=True):
         found = read_latest(folder)
-        if found is not None and same_run(found[0].get("config", {}), config):
+        if found is not None and same_run(found[0].get("config", {}), config, evaluate):
             return folder
     return None

@@ -38,14 +38,11 @@ class StopRequest:
         self.stepping = False
         self._signum: int | None = None
         self._before: dict[int, object] = {}
-        self._group = None
 
     def __enter__(self) -> StopRequest:
         self._process = os.getpid()
         if threading.current_thread() is threading.main_thread():
             self._before = {signum: signal.signal(signum, self._handle) for signum in self.SIGNALS}
-        if is_dist_avail_and_initialized() and dist.get_backend() != "gloo":
-            self._group = dist.new_group(backend="gloo")
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -65,5 +62,5 @@ class StopRequest:
             return self._signum
         # On the CPU: nothing waits for a GPU.
         signum = torch.tensor(self._signum or 0)
-        dist.all_reduce(signum, dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(signum, dist.ReduceOp.MAX)
         return int(signum) or None

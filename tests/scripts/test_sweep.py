@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from processes import ROOT
 from sweep import DONE, LOG, build_cells, cell_name, last_error, main, parse_grid, time_left
 from tiny import project_yaml
 
@@ -151,6 +157,36 @@ def test_a_sweep_runs_all_cells_keeps_them_and_goes_on(tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in before} == before
     # It went on in the run that was there, which had nothing left to train.
     assert len(list(lost.parent.glob("*/config.yaml"))) == 1
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_leaves_no_runs_behind_and_goes_on(tmp_path):
+    yaml = project_yaml(tmp_path, run={"max_epoch": 30, "checkpoint_every": 1, "num_workers": 1})
+    command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), "--cfg-path", str(yaml), "--jobs", "2"]
+    command += ["--output", str(tmp_path / "sweep"), "--grid", "run.seed=1,2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 600
+    while len(list((tmp_path / "sweep").glob("*/*/checkpoint_latest.pth"))) < 2:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    listed = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    runs = listed.stdout.split()
+    assert len(runs) == 2 and not [pid for pid in runs if Path(f"/proc/{pid}/exe").exists()]
+    # Each went on in its own folder, which nobody else wrote into.
+    for folder in (tmp_path / "sweep").glob("run.seed=*"):
+        [run] = (path.parent for path in folder.glob("*/config.yaml"))
+        log = (run / "log.txt").read_text()
+        assert log.count('{"train_epoch"') in (30, 31) and log.count('"final_test_epoch"') == 1
+
+
+@pytest.mark.slow
+def test_cells_of_the_frozen_model_are_tested(tmp_path):
+    assert sweep(project_yaml(tmp_path), "--grid", "model.tuning=frozen,heads") == 0
 
 
 @pytest.mark.slow

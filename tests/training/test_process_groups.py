@@ -1,0 +1,54 @@
+"""Processes of one run find each other, whatever those before them have left in their store."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import free_port
+from omegaconf import OmegaConf
+
+from lavis_aurora.errors import AuroraError
+from lavis_aurora.training.process_groups import _start, join_processes
+from lavis_aurora.training.stopping import StopRequest
+
+
+def start(store: dist.Store, ranks: list[int], seconds: float = 60) -> list[str]:
+    """Names that so many of three processes agree on."""
+    with ThreadPoolExecutor(3) as pool:
+        return list(pool.map(lambda rank: _start(store, rank, 3, timedelta(seconds=seconds)), ranks))
+
+
+def test_all_agree_on_a_name_that_none_had_before():
+    store, names = dist.HashStore(), []
+    store.set_timeout(timedelta(seconds=60))
+    for _ in range(5):
+        agreed = start(store, [0, 1, 2])
+        assert len(set(agreed)) == 1
+        names += agreed[:1]
+        # Of a start that was killed: it had asked, and nobody answered.
+        store.set("ask/1", f"asked in vain after {agreed[0]}")
+    assert len(set(names)) == 5
+
+
+def test_one_that_does_not_start_is_named():
+    store = dist.HashStore()
+    start(store, [0, 1, 2])
+    with pytest.raises(AuroraError, match="run.dist_timeout_minutes: process 1 of 3 did not start in that time"):
+        start(store, [0], seconds=0.2)
+
+
+def test_all_groups_have_the_limit_of_the_yaml():
+    url = f"tcp://127.0.0.1:{free_port()}"
+    run = {"device": "cpu", "rank": 0, "world_size": 1, "dist_url": url, "dist_timeout_minutes": 3.0}
+    join_processes(OmegaConf.create(run))
+    try:
+        with StopRequest():
+            groups = list(dist.distributed_c10d._world.pg_map)
+        limits = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+        assert limits == {timedelta(minutes=3)}
+    finally:
+        dist.destroy_process_group()

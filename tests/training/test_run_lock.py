@@ -1,0 +1,170 @@
+"""One process at a time writes into a run's folder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import project_yaml
+
+from lavis_aurora.errors import AuroraError
+from lavis_aurora.training.run_lock import NAME, RunLock
+from lavis_aurora_cli import train
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 600  # seconds that a run may take on a busy machine
+# Holds a lock, with a child that outlives it, as workers of data loaders do.
+HOLDS = """
+import os, pathlib, sys, time
+from lavis_aurora.training.run_lock import RunLock
+with RunLock() as lock:
+    lock.take(pathlib.Path(sys.argv[1]))
+    if os.fork():
+        print("held", flush=True)
+    time.sleep(120)
+"""
+
+
+def start(*command: object) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def left_behind(folder: Path, **changes: str) -> Path:
+    """A lock file of a process that was killed."""
+    with RunLock() as lock:
+        lock.take(folder)
+        owner = json.loads((folder / NAME).read_text())
+    (folder / NAME).write_text(json.dumps({**owner, "process": 123456, **changes}))
+    return folder / NAME
+
+
+def test_the_file_says_who_holds_it_and_is_gone_at_the_end(tmp_path):
+    with RunLock() as lock:
+        lock.take(tmp_path)
+        lock.take(tmp_path / "another")  # holds one already
+        owner = json.loads((tmp_path / NAME).read_text())
+        assert owner["process"] == os.getpid() and owner["host"] and owner["since"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_living_owner_is_named_and_a_killed_one_is_no_obstacle(tmp_path, caplog):
+    caplog.set_level("INFO")
+    process = start("-c", HOLDS, tmp_path)
+    try:
+        assert process.stdout.readline() == "held\n"
+        with RunLock() as lock:
+            with pytest.raises(AuroraError, match=f"{tmp_path} is in use by process {process.pid} on .* since "):
+                lock.take(tmp_path)
+        assert (tmp_path / NAME).is_file(), "that one's"
+        process.kill()
+        process.wait()
+        with RunLock() as lock:
+            lock.take(tmp_path)
+            assert json.loads((tmp_path / NAME).read_text())["process"] == os.getpid()
+        assert f"was left behind by process {process.pid} on " in caplog.text
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_an_owner_on_another_host_is_not_taken_for_dead(tmp_path):
+    path = left_behind(tmp_path, host="elsewhere", boot="another")
+    with RunLock() as lock, pytest.raises(AuroraError, match="in use by process 123456 on elsewhere") as refused:
+        lock.take(tmp_path)
+    assert str(refused.value).endswith(f"if it does not run any more, remove {path}")
+    path.unlink()
+    with RunLock() as lock:
+        lock.take(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"host": "another container"}, {"boot": "before the machine started again"}])
+def test_an_owner_on_this_machine_is(tmp_path, changes):
+    left_behind(tmp_path, **changes)
+    with RunLock() as lock:
+        lock.take(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "{}"])
+def test_a_file_that_names_nobody_is_no_obstacle(tmp_path, content):
+    (tmp_path / NAME).write_text(content)
+    with RunLock() as lock:
+        lock.take(tmp_path)
+
+
+def test_without_locks_the_log_says_so_and_nobody_is_taken_for_dead(tmp_path, monkeypatch, caplog):
+    def none(*_args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    with RunLock() as lock:
+        lock.take(tmp_path)
+        with RunLock() as other, pytest.raises(AuroraError, match="cannot be seen from here"):
+            other.take(tmp_path)
+    assert "the file system has no locks (" in caplog.text and not list(tmp_path.iterdir())
+
+
+def test_a_run_leaves_no_lock_behind_and_meets_that_of_another_in_one_line(tmp_path, capsys):
+    yaml = project_yaml(tmp_path, run={"valid_splits": [], "test_splits": [], "resume": "auto"})
+    train(["--cfg-path", str(yaml)])
+    [run] = (tmp_path / "output").iterdir()
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert run / NAME not in before
+    process = start("-c", HOLDS, run)
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(SystemExit):
+            train(["--cfg-path", str(yaml)])
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: run.output_dir: {run} is in use by process {process.pid} on ")
+        (run / NAME).unlink()
+        assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_of_two_starts_at_once_one_goes_on(tmp_path, processes):
+    run = {"max_epoch": 30, "checkpoint_every": 1, "resume": "auto", "num_workers": 1, "batch_size_train": 2}
+    yaml = project_yaml(tmp_path, run=run)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes > 1 else []
+    command = [*launcher, ROOT / "train.py", "--cfg-path", yaml]
+    first, deadline = start(*command), time.time() + PATIENCE
+    while not list((tmp_path / "output").glob("*/checkpoint_latest.pth")) and time.time() < deadline:
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    both = [start(*command) for _ in range(2)]
+    outputs = [process.communicate(timeout=PATIENCE)[0] for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [0, 1], outputs
+    refused = outputs[codes.index(1)]
+    [line] = [line for line in refused.splitlines() if line.startswith("error")]
+    assert " is in use by process " in line
+    assert processes > 1 or "Traceback" not in refused
+    [folder] = (tmp_path / "output").iterdir()
+    epochs = [
+        json.loads(text)["train_epoch"]
+        for text in (folder / "log.txt").read_text().splitlines()
+        if text.startswith('{"train_epoch')
+    ]
+    # The first may have been killed once its epoch was logged and not yet saved.
+    assert sorted({*epochs}) == list(range(30)) and len(epochs) <= 31
+    assert not (folder / NAME).exists()
