@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
@@ -26,6 +27,10 @@ from lavis_aurora.training.checkpointing import run_to_resume
 from lavis_aurora.training.lavis_tasks import runnable_task
 from lavis_aurora.training.stopping import Stopped
 
+# What the system says of a name or a disk, whoever reads or writes there.
+SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG)
+# Letters of an error: paths may be long, and some errors quote what they could not read.
+LONGEST_LINE = 4000
 # Long enough for the main process to download or make the data.
 INIT_TIMEOUT = timedelta(hours=12)
 
@@ -65,7 +70,10 @@ def _job_id(cfg: AuroraConfig) -> str:
     run = cfg.run_cfg
     name = [f"{datetime.now():%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"]
     if run.resume == "auto" and not run.evaluate and get_rank() == 0:
-        folder = run_to_resume(Path(run.output_dir).expanduser(), cfg.to_dict())
+        try:
+            folder = run_to_resume(Path(run.output_dir).expanduser(), cfg.to_dict())
+        except OSError as error:
+            raise AuroraError(f"run.output_dir: cannot look there ({error}); name another folder") from error
         if folder is None:
             logging.info("run.resume: no run of this configuration under %s; a new one starts", run.output_dir)
         else:
@@ -92,6 +100,14 @@ def run_config(cfg: AuroraConfig) -> None:
         dist.destroy_process_group()
 
 
+def _line(error: Exception) -> str:
+    """What an error says, as one line of bounded length."""
+    # From a data loader's worker it comes with that process's traceback in front.
+    text = " ".join(str(error).rpartition("AuroraError: ")[2].split())
+    half = LONGEST_LINE // 2
+    return text if len(text) <= LONGEST_LINE else f"{text[:half]} [...] {text[-half:]}"
+
+
 def exit_on_error(action: Callable[[], None]) -> None:
     """Run; an AuroraError becomes one line on stderr and exit code 1, a signal 128 + its number."""
     try:
@@ -102,9 +118,8 @@ def exit_on_error(action: Callable[[], None]) -> None:
             code = 128 + error.signum
             if get_rank() == 0:
                 print(error, file=sys.stderr, flush=True)
-        elif isinstance(error, AuroraError):
-            # From a data loader's worker it comes with that process's traceback in front.
-            line = " ".join(str(error).rpartition("AuroraError: ")[2].split())
+        elif isinstance(error, AuroraError) or getattr(error, "errno", None) in SYSTEM_ERRORS:
+            line = _line(error)
             rank = f" [process {os.environ['RANK']}]" if "RANK" in os.environ else ""
             print(f"error{rank}: {line}", file=sys.stderr, flush=True)
         elif dist.is_initialized():

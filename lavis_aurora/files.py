@@ -5,12 +5,70 @@ from __future__ import annotations
 import json
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lavis_aurora.errors import AuroraError
+
+KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+
+
+def regular(path: str | Path) -> Path:
+    """The path of a file. Anything else of that name, such as a pipe, might be read for ever.
+
+    Raises:
+        OSError: there is no file.
+    """
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    if kind != stat.S_IFREG:
+        raise OSError(f"it is {KINDS.get(kind, 'a device')}, not a file")
+    return Path(path)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """What the system says of a file or folder that is written inside the block, in one line.
+
+    Raises:
+        AuroraError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: str | Path, error: Exception) -> AuroraError:
+    remedy = "free some space or name another folder"
+    if isinstance(error, FileNotFoundError):
+        remedy = "its folder is not there, or no longer; leave it in place while it is written to"
+    return AuroraError(f"cannot write {path} ({getattr(error, 'strerror', None) or error}); {remedy}")
+
+
+@contextmanager
+def appended(path: str | Path) -> Iterator[None]:
+    """Around what is appended to a file inside the block; what cannot be written whole is taken back.
+
+    Raises:
+        AuroraError: it cannot be written; the file is as it was.
+    """
+    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    try:
+        with writing(path):
+            yield
+    except AuroraError:
+        if os.path.isfile(path):
+            os.truncate(path, size)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """A text, written whole or not at all; see :func:`written_whole`."""
+    with written_whole(path) as file:
+        file.write(text.encode())
 
 
 @contextmanager
@@ -40,7 +98,7 @@ def written_whole(path: str | Path, previous: str | Path | None = None) -> Itera
         except OSError:
             logging.warning("%s is left behind, unfinished", partial)
         if isinstance(error, (OSError, RuntimeError)):  # torch's zip writer tells of a full disk by a RuntimeError
-            raise AuroraError(f"cannot write {path} ({error}); free some space or name another folder") from error
+            raise _cannot_write(path, error) from error
         raise
 
 
@@ -55,6 +113,6 @@ def read_json(path: str | Path, key: str = "") -> Any:
         AuroraError: it cannot be read.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(regular(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise AuroraError(f"{f'{key}: ' * bool(key)}{path} is not readable json ({error})") from error

@@ -47,7 +47,7 @@ def build_text_encoder(cfg: BlipAuroraConfig, vision_width: int) -> XBertEncoder
     """LAVIS's BERT with cross-attention, of the size in ``model.med_config_path``. Random weights."""
     try:
         encoder = XBertEncoder.from_config(OmegaConf.structured(cfg))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise AuroraError(
             f"model.med_config_path: {cfg.med_config_path} is not a readable BERT configuration of BLIP ({error})"
         ) from error

@@ -40,17 +40,22 @@ def read_state_dict(source: str, key: str) -> dict[str, Tensor]:
         if path.endswith(".safetensors"):
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise AuroraError(
-            f"{key}: {path} holds more than tensors and is not unpickled; on a machine where you trust it, "
-            f"keep only torch.load(path, weights_only=False)['model'] and save that"
-        ) from error
-    except Exception as error:  # torch, zipfile and safetensors each have errors of their own
-        raise AuroraError(f"{key}: {path} is not a readable checkpoint ({error})") from error
+    except Exception as error:  # torch, pickle, zipfile and safetensors each have errors of their own
+        raise AuroraError(f"{key}: {path} is not a readable checkpoint ({why_unreadable(error)})") from error
     state = state.get("model", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise AuroraError(f"{key}: {path} holds no state dict of tensors")
     return state
+
+
+def why_unreadable(error: Exception) -> str:
+    """What was wrong when tensors were read; torch's own words may advise to run what a file holds."""
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return (
+            "it is damaged, or holds more than tensors and is not unpickled, since that could run code; ask for a "
+            "file of tensors alone, such as .safetensors"
+        )
+    return str(error)
 
 
 def _fit(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.files import written_whole
+from lavis_aurora.models.checkpoint import why_unreadable
 
 LATEST, PREVIOUS, BEST = "checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 KEYS = {"model", "optimizer", "scaler", "epoch", "step", "best_metric", "best_epoch"}
@@ -42,7 +43,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle and zipfile each have errors of their own
-        raise AuroraError(f"{path} is not a readable checkpoint ({error})") from error
+        raise AuroraError(f"{path} is not a readable checkpoint ({why_unreadable(error)})") from error
     missing = KEYS - (set(state) if isinstance(state, dict) else set())
     if missing:
         raise AuroraError(f"{path} is not a checkpoint of a run: it has no {', '.join(sorted(missing))}")
