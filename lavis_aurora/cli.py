@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
@@ -27,6 +28,11 @@ from lavis_aurora.training.lavis_tasks import runnable_task
 from lavis_aurora.training.process_groups import join_processes
 from lavis_aurora.training.run_lock import RunLock
 from lavis_aurora.training.stopping import Stopped
+
+# What the system says of a name or a disk, whoever reads or writes there.
+SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG)
+# Letters of an error: paths may be long, and some errors quote what they could not read.
+LONGEST_LINE = 4000
 
 
 def _set_up_processes(run) -> None:
@@ -64,7 +70,10 @@ def _choose_run(cfg: AuroraConfig, lock: RunLock) -> tuple[str, str | None]:
     name = f"{datetime.now():%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
     if run.resume != "auto":
         return name, run.resume_ckpt_path
-    folder = run_to_resume(Path(run.output_dir).expanduser(), cfg.to_dict(), run.evaluate)
+    try:
+        folder = run_to_resume(Path(run.output_dir).expanduser(), cfg.to_dict(), run.evaluate)
+    except OSError as error:
+        raise AuroraError(f"run.output_dir: cannot look there ({error}); name another folder") from error
     if run.evaluate:
         if folder is None:
             raise AuroraError(
@@ -127,6 +136,14 @@ def run_config(cfg: AuroraConfig) -> None:
         dist.destroy_process_group()
 
 
+def _line(error: Exception) -> str:
+    """What an error says, as one line of bounded length."""
+    # From a data loader's worker it comes with that process's traceback in front.
+    text = " ".join(str(error).rpartition("AuroraError: ")[2].split())
+    half = LONGEST_LINE // 2
+    return text if len(text) <= LONGEST_LINE else f"{text[:half]} [...] {text[-half:]}"
+
+
 def exit_on_error(action: Callable[[], None]) -> None:
     """Run; an AuroraError becomes one line on stderr and exit code 1, a signal 128 + its number."""
     try:
@@ -137,9 +154,8 @@ def exit_on_error(action: Callable[[], None]) -> None:
             code = 128 + error.signum
             if get_rank() == 0:
                 print(error, file=sys.stderr, flush=True)
-        elif isinstance(error, AuroraError):
-            # From a data loader's worker it comes with that process's traceback in front.
-            line = " ".join(str(error).rpartition("AuroraError: ")[2].split())
+        elif isinstance(error, AuroraError) or getattr(error, "errno", None) in SYSTEM_ERRORS:
+            line = _line(error)
             rank = f" [process {os.environ['RANK']}]" if "RANK" in os.environ else ""
             print(f"error{rank}: {line}", file=sys.stderr, flush=True)
         elif dist.is_initialized():

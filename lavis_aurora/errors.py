@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+# Of a value that a message names.
+MOST_SHOWN = 100
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 2
+_REPR.maxstring = _REPR.maxother = MOST_SHOWN
 
 
 class AuroraError(ValueError):
@@ -29,6 +36,16 @@ def printable(text: str, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: object) -> str:
+    """A value as a message names it: on one line and short, whatever a file holds.
+
+    >>> shown("x" * 1000 + "y")[-10:]
+    "xxxxxxxxy'"
+    """
+    text = _REPR.repr(value)
+    return text if len(text) <= 2 * MOST_SHOWN else f"{text[: 2 * MOST_SHOWN]}..."
 
 
 def near_names(name: str, known: Iterable[str], limit: int = 3) -> str:

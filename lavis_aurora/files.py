@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,63 @@ from zipfile import BadZipFile, ZipFile
 import torch
 
 from lavis_aurora.errors import AuroraError
+
+KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+
+
+def regular(path: str | Path) -> Path:
+    """The path of a file. Anything else of that name, such as a pipe, might be read for ever.
+
+    Raises:
+        OSError: there is no file.
+    """
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    if kind != stat.S_IFREG:
+        raise OSError(f"it is {KINDS.get(kind, 'a device')}, not a file")
+    return Path(path)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """What the system says of a file or folder that is written inside the block, in one line.
+
+    Raises:
+        AuroraError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: str | Path, error: Exception) -> AuroraError:
+    remedy = "free some space or name another folder"
+    if isinstance(error, FileNotFoundError):
+        remedy = "its folder is not there, or no longer; leave it in place while it is written to"
+    return AuroraError(f"cannot write {path} ({getattr(error, 'strerror', None) or error}); {remedy}")
+
+
+@contextmanager
+def appended(path: str | Path) -> Iterator[None]:
+    """Around what is appended to a file inside the block; what cannot be written whole is taken back.
+
+    Raises:
+        AuroraError: it cannot be written; the file is as it was.
+    """
+    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    try:
+        with writing(path):
+            yield
+    except AuroraError:
+        if os.path.isfile(path):
+            os.truncate(path, size)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """A text, written whole or not at all; see :func:`written_whole`."""
+    with written_whole(path) as file:
+        file.write(text.encode())
 
 
 @contextmanager
@@ -46,7 +105,7 @@ def written_whole(path: str | Path, previous: str | Path | None = None) -> Itera
         # torch's zip writer, refused a write, goes on to an error of its own; one without that is about no file.
         refusal = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(refusal, OSError):
-            raise AuroraError(f"cannot write {path} ({refusal}); free some space or name another folder") from error
+            raise _cannot_write(path, refusal) from error
         raise
 
 
@@ -55,7 +114,8 @@ def load_torch(path: str | Path) -> Any:
 
     Raises:
         MemoryError: there is no room for it.
-        Exception: torch, pickle and zipfile each have errors of their own for a file that is damaged or no such file.
+        Exception: torch, pickle and zipfile each have errors of their own for a file that is damaged or no such file;
+            :func:`why_unreadable` says what was wrong.
     """
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\3\4"  # by which torch tells it from its older format, without checksums
@@ -72,6 +132,16 @@ def load_torch(path: str | Path) -> Any:
         raise
 
 
+def why_unreadable(error: Exception) -> str:
+    """What was wrong when tensors were read; torch's own words may advise to run what a file holds."""
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return (
+            "it is damaged, or holds more than tensors and is not unpickled, since that could run code; ask for a "
+            "file of tensors alone, such as .safetensors"
+        )
+    return str(error)
+
+
 def read_json(path: str | Path, key: str = "") -> Any:
     """Content of a json file.
 
@@ -83,6 +153,6 @@ def read_json(path: str | Path, key: str = "") -> Any:
         AuroraError: it cannot be read.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(regular(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise AuroraError(f"{f'{key}: ' * bool(key)}{path} is not readable json ({error})") from error

@@ -5,17 +5,23 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lavis.common.config import Config
 from lavis.common.registry import registry
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from lavis_aurora.config import RunConfig
-from lavis_aurora.config.check import parse_config
-from lavis_aurora.data.dataset_keys import check_dataset_keys, check_processor_keys
-from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.config.check import check_kinds, parse_config
+from lavis_aurora.config.reading import READING_ERRORS, read_options, read_yaml
+from lavis_aurora.data.dataset_keys import (
+    PROCESSOR_SPLITS,
+    check_dataset_keys,
+    check_processor_keys,
+    default_section,
+    section,
+)
+from lavis_aurora.errors import AuroraError, near_names, shown
 from lavis_aurora.mode_approx.adapter_read import read_adapter_config
 from lavis_aurora.models.adapter_settings import adapter_settings
 
@@ -56,17 +62,18 @@ def load_config(cfg_path: str, options: Sequence[str] | None = None, evaluate: b
         return _load_config(cfg_path, list(options or []), evaluate)
     except AuroraError as error:
         raise AuroraError(f"{cfg_path}: {error}") from error
-    except (OmegaConfBaseException, YAMLError, OSError, UnicodeError) as error:
+    except READING_ERRORS as error:
         raise AuroraError(f"{cfg_path}: {' '.join(str(error).split())}") from error
 
 
 def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraConfig:
-    if not os.path.isfile(cfg_path):
+    if not os.path.exists(cfg_path):
         raise AuroraError("no such file; --cfg-path names a YAML, e.g. projects/aurora/flickr_ret.yaml")
-    user = OmegaConf.load(cfg_path)
+    user = read_yaml(cfg_path)
     _check_sections(user, "")
-    given = OmegaConf.from_dotlist(_dot_list(options))
+    given = read_options(_dot_list(options))
     _check_sections(given, "--options ")
+    check_kinds(user, given)
     user = OmegaConf.merge(user, given)
     for name in SECTIONS:
         if not user.get(name):
@@ -112,7 +119,7 @@ def _check_sections(part: DictConfig | ListConfig, source: str) -> None:
         if name not in (*SECTIONS, "preprocess"):
             raise AuroraError(f"{source}{name}: unknown section{near_names(str(name), SECTIONS)}")
         if part.get(name) is not None and not isinstance(part[name], DictConfig):
-            raise AuroraError(f"{source}{name}: must be a section of keys, not {part[name]!r}")
+            raise AuroraError(f"{source}{name}: must be a section of keys, not {shown(part[name])}")
 
 
 def _check_types(user: DictConfig) -> None:
@@ -120,20 +127,18 @@ def _check_types(user: DictConfig) -> None:
     _check_registered("model.arch", user.model.get("arch"), "model_name_mapping")
     model_cls = registry.get_model_class(user.model.arch)
     model_type = user.model.get("model_type") or getattr(model_cls, "DEFAULT_MODEL_TYPE", None)
-    if model_type not in model_cls.PRETRAINED_MODEL_CONFIG_DICT:
-        near = near_names(str(model_type), model_cls.PRETRAINED_MODEL_CONFIG_DICT)
-        raise AuroraError(f"model.model_type: unknown type {model_type!r}{near}")
+    _check_type("model.model_type", model_type, model_cls.PRETRAINED_MODEL_CONFIG_DICT)
     user.model.model_type = model_type
+    check_kinds(OmegaConf.load(model_cls.default_config_path(model_type)), user)
     for name in user.datasets:
         _check_registered(f"datasets.{name}", name, "builder_name_mapping")
         if user.datasets[name] is None:
             user.datasets[name] = {}
         if not isinstance(user.datasets[name], DictConfig):
-            raise AuroraError(f"datasets.{name}: must be a section of keys, not {user.datasets[name]!r}")
-        known = registry.get_builder_class(name).DATASET_CONFIG_DICT
-        kind = user.datasets[name].get("type", "default")
-        if kind not in known:
-            raise AuroraError(f"datasets.{name}.type: unknown type {kind!r}{near_names(str(kind), known)}")
+            raise AuroraError(f"datasets.{name}: must be a section of keys, not {shown(user.datasets[name])}")
+        known, kind = registry.get_builder_class(name).DATASET_CONFIG_DICT, user.datasets[name].get("type", "default")
+        _check_type(f"datasets.{name}.type", kind, known)
+        check_kinds(default_section(name, user.datasets[name]), user.datasets[name], f"datasets.{name}.")
 
 
 def _take_adapter_settings(user: DictConfig) -> None:
@@ -149,10 +154,15 @@ def _take_adapter_settings(user: DictConfig) -> None:
     user.model = OmegaConf.merge({key: settings[key] for key in keys if key in settings}, user.model)
 
 
-def _check_registered(key: str, name: str | None, kind: str) -> None:
+def _check_registered(key: str, name: Any, kind: str) -> None:
     known = registry.mapping[kind]
-    if name not in known:
-        raise AuroraError(f"{key}: {name!r} is not registered{near_names(str(name), known)}")
+    if not isinstance(name, str) or name not in known:
+        raise AuroraError(f"{key}: {shown(name)} is not registered{near_names(str(name), known)}")
+
+
+def _check_type(key: str, name: Any, known: Mapping[str, str]) -> None:
+    if not isinstance(name, str) or name not in known:
+        raise AuroraError(f"{key}: unknown type {shown(name)}{near_names(str(name), known)}")
 
 
 def _check_video_processors(name: str, dataset: DictConfig) -> None:
@@ -166,22 +176,25 @@ def _check_video_processors(name: str, dataset: DictConfig) -> None:
             )
 
 
-def _named_processors(given: Mapping[str, DictConfig | None], default: Mapping[str, DictConfig]) -> DictConfig:
+def _named_processors(given: Mapping[str, DictConfig | None], default: Mapping[str, DictConfig | None]) -> DictConfig:
     """A dataset's processors by split; where it names none, the model's with the keys that it gives."""
-    unnamed = {split: part for split, part in default.items() if not (given.get(split) or {}).get("name")}
+    unnamed = {split: part for split, part in default.items() if part and not (given.get(split) or {}).get("name")}
     return OmegaConf.merge(unnamed, {split: part for split, part in given.items() if part is not None})
 
 
 def _complete_processors(cfg: AuroraConfig) -> None:
     """Give datasets without processors the model's, check them, and compare picture sizes."""
-    preprocess = cfg.config.get("preprocess") or {}
+    preprocess = section(cfg.config.get("preprocess"), "preprocess", None)
     model = cfg.model_cfg
     key, size = "model.image_size", model.get("image_size")
     if "base" in model:
         key, size = "model.base.image_size", model.base.get("image_size")
     for name, dataset in cfg.datasets_cfg.items():
         for kind in ("vis_processor", "text_processor"):
-            dataset[kind] = _named_processors(dataset.get(kind) or {}, preprocess.get(kind) or {})
+            default = section(preprocess.get(kind), f"preprocess.{kind}", PROCESSOR_SPLITS)
+            for split, part in default.items():
+                section(part, f"preprocess.{kind}.{split}", None)
+            dataset[kind] = _named_processors(dataset.get(kind) or {}, default)
         if dataset.get("data_type") == "videos":
             _check_video_processors(name, dataset)
         for kind in ("vis_processor", "text_processor"):

@@ -6,10 +6,11 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from yaml import YAMLError
+from omegaconf import DictConfig
 
+from lavis_aurora.config.reading import READING_ERRORS, read_yaml
 from lavis_aurora.errors import AuroraError
 
 # A row of trainable_parameters_summary: group, tensors, parameters, percent.
@@ -24,9 +25,13 @@ def read_config(run: str | Path) -> DictConfig:
     """
     path = Path(run) / "config.yaml"
     try:
-        return OmegaConf.load(path)
-    except (OSError, UnicodeError, YAMLError) as error:
+        config = read_yaml(path)
+    except READING_ERRORS as error:
         raise AuroraError(f"{path}: cannot be read ({error}); name the folder of a run") from error
+    sections = ("model", "datasets", "run")
+    if not isinstance(config, DictConfig) or not all(isinstance(config.get(s), DictConfig) for s in sections):
+        raise AuroraError(f"{path}: is not the configuration of a run; name the folder of one")
+    return config
 
 
 @dataclass
@@ -69,6 +74,12 @@ class Evaluation:
     metrics: dict[str, float]
 
 
+def numbers_of(values: Any) -> dict[str, float]:
+    """What is a number in a part of a file; nothing if that is no section."""
+    entries = values.items() if isinstance(values, dict) else ()
+    return {k: float(v) for k, v in entries if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
 def evaluations(run: str | Path) -> list[Evaluation]:
     """Every evaluation that a run's ``log.txt`` holds, in order."""
     path = Path(run) / "log.txt"
@@ -78,7 +89,7 @@ def evaluations(run: str | Path) -> list[Evaluation]:
         # Other lines are the configuration, or cut off.
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         heads = [key for key in entry if key.endswith("_epoch")] if isinstance(entry, dict) else []
         # "best_epoch" is a metric of the validation.
@@ -89,12 +100,8 @@ def evaluations(run: str | Path) -> list[Evaluation]:
             continue
         numbers = {key[len(head) :]: value for key, value in entry.items()}
         epoch = numbers.pop("epoch")
-        metrics = {
-            key: float(value)
-            for key, value in numbers.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
-        }
-        found.append(Evaluation(head[:-1].removeprefix("final_"), epoch, head.startswith("final_"), metrics))
+        split, final = head[:-1].removeprefix("final_"), head.startswith("final_")
+        found.append(Evaluation(split, epoch, final, numbers_of(numbers)))
     return found
 
 

@@ -21,17 +21,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ChainDataset, DataLoader
 
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.files import appended, write_text
 from lavis_aurora.models.compiled import compile_layers
 from lavis_aurora.models.run_state import RunState
 from lavis_aurora.training.checkpointing import BEST, LATEST
 from lavis_aurora.training.finite import FiniteGuard
-from lavis_aurora.training.loaders import build_loader, check_splits
+from lavis_aurora.training.loaders import build_loader, check_splits, loader_errors
 from lavis_aurora.training.run_adapters import AdapterMixin
 from lavis_aurora.training.saving import SavingMixin
 from lavis_aurora.training.stopping import Stopped, StopRequest
 from lavis_aurora.training.warmup import WITH_WARMUP, LongWarmup
 
 TRAINING_METRIC = "agg_metrics"
+LOG = "log.txt"
 
 
 @registry.register_runner("runner_aurora")
@@ -54,7 +56,7 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
                 saved = self.config.config.copy()
                 for key in ("rank", "gpu"):  # this process's own
                     saved.run.pop(key, None)
-                OmegaConf.save(saved, self.output_dir / "config.yaml", resolve=True)
+                write_text(self.output_dir / "config.yaml", OmegaConf.to_yaml(saved, resolve=True))
         except OSError as error:
             folder = self.config.run_cfg.output_dir
             raise AuroraError(f"run.output_dir: cannot write to {folder} ({error}); name another folder") from error
@@ -176,8 +178,18 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
 
     def train(self) -> None:
         """Train, select the best epoch on the first validation split, and test; or only evaluate."""
-        with StopRequest() as self.stop:
+        with StopRequest() as self.stop, loader_errors():
             self._train()
+
+    def log_config(self) -> None:
+        """LAVIS's, into log.txt."""
+        with appended(self.output_dir / LOG):
+            super().log_config()
+
+    def log_stats(self, stats, split_name) -> None:
+        """LAVIS's, into log.txt; arguments are LAVIS's."""
+        with appended(self.output_dir / LOG):
+            super().log_stats(stats, split_name)
 
     def _train(self) -> None:
         start = time.time()

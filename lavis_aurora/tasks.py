@@ -13,6 +13,7 @@ from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.tasks.retrieval import RetrievalTask
 
+from lavis_aurora.files import write_text
 from lavis_aurora.retrieval.metrics import chance_recall, recall_metrics
 from lavis_aurora.training.loop import AuroraTrainMixin
 from lavis_aurora.training.task_base import AuroraTaskBase
@@ -77,7 +78,7 @@ class RetrievalAuroraTask(AuroraTrainMixin, RetrievalTask, AuroraTaskBase):
         # A line for each part: with one for each number, nobody would find the metrics.
         parts = {"split": split_name, "epoch": epoch, **val_result}
         lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in parts.items())
-        path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
         logging.info("metrics, ranks and best candidates written to %s", path)
         return dict(metrics)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 from lavis.common.dist_utils import main_process
@@ -14,6 +12,7 @@ from lavis.common.vqa_tools.vqa_eval import VQAEval
 from torch.utils.data import Dataset
 
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.files import read_json
 from lavis_aurora.tasks_vqa import VqaAuroraTask
 
 # Of MSRVTT-QA (Xu et al., ACM MM 2017), whose questions all begin with one of them.
@@ -70,7 +69,7 @@ class VideoQaAuroraTask(VqaAuroraTask):
     @main_process
     def _report_metrics(self, result_file: str, split: str) -> dict[str, Any]:
         """Exact match in percent, and the number of questions."""
-        results = json.loads(Path(result_file).read_text())
+        results = read_json(result_file)
         metrics = exact_match(results)
         print(report(split, len(results), metrics), flush=True)
         logging.info("answers written to %s", result_file)

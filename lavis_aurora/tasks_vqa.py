@@ -21,6 +21,7 @@ from lavis.tasks.vqa import VQATask
 from torch.utils.data import Dataset
 
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.files import read_json, write_text
 from lavis_aurora.training.loop import AuroraTrainMixin
 from lavis_aurora.training.task_base import AuroraTaskBase
 from lavis_aurora.vqa.accuracy import vqa_accuracy
@@ -107,19 +108,19 @@ class VqaAuroraTask(AuroraTrainMixin, VQATask, AuroraTaskBase):
         """
         folder = Path(result_dir)
         path = folder / f"{filename}.json"
-        (folder / f"{filename}_rank{get_rank()}.json").write_text(json.dumps(result))
+        write_text(folder / f"{filename}_rank{get_rank()}.json", json.dumps(result))
         if is_dist_avail_and_initialized():
             dist.barrier()
         if is_main_process():
             parts = [folder / f"{filename}_rank{rank}.json" for rank in range(get_world_size())]
-            merged = [entry for part in parts for entry in json.loads(part.read_text())]
+            merged = [entry for part in parts for entry in read_json(part)]
             if remove_duplicate:
                 # Samplers repeat some samples, to give all processes equally many.
                 first: dict[Any, dict] = {}
                 for entry in merged:
                     first.setdefault(entry[remove_duplicate], entry)
                 merged = list(first.values())
-            path.write_text(json.dumps(merged))
+            write_text(path, json.dumps(merged))
             for part in parts:
                 part.unlink()
         return str(path)
@@ -130,14 +131,15 @@ class VqaAuroraTask(AuroraTrainMixin, VQATask, AuroraTaskBase):
 
         ``result/SPLIT_epoch_N_accuracy.json`` also has it by question type.
         """
-        count = len(json.loads(Path(result_file).read_text()))
+        count = len(read_json(result_file))
         logging.info("answers written to %s", result_file)
         metrics: dict[str, Any] = {"agg_metrics": None, "questions": count}
         scores = None
         if split in self.anno_files:
             scores = vqa_accuracy(result_file, self.ques_files[split], self.anno_files[split])
             path = Path(result_file.replace("_vqa_result.json", "_accuracy.json"))
-            path.write_text(json.dumps({"split": split, "questions": count, **scores}, indent=1))
+            text = json.dumps({"split": split, "questions": count, **scores}, indent=1)
+            write_text(path, text)
             metrics.update(scores["answer_types"], agg_metrics=scores["accuracy"])
         print(report(split, count, scores), flush=True)
         return metrics

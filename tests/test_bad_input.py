@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import resource
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -19,8 +22,10 @@ from tiny import project_yaml, tiny_model
 
 from lavis_aurora.config import RetrievalAuroraConfig, RunConfig, VqaAuroraConfig
 from lavis_aurora.config.check import parse_config
+from lavis_aurora.data.samples import CheckedDataset
 from lavis_aurora.errors import AuroraError
 from lavis_aurora.training.checkpointing import read_checkpoint
+from lavis_aurora.training.loop import AuroraTrainMixin
 from lavis_aurora_cli import train
 
 COUNT = 4
@@ -171,6 +176,9 @@ SPOILED = {
     "zero bytes": (lambda path: path.write_bytes(b""), "cannot identify image file"),
     "truncated": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00"), "cannot identify image file"),
     "missing": (lambda path: None, "No such file"),
+    "pipe": (os.mkfifo, "it is a pipe, not a file"),
+    "folder": (os.mkdir, "it is a folder, not a file"),
+    "link to a device": (lambda path: path.symlink_to("/dev/zero"), "it is a device, not a file"),
 }
 
 
@@ -226,6 +234,45 @@ def test_captions_that_are_none(project: Path, capsys, split: str, text: object)
     assert f"the caption of entry 2 of {project.parent / 'data' / split}.json must be" in line
 
 
+@pytest.mark.parametrize("value", [None, True, 7, 0.5, float("nan"), ["a.jpg"], {"a": "a.jpg"}, "", " "])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_picture_that_is_no_path(project: Path, capsys, split: str, value: object) -> None:
+    edit(project, split, lambda entries: entries[1].update(image=value))
+    line = refused(capsys, project)
+    assert f"the image of entry 1 of {project.parent / 'data' / split}.json must be the path of one file" in line
+
+
+@pytest.mark.parametrize("value", [None, True, 0.5, float("nan"), [1], {"a": 1}, 2**63])
+def test_a_picture_whose_id_is_none(project: Path, capsys, value: object) -> None:
+    """All with null or true would count as one picture, each with NaN as another."""
+    edit(project, "train", lambda entries: entries[1].update(image_id=value))
+    assert "the image_id of entry 1 of" in refused(capsys, project)
+
+
+def test_a_huge_value_is_not_repeated(project: Path, capsys) -> None:
+    edit(project, "train", lambda entries: entries[1].update(caption=["x" * 10_000_000]))
+    assert len(refused(capsys, project)) < 1000
+    edit(project, "train", lambda entries: entries[1].update(caption="a cat", image="x" * 10_000_000))
+    assert len(refused(capsys, project)) < 5000
+
+
+@pytest.mark.parametrize("depth", [900, 1_000_000])
+def test_annotations_nested_too_deep(project: Path, capsys, depth: int) -> None:
+    file = project.parent / "data" / "train.json"
+    file.write_text(file.read_text().replace('"train/001.jpg"', "[" * depth + "]" * depth))
+    assert "annotations.train.storage: " in refused(capsys, project)
+
+
+def test_annotations_that_are_a_pipe(project: Path, capsys) -> None:
+    file = project.parent / "data" / "val.json"
+    file.unlink()
+    os.mkfifo(file)
+    assert f"annotations.val.storage: {file}: it is a pipe, not a file" in refused(capsys, project)
+    project.unlink()
+    os.mkfifo(project)
+    assert f"{project}: it is a pipe, not a file" in refused(capsys, project)
+
+
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_a_picture_that_is_to_be_ranked_twice(project: Path, capsys, split: str) -> None:
     edit(project, split, lambda entries: entries[3].update(image=entries[1]["image"]))
@@ -237,7 +284,7 @@ def test_a_picture_may_be_trained_on_with_several_captions(project: Path) -> Non
     train(["--cfg-path", str(project)])
 
 
-# Weights and disks
+# Weights, disks and processes
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -285,3 +332,49 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(project: Path, tmp_path: Pa
     assert f"cannot write {run / 'checkpoint_latest.pth'}" in error and "free some space" in error
     assert [path.name for path in run.glob("*.pth*")] == ["checkpoint_latest.pth"]
     assert read_checkpoint(run / "checkpoint_latest.pth")["epoch"] == 0
+
+
+@pytest.mark.parametrize("file", ["log.txt", "result/val_epoch_0.json", "config.yaml"])
+def test_a_full_disk_is_said_of_every_file(project: Path, capsys, monkeypatch, file: str) -> None:
+    """Where the device has no space left, opening succeeds and writing does not."""
+    original = io.open
+
+    def no_space(path, mode="r", *args, **kwargs):
+        if str(path).removesuffix(".partial").endswith(file) and mode[0] in "wa":
+            path = "/dev/full"
+        return original(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", no_space)
+    monkeypatch.setattr("builtins.open", no_space)
+    line = refused(capsys, project)
+    [run] = (project.parent / "output").iterdir()
+    assert f"cannot write {run / file} (No space left on device); free some space" in line
+
+
+@pytest.mark.parametrize("folder", ["", "result"])
+def test_a_run_folder_that_is_removed(project: Path, capsys, monkeypatch, folder: str) -> None:
+    original = AuroraTrainMixin._train_inner_loop
+
+    def remove(*args, **kwargs):
+        stats = original(*args, **kwargs)
+        [run] = (project.parent / "output").iterdir()
+        shutil.rmtree(run / folder)
+        return stats
+
+    monkeypatch.setattr(AuroraTrainMixin, "_train_inner_loop", remove)
+    line = refused(capsys, project)
+    assert "cannot write " in line and "its folder is not there, or no longer" in line
+
+
+@pytest.mark.parametrize("options", [[], ["run.resume=auto"]])
+def test_a_name_too_long_for_a_folder(project: Path, capsys, options: list[str]) -> None:
+    line = refused(capsys, project, f"run.output_dir={project.parent / ('x' * 300)}", *options)
+    assert line.startswith("error: run.output_dir: cannot ") and "too long" in line
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGBUS, signal.SIGSEGV])
+def test_a_data_process_that_is_killed(project: Path, capsys, monkeypatch, signum: int) -> None:
+    """By the system where main memory runs out, by SIGBUS where /dev/shm does."""
+    monkeypatch.setattr(CheckedDataset, "__getitem__", lambda self, index: os.kill(os.getpid(), signum))
+    line = refused(capsys, project, "run.num_workers=2")
+    assert "run.num_workers: a process that reads the data was lost" in line and "run.num_workers=0" in line

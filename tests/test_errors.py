@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from lavis_aurora.errors import AuroraError, near_names, printable, some
+from lavis_aurora.errors import AuroraError, near_names, printable, shown, some
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,16 @@ from lavis_aurora.errors import AuroraError, near_names, printable, some
 )
 def test_some_names_the_first_and_counts_the_rest(names, options, expected):
     assert some(names, **options) == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 10_000_000, ["x" * 10_000_000] * 9, {"a": ["b" * 999] * 9}, 10**900, "a\nb\x1b[31m", {"x" * 999: 1}],
+)
+def test_a_value_is_shown_on_one_short_line(value):
+    text = shown(value)
+    assert len(text) < 210 and text.isprintable()
+    assert shown("short") == "'short'" and shown([1, {"a": None}]) == "[1, {'a': None}]"
 
 
 def test_near_names_or_else_all_are_named():

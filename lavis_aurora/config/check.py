@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.errors import AuroraError, near_names, shown
 
 Config = TypeVar("Config")
 
@@ -28,6 +28,7 @@ def parse_config(cls: type[Config], cfg: DictConfig | Mapping[str, Any], prefix:
     """
     if isinstance(cfg, cls):
         return cfg
+    check_kinds(OmegaConf.structured(cls), cfg, f"{prefix}.")
     with _named_errors(cls, cfg, prefix):
         return OmegaConf.to_object(check_types(cls, cfg, prefix))
 
@@ -55,6 +56,35 @@ def _named_errors(cls: type, cfg: DictConfig | Mapping[str, Any], prefix: str) -
         problem = str(error).splitlines()[0]
         key = error.full_key or error.key or _not_a_section(cls, cfg)
         raise AuroraError(f"{prefix}.{key}: {problem}") from None
+
+
+def check_kinds(part: DictConfig, over: DictConfig | Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse a list where there is a section of keys, or the reverse, before they are merged.
+
+    Args:
+        part: the defaults.
+        over: what is merged over them.
+        prefix: of the keys, for messages.
+
+    Raises:
+        AuroraError: names the first such key.
+    """
+    for key in over:
+        own, new = (_node(config, key) for config in (part, over))
+        if isinstance(own, DictConfig) and isinstance(new, ListConfig):
+            raise AuroraError(f"{prefix}{key}: must be a section of keys, not {shown(new)}")
+        if isinstance(own, ListConfig) and isinstance(new, DictConfig):
+            raise AuroraError(f"{prefix}{key}: must be a list, not {shown(new)}")
+        if isinstance(own, DictConfig) and isinstance(new, DictConfig):
+            check_kinds(own, new, f"{prefix}{key}.")
+
+
+def _node(config: DictConfig | Mapping[str, Any], key: str) -> Any:
+    """A value that is there and no interpolation, which may lead nowhere."""
+    if not isinstance(config, DictConfig):
+        return OmegaConf.create({"x": config[key]}).x
+    known = key in config and not OmegaConf.is_interpolation(config, key)
+    return config[key] if known and not OmegaConf.is_missing(config, key) else None
 
 
 def _section_class(cls: type, name: str) -> type | None:

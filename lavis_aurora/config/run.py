@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Optional
 
 from lavis_aurora.config.rules import one_of, require
@@ -10,6 +10,16 @@ from lavis_aurora.errors import AuroraError
 
 INFERENCE_METHODS = ("rank", "generate")
 TOKEN_DTYPES = ("float32", "bfloat16")
+# Beyond these nothing can run, or for longer than can be told; the largest value and what it must be.
+MOST = {
+    "token_budget_gb": (float("inf"), "0 or more"),
+    "grad_clip": (float("inf"), "0 or more"),
+    "seed": (2**63 - 1, "below 2^63"),
+    "num_workers": (256, "256 or fewer (processes)"),
+    "max_epoch": (10**6, "10^6 or fewer"),
+    "num_beams": (1000, "1000 or fewer"),
+    "max_len": (512, "512 or fewer (tokens)"),
+}
 
 
 @dataclass
@@ -52,6 +62,7 @@ class RunConfig:
         num_beams, max_len, min_len: of generated answers; 1 beam is greedy, lengths in tokens.
         prompt: wording around each question at evaluation, ``{}`` in the question's place; empty for none.
         report_metric: as in LAVIS, of its tasks captioning and dialogue: whether answers are scored, or only written.
+        num_workers: processes that read data, for each process that computes; with 0 it reads them itself.
         use_dist_eval_sampler: without effect: here the task knows whether processes may share a split.
         compile: compile the layers of the towers with torch.compile; the first steps then take minutes.
         grad_clip: largest norm of the gradient; 0 for no clipping.
@@ -120,6 +131,11 @@ class RunConfig:
     evaluate: bool = False
 
     def __post_init__(self) -> None:
+        for field_ in fields(self):
+            value = getattr(self, field_.name)
+            if isinstance(value, (int, float)):
+                most, need = MOST.get(field_.name, (1e12, "a number below 10^12"))
+                require(abs(value) <= most, f"run.{field_.name}", value, need)
         one_of("run.device", self.device, ("auto", "cuda", "cpu"))
         one_of("run.resume", self.resume, ("auto", "none"))
         if self.resume == "auto" and self.resume_ckpt_path:
@@ -155,6 +171,7 @@ class RunConfig:
             require(getattr(self, key) >= 0, f"run.{key}", getattr(self, key), "0 or more")
         minutes = self.dist_timeout_minutes
         require(0 < minutes <= 7 * 24 * 60, "run.dist_timeout_minutes", minutes, "above 0 and at most a week, 10080")
+        require(0 <= self.beta2 < 1, "run.beta2", self.beta2, "0 or more and below 1")
         share = self.max_broken_share
         require(0 <= share <= 1, "run.max_broken_share", share, "between 0 and 1")
         if self.lr_sched == "linear_warmup_step_lr" and self.lr_decay_rate is None:

@@ -26,7 +26,7 @@ from lavis_aurora.data.dataset_keys import DATA_KINDS, SPLITS
 from lavis_aurora.data.fetch import REMEDY, annotation_files, fetch
 from lavis_aurora.data.samples import CheckedDataset, ReplacingDataset
 from lavis_aurora.data.vqa_files import check_answers, check_vqa_files
-from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.errors import AuroraError, near_names, shown, some
 from lavis_aurora.files import read_json
 
 
@@ -45,25 +45,28 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_text, value))
 
 
-ANYTHING = Rule(lambda value: True, "")
 TEXT = Rule(_text, "one string, not empty")
 TEXTS = Rule(_texts, 'a list of strings, none empty, e.g. ["a cat"]')
 # Of a question, LAVIS's processor drops these.
 QUESTION = Rule(lambda value: isinstance(value, str) and bool(value.strip(' .!"()*#:;~')), "a string with words")
-NUMBER_OR_TEXT = Rule(lambda value: type(value) in (int, str), "a number or a string")
+# A list, null or NaN in its place would be no key, or the same one for all samples.
+NUMBER_OR_TEXT = Rule(
+    lambda value: isinstance(value, str) or type(value) is int and abs(value) < 2**63, "a whole number or a string"
+)
+FILE = Rule(_text, "the path of one file, a string")
 
 # Keys that LAVIS's datasets read from each entry, and what they would misread.
 ENTRIES: dict[type, dict[str, Rule]] = {
-    retrieval.RetrievalDataset: {"image": ANYTHING, "caption": TEXT, "image_id": ANYTHING},
-    retrieval.RetrievalEvalDataset: {"image": ANYTHING, "caption": TEXTS},
-    retrieval.VideoRetrievalDataset: {"video": ANYTHING, "caption": TEXT},
-    retrieval.VideoRetrievalEvalDataset: {"video": ANYTHING, "caption": TEXTS},
-    COCOVQADataset: {"image": ANYTHING, "question": QUESTION, "answer": TEXTS},
-    VGVQADataset: {"image": ANYTHING, "question": QUESTION, "answer": TEXT},
-    VideoQADataset: {"video": ANYTHING, "question": QUESTION, "answer": TEXT, "question_id": NUMBER_OR_TEXT},
-    COCOVQAEvalDataset: {"image": ANYTHING, "question": QUESTION, "question_id": NUMBER_OR_TEXT},
-    GQADataset: {"image": ANYTHING, "question": QUESTION, "answer": TEXT},
-    GQAEvalDataset: {"image": ANYTHING, "question": QUESTION, "answer": TEXT, "question_id": NUMBER_OR_TEXT},
+    retrieval.RetrievalDataset: {"image": FILE, "caption": TEXT, "image_id": NUMBER_OR_TEXT},
+    retrieval.RetrievalEvalDataset: {"image": FILE, "caption": TEXTS},
+    retrieval.VideoRetrievalDataset: {"video": FILE, "caption": TEXT},
+    retrieval.VideoRetrievalEvalDataset: {"video": FILE, "caption": TEXTS},
+    COCOVQADataset: {"image": FILE, "question": QUESTION, "answer": TEXTS},
+    VGVQADataset: {"image": FILE, "question": QUESTION, "answer": TEXT},
+    VideoQADataset: {"video": FILE, "question": QUESTION, "answer": TEXT, "question_id": NUMBER_OR_TEXT},
+    COCOVQAEvalDataset: {"image": FILE, "question": QUESTION, "question_id": NUMBER_OR_TEXT},
+    GQADataset: {"image": FILE, "question": QUESTION, "answer": TEXT},
+    GQAEvalDataset: {"image": FILE, "question": QUESTION, "answer": TEXT, "question_id": NUMBER_OR_TEXT},
 }
 # What to write where a file is missing.
 SAMPLES: dict[type, dict[str, Any]] = {
@@ -109,10 +112,10 @@ def check_entries(entries: list[dict], dataset_cls: type, path: str, key: str) -
     for i, entry in enumerate(entries):
         for name, rule in rules.items():
             if name not in entry:
-                raise AuroraError(f"{key}: entry {i} of {path} has no {name!r}; it has {', '.join(map(repr, entry))}")
+                raise AuroraError(f"{key}: entry {i} of {path} has no {name!r}; it has {some(map(shown, entry), 10)}")
             if not rule.holds(entry[name]):
                 raise AuroraError(
-                    f"{key}: the {name} of entry {i} of {path} must be {rule.need}, not {entry[name]!r}"
+                    f"{key}: the {name} of entry {i} of {path} must be {rule.need}, not {shown(entry[name])}"
                 )
 
 
@@ -136,8 +139,8 @@ def check_unique(entries: list[dict], dataset_cls: type, path: str, key: str) ->
         before = first.setdefault(entry[kind], i)
         if before != i:
             raise AuroraError(
-                f"{key}: entries {before} and {i} of {path} have the same {kind}, {entry[kind]!r}; make them one "
-                f"entry with all captions"
+                f"{key}: entries {before} and {i} of {path} have the same {kind}, {shown(entry[kind])}; make them "
+                f"one entry with all captions"
             )
 
 
@@ -176,7 +179,7 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, Dataset]:
     kinds = [key for key in DATA_KINDS if key in info]
     if data_type not in info:
         raise AuroraError(
-            f"{prefix}.data_type: {data_type!r} is no part of build_info{near_names(str(data_type), kinds)}"
+            f"{prefix}.data_type: {shown(data_type)} is no part of build_info{near_names(str(data_type), kinds)}"
         )
     for part in ("annotations", data_type):
         if not info.get(part):

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 from lavis_aurora.data.raw_annotations import Entries, didemo, karpathy, msrvtt
 from lavis_aurora.errors import AuroraError, some
+from lavis_aurora.files import writing, written_whole
 from lavis_aurora.paths import data_root
 
 SHOWN = 5
@@ -93,20 +94,11 @@ def check_counts(name: str, entries: dict[str, Entries], allow_partial: bool) ->
 
 def write_entries(files: dict[Path, Entries]) -> None:
     """Write all files or none."""
-    partial = {path: path.with_name(path.name + ".partial") for path in files}
-    try:
+    with ExitStack() as stack:
         for path, entries in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial[path].write_text(json.dumps(entries), encoding="utf-8")
-        for path in files:
-            os.replace(partial[path], path)
-    except OSError as error:
-        raise AuroraError(
-            f"--output: cannot write {error.filename} ({error.strerror}); name another folder"
-        ) from error
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(written_whole(path)).write(json.dumps(entries).encode())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,10 +7,10 @@ from inspect import Parameter, signature
 from typing import Any
 
 from lavis.common.registry import registry
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lavis_aurora.config.check import parse_config
-from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.errors import AuroraError, near_names, shown
 
 # Keys that LAVIS's builders read, by the section that they stand in.
 DATASET_KEYS = ("data_type", "build_info", "vis_processor", "text_processor", "kw_processor", "type", "dataset_card")
@@ -55,19 +55,27 @@ def check_dataset_keys(name: str, cfg: DictConfig) -> None:
     own_info = own.get("build_info") or {}
     own_files = own_info.get("annotations") or {}
 
-    _section(cfg, prefix, {*DATASET_KEYS, *own})
-    info = _section(cfg.get("build_info"), f"{prefix}.build_info", {"annotations", *DATA_KINDS, *own_info})
+    section(cfg, prefix, {*DATASET_KEYS, *own})
+    info = section(cfg.get("build_info"), f"{prefix}.build_info", {"annotations", *DATA_KINDS, *own_info})
     files_key = f"{prefix}.build_info.annotations"
-    files = _section(info.get("annotations"), files_key, {*SPLITS, *own_files})
+    files = section(info.get("annotations"), files_key, {*SPLITS, *own_files})
     known = getattr(registry.get_builder_class(name), "FILE_KEYS", FILE_KEYS)
     file_keys = {*known, *(key for part in own_files.values() for key in part)}
     for split, part in files.items():
-        _section(part, f"{files_key}.{split}", file_keys)
+        places = section(part, f"{files_key}.{split}", file_keys)
+        for key in ("storage", "url"):
+            value = places.get(key)
+            each = value if isinstance(value, ListConfig) else [value]
+            if value is not None and not all(isinstance(one, str) for one in each):
+                raise AuroraError(f"{files_key}.{split}.{key}: must be one string or a list, not {shown(value)}")
     for kind in DATA_KINDS:
-        _section(info.get(kind), f"{prefix}.build_info.{kind}", {"storage", *(own_info.get(kind) or ())})
+        key = f"{prefix}.build_info.{kind}"
+        storage = section(info.get(kind), key, {"storage", *(own_info.get(kind) or ())}).get("storage")
+        if storage is not None and not isinstance(storage, str):
+            raise AuroraError(f"{key}.storage: must be the path of one folder, not {shown(storage)}")
     for kind in ("vis_processor", "text_processor"):
-        for split, part in _section(cfg.get(kind), f"{prefix}.{kind}", PROCESSOR_SPLITS).items():
-            _section(part, f"{prefix}.{kind}.{split}", None)
+        for split, part in section(cfg.get(kind), f"{prefix}.{kind}", PROCESSOR_SPLITS).items():
+            section(part, f"{prefix}.{kind}.{split}", None)
 
 
 def check_processor_keys(cfg: DictConfig, key: str) -> None:
@@ -87,15 +95,15 @@ def check_processor_keys(cfg: DictConfig, key: str) -> None:
     arguments = signature(cls).parameters
     if "cfg" in arguments or any(one.kind is Parameter.VAR_KEYWORD for one in arguments.values()):
         return  # what such a one reads, it alone knows
-    _section(cfg, key, {"name", *arguments})
+    section(cfg, key, {"name", *arguments})
 
 
-def _section(part: Any, key: str, known: Collection[str] | None) -> DictConfig | dict:
+def section(part: Any, key: str, known: Collection[str] | None) -> DictConfig | dict:
     """A section of which every key is known (None: any is); an empty one if it is not there."""
     if part is None:
         return {}
     if not isinstance(part, DictConfig):
-        raise AuroraError(f"{key}: must be a section of keys, not {part!r}")
+        raise AuroraError(f"{key}: must be a section of keys, not {shown(part)}")
     for name in part:
         if known is not None and name not in known:
             raise AuroraError(f"{key}.{name}: unknown key{near_names(str(name), known)}")

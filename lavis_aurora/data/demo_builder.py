@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from lavis_aurora.demo.pictures import generate_pictures
 from lavis_aurora.demo.question_files import generate_questions
 from lavis_aurora.demo.questions import iter_questions
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.files import read_json
 from lavis_aurora.paths import package_file
 
 
@@ -74,7 +74,7 @@ class DemoBuilder(BaseDatasetBuilder, ABC):
 
     def _holds(self, path: Path, split: str, info: DictConfig) -> bool:
         """Whether a split's first file has as many samples as asked for, and those of this seed."""
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json(path)
         return len(entries) == self._entries(info, split) and all(self._is_first(e, split, info) for e in entries[:1])
 
     def _entries(self, info: DictConfig, split: str) -> int:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from lavis_aurora.data.dataset_keys import default_section
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.files import regular
 
 REMEDY = "put it there, or set AURORA_DATA or the key to where it is"
 
@@ -72,6 +73,16 @@ def _refuse_foreign(name: str, cfg: DictConfig, files: list[AnnotationFile]) -> 
             )
 
 
+def _is_there(file: AnnotationFile) -> bool:
+    try:
+        regular(file.path)
+    except (FileNotFoundError, ValueError):
+        return False
+    except OSError as error:
+        raise AuroraError(f"{file.key}: {file.path}: {error}; {REMEDY}") from error
+    return True
+
+
 def _with_urls(cfg: DictConfig, files: list[AnnotationFile]) -> DictConfig:
     """The configuration without splits that are nowhere to be fetched from, where LAVIS asks each for its url."""
     urls: dict[str, bool] = {}
@@ -98,7 +109,7 @@ def fetch(builder: BaseDatasetBuilder, name: str, cfg: DictConfig, files: list[A
         AuroraError: a missing file cannot be fetched, or must not be.
     """
     _refuse_foreign(name, cfg, files)
-    missing = [file for file in files if not os.path.isfile(file.path)]
+    missing = [file for file in files if not _is_there(file)]
     if is_main_process():
         complete = builder.config
         builder.config = _with_urls(complete, files)

@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 
 from lavis_aurora.config import VideoProcessorConfig
 from lavis_aurora.config.check import parse_config
+from lavis_aurora.files import regular
 
 
 class BrokenVideo(Exception):
@@ -51,18 +52,18 @@ def read_frames(path: str, choose: Callable[[int], Tensor]) -> Tensor:
     Raises:
         BrokenVideo: it is missing, or a chosen frame cannot be decoded.
     """
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise BrokenVideo("no such file")
     # What decord and ffmpeg print about broken files says nothing that the exception does not.
     decord.logging.set_level(decord.logging.QUIET)
     try:
         # Loaders have processes of their own: one thread each.
-        reader = VideoReader(path, num_threads=1)
+        reader = VideoReader(str(regular(path)), num_threads=1)
         if len(reader) == 0:
             raise BrokenVideo("no frames")
         with decord.bridge.use_torch():
             frames = reader.get_batch(choose(len(reader)).tolist())
-    except (DECORDError, RuntimeError, IndexError) as error:
+    except (DECORDError, OSError, RuntimeError, IndexError) as error:
         reason = " ".join(str(error).replace(path, "it").split())[:200]
         # It takes the padding of short lines for a fourth colour.
         narrow = "decord cannot read videos less than 64 pixels wide: " if "from_size == to_size" in reason else ""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lavis_aurora.errors import AuroraError, near_names
-from lavis_aurora.files import read_json
+from lavis_aurora.errors import AuroraError, near_names, shown
+from lavis_aurora.files import read_json, regular
 
 Entries = list[dict[str, Any]]
 
@@ -23,7 +23,7 @@ def _get(item: Any, key: str, path: Path, what: str) -> Any:
 
 def _list(value: Any, path: Path, what: str) -> list:
     if not isinstance(value, list):
-        raise AuroraError(f"{path}: {what} must be a list, not {str(value)[:60]!r}")
+        raise AuroraError(f"{path}: {what} must be a list, not {shown(value)}")
     return value
 
 
@@ -68,7 +68,7 @@ def msrvtt(paths: Sequence[Path], split: str, test_csv: Path | None) -> dict[str
 def _read_test_csv(path: Path, known: dict[str, str]) -> list[tuple[str, list[str]]]:
     """Videos and their one sentence."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with regular(path).open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, ValueError, csv.Error) as error:
         raise AuroraError(f"{path} is not a readable csv file ({error})") from error
@@ -129,7 +129,7 @@ def karpathy(path: Path) -> tuple[str, dict[str, Entries]]:
     content = read_json(path)
     name = _get(content, "dataset", path, "the file")
     if name not in ("coco", "flickr30k"):
-        raise AuroraError(f"{path}: holds {name!r}; known: coco, flickr30k")
+        raise AuroraError(f"{path}: holds {shown(name)}; known: coco, flickr30k")
     parts: dict[str, Entries] = {"train": [], "val": [], "test": []}
     for i, image in enumerate(_list(_get(content, "images", path, "the file"), path, "images")):
         what = f"image {i}"
@@ -141,7 +141,7 @@ def karpathy(path: Path) -> tuple[str, dict[str, Entries]]:
         part = _get(image, "split", path, what)
         part = "train" if part == "restval" else part
         if part not in parts:
-            raise AuroraError(f"{path}: the split of {what} is {part!r}{near_names(str(part), parts)}")
+            raise AuroraError(f"{path}: the split of {what} is {shown(part)}{near_names(str(part), parts)}")
         if part == "train":
             number = image.get("cocoid", image.get("imgid", i))
             parts[part] += [{"image": file, "caption": text, "image_id": f"{name}_{number}"} for text in texts]

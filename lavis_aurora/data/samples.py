@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from lavis_aurora.data.frames import BrokenVideo
 from lavis_aurora.errors import AuroraError, some
+from lavis_aurora.files import regular, write_text
 
 # PIL's modes of more than 8 bits a channel.
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
@@ -50,7 +51,7 @@ class CheckedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         try:
-            self._check_depth(index)
+            self._check_file(index)
             sample = self.inner[index]
         except Exception as error:  # PIL, decord and the processors each have errors of their own
             raise AuroraError(
@@ -64,11 +65,19 @@ class CheckedDataset(Dataset):
             sample["image_id"] = self.first_id + int(sample["image_id"])
         return sample
 
-    def _check_depth(self, index: int) -> None:
-        """Refuse pictures of more than 8 bits a channel, which PIL would turn white; a JPEG never has them."""
-        path = os.path.join(self.inner.vis_root, str(self.inner.annotation[index].get("image", ".jpg")))
-        # SNLI-VE's have no ending at all: LAVIS adds it.
-        if not path.lower().endswith((".jpg", ".jpeg")) and os.path.isfile(path):
+    def _check_file(self, index: int) -> None:
+        """Refuse what is no file, and pictures of more than 8 bits a channel, which PIL would turn white."""
+        path = self.file(index)
+        # SNLI-VE's have no ending: LAVIS adds it.
+        path = path if os.path.exists(path) else f"{path}.jpg"
+        if not os.path.exists(path):
+            return  # LAVIS knows better where it should be
+        try:
+            regular(path)
+        except OSError as error:
+            raise (BrokenVideo(error) if "video" in self.inner.annotation[index] else error) from None
+        # A JPEG never has more bits.
+        if "image" in self.inner.annotation[index] and not path.lower().endswith((".jpg", ".jpeg")):
             with Image.open(path) as opened:
                 if opened.mode in DEEP_MODES:
                     raise ValueError(f"its mode is {opened.mode}; convert it to 8 bits a channel")
@@ -143,7 +152,7 @@ def report_broken(broken: list[str], samples: int, allowed: float, path: Path) -
     shown = some(videos, SHOWN, "; ")
     said = f"videos could not be read {count} times in {total} samples, {len(videos)} different ones: {shown}"
     if is_main_process():
-        path.write_text("\n".join(videos) + os.linesep, encoding="utf-8")
+        write_text(path, "\n".join(videos) + os.linesep)
         logging.warning("%s; others were trained on in their place; all are named in %s", said, path)
     if count > allowed * total:
         raise AuroraError(

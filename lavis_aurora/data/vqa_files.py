@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.errors import AuroraError, near_names, shown
 from lavis_aurora.files import read_json
 
 # Of VQAv2's official files: keys of the file, the list it holds, and keys of each item.
@@ -63,5 +63,5 @@ def check_vqa_files(entries: list[dict], files: Sequence[str], key: str) -> None
         if official != ids:
             some = next(iter(official ^ ids))
             raise AuroraError(
-                f"{key}: {path} and {files[0]} must hold the same questions; {some!r} is in one of them only"
+                f"{key}: {path} and {files[0]} must hold the same questions; {shown(some)} is in one of them only"
             )

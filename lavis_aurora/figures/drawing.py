@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from lavis_aurora.errors import AuroraError  # noqa: E402
+from lavis_aurora.files import write_text, writing  # noqa: E402
 
 OWN, FULL, OTHER, PALE = "#c2410c", "#1d4e89", "#c9b458", "#9aa5b1"
 CYCLE = (OWN, FULL, "#4d7c0f", "#7e22ce", OTHER, "#0f766e", PALE)
@@ -74,11 +74,10 @@ def save(figure: Figure, numbers: dict[str, Any], path: str | Path) -> tuple[Pat
     path = Path(path)
     beside = path.with_suffix(".json")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=DPI)
-        beside.write_text(json.dumps(numbers, indent=1))
-    except OSError as error:
-        raise AuroraError(f"{path}: cannot be written ({error})") from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=DPI)
+        write_text(beside, json.dumps(numbers, indent=1))
     finally:
         plt.close(figure)
     return path, beside

@@ -15,7 +15,7 @@ from lavis_aurora.data.annotations import build_checked
 from lavis_aurora.data.frames import read_frames, uniform_indices
 from lavis_aurora.data.samples import CheckedDataset
 from lavis_aurora.errors import AuroraError
-from lavis_aurora.files import read_json
+from lavis_aurora.files import read_json, regular
 from lavis_aurora.project import AuroraConfig, load_config
 from lavis_aurora.results import result_files, tuned_model
 from lavis_aurora.training.checkpointing import BEST, read_checkpoint, read_latest
@@ -94,7 +94,7 @@ def read_visual(path: str | Path) -> np.ndarray:
         if Path(path).suffix.lower() in VIDEOS:
             [frame] = read_frames(str(path), partial(uniform_indices, count=1))
             return frame.permute(1, 2, 0).numpy()
-        with Image.open(path) as picture:
+        with Image.open(regular(path)) as picture:
             return np.asarray(picture.convert("RGB"))
     except Exception as error:  # PIL has errors of its own
         raise AuroraError(f"{path}: cannot be shown ({error})") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.files import regular, writing
 
 SEED = "run.seed"
 KINDS = ("cell", "mean", "spread")
@@ -63,7 +64,7 @@ def write_table(cells: Cells, path: str | Path) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     # What is long stands last.
     columns = [column for column in columns if column != "error"] + ["error"]
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
+    with writing(path), Path(path).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(rows)
@@ -76,7 +77,7 @@ def read_table(path: str | Path, *columns: str) -> list[dict[str, str]]:
         AuroraError: the file cannot be read or lacks one of ``columns``.
     """
     try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
+        with regular(path).open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             rows = list(reader)
             known = reader.fieldnames or []

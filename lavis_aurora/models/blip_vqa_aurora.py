@@ -19,7 +19,7 @@ from lavis_aurora.config import INFERENCE_METHODS, VqaAuroraConfig
 from lavis_aurora.encoders.fused import fuse_text
 from lavis_aurora.encoders.towers import build_text_encoder, build_tokenizer, build_vision_encoder, check_vocabulary
 from lavis_aurora.encoders.visual import encode_visual, visual_input
-from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.errors import AuroraError, near_names, shown
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.aurora_base import AuroraBase
 from lavis_aurora.models.evaluating import evaluating
@@ -222,7 +222,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
             raise AuroraError(f"samples: {len(questions)} questions for {len(visual)} {kind}; there must be one each")
         for i, question in enumerate(questions):
             if not isinstance(question, str) or not question.strip():
-                raise AuroraError(f"samples: question {i} of the batch is {question!r}; it must have words")
+                raise AuroraError(f"samples: question {i} of the batch is {shown(question)}; it must have words")
 
     def _generate_answers(
         self, samples: dict, num_beams: int = 3, max_length: int = 10, min_length: int = 1

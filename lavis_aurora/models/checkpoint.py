@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 from collections.abc import Mapping
 
 import torch
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lavis_aurora.errors import AuroraError, some
-from lavis_aurora.files import load_torch
+from lavis_aurora.files import load_torch, why_unreadable
 
 POS_EMBED = "visual_encoder.pos_embed"
 
@@ -41,15 +40,10 @@ def read_state_dict(source: str, key: str) -> dict[str, Tensor]:
         if path.endswith(".safetensors"):
             return load_file(path)
         state = load_torch(path)
-    except pickle.UnpicklingError as error:
-        raise AuroraError(
-            f"{key}: {path} holds more than tensors and is not unpickled; on a machine where you trust it, "
-            f"keep only torch.load(path, weights_only=False)['model'] and save that"
-        ) from error
     except MemoryError:
         raise
-    except Exception as error:  # torch, zipfile and safetensors each have errors of their own
-        raise AuroraError(f"{key}: {path} is not a readable checkpoint ({error})") from error
+    except Exception as error:  # torch, pickle, zipfile and safetensors each have errors of their own
+        raise AuroraError(f"{key}: {path} is not a readable checkpoint ({why_unreadable(error)})") from error
     state = state.get("model", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise AuroraError(f"{key}: {path} holds no state dict of tensors")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lavis_aurora.config import ModeApproxConfig, ModeApproxModelConfig
 from lavis_aurora.config.check import parse_config
-from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.errors import AuroraError, near_names, shown
 from lavis_aurora.mode_approx import (
     ModeFactors,
     bind_companions,
@@ -246,14 +246,14 @@ def _base_config_path(arch: str | None, model_type: str | None, prefix: str) -> 
     models = registry.mapping["model_name_mapping"]
     if arch is None:
         raise AuroraError(f"{prefix}arch: missing; name the registered model to wrap, e.g. blip_retrieval")
-    if arch == "mode_approx" or arch not in models:
+    if arch == "mode_approx" or not isinstance(arch, str) or arch not in models:
         known = sorted(name for name in models if name != "mode_approx")
-        raise AuroraError(f"{prefix}arch: {arch!r} is no registered model{near_names(str(arch), known)}")
+        raise AuroraError(f"{prefix}arch: {shown(arch)} is no registered model{near_names(str(arch), known)}")
     types = models[arch].PRETRAINED_MODEL_CONFIG_DICT
     model_type = model_type or getattr(models[arch], "DEFAULT_MODEL_TYPE", None)
-    if model_type not in types:
+    if not isinstance(model_type, str) or model_type not in types:
         raise AuroraError(
-            f"{prefix}model_type: {arch} has no type {model_type!r}{near_names(str(model_type), types)}"
+            f"{prefix}model_type: {arch} has no type {shown(model_type)}{near_names(str(model_type), types)}"
         )
     return models[arch].default_config_path(model_type)
 

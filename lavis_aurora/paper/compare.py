@@ -14,7 +14,7 @@ from lavis_aurora.errors import AuroraError
 from lavis_aurora.files import read_json
 from lavis_aurora.paper.setup import setup_differences
 from lavis_aurora.paper.tables import label, paper_rows, paper_tables
-from lavis_aurora.results import evaluations, final_metrics, read_config, result_files, tuned_model
+from lavis_aurora.results import evaluations, final_metrics, numbers_of, read_config, result_files, tuned_model
 
 RESULT_FILE = re.compile(r"(?P<split>.+)_epoch_(?P<epoch>[^_]+)(_vqa_result|_accuracy)?\.json")
 # Methods of the paper by model.tuning; a rank is that of the section of this name.
@@ -67,7 +67,7 @@ def read_measured(path: str | Path) -> list[Measured]:
         raise AuroraError(f"{path}: name the folder of a run, or a file of its folder result")
     run, split = path.absolute().parent.parent, match["split"]
     content = read_json(path)
-    metrics = content.get("metrics") if isinstance(content, dict) else None
+    metrics = numbers_of(content.get("metrics") if isinstance(content, dict) else None)
     if not metrics:
         # Answers are scored in the log.
         logged = [one for one in evaluations(run) if (one.split, str(one.epoch)) == (split, match["epoch"])]
@@ -84,7 +84,8 @@ def _counts(run: Path, split: str, metrics: dict[str, float], content: Any = Non
         content = read_json(files[-1]) if files else {}
     if isinstance(content, list):
         return {"questions": len(content)}
-    counts = {key: content[key] for key in ("images", "videos", "texts", "questions") if key in content}
+    known = numbers_of(content)
+    counts = {key: int(known[key]) for key in ("images", "videos", "texts", "questions") if key in known}
     if not counts and "questions" in metrics:
         counts["questions"] = int(metrics["questions"])
     return counts

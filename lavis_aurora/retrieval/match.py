@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lavis_aurora.config import RunConfig
-from lavis_aurora.errors import AuroraError
+from lavis_aurora.errors import AuroraError, shown
 from lavis_aurora.retrieval.encode import TEXTS_PER_PICTURE, ImageTokens, encode_texts
 from lavis_aurora.retrieval.rerank import score_pairs
 
@@ -81,7 +81,7 @@ def _checked_texts(texts: str | Sequence[str]) -> list[str]:
         raise AuroraError("texts: there is none; name at least one")
     for i, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
-            raise AuroraError(f"texts: text {i} is {text!r}; it must have words")
+            raise AuroraError(f"texts: text {i} is {shown(text)}; it must have words")
     return texts
 
 

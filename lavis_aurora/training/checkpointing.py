@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lavis_aurora.errors import AuroraError, some
-from lavis_aurora.files import load_torch, written_whole
+from lavis_aurora.files import load_torch, why_unreadable, written_whole
 from lavis_aurora.models.checkpoint import is_finite
 from lavis_aurora.training.order import is_random_state
 
@@ -57,7 +57,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except MemoryError:
         raise
     except Exception as error:  # torch, pickle and zipfile each have errors of their own
-        raise AuroraError(f"{path} is not a readable checkpoint ({error})") from error
+        raise AuroraError(f"{path} is not a readable checkpoint ({why_unreadable(error)})") from error
     missing = KEYS - (set(state) if isinstance(state, dict) else set())
     if missing:
         raise AuroraError(f"{path} is not a checkpoint of a run: it has no {', '.join(sorted(missing))}")

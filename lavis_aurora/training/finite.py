@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lavis_aurora.data.samples import SET
 from lavis_aurora.errors import AuroraError
+from lavis_aurora.files import write_text
 
 # What LAVIS's samples say of themselves.
 NAMES = (SET, "instance_id", "image_id", "question_id", "text_input")
@@ -126,7 +127,7 @@ class FiniteGuard:
             return False
         path = self.folder / f"not_finite_epoch_{epoch}_step_{batch}_process_{get_rank()}.json"
         names = {key: _plain(samples[key]) for key in NAMES if key in samples}
-        path.write_text(json.dumps({"epoch": epoch, "step": batch, **names}, indent=1), encoding="utf-8")
+        write_text(path, json.dumps({"epoch": epoch, "step": batch, **names}, indent=1))
         message = f"{place}: loss or gradient is not finite; the batch is named in {path}"
         if not self.skip and not overflow:
             raise AuroraError(f"{message}; lower run.init_lr, or set run.skip_nonfinite: true")

@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from lavis.common.dist_utils import get_rank, get_world_size
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset
 
-from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.errors import AuroraError, near_names, shown
 from lavis_aurora.training.order import ResumableSampler, SeededDataset
+
+# What torch says of a loader's processes, wherever in the main process it learns of it.
+LOST = re.compile(r"DataLoader worker \(pid.*?\) (is killed|exited).*|.*shared memory.*|.*</torch_\d.*")
+
+
+@contextmanager
+def loader_errors() -> Iterator[None]:
+    """Around what reads from loaders: processes that cannot be started, or are lost, in one line.
+
+    Raises:
+        AuroraError: that happened.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        lost = LOST.search(str(error))
+        places = traceback.extract_tb(error.__traceback__)
+        if lost is None and not (isinstance(error, OSError) and any("multiprocessing" in p.filename for p in places)):
+            raise
+        raise AuroraError(
+            f"run.num_workers: a process that reads the data was lost ({lost[0] if lost else error}); if main memory "
+            f"or /dev/shm ran out, set fewer, or run.num_workers=0, which needs no /dev/shm (docker run --shm-size "
+            f"makes it larger)"
+        ) from error
 
 
 def build_loader(
@@ -71,7 +98,7 @@ def check_splits(run: DictConfig, datasets: Mapping[str, Mapping[str, Dataset]],
         for split in run[key]:
             if split not in known:
                 raise AuroraError(
-                    f"run.{key}: no split {split!r} in the datasets{near_names(split, known)}; [] for none"
+                    f"run.{key}: no split {shown(split)} in the datasets{near_names(split, known)}; [] for none"
                 )
     if not run.evaluate and run.train_dataset_ratios is not None:
         # LAVIS draws by them from streamed datasets alone, and says nothing of others.

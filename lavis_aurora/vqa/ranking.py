@@ -9,7 +9,7 @@ from lavis.models.med import XBertLMHeadDecoder
 from torch import Tensor
 from transformers import BertTokenizer
 
-from lavis_aurora.errors import AuroraError
+from lavis_aurora.errors import AuroraError, shown
 from lavis_aurora.vqa.decoder import refuse_nan
 
 IGNORED = -100  # of torch's cross-entropy
@@ -29,7 +29,7 @@ class AnswerList:
 
     def __init__(self, texts: Sequence[str], tokenizer: BertTokenizer, positions: int) -> None:
         if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
-            raise AuroraError(f"answer_list: {str(texts)[:60]!r} cannot be used; it must be a list of strings")
+            raise AuroraError(f"answer_list: {shown(texts)} cannot be used; it must be a list of strings")
         self.texts = list(texts)
         tokens = tokenizer(self.texts, padding="longest", return_tensors="pt")
         self.ids, self.mask = tokens.input_ids, tokens.attention_mask
@@ -38,7 +38,7 @@ class AnswerList:
         longest = int(self.lengths.argmax())
         if self.lengths[longest] > positions:
             raise AuroraError(
-                f"answer_list: {self.texts[longest][:60]!r} has {self.lengths[longest]} tokens, but the decoder "
+                f"answer_list: {shown(self.texts[longest])} has {self.lengths[longest]} tokens, but the decoder "
                 f"has {positions} positions; leave it out"
             )
 

@@ -60,8 +60,38 @@ def test_unknown_key_without_a_near_name_gets_all_names(project: Path) -> None:
         ("run.amp", "2.5"),
         ("run.train_splits", "train"),
         ("run.seed", "{a: 1}"),
+        ("run.seed", "1e26"),
+        ("run.valid_splits", "{a: 1}"),
+        ("run.task", "[1]"),
+        ("run.runner", "{a: 1}"),
+        ("model.arch", "[1]"),
+        ("model.model_type", "{a: 1}"),
+        ("model.gate", "[1]"),
+        ("model.mode_approx", "[null]"),
+        ("model.vit", "[]"),
+        ("model.lora.targets", "{a: 1}"),
+        ("preprocess.vis_processor", "7"),
+        ("preprocess.vis_processor.train", "x"),
+        ("preprocess.text_processor", "[1]"),
+        ("datasets.coco_retrieval", "[1]"),
+        ("datasets.coco_retrieval.type", "[1]"),
+        ("datasets.coco_retrieval.build_info", "[1]"),
+        ("datasets.coco_retrieval.build_info.images.storage", "[1]"),
+        ("datasets.coco_retrieval.build_info.images.storage", "{a: 1}"),
+        ("datasets.coco_retrieval.build_info.annotations.val", "[1]"),
+        ("datasets.coco_retrieval.build_info.annotations.val.storage", "{a: 1}"),
+        ("datasets.coco_retrieval.build_info.annotations.val.url", "[[1]]"),
+        ("datasets.coco_retrieval.vis_processor.train.name", "[1]"),
     ],
 )
 def test_wrong_type_names_the_key(project: Path, key: str, value: str) -> None:
     named = key.rpartition(".")[0] if key == "model.tuning.form" else key
     refused(project, f"{named}: ", options=[f"{key}={value}"])
+
+
+@pytest.mark.parametrize("key", ["model.base", "model.base.arch", "model.base.model_type", "model.mode_approx"])
+def test_wrong_type_names_the_key_around_another_model(project: Path, key: str) -> None:
+    config = OmegaConf.load(project)
+    config.model = {"arch": "mode_approx", "base": {"arch": "blip_retrieval_aurora", "model_type": "tiny"}}
+    OmegaConf.save(config, project)
+    refused(project, f"{key}: ", options=[f"{key}=[1]"])

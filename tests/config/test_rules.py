@@ -51,6 +51,21 @@ OUT_OF_RANGE = [
     ("run.max_broken_share", "1.1", "between 0 and 1"),
     ("run.token_dtype", "float16", "did you mean 'bfloat16'"),
     ("run.token_budget_gb", "-1", "0 or more"),
+    ("run.beta2", "1", "0 or more and below 1"),
+    ("run.seed", "9223372036854775808", "below 2^63"),
+    ("run.num_workers", "257", "256 or fewer (processes)"),
+    ("run.max_epoch", "1000001", "10^6 or fewer"),
+    ("run.num_beams", "1001", "1000 or fewer"),
+    ("run.max_len", "513", "512 or fewer (tokens)"),
+    *[
+        (f"run.{key}", value, "a number below 10^12")
+        for key in ("init_lr", "min_lr", "warmup_lr", "weight_decay", "itc_weight")
+        for value in (".inf", "-.inf", ".nan", "1e30")
+    ],
+    *[
+        (f"run.{key}", "9" * 30, "a number below 10^12")
+        for key in ("batch_size_train", "batch_size_eval", "accum_grad_iters", "k_test", "warmup_steps", "log_freq")
+    ],
     *[
         (f"run.{key}", "0", "1 or more")
         for key in ("max_epoch", "accum_grad_iters", "batch_size_train", "batch_size_eval", "log_freq")
@@ -81,3 +96,4 @@ def test_limits_themselves_are_allowed() -> None:
         settings = RetrievalAuroraConfig(tuning=tuning, queue_size=0, alpha=0, momentum=1, max_txt_len=2)
         assert settings.tuning == tuning
     assert RunConfig(max_epoch=1, num_workers=0, k_test=0, init_lr=0, grad_clip=0).k_test == 0
+    assert RunConfig(seed=2**63 - 1, token_budget_gb=float("inf"), num_workers=256).seed == 2**63 - 1

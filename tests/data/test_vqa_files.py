@@ -62,8 +62,8 @@ def test_good_files_are_lavis_datasets(cfg: DictConfig) -> None:
         ("vg.json", "question", "(...)", "must be a string with words, not '(...)'"),
         ("train.json", "question", None, "must be a string with words, not None"),
         ("val.json", "question", "", "must be a string with words, not ''"),
-        ("val.json", "question_id", 1.5, "must be a number or a string, not 1.5"),
-        ("test.json", "question_id", None, "must be a number or a string"),
+        ("val.json", "question_id", 1.5, "must be a whole number or a string, not 1.5"),
+        ("test.json", "question_id", None, "must be a whole number or a string"),
         ("vg.json", "answer", ["red"], "must be one string, not empty, not ['red']"),
     ],
 )
