@@ -160,6 +160,8 @@ def exit_on_error(action: Callable[[], None]) -> None:
             print(f"error{rank}: {line}", file=sys.stderr, flush=True)
         elif dist.is_initialized():
             traceback.print_exc()
+            if "timed out" in str(error).lower():
+                print("error: another process did not answer within run.dist_timeout_minutes", file=sys.stderr)
         else:
             raise
         if dist.is_initialized():

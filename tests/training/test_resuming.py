@@ -611,3 +611,5 @@ def test_a_process_that_hangs_takes_the_others_down_within_the_time_limit(tmp_pa
     assert agent.wait(timeout=PATIENCE) != 0
     assert time.time() - stopped < 120, "12 seconds, the agent's 30 until it kills, and a busy machine"
     assert ended(hangs)
+    [log] = tmp_path.glob("agent_*.log")
+    assert "error: another process did not answer within run.dist_timeout_minutes" in log.read_text()
