@@ -11,9 +11,10 @@ from lavis.common.config import Config
 from lavis.common.registry import registry
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from lavis_aurora.config import RunConfig
-from lavis_aurora.config.check import check_kinds, parse_config
-from lavis_aurora.config.reading import READING_ERRORS, read_options, read_yaml
+from lavis_aurora.adapters.config import read_adapter_config
+from lavis_aurora.common.errors import AuroraError, near_names, shown
+from lavis_aurora.config.check import READING_ERRORS, check_kinds, parse_config, read_options, read_yaml
+from lavis_aurora.config.run import RunConfig
 from lavis_aurora.data.dataset_keys import (
     PROCESSOR_SPLITS,
     check_dataset_keys,
@@ -21,8 +22,6 @@ from lavis_aurora.data.dataset_keys import (
     default_section,
     section,
 )
-from lavis_aurora.errors import AuroraError, near_names, shown
-from lavis_aurora.mode_approx.adapter_read import read_adapter_config
 from lavis_aurora.models.adapter_settings import adapter_settings
 
 SECTIONS = ("datasets", "model", "run")

@@ -2,15 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, get_args, get_type_hints
+from pathlib import Path
+from typing import IO, Any, TypeVar, get_args, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from lavis_aurora.errors import AuroraError, near_names, shown
+from lavis_aurora.common.errors import AuroraError, near_names, shown
+from lavis_aurora.common.files import regular
+from lavis_aurora.config.models import ModeApproxModelConfig, RetrievalAuroraConfig, VqaAuroraConfig
+from lavis_aurora.config.run import RunConfig
+
+# What the functions below raise.
+READING_ERRORS = (OSError, UnicodeError, yaml.YAMLError, OmegaConfBaseException, RecursionError)
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# libyaml's composer calls itself for each level, until the process has no stack left.
+MOST_NESTED = 30
+NULL, TEXT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
+
+
+def _text_keys(cls: type) -> Iterator[str]:
+    """Names of the keys of a section, and of those in it, that hold a string or a list of them."""
+    for name, hint in get_type_hints(cls).items():
+        kinds = (hint, *get_args(hint))
+        section = next((kind for kind in kinds if is_dataclass(kind)), None)
+        if section is not None:
+            yield from _text_keys(section)
+        elif str in kinds:
+            yield name
+
+
+TEXT_KEYS = {
+    *(key for cls in (RunConfig, RetrievalAuroraConfig, VqaAuroraConfig) for key in _text_keys(cls)),
+    *(*_text_keys(ModeApproxModelConfig), "targets", "modules_to_save"),
+    # LAVIS's, of datasets and processors.
+    *("type", "data_type", "storage", "url", "md5", "name", "prompt"),
+}
+
+
+def read_yaml(path: str | Path) -> DictConfig | ListConfig:
+    """A YAML; what :data:`READING_ERRORS` holds is raised where there is none."""
+    with regular(path).open(encoding="utf-8") as file:
+        _check_nesting(file)
+    # This one's errors name the lines of the file.
+    read = OmegaConf.load(path)
+    written = _as_written(Path(path).read_text(encoding="utf-8"), "")
+    return OmegaConf.create(written) if written else read
+
+
+def read_options(options: Sequence[str]) -> DictConfig:
+    """Options ``key=value``, the value in YAML; raises what :func:`read_yaml` does."""
+    kept = []
+    for option in options:
+        key, _, value = option.partition("=")
+        _check_nesting(value)
+        kept.append(f"{key}={_as_written(value, key.rpartition('.')[2].partition('[')[0])}")
+    return OmegaConf.from_dotlist(kept)
+
+
+def _check_nesting(source: str | IO[str]) -> None:
+    depth = 0
+    for event in yaml.parse(source, Loader=LOADER):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MOST_NESTED:
+            raise yaml.YAMLError(f"nested more than {MOST_NESTED} deep")
+
+
+def _as_written(source: str, key: str) -> str:
+    """A YAML whose strings are quoted; empty where it holds nothing.
+
+    Args:
+        source: the YAML.
+        key: what it is the value of.
+    """
+    node = yaml.compose(source, Loader=LOADER)
+    if node is None:
+        return ""
+    _quote(node, key)
+    return yaml.serialize(node, allow_unicode=True)
+
+
+def _quote(node: yaml.Node, key: str) -> None:
+    if isinstance(node, yaml.ScalarNode):
+        if key in TEXT_KEYS and not node.style and node.tag != NULL:
+            node.tag, node.style = TEXT, '"'
+        return
+    inside: Iterable = ((key, child) for child in node.value)
+    if isinstance(node, yaml.MappingNode):
+        inside = ((name.value, child) for name, child in node.value)
+    for name, child in inside:
+        _quote(child, name)
+
 
 Config = TypeVar("Config")
 

@@ -19,10 +19,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from lavis_aurora.data.raw_annotations import Entries, didemo, karpathy, msrvtt
-from lavis_aurora.errors import AuroraError, some
-from lavis_aurora.files import writing, written_whole
-from lavis_aurora.paths import data_root
+from lavis_aurora.common.errors import AuroraError, some
+from lavis_aurora.common.files import writing, written_whole
+from lavis_aurora.common.paths import data_root
+from lavis_aurora.data.raw import Entries, didemo, karpathy, msrvtt
 
 SHOWN = 5
 

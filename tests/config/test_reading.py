@@ -8,9 +8,9 @@ import pytest
 from omegaconf import OmegaConf
 from tiny import project_yaml, refused
 
-from lavis_aurora.config.reading import MOST_NESTED, TEXT_KEYS, read_options, read_yaml
+from lavis_aurora.analysis.results import read_config
+from lavis_aurora.config.check import MOST_NESTED, TEXT_KEYS, read_options, read_yaml
 from lavis_aurora.project import load_config
-from lavis_aurora.results import read_config
 
 # Numbers, truth values and more in YAML 1.1.
 ODD_NAMES = ["2023_11_26", "1e3", "on", "yes", "true", "08", "010", "12:30", "0x10", "1_000.5", ".inf", "1e400", "="]

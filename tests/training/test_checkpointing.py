@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lavis_aurora import AuroraError
-from lavis_aurora.training.checkpointing import (
+from lavis_aurora.training.checkpoints import (
     BEST,
     LATEST,
     PREVIOUS,

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from distributed import free_port
 from omegaconf import OmegaConf
 
-from lavis_aurora.errors import AuroraError
-from lavis_aurora.training.process_groups import _start, join_processes
-from lavis_aurora.training.stopping import StopRequest
+from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.training.guards import StopRequest
+from lavis_aurora.training.processes import _start, join_processes
 
 
 def start(store: dist.Store, ranks: list[int], seconds: float = 60) -> list[str]:

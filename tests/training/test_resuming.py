@@ -24,12 +24,12 @@ from tiny_video import video_project, write_video_questions, write_videos
 from tiny_vqa import vqa_project
 
 from lavis_aurora import AuroraError
-from lavis_aurora.mode_approx.adapter_file import read_adapter
+from lavis_aurora.adapters.files import read_adapter
+from lavis_aurora.analysis.results import final_metrics, read_config
 from lavis_aurora.project import load_config
-from lavis_aurora.results import final_metrics, read_config
-from lavis_aurora.runner import AuroraRunner
-from lavis_aurora.training.checkpointing import BEST, LATEST, read_checkpoint, write_checkpoint
-from lavis_aurora.training.stopping import Stopped
+from lavis_aurora.training.checkpoints import BEST, LATEST, read_checkpoint, write_checkpoint
+from lavis_aurora.training.guards import Stopped
+from lavis_aurora.training.runner import AuroraRunner
 from lavis_aurora_cli import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -413,7 +413,7 @@ def test_another_configuration_starts_a_new_run(tmp_path):
 
 
 def test_the_second_signal_and_one_outside_of_steps_stop_at_once():
-    from lavis_aurora.training.stopping import StopRequest
+    from lavis_aurora.training.guards import StopRequest
 
     with StopRequest() as stop:
         with pytest.raises(Stopped):

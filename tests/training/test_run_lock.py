@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from tiny import project_yaml
 
-from lavis_aurora.errors import AuroraError
-from lavis_aurora.training.run_lock import NAME, RunLock
+from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.training.processes import NAME, RunLock
 from lavis_aurora_cli import train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,158 @@
+"""Files that are written whole or not at all, and files that are read with an error for what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+from zipfile import BadZipFile, ZipFile
+
+import torch
+
+from lavis_aurora.common.errors import AuroraError
+
+KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+
+
+def regular(path: str | Path) -> Path:
+    """The path of a file. Anything else of that name, such as a pipe, might be read for ever.
+
+    Raises:
+        OSError: there is no file.
+    """
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    if kind != stat.S_IFREG:
+        raise OSError(f"it is {KINDS.get(kind, 'a device')}, not a file")
+    return Path(path)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """What the system says of a file or folder that is written inside the block, in one line.
+
+    Raises:
+        AuroraError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: str | Path, error: Exception) -> AuroraError:
+    remedy = "free some space or name another folder"
+    if isinstance(error, FileNotFoundError):
+        remedy = "its folder is not there, or no longer; leave it in place while it is written to"
+    return AuroraError(f"cannot write {path} ({getattr(error, 'strerror', None) or error}); {remedy}")
+
+
+@contextmanager
+def appended(path: str | Path) -> Iterator[None]:
+    """Around what is appended to a file inside the block; what cannot be written whole is taken back.
+
+    Raises:
+        AuroraError: it cannot be written; the file is as it was.
+    """
+    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    try:
+        with writing(path):
+            yield
+    except AuroraError:
+        if os.path.isfile(path):
+            os.truncate(path, size)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """A text, written whole or not at all; see :func:`written_whole`."""
+    with written_whole(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def written_whole(path: str | Path, previous: str | Path | None = None) -> Iterator[BinaryIO]:
+    """A file to write beside ``path``; renamed once it is complete, so that no interrupted write leaves a broken one.
+
+    Args:
+        path: where.
+        previous: where an older file of that name is kept.
+
+    Raises:
+        AuroraError: the system refuses the file; the older one is still there. Whatever else goes wrong in the block
+            is raised as it is.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            path.replace(previous)
+        partial.replace(path)
+    except BaseException as error:
+        try:
+            partial.unlink(missing_ok=True)
+        except OSError:
+            logging.warning("%s is left behind, unfinished", partial)
+        # torch's zip writer, refused a write, goes on to an error of its own; one without that is about no file.
+        refusal = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(refusal, OSError):
+            raise _cannot_write(path, refusal) from error
+        raise
+
+
+def load_torch(path: str | Path) -> Any:
+    """What ``torch.save`` wrote, on the CPU; tensors and plain values only are unpickled.
+
+    Raises:
+        MemoryError: there is no room for it.
+        Exception: torch, pickle and zipfile each have errors of their own for a file that is damaged or no such file;
+            :func:`why_unreadable` says what was wrong.
+    """
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\3\4"  # by which torch tells it from its older format, without checksums
+        if zipped:
+            with ZipFile(file) as archive:
+                damaged = archive.testzip()  # torch itself compares no checksum
+            if damaged is not None:
+                raise BadZipFile(f"damaged: the checksum of its part {damaged!r} is another")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except RuntimeError as error:
+        if zipped and "can't allocate memory" in str(error):
+            raise MemoryError(f"{path}: {error}") from error
+        raise
+
+
+def why_unreadable(error: Exception) -> str:
+    """What was wrong when tensors were read; torch's own words may advise to run what a file holds."""
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return (
+            "it is damaged, or holds more than tensors and is not unpickled, since that could run code; ask for a "
+            "file of tensors alone, such as .safetensors"
+        )
+    return str(error)
+
+
+def read_json(path: str | Path, key: str = "") -> Any:
+    """Content of a json file.
+
+    Args:
+        path: of it.
+        key: the YAML key that names it, for messages.
+
+    Raises:
+        AuroraError: it cannot be read.
+    """
+    try:
+        return json.loads(regular(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AuroraError(f"{f'{key}: ' * bool(key)}{path} is not readable json ({error})") from error

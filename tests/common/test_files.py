@@ -1,0 +1,109 @@
+import os
+import socket
+
+import pytest
+import torch
+
+from lavis_aurora import AuroraError
+from lavis_aurora.common.files import appended, load_torch, read_json, regular, write_text, written_whole
+
+
+def test_a_whole_file_takes_the_place_of_the_older_one(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with written_whole(path, previous=tmp_path / "before") as file:
+        file.write(b"new")
+        assert path.read_text() == "old"
+    assert (path.read_text(), (tmp_path / "before").read_text()) == ("new", "old")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+ERRORS = [
+    OSError(28, "No space left"),
+    KeyboardInterrupt(),
+    MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    torch.OutOfMemoryError("CUDA out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_an_interrupted_write_leaves_the_older_one_alone(tmp_path, error):
+    """Only what the system says of the file is one of the file."""
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(AuroraError if isinstance(error, OSError) else type(error)), written_whole(path) as file:
+        file.write(b"ne")
+        raise error
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert path.read_text() == "old"
+
+
+def test_torchs_error_after_the_systems_is_the_systems(tmp_path):
+    """Its zip writer, refused a write, ends with a RuntimeError about positions."""
+    with pytest.raises(AuroraError, match=r"cannot write .*a \(\[Errno 28\] No space left\); free some space"):
+        with written_whole(tmp_path / "a"):
+            try:
+                raise OSError(28, "No space left")
+            finally:
+                raise RuntimeError("unexpected pos 832 vs 726")
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["zip", "older format"])
+def test_what_torch_saved_is_read(tmp_path, older):
+    torch.save({"a": torch.ones(3), "b": [1]}, tmp_path / "a", _use_new_zipfile_serialization=not older)
+    state = load_torch(tmp_path / "a")
+    assert torch.equal(state["a"], torch.ones(3)) and state["b"] == [1]
+
+
+def test_no_room_for_a_file_is_no_damage(tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    torch.save({}, tmp_path / "a")
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(MemoryError, match="you tried to allocate 8 bytes"):
+        load_torch(tmp_path / "a")
+def test_what_could_not_be_appended_whole_is_taken_back(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text("first\n")
+    with pytest.raises(AuroraError, match="cannot write .*log.txt .No space left.*free some space"), appended(path):
+        with path.open("a") as file:
+            file.write("sec")
+        raise OSError(28, "No space left on device")
+    assert path.read_text() == "first\n"
+    with appended(path), path.open("a") as file:
+        file.write("second\n")
+    assert path.read_text() == "first\nsecond\n"
+
+
+def test_a_folder_that_is_gone_is_said(tmp_path):
+    with pytest.raises(AuroraError, match="its folder is not there, or no longer"):
+        write_text(tmp_path / "gone" / "a.json", "{}")
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a socket", "a folder", "a device"])
+def test_only_files_are_read(tmp_path, monkeypatch, kind):
+    """Opening a pipe waits for a writer that never comes; a device may have no end."""
+    monkeypatch.chdir(tmp_path)
+    path = "odd"
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a socket":
+        socket.socket(socket.AF_UNIX).bind(path)
+    elif kind == "a folder":
+        os.mkdir(path)
+    else:
+        path = "/dev/zero"
+    with pytest.raises(OSError, match=f"it is {kind}, not a file"):
+        regular(path)
+    with pytest.raises(AuroraError, match=f"run.x: {path} is not readable json .it is {kind}"):
+        read_json(path, "run.x")
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_json_nested_too_deep_is_not_readable(tmp_path, opening):
+    path = tmp_path / "a.json"
+    path.write_text(opening * 1_000_000)
+    with pytest.raises(AuroraError, match="a.json is not readable json"):
+        read_json(path)
