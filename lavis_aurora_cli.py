@@ -108,33 +108,33 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from lavis_aurora.commands import inspect
+    from lavis_aurora.cli import inspect
 
     _show(inspect(args.path))
 
 
 def _merge(args: argparse.Namespace) -> None:
-    from lavis_aurora.commands import merge
+    from lavis_aurora.cli import merge
 
     sources = {key: getattr(args, key) for key in ("pretrained", "tokenizer", "med_config_path")}
     _show(merge(args.adapter, args.output, **sources))
 
 
 def _targets(args: argparse.Namespace) -> None:
-    from lavis_aurora.commands import targets
+    from lavis_aurora.cli import targets
 
     _show(targets(args.model, args.model_type))
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from lavis_aurora.paper.compare import compare
+    from lavis_aurora.analysis.compare import compare
 
     _show(compare(args.results, args.benchmark, args.table))
 
 
 def _show(text: str) -> None:
     """Print what may hold names from files."""
-    from lavis_aurora.errors import printable
+    from lavis_aurora.common.errors import printable
 
     print(printable(text, keep="\n"))
 
@@ -150,7 +150,7 @@ def configs(names: Sequence[str] = (), folder: str = ".") -> str:
         width = max(map(len, known))
         lines = ((name, textwrap.wrap(_summary(path), 100)) for name, path in known.items())
         return "\n".join(f"{name:<{width}}  " + f"\n{'':<{width}}  ".join(words) for name, words in lines)
-    from lavis_aurora.errors import AuroraError, near_names
+    from lavis_aurora.common.errors import AuroraError, near_names
 
     targets = {}
     for name in names:

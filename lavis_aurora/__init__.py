@@ -6,8 +6,9 @@ installed, the method itself (``mode_approx``, ``alignment``) can still be impor
 
 from importlib.util import find_spec
 
+from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.version import __version__ as __version__
 from lavis_aurora.config import ContextConfig, GateConfig, ModeApproxConfig
-from lavis_aurora.errors import AuroraError
 from lavis_aurora.mode_approx import (
     delete_adapter,
     disable_adapter,
@@ -21,7 +22,6 @@ from lavis_aurora.mode_approx import (
     trainable_parameters_summary,
     unmerge_adapter,
 )
-from lavis_aurora.version import __version__ as __version__
 
 __all__ = [
     "AuroraError",
@@ -43,6 +43,6 @@ __all__ = [
 
 if find_spec("lavis") is not None:
     import lavis_aurora.register  # noqa: F401
-    from lavis_aurora.loading import load_model_and_preprocess  # noqa: F401
+    from lavis_aurora.models.loading import load_model_and_preprocess  # noqa: F401
 
     __all__ += ["load_model_and_preprocess"]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import secrets
 import sys
 import traceback
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -18,13 +21,193 @@ import torch.distributed as dist
 from lavis.common.dist_utils import get_rank
 from lavis.common.logger import setup_logger
 from lavis.common.registry import registry
+from omegaconf import OmegaConf
+from torch import Tensor, nn
 
 import lavis_aurora.register  # noqa: F401
-from lavis_aurora.errors import AuroraError, printable
-from lavis_aurora.project import AuroraConfig
-from lavis_aurora.training.checkpointing import run_to_resume
-from lavis_aurora.training.lavis_tasks import runnable_task
-from lavis_aurora.training.stopping import Stopped
+from lavis_aurora.adapters.config import CONFIG, TENSORS, AdapterConfig, read_adapter, read_adapter_config
+from lavis_aurora.adapters.merging import merged_state_dict
+from lavis_aurora.common.errors import AuroraError, near_names, printable
+from lavis_aurora.common.files import written_whole
+from lavis_aurora.common.paths import package_file
+from lavis_aurora.mode_approx.layers import adapted_layers, factors_of
+from lavis_aurora.models.loading import load_model_and_preprocess
+from lavis_aurora.models.weights import how_to_load, read_state_dict
+from lavis_aurora.project import AuroraConfig, load_config
+from lavis_aurora.training.checkpoints import run_to_resume
+from lavis_aurora.training.guards import Stopped
+from lavis_aurora.training.loop import runnable_task
+
+
+def inspect(path: str) -> str:
+    """What an adapter folder or a file of weights holds, as text.
+
+    Raises:
+        AuroraError: it is neither.
+    """
+    place = Path(path)
+    if place.name == TENSORS and place.with_name(CONFIG).is_file():
+        place = place.parent
+    if not place.is_dir():
+        return _tensor_table(read_state_dict(str(place), "inspect"))
+    config, tensors = read_adapter(place)
+    return "\n".join([*_describe(config), "", _tensor_table(tensors)])
+
+
+def _describe(config: AdapterConfig) -> list[str]:
+    """The settings, a line each."""
+    widths: dict[str, int] = defaultdict(int)
+    for d_in, d_out in config.slots.values():
+        widths[f"{d_in} x {d_out}"] += 1
+    model = config.model
+    lines = {
+        "model": " ".join(str(model[key]) for key in ("arch", "model_type") if model.get(key)) or "any nn.Module",
+        "base": f"{config.base.name or 'without a name'} (sha256 {config.base.sha256[:12]})",
+        # Which layers were targeted, the slots say.
+        "mode_approx": ", ".join(
+            f"{key} {value}" for key, value in vars(config.mode_approx).items() if value is not None
+        ),
+        "slots": ", ".join(f"{count} of {shape}" for shape, count in widths.items()),
+        "targets": f"\n{'':<17}".join(_slot_groups(config.slots)),
+    }
+    for key, value in (model.get("settings") or {}).items():
+        lines.setdefault(key, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value)
+    for key, value in config.metrics.items():
+        shown = value if isinstance(value, dict) else {"": value}
+        numbers = (f"{k} {v:.4g}".strip() if isinstance(v, (int, float)) else f"{k} {v}" for k, v in shown.items())
+        lines[f"metrics: {key}"] = ", ".join(text for text in numbers if not re.search("chance|_itc_", text))
+    lines["written by"] = ", ".join(f"{key} {value}" for key, value in config.versions.items())
+    if config.format == 1:
+        lines["checksum"] = "of the tensors alone (an older version's); load and save the adapter to cover all"
+    return [f"{key:<16} {value}" for key, value in lines.items()]
+
+
+def _slot_groups(slots: Iterable[str]) -> list[str]:
+    """Slots by their module, layers of a kind together: 'blocks.*.attn.qkv: query, key, value'."""
+    groups: dict[str, dict[str, None]] = defaultdict(dict)
+    for slot in map(_without_numbers, slots):
+        module, _, name = slot.rpartition(".")
+        groups[module][name] = None
+    return [f"{module}: {', '.join(names)}" if module else ", ".join(names) for module, names in groups.items()]
+
+
+def _tensor_table(tensors: Mapping[str, Tensor]) -> str:
+    """Counts by name; numbers in names are left out, so that layers of a kind share a row."""
+    rows: dict[tuple, list[int]] = defaultdict(list)
+    for name, tensor in sorted(tensors.items()):  # the order in a safetensors file means nothing
+        key = (printable(_without_numbers(name)), _shape(tensor), str(tensor.dtype).removeprefix("torch."))
+        rows[key].append(tensor.numel())
+    width = max((len(name) for name, _, _ in rows), default=4)
+    lines = [f"{'name':<{width}}  {'shape':<14}{'dtype':<10}{'tensors':>8}{'numbers':>14}"]
+    lines += [
+        f"{name:<{width}}  {shape:<14}{kind:<10}{len(counts):>8}{sum(counts):>14,}"
+        for (name, shape, kind), counts in rows.items()
+    ]
+    total = sum(tensor.numel() for tensor in tensors.values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return "\n".join([*lines, f"{len(tensors)} tensors, {total:,} numbers, {size / 1e6:.2f} MB"])
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "number"
+
+
+def merge(adapter: str, output: str, **sources: str | None) -> str:
+    """Write a checkpoint that LAVIS's own model loads; what to do with it, as text.
+
+    Args:
+        adapter: a folder.
+        output: the file to write.
+        sources: ``pretrained``, ``tokenizer``, ``med_config_path`` of :func:`load_model_and_preprocess`.
+
+    Raises:
+        AuroraError: the file is there already, the adapter has gates, or backbone and adapter do not fit.
+    """
+    if Path(output).exists():
+        raise AuroraError(f"{output} is there already; name another file")
+    described = read_adapter_config(adapter).model
+    arch = described.get("arch")
+    if arch is None:
+        raise AuroraError(f"{adapter} does not name its model; use merged_state_dict(model) in Python")
+    model, _, _ = load_model_and_preprocess(arch, is_eval=True, adapter=adapter, **sources)
+    state = merged_state_dict(model)
+    with written_whole(output) as file:
+        torch.save({"model": state}, file)
+    return f"{output}: {len(state)} tensors; {how_to_load(arch, model.settings, Path(output).absolute())}"
+
+
+def targets(name: str, model_type: str | None = None) -> str:
+    """The weights of a model that an adapter would update, as text.
+
+    Args:
+        name: a registered name, whose model is built without its weights; or a project YAML, built as it says.
+        model_type: one of the named model's types.
+
+    Raises:
+        AuroraError: no such model or type, or not one of this package.
+    """
+    if name.endswith((".yaml", ".yml")):
+        model = load_config(name).model_cfg
+        with _no_warnings():
+            return target_table(registry.get_model_class(model.arch).from_config(model))
+    cls = registry.get_model_class(name)
+    if cls is None:
+        raise AuroraError(f"no model {name!r}{near_names(name, registry.list_models())}")
+    if not hasattr(cls, "CONFIG_CLASS"):
+        known = (n for n, c in registry.mapping["model_name_mapping"].items() if hasattr(c, "CONFIG_CLASS"))
+        raise AuroraError(
+            f"{name} is not a model of this package, as {', '.join(sorted(known))} are; name a project YAML with "
+            f"model.arch: mode_approx and model.base.arch: {name}"
+        )
+    cfg = OmegaConf.load(cls.default_config_path(model_type or cls.DEFAULT_MODEL_TYPE)).model
+    # Any vocabulary will do, and that of the tiny model is at hand.
+    tokenizer = package_file("configs/models/tiny")
+    cfg.update(load_finetuned=False, pretrained=None, tokenizer=tokenizer)
+    with _no_warnings():
+        return target_table(cls.from_config(cfg))
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Without the log's warnings, as of random weights: of a model that is only looked at, they say nothing."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def target_table(model: nn.Module) -> str:
+    """The adapted weights of a model with their slots; layers of a kind share a row."""
+    slots = list(factors_of(model).slots)
+    rows: dict[tuple, list[str]] = defaultdict(list)
+    owned = set()
+    for path, layer in adapted_layers(model):
+        for weight, parameter in layer.adapted_weights().items():
+            names = [slots[i] for i in layer.slots_of[weight]]
+            kinds = ", ".join(_slot_label(slot, path) for slot in names)
+            rows[(_without_numbers(f"{path}.{weight}"), _shape(parameter), kinds)] += names
+            owned.update(names)
+    width = max(len(weight) for weight, _, _ in rows)
+    lines = [f"{'weight':<{width}}  {'shape':<13}{'slots':>5}  their names"]
+    lines += [
+        f"{weight:<{width}}  {shape:<13}{len(set(names)):>5}  {kinds}"
+        for (weight, shape, kinds), names in rows.items()
+    ]
+    return "\n".join([*lines, f"{len(owned)} slots in all"])
+
+
+def _slot_label(slot: str, layer: str) -> str:
+    """A slot's name as seen from a layer that uses it."""
+    if slot == layer:
+        return "that of the layer"
+    return slot[len(layer) + 1 :] if slot.startswith(f"{layer}.") else _without_numbers(slot)
+
 
 # Long enough for the main process to download or make the data.
 INIT_TIMEOUT = timedelta(hours=12)

@@ -12,11 +12,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lavis_aurora.config import RunConfig
+from lavis_aurora.adapters.config import read_adapter_config
+from lavis_aurora.common.errors import AuroraError, near_names
 from lavis_aurora.config.check import parse_config
+from lavis_aurora.config.run import RunConfig
 from lavis_aurora.data.dataset_keys import check_dataset_keys, check_processor_keys
-from lavis_aurora.errors import AuroraError, near_names
-from lavis_aurora.mode_approx.adapter_read import read_adapter_config
 from lavis_aurora.models.adapter_settings import adapter_settings
 
 SECTIONS = ("datasets", "model", "run")

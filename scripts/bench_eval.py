@@ -113,10 +113,10 @@ def build(kind: Kind, side: str, device: str) -> nn.Module:
     from omegaconf import OmegaConf
 
     import lavis_aurora.register  # noqa: F401
+    from lavis_aurora.adapters.merging import merged_weights
+    from lavis_aurora.common.paths import package_file
     from lavis_aurora.encoders.towers import build_tokenizer
-    from lavis_aurora.mode_approx.merge import merged_weights
     from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
-    from lavis_aurora.paths import package_file
 
     vocabulary = package_file("configs/models/tiny")
     cfg = OmegaConf.load(BlipRetrievalAurora.default_config_path("base")).model
@@ -208,9 +208,9 @@ def run_lavis(model: nn.Module, loader: DataLoader, rows: int) -> dict:
 
 
 def run_ours(model: nn.Module, loader: DataLoader, rows: int) -> dict:
-    """All captions with 2 * rows images, as :func:`lavis_aurora.retrieval.rerank.retrieval_scores` does it."""
-    from lavis_aurora.retrieval.encode import ImageTokens, encode_texts
-    from lavis_aurora.retrieval.rerank import score_pairs
+    """All captions with 2 * rows images, as :func:`lavis_aurora.evaluation.rerank.retrieval_scores` does it."""
+    from lavis_aurora.evaluation.encode import ImageTokens, encode_texts
+    from lavis_aurora.evaluation.rerank import score_pairs
 
     texts = encode_texts(model, loader.dataset.text, 256)
     images = ImageTokens(model, loader, budget_gb=4.0, dtype=torch.float32)

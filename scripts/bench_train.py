@@ -24,8 +24,8 @@ from pathlib import Path
 from bench_step import METHODS, TASKS, measure
 from processes import environment
 
-from lavis_aurora.figures.methods import UNITS, method_name
-from lavis_aurora.files import written_whole
+from lavis_aurora.analysis.drawing import UNITS, method_name
+from lavis_aurora.common.files import written_whole
 
 MB = 1e6
 

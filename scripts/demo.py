@@ -27,7 +27,7 @@ from demo_video import VIDEO
 from demo_vqa import VQA
 from processes import add_jobs
 
-from lavis_aurora.errors import AuroraError
+from lavis_aurora.common.errors import AuroraError
 
 TASKS: dict[str, DemoTask] = {"retrieval": RETRIEVAL, "vqa": VQA, "video": VIDEO}
 

@@ -77,7 +77,7 @@ class Run(TrainingProcess):
 
     def trained_parameters(self) -> int:
         """Number of trained parameters, as the run logged it."""
-        from lavis_aurora.results import trained_parameters
+        from lavis_aurora.analysis.results import trained_parameters
 
         return sum(trained_parameters(self.output()).values())
 

@@ -25,7 +25,7 @@ class VqaDemo(DemoTask):
 
     def references(self, datasets: dict[str, Any], folder: Path) -> Row:
         """Accuracy without looking: for each question the answer that is commonest in training."""
-        from lavis_aurora.vqa.accuracy import vqa_accuracy
+        from lavis_aurora.evaluation.answers import vqa_accuracy
 
         answers: dict[str, Counter] = defaultdict(Counter)
         for entry in datasets["train"].annotation:

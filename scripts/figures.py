@@ -15,8 +15,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Optional
 
-from lavis_aurora.errors import AuroraError
-from lavis_aurora.figures.drawing import FigureModule, save
+from lavis_aurora.analysis.drawing import FigureModule, save
+from lavis_aurora.common.errors import AuroraError
 
 # Figure: (module and, if it holds several, the object in it; what it shows).
 FIGURES = {
@@ -38,7 +38,7 @@ SUFFIXES = (".png", ".pdf", ".svg")
 def load(name: str) -> FigureModule:
     """The module or object that draws a figure; only its own imports are paid for."""
     module, _, member = FIGURES[name][0].partition(":")
-    found = import_module(f"lavis_aurora.figures.{module}")
+    found = import_module(f"lavis_aurora.analysis.{module}")
     return getattr(found, member) if member else found
 
 

@@ -18,10 +18,10 @@ from lavis.common.registry import registry
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lavis_aurora.errors import AuroraError
-from lavis_aurora.loading import load_model_and_preprocess
-from lavis_aurora.paths import package_file
-from lavis_aurora.training.checkpointing import read_checkpoint
+from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.paths import package_file
+from lavis_aurora.models.loading import load_model_and_preprocess
+from lavis_aurora.training.checkpoints import read_checkpoint
 
 # By architecture: the file that its type tiny reads, and the run that makes it.
 TARGETS = {

@@ -21,10 +21,10 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lavis_aurora.common.files import written_whole
 from lavis_aurora.demo.pictures import render
 from lavis_aurora.demo.scenes import Scene, domain_of, iter_scenes
-from lavis_aurora.files import written_whole
-from lavis_aurora.loading import load_preprocess
+from lavis_aurora.models.loading import load_preprocess
 
 ARCH = "blip_retrieval_aurora"
 CELLS = 9

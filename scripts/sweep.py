@@ -24,10 +24,10 @@ from typing import Any, Optional
 
 from processes import ROOT, TrainingProcess, add_jobs, run_all
 
-from lavis_aurora.errors import AuroraError
-from lavis_aurora.figures.table import write_table
-from lavis_aurora.files import read_json
-from lavis_aurora.results import final_metrics, newest_run, trained_parameters
+from lavis_aurora.analysis.results import final_metrics, newest_run, trained_parameters
+from lavis_aurora.analysis.table import write_table
+from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.files import read_json
 
 DONE, LOG, PLAN = "cell.json", "output.txt", "sweep.json"
 

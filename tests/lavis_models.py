@@ -48,7 +48,7 @@ from lavis.models.vit import VisionTransformerEncoder
 from torch import Tensor, nn
 from transformers import BertConfig, BertTokenizer, OPTConfig, T5Config
 
-from lavis_aurora.paths import package_file
+from lavis_aurora.common.paths import package_file
 
 # Towers differ in width, so that a factor of the one cannot pass for one of the other.
 VISION, TEXT, PIXELS = 24, 32, 16

@@ -17,10 +17,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 from tiny import project_yaml, tiny_model
 
-from lavis_aurora.config import RetrievalAuroraConfig, RunConfig, VqaAuroraConfig
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.config.check import parse_config
-from lavis_aurora.errors import AuroraError
-from lavis_aurora.training.checkpointing import read_checkpoint
+from lavis_aurora.config.models import RetrievalAuroraConfig, VqaAuroraConfig
+from lavis_aurora.config.run import RunConfig
+from lavis_aurora.training.checkpoints import read_checkpoint
 from lavis_aurora_cli import train
 
 COUNT = 4
@@ -260,11 +261,11 @@ def test_a_checkpoint_that_is_no_numbers(project: Path, tmp_path: Path, capsys) 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(project: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     """No file may grow beyond a limit that the second checkpoint meets: the system itself refuses the write."""
-    from lavis_aurora.training import saving
+    from lavis_aurora.training import checkpoints
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    original, written = saving.write_checkpoint, []
+    original, written = checkpoints.write_checkpoint, []
 
     def write(state, path, previous=None):
         if written:
@@ -272,7 +273,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(project: Path, tmp_path: Pa
         original(state, path, previous)
         written.append(path)
 
-    monkeypatch.setattr(saving, "write_checkpoint", write)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", write)
     try:
         with pytest.raises(SystemExit):
             train(["--cfg-path", str(project), "--options", "run.max_epoch=2", "run.valid_splits=[]"])

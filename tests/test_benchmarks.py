@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from lavis.common.registry import registry
-from test_runner import logged, only_run
+from runs import logged, only_run
 from tiny import SPLITS, tiny_config, write_pictures
 from tiny_video import write_video_questions, write_videos
 from tiny_vqa import write_vqa

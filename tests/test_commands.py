@@ -13,7 +13,7 @@ from tiny import activate, project_yaml, tiny_model
 from toy import rewrite_adapter
 
 from lavis_aurora import AuroraError, save_adapter
-from lavis_aurora.commands import inspect, merge, targets
+from lavis_aurora.cli import inspect, merge, targets
 from lavis_aurora.models.mode_approx_model import ModeApproxModel
 from lavis_aurora_cli import PROJECTS, configs, main
 

@@ -14,8 +14,8 @@ from tiny import activate, med_config, project_yaml, tiny_config, tiny_model
 from toy import as_format_1, rewrite_adapter
 
 from lavis_aurora import AuroraError, load_adapter, load_model_and_preprocess, save_adapter
+from lavis_aurora.common.paths import package_file
 from lavis_aurora.models.mode_approx_model import ModeApproxModel
-from lavis_aurora.paths import package_file
 from lavis_aurora.project import load_config
 from lavis_aurora_cli import main
 

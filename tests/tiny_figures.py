@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from tiny import project_yaml
 from tiny_vqa import vqa_project
 
-from lavis_aurora.figures.table import write_table
+from lavis_aurora.analysis.table import write_table
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora_cli import train
 

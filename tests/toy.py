@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lavis_aurora import ModeApproxConfig, inject_mode_approx
-from lavis_aurora.mode_approx import bind_companions
-from lavis_aurora.mode_approx.adapter_read import CONFIG, METADATA, TENSORS, tensors_hash
+from lavis_aurora.adapters.config import CONFIG, METADATA, TENSORS, tensors_hash
+from lavis_aurora.adapters.sets import bind_companions
 
 TARGETS = ["qkv", "query", "key"]
 

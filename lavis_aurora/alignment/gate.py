@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lavis_aurora.config import GateConfig
-from lavis_aurora.precision import SinglePrecision
+from lavis_aurora.common.precision import SinglePrecision
+from lavis_aurora.config.method import GateConfig
 
 
 def _start(dim: int, init: str) -> nn.Parameter:

@@ -8,8 +8,8 @@ from itertools import chain
 
 from torch import Tensor, nn
 
-from lavis_aurora.config import LoraConfig
-from lavis_aurora.errors import AuroraError
+from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.config.method import LoraConfig
 from lavis_aurora.mode_approx.inject import find_targets
 
 FEED_FORWARD = (

@@ -10,10 +10,10 @@ from lavis.models.med import BertModel
 from lavis.models.vit import Mlp, VisionTransformer
 from torch import Tensor, nn
 
-from lavis_aurora.config import UniAdapterConfig
+from lavis_aurora.common.errors import AuroraError, near_names
+from lavis_aurora.config.method import UniAdapterConfig
 from lavis_aurora.encoders.fused import retyped
 from lavis_aurora.encoders.fusion import RememberingLayer, remember_query
-from lavis_aurora.errors import AuroraError, near_names
 
 
 class UniAdapterSet(nn.Module):

@@ -5,15 +5,17 @@ LAVIS's own keys keep their names and meaning. Sections and tables are those of 
 without LAVIS; ``check``, which needs omegaconf, is imported by its own name.
 """
 
-from lavis_aurora.config.baselines import LORA_TARGETS, LoraConfig, UniAdapterConfig
 from lavis_aurora.config.method import (
     CONTEXT_FORMS,
     GATE_FORMS,
     GATE_INITS,
+    LORA_TARGETS,
     SHARINGS,
     ContextConfig,
     GateConfig,
+    LoraConfig,
     ModeApproxConfig,
+    UniAdapterConfig,
 )
 from lavis_aurora.config.models import (
     TUNINGS,
@@ -23,8 +25,7 @@ from lavis_aurora.config.models import (
     VitConfig,
     VqaAuroraConfig,
 )
-from lavis_aurora.config.run import INFERENCE_METHODS, TOKEN_DTYPES, RunConfig
-from lavis_aurora.config.video import VideoProcessorConfig
+from lavis_aurora.config.run import INFERENCE_METHODS, TOKEN_DTYPES, RunConfig, VideoProcessorConfig
 
 __all__ = [
     "CONTEXT_FORMS",

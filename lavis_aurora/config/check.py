@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.common.errors import AuroraError, near_names
 
 Config = TypeVar("Config")
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from lavis_aurora.config.baselines import LoraConfig, UniAdapterConfig
-from lavis_aurora.config.method import ContextConfig, GateConfig, ModeApproxConfig
-from lavis_aurora.config.rules import one_of, patterns, require
-from lavis_aurora.errors import AuroraError
+from lavis_aurora.common.errors import AuroraError, one_of, patterns, require
+from lavis_aurora.config.method import ContextConfig, GateConfig, LoraConfig, ModeApproxConfig, UniAdapterConfig
 
 TUNINGS = ("aurora", "heads", "lora", "uniadapter", "full", "frozen")
 

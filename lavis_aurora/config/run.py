@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from lavis_aurora.config.rules import one_of, require
-from lavis_aurora.errors import AuroraError
+from lavis_aurora.common.errors import AuroraError, one_of, require
 
 INFERENCE_METHODS = ("rank", "generate")
 TOKEN_DTYPES = ("float32", "bfloat16")
@@ -153,3 +152,33 @@ class RunConfig:
         require(0 <= share <= 1, "run.max_broken_share", share, "between 0 and 1")
         if self.lr_sched == "linear_warmup_step_lr" and self.lr_decay_rate is None:
             raise AuroraError("run.lr_decay_rate: missing; run.lr_sched linear_warmup_step_lr needs it, e.g. 0.9")
+
+
+@dataclass
+class VideoProcessorConfig:
+    """``vis_processor.train`` or ``.eval`` of a dataset of videos: aurora_video_train, aurora_video_eval.
+
+    Attributes:
+        name: aurora_video_train (random frames, a random crop) or aurora_video_eval (middle frames of equal parts).
+        n_frms: T, frames of a video (LAVIS's name; the paper has 8 in training and 16 at test, D.3).
+        image_size: pixels of a side.
+        mean, std: of the three colours; BLIP's by default.
+        min_scale, max_scale: share of a frame's area that a random crop keeps; in training only.
+    """
+
+    name: Optional[str] = None
+    n_frms: int = 8
+    image_size: int = 224
+    mean: Optional[list[float]] = None
+    std: Optional[list[float]] = None
+    min_scale: float = 0.5
+    max_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for key in ("n_frms", "image_size"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        require(0 < self.min_scale <= 1, "min_scale", self.min_scale, "above 0, and at most 1")
+        require(self.min_scale <= self.max_scale <= 1, "max_scale", self.max_scale, "min_scale to 1")
+        for key in ("mean", "std"):
+            value = getattr(self, key)
+            require(value is None or len(value) == 3, key, value, "three numbers, of red, green and blue")

@@ -22,12 +22,12 @@ from lavis.datasets.datasets.vqa_datasets import VQAEvalDataset
 from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
+from lavis_aurora.common.errors import AuroraError, near_names
+from lavis_aurora.common.files import read_json
 from lavis_aurora.data.dataset_keys import DATA_KINDS, SPLITS
 from lavis_aurora.data.fetch import REMEDY, annotation_files, fetch
+from lavis_aurora.data.raw import check_answers, check_vqa_files
 from lavis_aurora.data.samples import CheckedDataset, ReplacingDataset
-from lavis_aurora.data.vqa_files import check_answers, check_vqa_files
-from lavis_aurora.errors import AuroraError, near_names
-from lavis_aurora.files import read_json
 
 
 class Rule(NamedTuple):

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lavis_aurora.data.raw_annotations import Entries, didemo, karpathy, msrvtt
-from lavis_aurora.errors import AuroraError, some
-from lavis_aurora.paths import data_root
+from lavis_aurora.common.errors import AuroraError, some
+from lavis_aurora.common.paths import data_root
+from lavis_aurora.data.raw import Entries, didemo, karpathy, msrvtt
 
 SHOWN = 5
 

@@ -9,8 +9,8 @@ from typing import Any
 from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 
+from lavis_aurora.common.errors import AuroraError, near_names
 from lavis_aurora.config.check import parse_config
-from lavis_aurora.errors import AuroraError, near_names
 
 # Keys that LAVIS's builders read, by the section that they stand in.
 DATASET_KEYS = ("data_type", "build_info", "vis_processor", "text_processor", "kw_processor", "type", "dataset_card")

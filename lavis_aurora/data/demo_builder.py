@@ -21,13 +21,13 @@ from lavis.datasets.datasets.retrieval_datasets import (
 )
 from omegaconf import DictConfig
 
+from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.paths import package_file
 from lavis_aurora.demo import clips, scenes
-from lavis_aurora.demo.clip_files import generate_clips
+from lavis_aurora.demo.clips import generate_clips
 from lavis_aurora.demo.pictures import generate_pictures
 from lavis_aurora.demo.question_files import generate_questions
 from lavis_aurora.demo.questions import iter_questions
-from lavis_aurora.errors import AuroraError
-from lavis_aurora.paths import package_file
 
 
 class DemoBuilder(BaseDatasetBuilder, ABC):

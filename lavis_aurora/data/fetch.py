@@ -12,8 +12,8 @@ from lavis.common.utils import get_cache_path
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from omegaconf import DictConfig
 
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.dataset_keys import default_section
-from lavis_aurora.errors import AuroraError
 
 REMEDY = "put it there, or set AURORA_DATA or the key to where it is"
 

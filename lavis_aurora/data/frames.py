@@ -16,8 +16,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lavis_aurora.config import VideoProcessorConfig
 from lavis_aurora.config.check import parse_config
+from lavis_aurora.config.run import VideoProcessorConfig
 
 
 class BrokenVideo(Exception):

@@ -15,8 +15,8 @@ from lavis.common.dist_utils import get_world_size, is_dist_avail_and_initialize
 from PIL import Image
 from torch.utils.data import Dataset
 
+from lavis_aurora.common.errors import AuroraError, some
 from lavis_aurora.data.frames import BrokenVideo
-from lavis_aurora.errors import AuroraError, some
 
 # PIL's modes of more than 8 bits a channel.
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")

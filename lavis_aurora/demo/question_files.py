@@ -15,10 +15,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lavis_aurora.common.files import written_whole
 from lavis_aurora.demo.pictures import generate_pictures
 from lavis_aurora.demo.questions import ANSWER_TYPES, DESCRIBE, SHAPE_COUNTS, answers_of, iter_questions
 from lavis_aurora.demo.scenes import DOMAINS, SPLITS, caption_of, domain_of, iter_scenes
-from lavis_aurora.files import written_whole
 
 EACH = 4  # questions about a picture
 _PER_PICTURE = 100  # ids of its questions, the last one for its caption

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from lavis_aurora.attention import merge_heads, split_heads
-from lavis_aurora.encoders.fused import FusedTextAttention, retyped
-from lavis_aurora.mode_approx.linear import linear_together
+from lavis_aurora.encoders.fused import FusedTextAttention, merge_heads, retyped, split_heads
+from lavis_aurora.mode_approx.layers import linear_together
 
 
 def attend_in_matching(

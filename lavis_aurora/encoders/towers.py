@@ -6,17 +6,18 @@ import json
 import os
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 from lavis.common.utils import get_abs_path
 from lavis.models.med import XBertEncoder
-from lavis.models.vit import VisionTransformerEncoder
+from lavis.models.vit import VisionTransformer, VisionTransformerEncoder
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 from transformers import BertConfig, BertTokenizer
 
-from lavis_aurora.config import BlipAuroraConfig
+from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.config.models import BlipAuroraConfig
 from lavis_aurora.encoders.fused import fuse_text, fuse_vision
-from lavis_aurora.errors import AuroraError
 
 # Keys that LAVIS's BERT reads and of which the towers here know one way: its value (the first; those after it compute
 # the same), and why.
@@ -126,3 +127,48 @@ def check_vocabulary(tokenizer: BertTokenizer, vocab_size: int, cfg: BlipAuroraC
             f"model.tokenizer: {cfg.tokenizer} has {len(tokenizer)} tokens with [DEC] and [ENC], but "
             f"{cfg.med_config_path} has vocab_size {vocab_size}; name the vocabulary of the checkpoint"
         )
+
+
+class VisualFeatures(NamedTuple):
+    """What the vision encoder makes of pictures or videos of ``frames`` frames.
+
+    Attributes:
+        tokens: of all frames, one after the other, for cross-attention: (batch, frames * tokens, d).
+        pooled: mean of the frames' [CLS], for ITC: (batch, d).
+    """
+
+    tokens: Tensor
+    pooled: Tensor
+
+
+def visual_input(samples: dict) -> Tensor:
+    """``image`` (batch, 3, height, width) or ``video`` (batch, 3, frames, height, width) of a batch.
+
+    Raises:
+        AuroraError: there is neither, or its shape is another.
+    """
+    for key, dimensions, shape in (
+        ("image", 4, "batch, 3, height, width"),
+        ("video", 5, "batch, 3, frames, height, width"),
+    ):
+        if key in samples:
+            visual = samples[key]
+            if visual.dim() != dimensions or visual.shape[1] != 3:
+                raise AuroraError(f"samples: {key} has shape {tuple(visual.shape)}; it must be ({shape})")
+            return visual
+    raise AuroraError(f"samples: there is neither image nor video, only {', '.join(sorted(samples))}")
+
+
+def encode_visual(encoder: VisionTransformer, visual: Tensor) -> VisualFeatures:
+    """Encode pictures, or videos frame by frame (paper D.3); a video of one frame is a picture.
+
+    Args:
+        encoder: LAVIS's ViT.
+        visual: as :func:`visual_input` gives it.
+    """
+    if visual.dim() == 4:
+        tokens = encoder.forward_features(visual)
+        return VisualFeatures(tokens, tokens[:, 0])
+    batch = visual.shape[0]
+    frames = encoder.forward_features(visual.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, -1))
+    return VisualFeatures(frames.flatten(1, 2), frames[:, :, 0].mean(dim=1))

@@ -1,15 +1,18 @@
 """Mode approximation (paper 3.2): the method itself. Knows torch, not LAVIS."""
 
-from lavis_aurora.mode_approx.adapted import AdaptedLayer
-from lavis_aurora.mode_approx.adapter_file import load_adapter, save_adapter
-from lavis_aurora.mode_approx.adapters import delete_adapter, disable_adapter, list_adapters, set_adapter
-from lavis_aurora.mode_approx.companions import bind_companions
+from lavis_aurora.adapters.files import load_adapter, save_adapter
+from lavis_aurora.adapters.merging import merge_adapter, merged_state_dict, unmerge_adapter
+from lavis_aurora.adapters.sets import (
+    bind_companions,
+    delete_adapter,
+    disable_adapter,
+    list_adapters,
+    set_adapter,
+    trainable_parameters_summary,
+)
 from lavis_aurora.mode_approx.factors import FactorSet, ModeFactors
 from lavis_aurora.mode_approx.inject import inject_mode_approx
-from lavis_aurora.mode_approx.linear import ModeApproxLinear
-from lavis_aurora.mode_approx.merge import merge_adapter, merged_state_dict, unmerge_adapter
-from lavis_aurora.mode_approx.multihead import ModeApproxMultiheadAttention
-from lavis_aurora.mode_approx.trainable import trainable_parameters_summary
+from lavis_aurora.mode_approx.layers import AdaptedLayer, ModeApproxLinear, ModeApproxMultiheadAttention
 
 __all__ = [
     "AdaptedLayer",

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lavis_aurora.config import ModeApproxConfig
-from lavis_aurora.errors import AuroraError, near_names
-from lavis_aurora.precision import SinglePrecision
+from lavis_aurora.common.errors import AuroraError, near_names
+from lavis_aurora.common.precision import SinglePrecision
+from lavis_aurora.config.method import ModeApproxConfig
 
 # Deviation of U at the start.
 U_DEVIATION = 0.1

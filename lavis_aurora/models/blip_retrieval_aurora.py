@@ -15,23 +15,31 @@ from lavis.models.blip_models.blip_outputs import BlipIntermediateOutput, BlipOu
 from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from torch import Tensor, nn
 
-from lavis_aurora.alignment import enhance_context
-from lavis_aurora.config import RetrievalAuroraConfig, RunConfig
+from lavis_aurora.adapters.merging import merged_weights
+from lavis_aurora.alignment.context import enhance_context
+from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.paths import package_file
+from lavis_aurora.config.models import RetrievalAuroraConfig
+from lavis_aurora.config.run import RunConfig
 from lavis_aurora.encoders.fused import drops
 from lavis_aurora.encoders.shared_images import matching_passes, share_images
-from lavis_aurora.encoders.towers import build_text_encoder, build_tokenizer, build_vision_encoder, check_vocabulary
-from lavis_aurora.encoders.visual import VisualFeatures, encode_visual, visual_input
-from lavis_aurora.errors import AuroraError
+from lavis_aurora.encoders.towers import (
+    VisualFeatures,
+    build_text_encoder,
+    build_tokenizer,
+    build_vision_encoder,
+    check_vocabulary,
+    encode_visual,
+    visual_input,
+)
+from lavis_aurora.evaluation.match import MatchScores, match_scores
+from lavis_aurora.evaluation.rerank import retrieval_scores
+from lavis_aurora.evaluation.scores import RetrievalScores
 from lavis_aurora.mode_approx.factors import TEACHER_SET
-from lavis_aurora.mode_approx.merge import merged_weights
 from lavis_aurora.mode_approx.presets import PRESETS
-from lavis_aurora.models.aurora_base import AuroraBase
+from lavis_aurora.models.base import AuroraBase
 from lavis_aurora.models.evaluating import evaluating
 from lavis_aurora.models.matching import draw_negatives, gather, shared_seed
-from lavis_aurora.paths import package_file
-from lavis_aurora.retrieval.match import MatchScores, match_scores
-from lavis_aurora.retrieval.rerank import retrieval_scores
-from lavis_aurora.retrieval.scores import RetrievalScores
 
 EVALUATION_KEYS = ("k_test", "itc_weight", "token_budget_gb", "token_dtype", "eval_bf16")
 
@@ -340,7 +348,7 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         return scores.matrix("image_to_text"), scores.matrix("text_to_image")
 
     def retrieval_scores(self, data_loader, task_cfg) -> RetrievalScores:
-        """Scores of the best candidates, see :func:`lavis_aurora.retrieval.rerank.retrieval_scores`; in eval mode.
+        """Scores of the best candidates, see :func:`lavis_aurora.evaluation.rerank.retrieval_scores`; in eval mode.
 
         Processes of one group share the work: all of them must call it.
 

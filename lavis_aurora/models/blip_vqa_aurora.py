@@ -15,17 +15,23 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList
 from transformers.utils import ModelOutput
 
-from lavis_aurora.config import INFERENCE_METHODS, VqaAuroraConfig
+from lavis_aurora.common.errors import AuroraError, near_names
+from lavis_aurora.common.paths import package_file
+from lavis_aurora.config.models import VqaAuroraConfig
+from lavis_aurora.config.run import INFERENCE_METHODS
 from lavis_aurora.encoders.fused import fuse_text
-from lavis_aurora.encoders.towers import build_text_encoder, build_tokenizer, build_vision_encoder, check_vocabulary
-from lavis_aurora.encoders.visual import encode_visual, visual_input
-from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.encoders.towers import (
+    build_text_encoder,
+    build_tokenizer,
+    build_vision_encoder,
+    check_vocabulary,
+    encode_visual,
+    visual_input,
+)
+from lavis_aurora.evaluation.answers import AnswerList, CachedDecoder, NoNan, rank_answers
 from lavis_aurora.mode_approx.presets import PRESETS
-from lavis_aurora.models.aurora_base import AuroraBase
+from lavis_aurora.models.base import AuroraBase
 from lavis_aurora.models.evaluating import evaluating
-from lavis_aurora.paths import package_file
-from lavis_aurora.vqa.decoder import CachedDecoder, NoNan
-from lavis_aurora.vqa.ranking import AnswerList, rank_answers
 
 ENCODER, DECODER = "text_encoder.", "text_decoder.bert."
 

@@ -9,6 +9,15 @@ import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, get_world_size, is_dist_avail_and_initialized
 from lavis.models.base_model import all_gather_with_grad, concat_all_gather
 from torch import Tensor
+from transformers import BatchEncoding
+
+
+def to_device(tokens: BatchEncoding, device: torch.device | str) -> BatchEncoding:
+    """``tokens`` on ``device``. A GPU is not waited for: it copies from pinned memory when its turn comes."""
+    if torch.device(device).type != "cuda":
+        return tokens.to(device)
+    # Pinned memory is used again only after the copy, for which torch watches the stream.
+    return BatchEncoding({key: ids.pin_memory().to(device, non_blocking=True) for key, ids in tokens.items()})
 
 
 def shared_seed(device: torch.device) -> int:

@@ -14,29 +14,25 @@ from lavis.models.base_model import BaseModel
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from lavis_aurora.config import ModeApproxConfig, ModeApproxModelConfig
+from lavis_aurora.adapters.sets import bind_companions, keep_base_heads, trainable_parameters_summary
+from lavis_aurora.common.errors import AuroraError, near_names
+from lavis_aurora.common.paths import package_file
 from lavis_aurora.config.check import parse_config
-from lavis_aurora.errors import AuroraError, near_names
-from lavis_aurora.mode_approx import (
-    ModeFactors,
-    bind_companions,
-    inject_mode_approx,
-    trainable_parameters_summary,
-)
-from lavis_aurora.mode_approx.companions import keep_base_heads
+from lavis_aurora.config.method import ModeApproxConfig
+from lavis_aurora.config.models import ModeApproxModelConfig
+from lavis_aurora.mode_approx.factors import ModeFactors
+from lavis_aurora.mode_approx.inject import inject_mode_approx, momentum_copies, restart_teacher
 from lavis_aurora.mode_approx.presets import PRESETS
-from lavis_aurora.mode_approx.teacher import momentum_copies, restart_teacher
-from lavis_aurora.models.adapter_owner import (
+from lavis_aurora.models.adapter_settings import portable_settings, type_settings
+from lavis_aurora.models.base import AuroraBase
+from lavis_aurora.models.evaluating import evaluating
+from lavis_aurora.models.owner import (
+    RunState,
     describe_text,
     load_configured_adapter,
     registered_name,
     text_differences,
 )
-from lavis_aurora.models.adapter_settings import portable_settings, type_settings
-from lavis_aurora.models.aurora_base import AuroraBase
-from lavis_aurora.models.evaluating import evaluating
-from lavis_aurora.models.run_state import RunState
-from lavis_aurora.paths import package_file
 
 # By these LAVIS's tasks evaluate a model.
 SCORING = ("compute_sim_matrix", "generate", "predict", "predict_answers")
@@ -53,7 +49,7 @@ class ModeApproxModel(RunState, BaseModel):
     unmodified.
 
     Models with momentum copies keep them. Their towers' copies read the moving average of the factors
-    (:func:`lavis_aurora.mode_approx.teacher.adapt_copies`), so that the teacher is the average of the tuned model.
+    (:func:`lavis_aurora.mode_approx.inject.adapt_copies`), so that the teacher is the average of the tuned model.
 
     Supported model types:
         - default: in YAMLs, where ``model.base`` names the model.

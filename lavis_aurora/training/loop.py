@@ -2,23 +2,102 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_world_size, is_dist_avail_and_initialized
+from lavis.common.optims import LinearWarmupCosineLRScheduler, LinearWarmupStepLRScheduler
 from lavis.common.registry import registry
 from lavis.datasets.data_utils import prepare_sample
+from lavis.tasks.base_task import BaseTask
+from lavis.tasks.retrieval import RetrievalTask
+from lavis.tasks.vqa_reading_comprehension import VQARCTask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.samples import BROKEN, report_broken
-from lavis_aurora.mode_approx.teacher import resting_teacher
-from lavis_aurora.training.finite import FiniteGuard
-from lavis_aurora.training.progress import TrainingProgress
-from lavis_aurora.training.task_needs import check_model
+from lavis_aurora.mode_approx.inject import resting_teacher
+from lavis_aurora.training.guards import FiniteGuard
+from lavis_aurora.training.tasks.base import AuroraTaskBase, check_model
+
+
+class TrainingProgress:
+    """Says epoch, step, losses, learning rate and time left.
+
+    Args:
+        epoch: from 0.
+        epochs: of the whole run.
+        steps: of an epoch.
+        first: step at which the epoch goes on, if it was interrupted.
+    """
+
+    def __init__(self, epoch: int, epochs: int, steps: int, first: int = 0) -> None:
+        self.epoch, self.epochs, self.steps, self.first = epoch, epochs, steps, first
+        self.start = time.time()
+
+    def log(self, step: int, losses: dict[str, float], lr: float) -> None:
+        """Log a line after ``step`` (from 0)."""
+        per_step = (time.time() - self.start) / (step + 1 - self.first)
+        left = per_step * (self.steps - step - 1)
+        run_left = left + per_step * self.steps * (self.epochs - self.epoch - 1)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        logging.info(
+            "epoch %d/%d  step %d/%d  %s  lr %.3g  %.3f s/step  left: epoch %s, training %s",
+            self.epoch + 1,
+            self.epochs,
+            step + 1,
+            self.steps,
+            shown,
+            lr,
+            per_step,
+            timedelta(seconds=round(left)),
+            timedelta(seconds=round(run_left)),
+        )
+
+
+WITH_WARMUP = (LinearWarmupCosineLRScheduler, LinearWarmupStepLRScheduler)
+
+
+class LongWarmup:
+    """One of LAVIS's schedules, whose warm-up goes on beyond the first epoch; LAVIS would cut it off there.
+
+    At batch n of the run, from 0, in epoch e,
+
+        lr = min(warmup_lr + (init_lr - warmup_lr) * n / warmup_steps, LAVIS's of epoch e)
+
+    Args:
+        schedule: of LAVIS.
+        batches: of an epoch.
+    """
+
+    def __init__(self, schedule: LinearWarmupCosineLRScheduler | LinearWarmupStepLRScheduler, batches: int) -> None:
+        self.schedule, self.batches = schedule, batches
+        if schedule.warmup_steps > batches * schedule.max_epoch:
+            logging.warning(
+                "run.warmup_steps: %d are more than the %d batches of the run; it never reaches run.init_lr",
+                schedule.warmup_steps,
+                batches * schedule.max_epoch,
+            )
+
+    def step(self, cur_epoch: int, cur_step: int) -> None:
+        """Set the rate of a batch of an epoch, both from 0."""
+        groups, done = self.schedule.optimizer.param_groups, cur_epoch * self.batches + cur_step
+        self.schedule.step(cur_epoch=cur_epoch, cur_step=cur_step)
+        if cur_epoch == 0 or done >= self.schedule.warmup_steps:
+            return
+        rates = [group["lr"] for group in groups]
+        # What LAVIS would set, were all batches in its first epoch.
+        self.schedule.step(cur_epoch=0, cur_step=done)
+        for group, rate in zip(groups, rates):
+            group["lr"] = min(group["lr"], rate)
 
 
 class AuroraTrainMixin:
@@ -155,3 +234,28 @@ def _means(totals: dict[str, Tensor], steps: int) -> dict[str, float]:
         dist.all_reduce(stacked)
     values = (stacked / (steps * get_world_size())).tolist()
     return dict(zip(totals, values))
+
+
+class LavisTaskMixin(AuroraTrainMixin):
+    """In front of a task of LAVIS: it trains as the tasks of this package do, and evaluates where the model is."""
+
+    def evaluation(self, model, data_loader, **_kwargs) -> Any:
+        """LAVIS's, which expects a GPU unless it is told otherwise."""
+        return super().evaluation(model, data_loader, cuda_enabled=next(model.parameters()).is_cuda)
+
+
+def runnable_task(cls: type[BaseTask]) -> type[BaseTask]:
+    """The task itself, if it is made for runner_aurora, or a subclass that is.
+
+    Raises:
+        AuroraError: the task is of LAVIS's for models without a training loss.
+    """
+    if issubclass(cls, AuroraTrainMixin):
+        return cls
+    if issubclass(cls, VQARCTask):
+        raise AuroraError(
+            "run.task: vqa_reading_comprehension and gqa_reading_comprehension evaluate models that have no training "
+            "loss, by keys of their own and in several processes only; run them by LAVIS's runner_base"
+        )
+    shards = not issubclass(cls, RetrievalTask)
+    return type(cls.__name__, (LavisTaskMixin, cls, AuroraTaskBase), {"shards_evaluation": shards})

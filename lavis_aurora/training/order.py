@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, DistributedSampler
+from lavis.common.dist_utils import get_rank, get_world_size
+from omegaconf import DictConfig
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lavis_aurora.common.errors import AuroraError, near_names
 
 
 def random_state() -> dict[str, Any]:
@@ -85,3 +89,76 @@ class ResumableSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         return islice(super().__iter__(), self.first, None)
+
+
+def build_loader(
+    dataset: Dataset,
+    batch_size: int,
+    collate: Callable,
+    seed: int,
+    num_workers: int,
+    is_train: bool,
+    shared: bool,
+    pin_memory: bool,
+) -> DataLoader:
+    """A loader over a dataset; ``shared`` gives each process its part of the samples.
+
+    Raises:
+        AuroraError: not one batch can be trained on.
+    """
+    if is_train:
+        dataset = SeededDataset(dataset, seed)
+    sampler = None
+    if shared:
+        sampler = ResumableSampler(
+            dataset, get_world_size(), get_rank(), shuffle=is_train, seed=seed, drop_last=is_train
+        )
+    loader = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        sampler=sampler,
+        collate_fn=collate,
+        drop_last=is_train,
+        # Of its own, so that iterating draws nothing from the global one.
+        generator=torch.Generator(),
+    )
+    if is_train and len(loader) == 0:
+        raise AuroraError(
+            f"run.batch_size_train: {batch_size} on {get_world_size()} processes is more than the "
+            f"{len(dataset)} samples of the train split"
+        )
+    return loader
+
+
+def check_splits(run: DictConfig, datasets: Mapping[str, Mapping[str, Dataset]], shards_evaluation: bool) -> None:
+    """Refuse splits that are not there, or with which LAVIS could not train or rank.
+
+    Args:
+        run: the ``run:`` part of the YAML.
+        datasets: by name and split.
+        shards_evaluation: see :class:`lavis_aurora.training.loop.AuroraTrainMixin`.
+    """
+    for split in ("val", "test"):
+        names = [name for name, splits in datasets.items() if split in splits]
+        if len(names) > 1:
+            raise AuroraError(f"datasets: {' and '.join(names)} have a {split} split each; name one of them")
+    known = {split for splits in datasets.values() for split in splits}
+    for key in ("train_splits", "valid_splits", "test_splits"):
+        for split in run[key]:
+            if split not in known:
+                raise AuroraError(
+                    f"run.{key}: no split {split!r} in the datasets{near_names(split, known)}; [] for none"
+                )
+    if not run.evaluate and run.train_dataset_ratios is not None:
+        # LAVIS draws by them from streamed datasets alone, and says nothing of others.
+        raise AuroraError(
+            "run.train_dataset_ratios: has no effect on datasets with annotation files, all of whose samples make an "
+            "epoch; leave it out, and to weigh a set name its file several times under its annotations' storage"
+        )
+    if not run.evaluate and "train" not in run.train_splits:
+        raise AuroraError("run.train_splits: training takes the split train; name it, or use evaluate.py")
+    for key in ("valid_splits", "test_splits"):
+        if "train" in run[key] and not shards_evaluation:
+            raise AuroraError(f"run.{key}: the split train holds pairs and cannot be ranked; name val or test")

@@ -9,8 +9,8 @@ from typing import Any
 from lavis.common.dist_utils import main_process
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_aurora.mode_approx import save_adapter
-from lavis_aurora.mode_approx.adapter_read import CONFIG, read_adapter_config
+from lavis_aurora.adapters.config import CONFIG, read_adapter_config
+from lavis_aurora.adapters.files import save_adapter
 from lavis_aurora.models.adapter_settings import PROCESSOR_KINDS, is_portable_processor
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lavis_aurora.alignment import enhance_context
+from lavis_aurora.alignment.context import enhance_context
 
 PAIRS, B, D = 6, 2, 4
 

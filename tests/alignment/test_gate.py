@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lavis_aurora import GateConfig
-from lavis_aurora.alignment import AffineGate, QueryGate
+from lavis_aurora.alignment.gate import AffineGate, QueryGate
 
 B, L, D = 3, 5, 4
 

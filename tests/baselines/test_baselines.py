@@ -14,7 +14,7 @@ from tiny_vqa import vqa_batch, vqa_model
 from lavis_aurora import AuroraError
 from lavis_aurora.baselines.lora import LoraSets
 from lavis_aurora.baselines.uniadapter import add_uniadapter
-from lavis_aurora.config import UniAdapterConfig
+from lavis_aurora.config.method import UniAdapterConfig
 
 SMALL = {"lora": {"rank": 4, "alpha": 8.0}, "uniadapter": {"rank": 16}, "context": {"form": "none"}}
 VQA = {key: SMALL[key] for key in ("lora", "uniadapter")}

@@ -12,9 +12,10 @@ from lavis.common.utils import get_abs_path
 from omegaconf import OmegaConf
 from tiny import refused, tiny_config
 
-from lavis_aurora.config import TUNINGS, ContextConfig, RetrievalAuroraConfig
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.config.check import parse_config
-from lavis_aurora.errors import AuroraError
+from lavis_aurora.config.method import ContextConfig
+from lavis_aurora.config.models import TUNINGS, RetrievalAuroraConfig
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.project import load_config
 

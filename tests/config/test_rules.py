@@ -7,18 +7,16 @@ from pathlib import Path
 import pytest
 from tiny import refused
 
-from lavis_aurora.config import (
+from lavis_aurora.config.method import (
     CONTEXT_FORMS,
     GATE_FORMS,
     GATE_INITS,
-    TUNINGS,
     ContextConfig,
     GateConfig,
     ModeApproxConfig,
-    RetrievalAuroraConfig,
-    RunConfig,
-    VitConfig,
 )
+from lavis_aurora.config.models import TUNINGS, RetrievalAuroraConfig, VitConfig
+from lavis_aurora.config.run import RunConfig
 
 OUT_OF_RANGE = [
     ("model.mode_approx.rank", "0", "1 or more"),

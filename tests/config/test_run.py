@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tiny import refused
 
-from lavis_aurora.config import RunConfig
+from lavis_aurora.config.run import RunConfig
 from lavis_aurora.project import load_config
 
 

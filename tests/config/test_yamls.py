@@ -12,9 +12,9 @@ from lavis.common.utils import get_abs_path
 from omegaconf import DictConfig, OmegaConf
 from tiny import refused, tiny_config
 
-from lavis_aurora.config import RetrievalAuroraConfig
+from lavis_aurora.common.paths import PACKAGE_ROOT
 from lavis_aurora.config.check import parse_config
-from lavis_aurora.paths import PACKAGE_ROOT
+from lavis_aurora.config.models import RetrievalAuroraConfig
 from lavis_aurora.project import AuroraConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[2]

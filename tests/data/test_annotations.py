@@ -17,9 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from tiny import SPLITS, project_yaml
 from torch.utils.data import DataLoader, Dataset
 
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.annotations import SAMPLES, CheckedDataset, build_checked, check_entries, check_split
 from lavis_aurora.data.fetch import annotation_files
-from lavis_aurora.errors import AuroraError
 from lavis_aurora.project import load_config
 
 NAME = "coco_retrieval"

@@ -17,10 +17,10 @@ from lavis.datasets.datasets.retrieval_datasets import (
 )
 from omegaconf import OmegaConf
 
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data import convert
 from lavis_aurora.data.annotations import check_entries
 from lavis_aurora.data.convert import PUBLISHED, Published, main
-from lavis_aurora.errors import AuroraError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,9 +8,9 @@ import pytest
 from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data import demo_builder
 from lavis_aurora.data.annotations import build_checked
-from lavis_aurora.errors import AuroraError
 from lavis_aurora.project import load_config
 
 COUNTS = {"train": 5, "val": 4, "test": 3}

@@ -13,10 +13,10 @@ from omegaconf import DictConfig
 from tiny import SPLITS, project_yaml, write_pictures
 from tiny_vqa import write_vqa
 
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data import fetch as fetching
 from lavis_aurora.data.annotations import build_checked
 from lavis_aurora.data.fetch import annotation_files
-from lavis_aurora.errors import AuroraError
 from lavis_aurora.project import load_config
 
 FILES = {split: f"{split}.json" for split in SPLITS}

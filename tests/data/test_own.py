@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
-from test_runner import logged, only_run
+from runs import logged, only_run
 from tiny import SPLITS, write_pictures
 from tiny_video import write_videos
 
+from lavis_aurora.analysis.compare import compare
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.annotations import SAMPLES, build_checked
 from lavis_aurora.data.dataset_keys import check_dataset_keys
-from lavis_aurora.errors import AuroraError
-from lavis_aurora.paper.compare import compare
 from lavis_aurora.project import load_config
 from lavis_aurora_cli import evaluate, train
 

@@ -13,9 +13,9 @@ from lavis.datasets.datasets.base_dataset import ConcatDataset
 from tiny_video import BREAKS, break_clip, video_overrides, write_videos
 from torch.utils.data import DataLoader
 
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.annotations import build_checked
 from lavis_aurora.data.samples import BROKEN, TRIES, report_broken
-from lavis_aurora.errors import AuroraError
 from lavis_aurora.project import load_config
 from lavis_aurora.training.order import SeededDataset, seeded
 

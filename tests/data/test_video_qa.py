@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 from tiny_video import QUESTIONS, video_overrides, write_video_questions
 from torch.utils.data import DataLoader
 
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.annotations import build_checked
-from lavis_aurora.data.video_qa import OpenVideoQABuilder
-from lavis_aurora.errors import AuroraError
+from lavis_aurora.data.builders import OpenVideoQABuilder
 from lavis_aurora.project import load_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,8 @@ import pytest
 from omegaconf import DictConfig
 from tiny_vqa import vqa_project
 
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.annotations import build_checked
-from lavis_aurora.errors import AuroraError
 from lavis_aurora.project import load_config
 
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from lavis_aurora.data.frames import read_frames, uniform_indices
-from lavis_aurora.demo import clip_files
-from lavis_aurora.demo.clip_files import FRAMES, frames_of, generate_clips
-from lavis_aurora.demo.clips import Clip, Part, iter_captions, iter_clips
+from lavis_aurora.demo import clips
+from lavis_aurora.demo.clips import FRAMES, Clip, Part, frames_of, generate_clips, iter_captions, iter_clips
 from lavis_aurora.demo.pictures import SIDE, render
 from lavis_aurora.demo.scenes import DOMAINS, Scene, Shape
 
@@ -91,13 +90,13 @@ def test_format_is_lavis_video_retrieval(tmp_path: Path, domain: str) -> None:
 
 
 def test_files_hold_the_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn, real = [], clip_files.frames_of
+    drawn, real = [], clips.frames_of
 
     def kept(*args):
         drawn.append(real(*args))
         return drawn[-1]
 
-    monkeypatch.setattr(clip_files, "frames_of", kept)
+    monkeypatch.setattr(clips, "frames_of", kept)
     [path] = generate_clips(tmp_path, "shifted", {"test": 3}).values()
     for row, clip, frames in zip(_rows(path), iter_clips("shifted", "test", 0), drawn):
         read = read_frames(str(tmp_path / "videos" / row["video"]), torch.arange)
@@ -124,7 +123,7 @@ def test_interrupted_run_leaves_what_was_complete(tmp_path: Path, monkeypatch: p
     def interrupted(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(clip_files, "write_mp4", interrupted)
+    monkeypatch.setattr(clips, "write_mp4", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generate_clips(tmp_path, "shifted", {"train": 3, "val": 2})
     assert _files(tmp_path) == before
@@ -138,5 +137,5 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="count of 'val' is -1: give 0 or more"):
         generate_clips(tmp_path, "clean", {"val": -1})
     with pytest.raises(OSError, match="cannot write .*missing"):
-        clip_files.write_mp4(tmp_path / "missing" / "clip.mp4", np.zeros((2, 64, 64, 3), np.uint8))
+        clips.write_mp4(tmp_path / "missing" / "clip.mp4", np.zeros((2, 64, 64, 3), np.uint8))
     assert not [*tmp_path.iterdir()]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lavis_aurora.demo import vocabulary
+from lavis_aurora.common.paths import package_file
+from lavis_aurora.demo import scenes
 from lavis_aurora.demo.clips import FAMILY, Clip, Part, caption_of, iter_captions, iter_clips
 from lavis_aurora.demo.scenes import DOMAINS, Shape
-from lavis_aurora.paths import package_file
 
 
 def _frames(clip: Clip) -> list[tuple]:
@@ -57,7 +57,7 @@ def test_every_word_comes_in_every_split() -> None:
 def test_captions_are_of_the_tiny_models_words(domain: str) -> None:
     known = Path(package_file("configs/models/tiny/vocab.txt")).read_text(encoding="utf-8").splitlines()
     for caption in islice(iter_captions(domain), 500):
-        assert {*caption.split()} <= {*known} - {*vocabulary.SPECIAL_TOKENS}
+        assert {*caption.split()} <= {*known} - {*scenes.SPECIAL_TOKENS}
         # BLIP cuts at 35 tokens, two of them special
         assert len(caption.split()) <= 33
 

@@ -11,7 +11,7 @@ import pytest
 from lavis.common.vqa_tools.vqa_eval import VQAEval
 from lavis.processors.blip_processors import BlipQuestionProcessor
 
-from lavis_aurora.demo import questions, vocabulary
+from lavis_aurora.demo import questions, scenes
 from lavis_aurora.demo.questions import (
     ANSWER_TYPES,
     KINDS,
@@ -24,7 +24,7 @@ from lavis_aurora.demo.questions import (
 )
 from lavis_aurora.demo.scenes import DOMAINS, Scene, Shape, iter_scenes
 
-VOCABULARY = Path(vocabulary.__file__).parents[1] / "configs" / "models" / "tiny" / "vocab.txt"
+VOCABULARY = Path(scenes.__file__).parents[1] / "configs" / "models" / "tiny" / "vocab.txt"
 LAST = (999, "how many shapes are small?", "2", 10)  # of 4,000 clean ones to train on
 CHANCE = {"color": 1 / 6, "shape": 1 / 6, "count": 1 / 3, "position": 1 / 9, "yes/no": 1 / 2}
 

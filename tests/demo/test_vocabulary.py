@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 from transformers import BertTokenizer
 
-from lavis_aurora.demo import vocabulary
-from lavis_aurora.demo.scenes import DOMAINS, iter_captions
-from lavis_aurora.demo.vocabulary import QUESTION_WORDS, write_vocabulary
+from lavis_aurora.demo import scenes
+from lavis_aurora.demo.scenes import DOMAINS, QUESTION_WORDS, iter_captions, write_vocabulary
 
-SHIPPED = Path(vocabulary.__file__).parents[1] / "configs" / "models" / "tiny" / "vocab.txt"
+SHIPPED = Path(scenes.__file__).parents[1] / "configs" / "models" / "tiny" / "vocab.txt"
 SIZE = 400
 MAX_TOKENS = 35  # where BLIP cuts a caption, special tokens included
 
@@ -61,7 +60,7 @@ def test_no_ascii_text_is_unknown(tokenizer: BertTokenizer, text: str) -> None:
 
 
 def test_shipped_file_is_a_fresh_one(folder: Path) -> None:
-    # to write it anew: python -m lavis_aurora.demo.vocabulary lavis_aurora/configs/models/tiny
+    # to write it anew: python -m lavis_aurora.demo.scenes lavis_aurora/configs/models/tiny
     # (weights that were pretrained with the old one are void then)
     assert SHIPPED.read_bytes() == (folder / "vocab.txt").read_bytes()
 
@@ -77,13 +76,13 @@ def test_too_small_a_size_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(ValueError, match=r"vocabulary size 100 is too small: the demo's words need \d+"):
         write_vocabulary(tmp_path, 100)
     with pytest.raises(SystemExit):
-        vocabulary.main([str(tmp_path), "--size", "100"])
+        scenes.main([str(tmp_path), "--size", "100"])
     assert "too small" in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    vocabulary.main([str(tmp_path), "--size", "500"])
+    scenes.main([str(tmp_path), "--size", "500"])
     path = tmp_path / "vocab.txt"
     assert capsys.readouterr().out.strip() == str(path)
     assert len(path.read_text(encoding="utf-8").splitlines()) == 500

@@ -16,9 +16,11 @@ from tiny import activate, lavis_towers, tiny_model
 from torch import Tensor, nn
 
 from lavis_aurora import GateConfig, ModeApproxConfig
-from lavis_aurora.alignment import AffineGate, QueryGate, enhance_context
-from lavis_aurora.config import RetrievalAuroraConfig
-from lavis_aurora.mode_approx import FactorSet, ModeApproxLinear, ModeFactors
+from lavis_aurora.alignment.context import enhance_context
+from lavis_aurora.alignment.gate import AffineGate, QueryGate
+from lavis_aurora.config.models import RetrievalAuroraConfig
+from lavis_aurora.mode_approx.factors import FactorSet, ModeFactors
+from lavis_aurora.mode_approx.layers import ModeApproxLinear
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 
 PATH = Path(__file__).parents[2] / "docs" / "reference.py"

@@ -8,11 +8,11 @@ from lavis.models.med import BertSelfAttention
 from lavis.models.vit import Attention, VisionTransformer
 from tiny import tiny_model
 
-from lavis_aurora.attention import Packing
 from lavis_aurora.encoders.fused import (
     CheckpointedBlock,
     FusedTextAttention,
     FusedVisionAttention,
+    Packing,
     fuse_vision,
     retyped,
 )

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from lavis_aurora.encoders.visual import encode_visual, visual_input
-from lavis_aurora.errors import AuroraError
+from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.encoders.towers import encode_visual, visual_input
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lavis_aurora import AuroraError, ModeApproxConfig
-from lavis_aurora.mode_approx import ModeFactors
-from lavis_aurora.mode_approx.factors import tower_of
+from lavis_aurora.mode_approx.factors import ModeFactors, tower_of
 
 SLOTS = {"vision.q": (4, 6), "vision.k": (4, 6), "text.q": (5, 6), "text.v": (5, 3)}
 RANK = 3

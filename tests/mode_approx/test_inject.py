@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from lavis_aurora import AuroraError, ModeApproxConfig, inject_mode_approx, merge_adapter
-from lavis_aurora.mode_approx import ModeApproxLinear
 from lavis_aurora.mode_approx.inject import find_targets
+from lavis_aurora.mode_approx.layers import ModeApproxLinear
 
 
 class Tower(nn.Module):

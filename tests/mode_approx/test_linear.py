@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lavis_aurora.config import ModeApproxConfig
-from lavis_aurora.mode_approx import ModeApproxLinear, ModeFactors
-from lavis_aurora.mode_approx.linear import linear_together
+from lavis_aurora.config.method import ModeApproxConfig
+from lavis_aurora.mode_approx.factors import ModeFactors
+from lavis_aurora.mode_approx.layers import ModeApproxLinear, linear_together
 
 D_IN, D_OUT, RANK = 5, 4, 3
 

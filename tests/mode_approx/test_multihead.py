@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lavis_aurora import AuroraError, ModeApproxConfig, inject_mode_approx
-from lavis_aurora.mode_approx import ModeApproxLinear, ModeApproxMultiheadAttention
+from lavis_aurora.mode_approx.layers import ModeApproxLinear, ModeApproxMultiheadAttention
 
 WIDTH, HEADS, RANK = 8, 2, 3
 OTHER = {"kdim": 6, "vdim": 5}

@@ -9,7 +9,7 @@ from torch import nn
 
 from lavis_aurora import AuroraError, ModeApproxConfig, inject_mode_approx
 from lavis_aurora.mode_approx.factors import TEACHER_SET
-from lavis_aurora.mode_approx.teacher import resting_teacher
+from lavis_aurora.mode_approx.inject import resting_teacher
 
 MOMENTUM = 0.9
 

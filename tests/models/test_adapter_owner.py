@@ -27,9 +27,8 @@ from lavis_aurora import (
     save_adapter,
     set_adapter,
 )
-from lavis_aurora.encoders.towers import build_tokenizer
-from lavis_aurora.encoders.visual import encode_visual
-from lavis_aurora.paths import package_file
+from lavis_aurora.common.paths import package_file
+from lavis_aurora.encoders.towers import build_tokenizer, encode_visual
 from lavis_aurora_cli import main, train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import pytest
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
-from lavis_aurora.config import ModeApproxModelConfig, RetrievalAuroraConfig, VqaAuroraConfig
+from lavis_aurora.config.models import ModeApproxModelConfig, RetrievalAuroraConfig, VqaAuroraConfig
 from lavis_aurora.models.adapter_settings import (
     BLIP_SETTINGS,
     LEFT_OUT,

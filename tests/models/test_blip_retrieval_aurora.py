@@ -8,11 +8,11 @@ from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from tiny import activate, keys_of_trained, tiny_config, tiny_model
 
 from lavis_aurora import AuroraError
-from lavis_aurora.config import RetrievalAuroraConfig
 from lavis_aurora.config.check import parse_config
+from lavis_aurora.config.models import RetrievalAuroraConfig
 from lavis_aurora.encoders import shared_images
 from lavis_aurora.encoders.towers import build_text_encoder, build_tokenizer, build_vision_encoder
-from lavis_aurora.mode_approx import ModeApproxLinear
+from lavis_aurora.mode_approx.layers import ModeApproxLinear
 
 CAPTIONS = ["a red circle", "a big blue square and a small star", "a ring", "a small pink heart", "a bar"]
 

@@ -14,11 +14,11 @@ from tiny_vqa import ANSWERS, QUESTIONS, vqa_batch, vqa_config, vqa_model
 from torch import nn
 
 from lavis_aurora import AuroraError, load_model_and_preprocess
-from lavis_aurora.config import VqaAuroraConfig
+from lavis_aurora.adapters.sets import adapter_parameters
 from lavis_aurora.config.check import parse_config
+from lavis_aurora.config.models import VqaAuroraConfig
 from lavis_aurora.encoders.towers import build_text_encoder, build_tokenizer, build_vision_encoder
-from lavis_aurora.mode_approx.linear import ModeApproxLinear
-from lavis_aurora.mode_approx.trainable import adapter_parameters
+from lavis_aurora.mode_approx.layers import ModeApproxLinear
 from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
 
 LAYERS, WIDTH = 3, 128
@@ -179,7 +179,7 @@ def test_cached_decoding_gives_the_same_answers(method, monkeypatch):
     cached = [model.predict_answers(vqa_batch(seed=seed), **method) for seed in range(3)]
     assert max(lengths) == 1
     monkeypatch.setattr(
-        "lavis_aurora.vqa.decoder.CachedDecoder.prepare_inputs_for_generation",
+        "lavis_aurora.evaluation.answers.CachedDecoder.prepare_inputs_for_generation",
         XBertLMHeadDecoder.prepare_inputs_for_generation,
     )
     assert [model.predict_answers(vqa_batch(seed=seed), **method) for seed in range(3)] == cached

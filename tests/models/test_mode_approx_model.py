@@ -26,7 +26,7 @@ from lavis_aurora import (
 )
 from lavis_aurora.models.mode_approx_model import ModeApproxModel
 from lavis_aurora.project import load_config
-from lavis_aurora.training.checkpointing import read_checkpoint
+from lavis_aurora.training.checkpoints import read_checkpoint
 from lavis_aurora_cli import train
 
 BASE = {"arch": "blip_retrieval_aurora", "model_type": "tiny", "pretrained": None, "queue_size": 16}

@@ -15,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from tiny import activate, med_config
 
 from lavis_aurora import save_adapter
-from lavis_aurora.config import ModeApproxModelConfig
+from lavis_aurora.common.paths import package_file
 from lavis_aurora.config.check import parse_config
+from lavis_aurora.config.models import ModeApproxModelConfig
 from lavis_aurora.encoders.towers import build_tokenizer
-from lavis_aurora.models.plain_lavis import how_to_load
-from lavis_aurora.paths import package_file
+from lavis_aurora.models.weights import how_to_load
 from lavis_aurora_cli import main
 
 TOKENIZER = package_file("configs/models/tiny")

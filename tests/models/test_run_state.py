@@ -11,7 +11,7 @@ from toy import NormedToy, train_steps
 
 from lavis_aurora import AuroraError, ModeApproxConfig, load_adapter, save_adapter
 from lavis_aurora.models.mode_approx_model import ModeApproxModel
-from lavis_aurora.training.checkpointing import KEYS, read_checkpoint, write_checkpoint
+from lavis_aurora.training.checkpoints import KEYS, read_checkpoint, write_checkpoint
 
 
 def test_queues_are_copies_that_training_leaves_alone():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from lavis_aurora.models.transfer import to_device
+from lavis_aurora.models.matching import to_device
 
 ROWS = [[1, 5, 2], [1, 2, 0]]
 

@@ -12,7 +12,7 @@ from demo_runs import Run, execute
 from demo_tasks import gap_closed
 from PIL import Image
 
-from lavis_aurora.demo.clip_files import generate_clips
+from lavis_aurora.demo.clips import generate_clips
 from lavis_aurora.demo.question_files import generate_questions, split_files
 
 PARAMETERS = {"frozen": 0, "heads": 50, "aurora": 100, "full": 1000}

@@ -8,7 +8,7 @@ import pytest
 from figures import FIGURES, load, main
 from tiny_figures import with_candidates
 
-from lavis_aurora.figures import cases
+from lavis_aurora.analysis import cases
 
 
 def test_the_command_writes_a_picture_and_its_numbers(retrieval_runs, tmp_path, capsys):

@@ -13,10 +13,10 @@ from tiny import tiny_config
 from tiny_vqa import vqa_config
 
 from lavis_aurora import AuroraError
+from lavis_aurora.common.paths import package_file
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
-from lavis_aurora.paths import package_file
-from lavis_aurora.training.checkpointing import KEYS, write_checkpoint
+from lavis_aurora.training.checkpoints import KEYS, write_checkpoint
 
 KINDS = {"retrieval": (BlipRetrievalAurora, tiny_config), "vqa": (BlipVqaAurora, vqa_config)}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lavis_aurora.demo.scenes import Scene, Shape, domain_of, iter_scenes
-from lavis_aurora.loading import load_model_and_preprocess
+from lavis_aurora.models.loading import load_model_and_preprocess
 
 WORDS = {"shape": ["circle", "star"], "color": ["red", "blue", "green"], "size": ["small", "large"]}
 

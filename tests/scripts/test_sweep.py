@@ -10,8 +10,8 @@ import pytest
 from sweep import DONE, LOG, build_cells, cell_name, last_error, main, parse_grid, time_left
 from tiny import project_yaml
 
-from lavis_aurora.errors import AuroraError
-from lavis_aurora.figures.table import read_table, series
+from lavis_aurora.analysis.table import read_table, series
+from lavis_aurora.common.errors import AuroraError
 
 METRIC = "test.image_to_text_r5"
 

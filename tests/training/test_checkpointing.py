@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lavis_aurora import AuroraError
-from lavis_aurora.training.checkpointing import (
+from lavis_aurora.training.checkpoints import (
     LATEST,
     PREVIOUS,
     read_checkpoint,

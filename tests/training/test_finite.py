@@ -14,12 +14,12 @@ from omegaconf import OmegaConf
 from tiny import project_yaml
 from torch.nn.parallel import DistributedDataParallel
 
-from lavis_aurora.config import RunConfig
-from lavis_aurora.errors import AuroraError
+from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.config.run import RunConfig
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
-from lavis_aurora.training.checkpointing import read_checkpoint
-from lavis_aurora.training.finite import MOST_IN_A_ROW, MOST_OVERFLOWS, FiniteGuard
-from lavis_aurora.training.lavis_tasks import runnable_task
+from lavis_aurora.training.checkpoints import read_checkpoint
+from lavis_aurora.training.guards import MOST_IN_A_ROW, MOST_OVERFLOWS, FiniteGuard
+from lavis_aurora.training.loop import runnable_task
 from lavis_aurora_cli import train
 
 SAMPLES = {"image_id": torch.tensor([3, 4]), "text_input": ["a", "b"], "epoch": 0, "iters": 6, "image": torch.ones(2)}

@@ -17,17 +17,16 @@ from lavis.tasks.multimodal_classification import MultimodalClassificationTask
 from lavis.tasks.retrieval import RetrievalTask
 from lavis_models import PIXELS, build, hub_folder, samples
 from omegaconf import OmegaConf
-from test_runner import logged, only_run
+from runs import logged, only_run
 from tiny import project_yaml, write_pictures
 from tiny_vqa import ANSWERS, vqa_project
 from torch import nn
 
 from lavis_aurora import AuroraError, ModeApproxConfig
-from lavis_aurora.config import RunConfig
+from lavis_aurora.config.run import RunConfig
 from lavis_aurora.models.mode_approx_model import ModeApproxModel
-from lavis_aurora.tasks import RetrievalAuroraTask
-from lavis_aurora.training.lavis_tasks import runnable_task
-from lavis_aurora.training.loop import AuroraTrainMixin
+from lavis_aurora.training.loop import AuroraTrainMixin, runnable_task
+from lavis_aurora.training.tasks.retrieval import RetrievalAuroraTask
 from lavis_aurora_cli import train
 
 # Tasks and models of theirs; gpt_dialogue has no layer to adapt, so any loss stands for its.

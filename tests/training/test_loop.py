@@ -17,9 +17,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from lavis_aurora import ModeApproxConfig
-from lavis_aurora.config import RunConfig
+from lavis_aurora.config.run import RunConfig
 from lavis_aurora.models.mode_approx_model import ModeApproxModel
-from lavis_aurora.training.lavis_tasks import runnable_task
+from lavis_aurora.training.loop import runnable_task
 
 CAPTIONS = ["a red circle", "a big blue square", "a ring", "a small pink heart"]
 SIZE = len(CAPTIONS)

@@ -19,9 +19,9 @@ from tiny import project_yaml
 from tiny_video import video_project, write_video_questions, write_videos
 from tiny_vqa import vqa_project
 
-from lavis_aurora.runner import AuroraRunner
-from lavis_aurora.training.checkpointing import LATEST, read_checkpoint, write_checkpoint
-from lavis_aurora.training.stopping import Stopped
+from lavis_aurora.training.checkpoints import LATEST, read_checkpoint, write_checkpoint
+from lavis_aurora.training.guards import Stopped
+from lavis_aurora.training.runner import AuroraRunner
 from lavis_aurora_cli import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -246,7 +246,7 @@ def test_another_configuration_starts_a_new_run(tmp_path):
 
 
 def test_the_second_signal_and_one_outside_of_steps_stop_at_once():
-    from lavis_aurora.training.stopping import StopRequest
+    from lavis_aurora.training.guards import StopRequest
 
     with StopRequest() as stop:
         with pytest.raises(Stopped):

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from lavis.common.registry import registry
-from test_runner import only_run
+from runs import only_run
 from tiny import project_yaml
 
 from lavis_aurora.models import blip_retrieval_aurora
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.project import load_config
-from lavis_aurora.runner import AuroraRunner
-from lavis_aurora.training.checkpointing import read_checkpoint
-from lavis_aurora.training.lavis_tasks import runnable_task
+from lavis_aurora.training.checkpoints import read_checkpoint
+from lavis_aurora.training.loop import runnable_task
+from lavis_aurora.training.runner import AuroraRunner
 from lavis_aurora_cli import train
 from training.test_resuming import assert_same, final
 

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
-from test_runner import only_run
+from runs import only_run
 from tiny import project_yaml
 from torch import nn
 
 from lavis_aurora import AuroraError
-from lavis_aurora.config import RunConfig
-from lavis_aurora.training.lavis_tasks import runnable_task
-from lavis_aurora.training.task_needs import check_model, needed_method
+from lavis_aurora.config.run import RunConfig
+from lavis_aurora.training.loop import runnable_task
+from lavis_aurora.training.tasks.base import check_model, needed_method
 from lavis_aurora_cli import evaluate, train
 
 NEEDS = {

@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 from lavis.common.optims import LinearWarmupCosineLRScheduler, LinearWarmupStepLRScheduler
-from test_runner import logged, only_run
+from runs import logged, only_run
 from tiny import project_yaml
 
-from lavis_aurora.runner import AuroraRunner
-from lavis_aurora.training.checkpointing import read_checkpoint
-from lavis_aurora.training.warmup import LongWarmup
+from lavis_aurora.training.checkpoints import read_checkpoint
+from lavis_aurora.training.loop import LongWarmup
+from lavis_aurora.training.runner import AuroraRunner
 from lavis_aurora_cli import train
 
 EPOCHS, BATCHES = 4, 5

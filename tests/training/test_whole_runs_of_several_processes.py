@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tiny import project_yaml
 
-from lavis_aurora.training.checkpointing import read_checkpoint
+from lavis_aurora.training.checkpoints import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 600  # seconds that a run may take on a busy machine

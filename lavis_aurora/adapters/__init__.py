@@ -1,0 +1,1 @@
+"""Sets of adapter parameters: switching, files, merging. Torch and safetensors only."""

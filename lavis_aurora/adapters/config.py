@@ -1,0 +1,278 @@
+"""``adapter_config.json``: what an adapter is, what it was tuned on, and how its tensors are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Optional, get_type_hints
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lavis_aurora.common.errors import AuroraError, near_names, some
+from lavis_aurora.config.method import ModeApproxConfig
+from lavis_aurora.mode_approx.factors import ModeFactors
+
+# Since 2, the tensors' file holds the text of this one, and tensors_sha256 is of the tensors, not of their file.
+FORMAT = 2
+READABLE = (1, FORMAT)
+
+# The largest number in the settings, by its key: beyond what models have. Nothing is allocated before it is checked.
+SIZES = {"image_size": 2**12, "max_txt_len": 2**12, "n_frms": 2**12, "depth": 2**9, "embed_dim": 2**14}
+LARGEST = 2**18
+# What a model says of itself, where it says it.
+DESCRIPTION = {"arch": str, "model_type": str, "settings": dict, "preprocess": dict, "text_config": dict}
+
+
+@dataclass
+class BaseConfig:
+    """The backbone under the adapter.
+
+    Attributes:
+        sha256: of the weights that the adapter updates, see :func:`~lavis_aurora.adapters.files.base_hash`.
+        name: ARCH/TYPE for the weights of a registered model; null for others. No file or URL: a folder that is
+            shared must not tell where its owner's files lie, nor decide what others fetch.
+        dtype: of these weights, see :func:`~lavis_aurora.adapters.files.base_dtype`; the hash differs with
+            it. Files that do not say it are of models in single precision.
+    """
+
+    sha256: str
+    name: Optional[str] = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise AuroraError(f"base.sha256: {self.sha256!r} is no hash")
+        if not re.fullmatch(r"\w+(\+\w+)*", self.dtype):
+            raise AuroraError(f"base.dtype: {self.dtype!r} is no type of weights")
+
+
+@dataclass
+class AdapterConfig:
+    """All settings of an adapter.
+
+    Attributes:
+        mode_approx: rank and scale.
+        slots: (d_in, d_out) of each slot, in the order of the rows of P and lambda.
+        base: the backbone.
+        tensors_sha256: of the tensors in ``adapter_model.safetensors`` that belong to these settings.
+        model: what the model says of itself: for those of this package arch, model_type, settings, preprocess,
+            vocabulary_sha256 and text_config.
+        metrics: measured with this adapter, by name.
+        versions: of the packages that wrote it.
+        format: of this file.
+    """
+
+    mode_approx: ModeApproxConfig
+    slots: dict[str, list[int]]
+    base: BaseConfig
+    tensors_sha256: str
+    model: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.format not in READABLE:
+            raise AuroraError(f"format: {self.format} is not {FORMAT}, which this version reads; update lavis_aurora")
+        if not self.slots:
+            raise AuroraError("slots: there are none; an adapter updates at least one weight")
+        for slot, shape in self.slots.items():
+            sizes = shape if isinstance(shape, list) and len(shape) == 2 else [0]
+            if not all(type(n) is int and 0 < n <= LARGEST for n in sizes):
+                raise AuroraError(f"slots.{slot}: {shape!r} is not [d_in, d_out] of at most {LARGEST}")
+        for key, kind in DESCRIPTION.items():
+            if not isinstance(self.model.get(key), (kind, type(None))):
+                raise AuroraError(f"model.{key}: {self.model[key]!r} is not a {kind.__name__}")
+        for key, value in _leaves(self.model, "model"):
+            largest = SIZES.get(key.rpartition(".")[2], LARGEST)
+            if isinstance(value, (int, float)) and not abs(value) <= largest:
+                raise AuroraError(f"{key}: {value!r} cannot be used; it must be at most {largest}")
+
+    def to_json(self) -> str:
+        """The file's text; :meth:`from_json` gives back an equal configuration.
+
+        Raises:
+            AuroraError: a metric or a setting is no JSON value, or would not be read back.
+        """
+        data = asdict(self)
+        _check_strings(data)
+        try:
+            text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise AuroraError(f"the adapter's settings and metrics must be plain JSON values ({error})") from error
+        # A slot on one line, not on four.
+        return re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text)
+
+    @classmethod
+    def from_json(cls, text: str) -> AdapterConfig:
+        """Read and check the file's text.
+
+        Raises:
+            AuroraError: not JSON, an unknown or missing key, or a value of another type or beyond reason.
+        """
+        try:
+            data = json.loads(text, parse_constant=_refuse_constant)
+            _check_strings(data)
+        except AuroraError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise AuroraError(f"not a JSON file of an adapter ({error})") from error
+        return _parse(cls, data, "")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in a JSON value by its dotted key; of a section, its keys too."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield key or "the file", name
+            yield from _leaves(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _leaves(part, key)
+    else:
+        yield key, value
+
+
+def _check_strings(data: Any) -> None:
+    """An adapter is data: what OmegaConf would resolve or take for missing is refused, wherever it stands."""
+    for key, value in _leaves(data):
+        if isinstance(value, str) and ("${" in value or value == "???"):
+            raise AuroraError(f"{key}: {value!r} cannot be used; an adapter is data and nothing in it is resolved")
+
+
+def _parse(cls: type, data: Any, prefix: str) -> Any:
+    """An instance of the dataclass ``cls``, every key and type checked."""
+    if not isinstance(data, Mapping):
+        raise AuroraError(f"{prefix.rstrip('.') or 'the file'}: must be a section of keys, not {data!r}")
+    known = {f.name: f for f in fields(cls)}
+    for key in data.keys() - known.keys():
+        raise AuroraError(f"{prefix}{key}: unknown key{near_names(key, known)}")
+    for key, declared in known.items():
+        if key not in data and declared.default is MISSING and declared.default_factory is MISSING:
+            raise AuroraError(f"{prefix}{key}: missing")
+    hints = get_type_hints(cls)
+    values = {key: _value(hints[key], value, f"{prefix}{key}") for key, value in data.items()}
+    try:
+        return cls(**values)
+    except AuroraError:
+        raise
+    except TypeError as error:
+        raise AuroraError(f"{prefix or 'the file'}: {error}") from error
+
+
+def _value(kind: Any, value: Any, key: str) -> Any:
+    if is_dataclass(kind):
+        return _parse(kind, value, f"{key}.")
+    expected = getattr(kind, "__origin__", kind)
+    accepted = {float: (int, float), int: (int,), str: (str,), dict: (dict,)}.get(expected, (str, type(None)))
+    if not isinstance(value, accepted) or isinstance(value, bool):
+        raise AuroraError(f"{key}: {value!r} is not a {getattr(expected, '__name__', expected)}")
+    return value
+
+
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Where the metadata of the tensors' file hold the text of the other.
+METADATA = "adapter_config"
+FACTORS = "factors"
+
+
+def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Settings and tensors of an adapter folder, which belong together and are as they were written.
+
+    Raises:
+        AuroraError: names the file and what is wrong with it.
+    """
+    text, content = _read(folder, CONFIG), _read(folder, TENSORS)
+    path = Path(folder) / TENSORS
+    try:
+        tensors = safetensors.torch.load(content)
+    except (SafetensorError, KeyError) as error:  # KeyError: a type that torch does not have
+        raise AuroraError(f"{path} is not a readable safetensors file ({error})") from error
+    # The header is valid json: safetensors has read it.
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    bound = header.get("__metadata__", {}).get(METADATA)
+    same = bound is None or bound.encode() == text
+    if same:
+        try:
+            config = AdapterConfig.from_json(text.decode("utf-8"))
+        except (UnicodeError, AuroraError) as error:
+            raise AuroraError(f"{Path(folder) / CONFIG}: {error}") from error
+        digest = hashlib.sha256(content).hexdigest() if config.format == 1 else tensors_hash(tensors)
+        same = (bound is None) == (config.format == 1) and digest == config.tensors_sha256
+    if not same:
+        raise AuroraError(
+            f"{path} is not the file that {CONFIG} beside it belongs to, or one of them was changed; copy or save "
+            f"both again"
+        )
+    problems = _factor_differences(config, tensors)
+    if problems:
+        raise AuroraError(f"{path} does not fit {CONFIG} beside it: {some(problems, separator='; ')}")
+    return config, tensors
+
+
+def read_adapter_config(folder: str | Path) -> AdapterConfig:
+    """Settings of an adapter folder, checked against its tensors."""
+    return read_adapter(folder)[0]
+
+
+def _read(folder: str | Path, name: str) -> bytes:
+    """A file of an adapter folder."""
+    path = Path(folder) / name
+    if name == CONFIG and not path.is_file():
+        inner = sorted(found.parent.name for found in Path(folder).glob(f"adapter_*/{CONFIG}"))
+        if inner:
+            raise AuroraError(f"{folder} is the folder of a run; name one of its adapters: {', '.join(inner)}")
+        raise AuroraError(f"{folder} is no adapter folder: it has no {CONFIG}")
+    if path.exists() and not path.is_file():
+        raise AuroraError(f"{path} is no file; save the adapter again")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise AuroraError(f"{path} cannot be read ({error.strerror}); save the adapter again") from error
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of the names, types, shapes and values of tensors, in whatever order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _factor_differences(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> list[str]:
+    """How the factors in the file differ from those that the settings announce."""
+    expected = {f"{FACTORS}.{key}": shape for key, shape in factor_shapes(config).items()}
+    problems = [f"{key} is missing" for key in expected.keys() - tensors.keys()]
+    for key, tensor in tensors.items():
+        if key.partition(".")[0] == FACTORS:
+            if key not in expected:
+                problems.append(f"{key} is of no slot")
+            elif tuple(tensor.shape) != expected[key]:
+                problems.append(f"{key} is {tuple(tensor.shape)}, not {expected[key]}")
+            elif not tensor.is_floating_point():
+                problems.append(f"{key} is of type {dtype_name(tensor.dtype)}, not of floating point")
+    return sorted(problems)
+
+
+def factor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """The factors' shapes that follow from slots and rank, by name."""
+    with torch.device("meta"):
+        factors = ModeFactors({slot: tuple(shape) for slot, shape in config.slots.items()}, config.mode_approx)
+    return {key: tuple(parameter.shape) for key, parameter in factors.sets["default"].named_parameters()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """E.g. float32."""
+    return str(dtype).removeprefix("torch.")

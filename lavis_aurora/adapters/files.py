@@ -1,0 +1,269 @@
+"""An adapter as a folder: ``adapter_model.safetensors`` and ``adapter_config.json``. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from lavis_aurora.adapters.config import (
+    CONFIG,
+    FACTORS,
+    METADATA,
+    TENSORS,
+    AdapterConfig,
+    BaseConfig,
+    dtype_name,
+    read_adapter,
+    tensors_hash,
+)
+from lavis_aurora.adapters.sets import switch_companions
+from lavis_aurora.common.errors import AuroraError, some
+from lavis_aurora.common.files import written_whole
+from lavis_aurora.common.version import __version__
+from lavis_aurora.mode_approx.factors import BASE, INTERNAL, ModeFactors
+from lavis_aurora.mode_approx.layers import adapted_layers, factors_of
+
+
+@runtime_checkable
+class AdapterOwner(Protocol):
+    """A model that has something to say about its adapters; any other nn.Module has them too."""
+
+    def describe_adapter(self) -> dict[str, Any]:
+        """What must be known to build the model again: JSON values, under ``model`` of the file."""
+
+    def base_name(self) -> str | None:
+        """ARCH/TYPE of the registered model whose backbone this is; None for other weights."""
+
+    def adapter_differences(self, description: Mapping[str, Any]) -> list[str]:
+        """How the model that ``description`` is of differs from this one, where an adapter cannot bridge it."""
+
+    def adapter_loaded(self, name: str) -> None:
+        """Called when the parameters of the adapter ``name`` have new values."""
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    name: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    description: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an adapter: factors, gates, heads that were trained with it, and all settings.
+
+    Args:
+        model: a model with an adapter.
+        folder: made if it is not there; files of an earlier adapter in it are replaced.
+        name: which adapter; by default the active one.
+        metrics: what was measured with it.
+        description: goes over what the model says of itself, e.g. the preprocessing that was used.
+
+    Raises:
+        AuroraError: there is no such adapter, a value is not finite, or the folder cannot be written.
+    """
+    factors = factors_of(model)
+    name = factors.active if name is None else name
+    if name is None:
+        raise AuroraError("no adapter is active: leave disable_adapter first, or name the adapter to save")
+    factors.check_name(name)
+    tensors = adapter_tensors(factors, name)
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AuroraError(f"{key}: not finite; the adapter was not written to {folder}")
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    owner = model if isinstance(model, AdapterOwner) else None
+    config = AdapterConfig(
+        mode_approx=factors.sets[name].config,
+        slots={slot: list(shape) for slot, shape in factors.slots.items()},
+        base=BaseConfig(base_hash(model), owner.base_name() if owner else None, base_dtype(model)),
+        tensors_sha256=tensors_hash(tensors),
+        model={**(owner.describe_adapter() if owner else {}), **(description or {})},
+        metrics=dict(metrics or {}),
+        versions={"lavis_aurora": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    )
+    text = config.to_json()
+    content = safetensors.torch.save(tensors, {METADATA: text})
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AuroraError(f"cannot write {folder} ({error}); name another folder") from error
+    # Both are on the disk before either takes its place; whoever reads between the two renames sees it by the hash.
+    with written_whole(folder / TENSORS) as tensor_file, written_whole(folder / CONFIG) as config_file:
+        for file, data in ((tensor_file, content), (config_file, text.encode())):
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", check_base: bool = True) -> None:
+    """Load an adapter into a model that has the same layers.
+
+    Under a new name it stands beside the others, frozen, whatever its rank; ``set_adapter`` makes it active. Under a
+    name that is there, e.g. ``default``, its values replace those, and what is trained stays trained. An adapter
+    without heads goes with the backbone's.
+
+    Args:
+        model: a model with an adapter, tuned or fresh.
+        folder: what :func:`save_adapter` wrote.
+        name: what the model shall call it.
+        check_base: refuse an adapter that was tuned on other weights than the model's; in another precision they
+            cannot be compared, and a warning says so.
+
+    Raises:
+        AuroraError: the folder cannot be read, or does not fit the model; says exactly what differs. The model is
+            unchanged then.
+    """
+    factors = factors_of(model)
+    if name in INTERNAL:
+        raise AuroraError(f"an adapter cannot be called {name!r}, which a model keeps for its training")
+    if name == factors.merged:
+        raise AuroraError(f"the adapter {name!r} is merged into the weights; unmerge_adapter(model) before loading")
+    config, tensors = read_adapter(folder)
+    differences = _differences(model, factors, config, name, check_base)
+    if not differences:
+        differences = _tensor_differences(factors, tensors)
+    if differences:
+        raise AuroraError(f"{folder} does not fit this model: {some(differences, separator='; ')}")
+    if config.format == 1:
+        logging.warning("%s is of an older version: no checksum covers its settings; save it again", folder)
+    if name not in factors.sets:
+        factors.add_set(name, config.mode_approx).requires_grad_(False)
+    with torch.no_grad():
+        for key, parameter in factors.sets[name].named_parameters():
+            parameter.copy_(tensors[f"{FACTORS}.{key}"])
+        for group, part in factors.companions.items():
+            values = {path: tensors[f"{group}.{path}"] for path in part.names if f"{group}.{path}" in tensors}
+            lacking = [path for path in part.names if path not in values]
+            if values and lacking:
+                logging.warning(
+                    "%s holds no %s, as older versions wrote it: the backbone's are taken, and results may differ",
+                    folder,
+                    some(lacking),
+                )
+            # One without heads of its own replaces one that had some: the backbone's are its.
+            if values or name in part:
+                part.add(name, {**part.tensors_of(BASE), **values})
+    if name == factors.active:
+        switch_companions(factors, name)
+    if isinstance(model, AdapterOwner):
+        model.adapter_loaded(name)
+
+
+def adapter_tensors(factors: ModeFactors, name: str) -> dict[str, Tensor]:
+    """Parameters and buffers of an adapter by their names in its file. Factors that slots share are there once."""
+    tensors: dict[str, Tensor] = {f"{FACTORS}.{key}": p for key, p in factors.sets[name].named_parameters()}
+    for group, part in factors.companions.items():
+        tensors.update((f"{group}.{path}", tensor) for path, tensor in part.tensors_of(name).items())
+    return tensors
+
+
+def base_hash(model: nn.Module) -> str:
+    """sha256 of the weights that adapters update, in the model's order, without any update.
+
+    It tells backbones apart and does not depend on picture size, queue or heads. It is never kept: nothing but the
+    numbers themselves tells of an edit in place of ``weight.data``. BLIP base takes some tenths of a second.
+    """
+    digest = hashlib.sha256()
+    for weight in _base_weights(model):
+        digest.update(f"{weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def base_dtype(model: nn.Module) -> str:
+    """The type of the weights that :func:`base_hash` is of, e.g. float32; several are joined by +."""
+    return "+".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in _base_weights(model)}))
+
+
+def _base_weights(model: nn.Module) -> list[Tensor]:
+    # Momentum copies follow the others, and round differently.
+    layers = [layer for _, layer in adapted_layers(model) if layer.pinned is None]
+    return [weight for layer in layers for weight in layer.backbone_weights().values()]
+
+
+def _differences(
+    model: nn.Module, factors: ModeFactors, config: AdapterConfig, name: str, check_base: bool
+) -> list[str]:
+    """How slots, settings and base differ."""
+    here = {slot: list(shape) for slot, shape in factors.slots.items()}
+    problems = []
+    if len(here) != len(config.slots):
+        problems.append(f"{len(config.slots)} slots there and {len(here)} here")
+    problems += [f"slot {slot} is missing here" for slot in config.slots if slot not in here]
+    problems += [f"slot {slot} is missing there" for slot in here if slot not in config.slots]
+    problems += [
+        f"slot {slot} is {shape[0]} x {shape[1]} there and {here[slot][0]} x {here[slot][1]} here"
+        for slot, shape in config.slots.items()
+        if slot in here and here[slot] != shape
+    ]
+    if not problems and list(here) != list(config.slots):
+        problems.append("the same slots in another order")
+    if name in factors.sets and asdict(factors.sets[name].config) != asdict(config.mode_approx):
+        own = factors.sets[name].config
+        problems += [
+            f"mode_approx.{key} is {value} there and {getattr(own, key)} here (set it alike, or load the adapter "
+            f"under a new name)"
+            for key, value in asdict(config.mode_approx).items()
+            if getattr(own, key) != value
+        ]
+    if isinstance(model, AdapterOwner):
+        problems += model.adapter_differences(config.model)
+    if not problems and check_base:
+        problems += _base_differences(model, config.base)
+    return problems
+
+
+def _base_differences(model: nn.Module, base: BaseConfig) -> list[str]:
+    """How the backbone's weights differ; in another precision they cannot be compared, which the log says."""
+    here, dtype = base_hash(model), base_dtype(model)
+    if here == base.sha256:
+        return []
+    if dtype != base.dtype:
+        logging.warning(
+            "the adapter was tuned on weights in %s and these are in %s: whether they are the same was not compared",
+            base.dtype,
+            dtype,
+        )
+        return []
+    name = model.base_name() if isinstance(model, AdapterOwner) else None
+    return [
+        f"it was tuned on other weights ({base.name or 'without a name'}, sha256 {base.sha256[:12]}) than these "
+        f"({name or 'without a name'}, {here[:12]}); load those, or set check_base=False "
+        f"(model.adapter_check_base: false) to use it all the same"
+    ]
+
+
+def _tensor_differences(factors: ModeFactors, tensors: Mapping[str, Tensor]) -> list[str]:
+    """How gates and heads differ from the model's, and all tensors from numbers, in the type that they get here."""
+    expected: dict[str, Tensor] = {}
+    for group, part in factors.companions.items():
+        if group == "gate" or any(key.startswith(f"{group}.") for key in tensors):
+            expected.update((f"{group}.{path}", own) for path, own in part.standing().items())
+    # Adapters of earlier versions have none.
+    buffers = {key for key, own in expected.items() if not isinstance(own, nn.Parameter)}
+    problems = [f"{key} is missing there" for key in expected.keys() - tensors.keys() - buffers]
+    for key, tensor in tensors.items():
+        here = expected.get(key)
+        # Factors are in single precision, and were compared with the settings.
+        dtype = torch.float32 if here is None else here.dtype
+        # Integers count something: they are of one type.
+        same_kind = tensor.is_floating_point() if dtype.is_floating_point else tensor.dtype == dtype
+        if here is None and key.partition(".")[0] != FACTORS:
+            problems.append(f"{key} has no place here")
+        elif here is not None and tensor.shape != here.shape:
+            problems.append(f"{key} is {tuple(tensor.shape)} there and {tuple(here.shape)} here")
+        elif not same_kind:
+            problems.append(f"{key} is of type {dtype_name(tensor.dtype)} there and {dtype_name(dtype)} here")
+        elif not tensor.to(dtype).isfinite().all():
+            problems.append(f"{key} is not finite there")
+    return sorted(problems)

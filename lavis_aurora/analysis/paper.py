@@ -1,0 +1,172 @@
+"""What differs between the set-up of a run and the paper's (4.1, D.3)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path, PurePath
+from typing import Any, Optional
+
+from omegaconf import DictConfig, OmegaConf
+
+from lavis_aurora.analysis.results import tuned_model
+from lavis_aurora.common.errors import AuroraError, near_names
+from lavis_aurora.config.method import ModeApproxConfig
+
+# BLIP base: layers of each tower and their width.
+LAYERS, WIDTH = 12, 768
+
+
+@lru_cache(maxsize=1)
+def paper_tables() -> dict[str, Any]:
+    """Content of ``tables.json``; its ``units`` say what the numbers are, and null is what could not be read."""
+    return json.loads(Path(__file__).with_name("tables.json").read_text(encoding="utf-8"))
+
+
+def paper_rows(table: str, benchmark: str) -> list[dict[str, Any]]:
+    """Rows of a table that have results on a benchmark; these are then at ``values``.
+
+    Raises:
+        AuroraError: no such table, or the benchmark is not in it.
+    """
+    tables = paper_tables()["tables"]
+    if table not in tables:
+        raise AuroraError(f"the paper has no table {table!r}{near_names(table, tables)}")
+    rows = [{**row, "values": row["results"].get(benchmark, {})} for row in tables[table]["rows"]]
+    rows = [row for row in rows if any(value is not None for value in row["values"].values())]
+    if not rows:
+        known = sorted({name for row in tables[table]["rows"] for name in row["results"]})
+        raise AuroraError(f"table {table} of the paper has no results on {benchmark!r}{near_names(benchmark, known)}")
+    return rows
+
+
+def label(row: dict[str, Any]) -> str:
+    """Method and rank of a row."""
+    return f"{row['method']} (r={row['rank']})" if "rank" in row else row["method"]
+
+
+def aurora_count(rank: int, layers: int = LAYERS, width: int = WIDTH, separate: int = 1) -> int:
+    """Aurora: L (3 + 6) 2r + 2dr + 2Ld, where 2Ld is the gate.
+
+    Args:
+        rank: R.
+        layers, width: L and d.
+        separate: pairs of U and V: one for all towers (``sharing: global``), or one each for three (``tower``).
+    """
+    return layers * 9 * 2 * rank + separate * 2 * width * rank + 2 * layers * width
+
+
+def lora_count(rank: int, layers: int = LAYERS, width: int = WIDTH) -> int:
+    """LoRA on all attention projections: L (3 + 6) 2dr."""
+    return layers * 9 * 2 * width * rank
+
+
+def uniadapter_count(rank: int, layers: int = LAYERS, width: int = WIDTH) -> int:
+    """UniAdapter: L 4dr."""
+    return layers * 4 * width * rank
+
+
+# Files of BLIP base's weights, pretrained on 129M pairs.
+BLIP_BASE = ("model_base.pth", "model_base_capfilt_large.pth")
+UNSAID = "not said"
+# What is Aurora, whole or in part, and its forms of what the YAML does not name.
+OURS = {
+    "aurora": {"gate.form": "residual", "gate.init": "zeros", "context.form": "attention"},
+    "mode_approx": {"gate.form": "none", "context.form": "none"},
+}
+Difference = tuple[str, Any, Any]
+
+
+def setup_differences(
+    config: DictConfig, split: str, counts: Mapping[str, int], benchmark: str, table: str
+) -> list[Difference]:
+    """(what, here, paper) of all that differs, or that the paper does not say and that matters.
+
+    Args:
+        config: of the run, resolved.
+        split: that was tested.
+        counts: images, videos, texts or questions of the split.
+        benchmark, table: of the paper that the run is compared with.
+    """
+    paper = paper_tables()["benchmarks"][benchmark]["setup"]
+    here = dict(_here(config, benchmark))
+    if table == "4":
+        # Nothing is trained here; the training was another run's, on MSCOCO.
+        here = {key: here[key] for key in ("backbone", "frames_test", "k_test", "itc_weight") if key in here}
+    there = {"backbone": "BLIP base, 129M pairs", **_method(config), **paper}
+    data = list(config.get("datasets") or {})
+    found = [("data", ", ".join(data), benchmark)] if benchmark not in data else []
+    found += [(key, value, there.get(key, UNSAID)) for key, value in here.items()]
+    own_split = {"coco_vqa": "test-dev, test-std"}.get(benchmark, "test")
+    found.append(("split", split, own_split))
+    found += [(f"{key} tested", value, paper.get(key, UNSAID)) for key, value in counts.items()]
+    return [(key, shown, other) for key, shown, other in found if _differ(shown, other)]
+
+
+def _differ(here: Any, there: Any) -> bool:
+    if isinstance(here, (int, float)) and isinstance(there, (int, float)):
+        return abs(here - there) > 1e-12
+    return here != there
+
+
+def _method(config: DictConfig) -> dict[str, str]:
+    """The paper's forms of what only Aurora has (3.2, 3.3)."""
+    if tuned_model(config).tuning not in OURS:
+        return {}
+    forms = {"gate.form": "convex", "gate.init": "zeros", "context.form": "attention"}
+    return {**forms, "lambda at the start": "random", "factor on the update": "none"}
+
+
+def _here(config: DictConfig, benchmark: str) -> Iterator[tuple[str, Any]]:
+    """What the run had, under the names of tables.json."""
+    tuned, run = tuned_model(config), config.run
+    model = tuned.section
+    yield "backbone", _backbone(model)
+    yield "image_size", model.get("image_size")
+    if tuned.tuning in OURS:
+        # A YAML may leave out what it takes by default.
+        for key, default in OURS[tuned.tuning].items():
+            if key != "context.form" or "retrieval" in tuned.arch:
+                yield key, OmegaConf.select(config, f"model.{key}", default=default)
+        scale = OmegaConf.select(config, "model.mode_approx.scale", default=ModeApproxConfig().scale)
+        yield "lambda at the start", "one"
+        yield "factor on the update", f"{scale:g} / (0.1 sqrt(d rank))"
+    yield "processes", run.get("world_size", 1)
+    for key in ("batch_size_train", "max_epoch", "init_lr", "weight_decay", "lr_sched"):
+        yield key, run.get(key)
+    if run.get("accum_grad_iters", 1) != 1:
+        yield "accum_grad_iters", run.accum_grad_iters
+    for kind, name in (("train", "frames_train"), ("eval", "frames_test")):
+        frames = _frames(config, kind)
+        if frames is not None:
+            yield name, frames
+    for key, value in (("queue_size", model.get("queue_size")), ("seed", run.get("seed"))):
+        if value is not None:
+            yield key, value
+    if "vqa" in tuned.arch:
+        yield "inference_method", run.get("inference_method")
+        if run.get("inference_method") == "generate":
+            yield "num_beams", run.get("num_beams")
+    else:
+        yield "k_test", run.get("k_test")
+        yield "itc_weight", run.get("itc_weight")
+
+
+def _backbone(model: DictConfig) -> str:
+    source = model.get("finetuned") if model.get("load_finetuned") else model.get("pretrained")
+    if source is None:
+        return "random weights"
+    name = PurePath(str(source)).name
+    if name in BLIP_BASE:
+        return "BLIP base, 129M pairs"
+    return f"{name} ({model.model_type})" if model.get("model_type") else name
+
+
+def _frames(config: DictConfig, kind: str) -> Optional[int]:
+    """Frames of a video in training or at test; None for pictures."""
+    for dataset in (config.get("datasets") or {}).values():
+        frames = OmegaConf.select(dataset, f"vis_processor.{kind}.n_frms")
+        if frames is not None:
+            return frames
+    return None

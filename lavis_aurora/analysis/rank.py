@@ -1,0 +1,114 @@
+"""Recall against the rank R, and parameters against it beside LoRA and UniAdapter: figure 3."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from lavis_aurora.analysis.ablation import TITLES
+from lavis_aurora.analysis.drawing import CYCLE, FULL, OTHER, OWN, apart, canvas, tidy
+from lavis_aurora.analysis.paper import LAYERS, WIDTH, aurora_count, label, lora_count, paper_tables, uniadapter_count
+from lavis_aurora.analysis.table import read_table, series
+from lavis_aurora.common.errors import AuroraError
+
+KEY = "model.mode_approx.rank"
+RANKS = (4, 8, 16, 32, 64, 128, 256, 512)
+METHODS = {"LoRA": (lora_count, FULL), "UniAdapter": (uniadapter_count, OTHER), "Aurora": (aurora_count, OWN)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the figure."""
+    parser.add_argument("table", metavar="SWEEP.CSV", help=f"of scripts/sweep.py, over {KEY} and seeds")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="L of the counts; BLIP base's by default")
+    parser.add_argument("--width", type=int, default=WIDTH, help="d of the counts; BLIP base's by default")
+
+
+def numbers(args: argparse.Namespace) -> dict[str, Any]:
+    """Recalls by direction and rank, counts by method and rank."""
+    columns = list(read_table(args.table, KEY)[0])
+    panels = {}
+    for direction in TITLES:
+        names = [f"{args.split}.{direction}_r{k}" for k in (1, 5, 10)]
+        if all(name in columns for name in names):
+            panels[direction] = names
+    accuracy = f"{args.split}.agg_metrics"
+    if not panels and accuracy in columns:
+        panels["accuracy"] = [accuracy]
+    if not panels:
+        raise AuroraError(f"{args.table}: has no recalls and no accuracy of the split {args.split!r}; see --split")
+    found = series(args.table, KEY, [name for names in panels.values() for name in names])
+    ranks = sorted(found, key=int)
+    sizes = {name: [count(rank, args.layers, args.width) for rank in RANKS] for name, (count, _) in METHODS.items()}
+    base = (args.layers, args.width) == (LAYERS, WIDTH)
+    return {
+        "table": str(args.table),
+        "panels": panels,
+        "ranks": [int(rank) for rank in ranks],
+        "values": {rank: found[rank] for rank in ranks},
+        "counts": {"layers": args.layers, "width": args.width, "ranks": list(RANKS), **sizes},
+        "paper": paper_counts() if base else [],
+    }
+
+
+def paper_counts() -> list[dict[str, Any]]:
+    """What table 1 of the paper says that LoRA, UniAdapter and Aurora train."""
+    rows = [row for row in paper_tables()["tables"]["1"]["rows"] if row["method"] in METHODS]
+    return [
+        {"method": row["method"], "label": label(row), **{k: row[k] for k in ("rank", "tunable")}} for row in rows
+    ]
+
+
+def draw(numbers: dict[str, Any]) -> Figure:
+    """A panel of recalls for each direction, and one of counts."""
+    panels, ranks = numbers["panels"], numbers["ranks"]
+    figure, axes = canvas(1, len(panels) + 1, 3.9, 3.5)
+    for axis, (direction, metrics) in zip(axes, panels.items()):
+        names: list[tuple[float, str, str]] = []
+        for metric, color in zip(metrics, CYCLE):
+            shown = [numbers["values"][str(rank)][metric] for rank in ranks]
+            name = f"R@{metric.rpartition('_r')[2]}" if "_r" in metric else "accuracy"
+            means = [one["mean"] for one in shown]
+            axis.errorbar(ranks, means, [one["spread"] or 0 for one in shown], color=color, marker="o", capsize=3)
+            names.append((means[-1], name, color))
+        axis.set_title(TITLES.get(direction, direction))
+        _rank_axis(axis, ranks)
+        low, high = axis.get_ylim()
+        names.sort()
+        heights = apart([(mean - low) / (high - low) for mean, _, _ in names], gap=0.055)
+        for height, (_, name, color) in zip(heights, names):
+            place = (ranks[-1], low + height * (high - low))
+            axis.annotate(name, place, (7, 0), "data", "offset points", va="center", color=color)
+    axes[0].set_ylabel("percent")
+    axis, counts = axes[-1], numbers["counts"]
+    for name, (_, color) in METHODS.items():
+        axis.plot(counts["ranks"], counts[name], color=color, marker=".")
+        last = (counts["ranks"][-1], counts[name][-1])
+        axis.annotate(name, last, (5, 0), "data", "offset points", va="center", color=color)
+        points = [(one["rank"], one["tunable"]) for one in numbers["paper"] if one["method"] == name]
+        if points:
+            axis.plot(*zip(*points), "o", color=color, markerfacecolor="none", markersize=9)
+    if numbers["paper"]:
+        axis.plot([], [], "o", color="black", markerfacecolor="none", markersize=9, label="paper's table 1")
+    axis.plot([], [], color="black", marker=".", label="formulas of appendix E")
+    axis.legend(frameon=False, loc="upper left", fontsize=8)
+    axis.set_yscale("log")
+    axis.set_ylim(top=axis.get_ylim()[1] * 5)
+    axis.set_title(f"trained parameters, L = {counts['layers']}, d = {counts['width']}")
+    _rank_axis(axis, counts["ranks"])
+    cells = {len(one["cells"]) for by_metric in numbers["values"].values() for one in by_metric.values()}
+    note = f"mean and standard deviation of {max(cells)} seeds" if max(cells) > 1 else "one seed"
+    figure.suptitle(f"The rank R: what it gives ({note}) and what it costs")
+    return figure
+
+
+def _rank_axis(axis, ranks: list[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ranks, [str(rank) for rank in ranks])
+    # Names stand right of the lines.
+    axis.set_xlim(right=ranks[-1] * (ranks[-1] / ranks[0]) ** 0.3 if len(ranks) > 1 else None)
+    axis.set_xlabel("rank R")
+    axis.minorticks_off()
+    tidy(axis)

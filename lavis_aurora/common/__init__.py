@@ -1,0 +1,1 @@
+"""What every room uses: errors, files written whole or not at all, paths, precision. Standard library and torch."""

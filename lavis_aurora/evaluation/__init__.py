@@ -1,0 +1,1 @@
+"""Scores, ranks and answers of a split, and the metrics of them."""

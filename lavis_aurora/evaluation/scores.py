@@ -1,0 +1,156 @@
+"""What an evaluation finds: scores of the best candidates of each query, never of all pairs at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import comb
+
+import numpy as np
+
+from lavis_aurora.common.errors import AuroraError
+
+TOP = (1, 5, 10)
+
+
+def target_ranks(scores: np.ndarray, targets: Sequence[Sequence[int]], fallback: np.ndarray) -> np.ndarray:
+    """Rank of the best target of each query, 0 is first.
+
+    Wrong candidates that score like the target stand before it: a constant score is worth nothing.
+
+    Args:
+        scores: (queries, candidates); -inf for pairs that were not scored, which come after all others.
+        targets: the right candidates of each query, at least one.
+        fallback: (queries, candidates), orders the pairs that were not scored.
+
+    Returns:
+        (queries,) integers.
+
+    Raises:
+        AuroraError: a score is NaN, or a query has no target.
+    """
+    nans = max(int(np.isnan(scores).sum()), int(np.isnan(fallback).sum()))
+    if nans:
+        raise AuroraError(f"{nans} scores are NaN; nothing is ranked")
+    ranks = np.empty(len(scores), dtype=np.int64)
+    for query, right in enumerate(targets):
+        right = list(right)
+        if not right:
+            raise AuroraError(f"query {query} has no target")
+        row, second = scores[query], fallback[query]
+        best = max(right, key=lambda i: (row[i], second[i]))
+        scored = row > -np.inf
+        before = row >= row[best] if scored[best] else scored | (second >= second[best])
+        before[right] = False
+        ranks[query] = before.sum()
+    return ranks
+
+
+def recall_metrics(ranks: np.ndarray) -> dict[str, float]:
+    """R@1, R@5, R@10 in percent and the median rank, counted from 1."""
+    metrics = {f"r{k}": 100.0 * float((ranks < k).mean()) for k in TOP}
+    metrics["median_rank"] = float(np.median(ranks)) + 1
+    return metrics
+
+
+def chance_recall(targets: Sequence[Sequence[int]], candidates: int) -> dict[str, float]:
+    """R@1, R@5, R@10 in percent of a random ranking."""
+    counts = np.bincount([len(right) for right in targets])
+    result = {}
+    for k in TOP:
+        k_seen = min(k, candidates)
+        hit = [1 - comb(candidates - m, k_seen) / comb(candidates, k_seen) for m in range(len(counts))]
+        result[f"r{k}"] = 100.0 * float(np.dot(hit, counts) / counts.sum())
+    return result
+
+
+# What LAVIS writes for a pair that was not reranked.
+NOT_RERANKED = -100.0
+QUERIES_AT_ONCE = 512
+
+
+@dataclass
+class Candidates:
+    """The reranked candidates of each query, by falling ITC.
+
+    Attributes:
+        indices: which candidates, (queries, k) integers.
+        scores: ITM + weight * ITC, (queries, k).
+    """
+
+    indices: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass
+class RetrievalScores:
+    """Scores of a split. All images with all texts would be gigabytes: they are given in blocks of queries.
+
+    Attributes:
+        image_feats, text_feats: normalised ITC features, (images, d) and (texts, d).
+        i2t: reranked texts of each image.
+        t2i: reranked images of each text.
+        pairs: pairs that met the fusion encoder; one in both directions counts once.
+        seconds: what the stages took.
+    """
+
+    image_feats: np.ndarray
+    text_feats: np.ndarray
+    i2t: Candidates
+    t2i: Candidates
+    pairs: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def _sides(self, direction: str) -> tuple[np.ndarray, np.ndarray, Candidates]:
+        """Features of queries and candidates, and the reranked."""
+        if direction.endswith("_to_text"):
+            return self.image_feats, self.text_feats, self.i2t
+        return self.text_feats, self.image_feats, self.t2i
+
+    def blocks(self, direction: str) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Queries, their scores with all candidates (-inf where not reranked), and their ITC.
+
+        Args:
+            direction: image_to_text or text_to_image; video_to_text and text_to_video are the same.
+        """
+        queries, others, reranked = self._sides(direction)
+        for start in range(0, len(queries), QUERIES_AT_ONCE):
+            rows = slice(start, start + QUERIES_AT_ONCE)
+            itc = queries[rows] @ others.T
+            scores = np.full_like(itc, -np.inf)
+            np.put_along_axis(scores, reranked.indices[rows], reranked.scores[rows], axis=1)
+            yield rows, scores, itc
+
+    def ranks(self, direction: str, targets: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Ranks of the best target of each query, reranked and by ITC alone; see :func:`target_ranks`."""
+        parts = [
+            (target_ranks(scores, targets[rows], fallback=itc), target_ranks(itc, targets[rows], fallback=itc))
+            for rows, scores, itc in self.blocks(direction)
+        ]
+        reranked, itc = zip(*parts)
+        return np.concatenate(reranked), np.concatenate(itc)
+
+    def best(self, direction: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first ``count`` candidates of each query and their scores, best first, (queries, up to count).
+
+        Those that were not reranked are left out, unless none was: then ITC orders them.
+        """
+        reranked = self._sides(direction)[2]
+        if reranked.indices.shape[1]:
+            order = np.argsort(-reranked.scores, axis=1, kind="stable")[:, :count]
+            return tuple(np.take_along_axis(x, order, axis=1) for x in (reranked.indices, reranked.scores))
+        found = []
+        for _, _, itc in self.blocks(direction):
+            order = np.argsort(-itc, axis=1, kind="stable")[:, :count]
+            found.append((order, np.take_along_axis(itc, order, axis=1)))
+        return tuple(np.concatenate(parts) for parts in zip(*found))
+
+    def matrix(self, direction: str) -> np.ndarray:
+        """LAVIS's score matrix, (queries, candidates): -100 where not reranked; ITC if nothing was."""
+        reranked = self._sides(direction)[2].indices.shape[1] > 0
+        return np.concatenate(
+            [
+                np.where(np.isneginf(scores), np.float32(NOT_RERANKED), scores) if reranked else itc
+                for _, scores, itc in self.blocks(direction)
+            ]
+        )

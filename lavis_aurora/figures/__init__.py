@@ -1,1 +1,0 @@
-"""Figures of the paper, drawn from runs, sweeps and benchmarks of this package."""

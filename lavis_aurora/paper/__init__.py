@@ -1,1 +1,0 @@
-"""The paper's numbers, and how ours compare with them."""

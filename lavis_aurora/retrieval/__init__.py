@@ -1,1 +1,0 @@
-"""Retrieval evaluation: scores and metrics."""

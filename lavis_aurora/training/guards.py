@@ -1,0 +1,202 @@
+"""Losses and gradients that are no numbers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from lavis.common.dist_utils import get_rank, is_dist_avail_and_initialized
+from torch import Tensor
+
+from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.data.samples import SET
+
+# What LAVIS's samples say of themselves.
+NAMES = (SET, "instance_id", "image_id", "question_id", "text_input")
+PLACE = ("epoch", "iters")
+# So many in a row are no single bad batch.
+MOST_IN_A_ROW = 10
+# In half precision the scale of the loss is found by halving it, about ten times at the start.
+MOST_OVERFLOWS = 25
+
+
+class _Step(NamedTuple):
+    """The batches whose gradients make a step.
+
+    Attributes:
+        finite: (batches, 2), whether the gradient after each batch is finite, and whether its losses are.
+        batches: what names each.
+    """
+
+    finite: Tensor
+    batches: list[dict[str, Any]]
+
+    def agreed(self) -> Tensor:
+        """``finite`` of all processes together, which must all ask for it."""
+        finite = self.finite.int()
+        if is_dist_avail_and_initialized():
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+        return finite.bool()
+
+
+class FiniteGuard:
+    """Stops a run at the first step whose gradient is not finite, or skips such steps and counts them.
+
+    On a GPU a step's outcome is read while the next one is computed, unless steps may be skipped: then each step
+    waits for it. Of a step whose gradient is accumulated, the first batch that spoilt it is named.
+
+    Args:
+        folder: where the samples of the bad batch are written.
+        skip: leave the step out instead of stopping.
+    """
+
+    def __init__(self, folder: Path, skip: bool) -> None:
+        self.folder, self.skip = folder, skip
+        self.skipped = self._in_a_row = 0
+        self._finite: list[Tensor] = []
+        self._batches: list[dict[str, Any]] = []
+        self._pending: tuple[Tensor, _Step] | None = None
+
+    def note(self, norm: Tensor, losses: Iterable[Tensor], samples: dict) -> None:
+        """Keep what :meth:`accepts` must know of a batch that is not the last of its step; arguments are its own.
+
+        Args:
+            norm: of the gradient that is accumulated so far, on this process.
+        """
+        finite = torch.isfinite(torch.stack([norm.detach().float(), *(x.detach().float() for x in losses)]))
+        self._finite.append(torch.stack([finite[0], finite[1:].all()]))
+        # Not the pictures.
+        self._batches.append({key: samples[key] for key in (*PLACE, *NAMES) if key in samples})
+
+    def accepts(self, norm: Tensor, losses: Iterable[Tensor], samples: dict, scaled: bool = False) -> bool:
+        """Whether the step may be taken.
+
+        Args:
+            norm: of the gradient, the same on all processes.
+            losses: of this process.
+            samples: the step's last batch, with ``epoch`` and ``iters`` from 0.
+            scaled: the loss was scaled, for half precision, in which a gradient may overflow: such a step is left
+                out and counted, while the losses of all its batches are finite.
+
+        Raises:
+            AuroraError: the numbers are not finite and the step is not to be skipped, or too many were in a row.
+        """
+        self.note(norm, losses, samples)
+        step = _Step(torch.stack(self._finite), self._batches)
+        self._finite, self._batches = [], []
+        gradient, loss = step.finite[-1, 0], step.finite[:, 1].all()
+        if scaled and (self.skip or loss):
+            # The scaler waits for the gradient too: to read it costs nothing more.
+            return self._judge(gradient, step, scaled=True)
+        # Processes agree on the gradient alone.
+        flag = gradient if self.skip else gradient & loss
+        if flag.device.type == "cpu" or self.skip or scaled:
+            return self._judge(flag, step)
+        self.flush()
+        self._pending = flag, step
+        return True
+
+    def flush(self) -> None:
+        """Read the outcome that is still pending; to be called before anything is saved."""
+        if self._pending is not None:
+            (flag, step), self._pending = self._pending, None
+            self._judge(flag, step)
+
+    def _judge(self, flag: Tensor, step: _Step, scaled: bool = False) -> bool:
+        """Whether the step may be taken, ``flag``; too many overflows of scaled losses in a row are no overflows."""
+        most = MOST_OVERFLOWS if scaled else MOST_IN_A_ROW
+        if flag:
+            self._in_a_row = 0
+            return True
+        # All processes are here if the gradient is not finite, and only then.
+        finite = step.finite if step.finite[-1, 0] else step.agreed()
+        overflow = scaled and bool(finite[:, 1].all())
+        samples = step.batches[int(finite.all(dim=1).int().argmin())]
+        self.skipped += 1
+        self._in_a_row += 1
+        epoch, batch = samples["epoch"], samples["iters"]
+        place = f"epoch {epoch + 1}, step {batch + 1}"
+        if overflow and self._in_a_row <= most:
+            logging.info("%s: the gradient overflows in half precision; the step is skipped", place)
+            return False
+        path = self.folder / f"not_finite_epoch_{epoch}_step_{batch}_process_{get_rank()}.json"
+        names = {key: _plain(samples[key]) for key in NAMES if key in samples}
+        path.write_text(json.dumps({"epoch": epoch, "step": batch, **names}, indent=1), encoding="utf-8")
+        message = f"{place}: loss or gradient is not finite; the batch is named in {path}"
+        if not self.skip and not overflow:
+            raise AuroraError(f"{message}; lower run.init_lr, or set run.skip_nonfinite: true")
+        if self._in_a_row > most:
+            remedy = "lower run.init_lr, or set run.amp: false" if scaled else "lower run.init_lr"
+            raise AuroraError(f"{message}; so were the {most} before it; {remedy}")
+        logging.warning("%s; the step is skipped", message)
+        return False
+
+
+def _plain(value: object) -> object:
+    return value.tolist() if isinstance(value, Tensor) else [str(entry) for entry in value]
+
+
+class Stopped(BaseException):
+    """A signal asks to stop; like KeyboardInterrupt it is no Exception, which whoever reads files may catch.
+
+    Attributes:
+        signum: which.
+    """
+
+    def __init__(self, signum: int, message: str = "") -> None:
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name}" + (f"; {message}" if message else ""))
+        self.signum = signum
+
+
+class StopRequest:
+    """Context that turns SIGINT and SIGTERM into a request, which training heeds after the step.
+
+    Outside of steps, as in an evaluation, and at the second signal, the exception comes at once. In a thread
+    other than the main one signals stay as they are.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.stepping = False
+        self._signum: int | None = None
+        self._before: dict[int, object] = {}
+        self._group = None
+
+    def __enter__(self) -> StopRequest:
+        self._process = os.getpid()
+        if threading.current_thread() is threading.main_thread():
+            self._before = {signum: signal.signal(signum, self._handle) for signum in self.SIGNALS}
+        if is_dist_avail_and_initialized() and dist.get_backend() != "gloo":
+            self._group = dist.new_group(backend="gloo")
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a data loader's worker, which its parent ends
+        if not self.stepping or self._signum is not None:
+            raise Stopped(signum)
+        self._signum = signum
+
+    def signum(self) -> int | None:
+        """The signal that any process got, the same answer on all of them. To be asked once a step."""
+        if not is_dist_avail_and_initialized():
+            return self._signum
+        # On the CPU: nothing waits for a GPU.
+        signum = torch.tensor(self._signum or 0)
+        dist.all_reduce(signum, dist.ReduceOp.MAX, group=self._group)
+        return int(signum) or None

@@ -1,0 +1,278 @@
+"""LAVIS's runner, made to work on CPU, in one process, and with a frozen backbone."""
+
+from __future__ import annotations
+
+import logging
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import webdataset as wds
+from lavis.common.dist_utils import is_dist_avail_and_initialized, is_main_process
+from lavis.common.registry import registry
+from lavis.datasets.datasets.dataloader_utils import PrefetchLoader
+from lavis.models.med import BertLayer
+from lavis.models.vit import Block
+from lavis.runners.runner_base import RunnerBase
+from omegaconf import OmegaConf
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import ChainDataset, DataLoader
+
+from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.models.owner import RunState
+from lavis_aurora.training.checkpoints import BEST, LATEST, SavingMixin
+from lavis_aurora.training.guards import FiniteGuard, Stopped, StopRequest
+from lavis_aurora.training.loop import WITH_WARMUP, LongWarmup
+from lavis_aurora.training.order import build_loader, check_splits
+from lavis_aurora.training.run_adapters import AdapterMixin
+
+
+def compile_layers(model: nn.Module, **options: Any) -> None:
+    """Compile the layers of LAVIS's ViT and BERT in a model; layers of one kind share what is compiled.
+
+    Args:
+        model: changed in place; its state dict stays as it is.
+        options: of ``torch.compile``.
+
+    Raises:
+        AuroraError: the model's towers are others.
+    """
+    layers = [module for module in model.modules() if isinstance(module, (Block, BertLayer))]
+    if not layers:
+        raise AuroraError(
+            "run.compile: only layers of the ViT and BERT that BLIP and ALBEF have are compiled, and this model has "
+            "none; set run.compile: false"
+        )
+    # Text alone or with images, trained or by the teacher, the first layer or a later one: each is compiled once.
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    for layer in layers:
+        layer.compile(**options)
+
+
+TRAINING_METRIC = "agg_metrics"
+
+
+@registry.register_runner("runner_aurora")
+class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
+    """RunnerBase with what is broken there overridden, and nothing else.
+
+    On top of LAVIS: any device, one process or several, outputs under the current directory, the best epoch
+    found whatever the metric's value, checkpoints that hold what is trained and its teacher and nothing else.
+    """
+
+    def setup_output_dir(self) -> None:
+        """Make ``output_dir``/job_id and write the resolved configuration into it."""
+        # LAVIS would put a relative folder into site-packages, and allows one runner in a process.
+        for name in ("result_dir", "output_dir"):
+            registry.mapping["paths"].pop(name, None)
+        self.config.run_cfg.output_dir = str(Path(self.config.run_cfg.output_dir).expanduser().absolute())
+        try:
+            super().setup_output_dir()
+            if is_main_process():
+                saved = self.config.config.copy()
+                for key in ("rank", "gpu"):  # this process's own
+                    saved.run.pop(key, None)
+                OmegaConf.save(saved, self.output_dir / "config.yaml", resolve=True)
+        except OSError as error:
+            folder = self.config.run_cfg.output_dir
+            raise AuroraError(f"run.output_dir: cannot write to {folder} ({error}); name another folder") from error
+        logging.info("outputs: %s", self.output_dir)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model on its device, wrapped for several processes."""
+        if self._wrapped_model is None:
+            self._model = self._model.to(self.device)
+            if self.config.run_cfg.get("compile", False) and not self.evaluate_only:
+                compile_layers(self._model)
+            self._wrapped_model = self._model
+            if self.use_distributed and any(p.requires_grad for p in self._model.parameters()):
+                # Queues start alike, are filled alike on all processes, and need not be sent each step.
+                for buffer in self._model.buffers():
+                    dist.broadcast(buffer, src=0)
+                self._wrapped_model = DistributedDataParallel(
+                    self._model,
+                    device_ids=[self.config.run_cfg.gpu] if self.cuda_enabled else None,
+                    broadcast_buffers=False,
+                )
+        return self._wrapped_model
+
+    def unwrap_dist_model(self, model: nn.Module) -> nn.Module:
+        """The model itself."""
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """LAVIS's AdamW over what is trained."""
+        if self._optimizer is None and not any(p.requires_grad for p in self._model.parameters()):
+            raise AuroraError("model.tuning: nothing is trained; use evaluate.py, or another model.tuning")
+        return super().optimizer
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """LAVIS's, with a warm-up of any length."""
+        if self._lr_sched is None and isinstance(super().lr_scheduler, WITH_WARMUP):
+            self._lr_sched = LongWarmup(self._lr_sched, len(self.train_loader))
+        return self._lr_sched
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """Loss scaling of mixed precision, on a GPU only."""
+        if not self.config.run_cfg.amp or not self.cuda_enabled:
+            return None
+        if self._scaler is None:
+            self._scaler = torch.amp.GradScaler("cuda")
+        return self._scaler
+
+    def create_loaders(self, datasets, num_workers, batch_sizes, is_trains, collate_fns, dataset_ratios=None) -> list:
+        """A loader for each dataset. Arguments are LAVIS's.
+
+        Training order, random crops and frames depend on seed and epoch alone: a step has the same samples for any
+        number of processes with the same global batch, and wherever the run is resumed.
+        """
+        streamed = (tuple, list, ChainDataset, wds.DataPipeline)
+        if any(isinstance(dataset, streamed) for dataset in datasets):
+            return super().create_loaders(
+                datasets, num_workers, batch_sizes, is_trains, collate_fns, dataset_ratios=dataset_ratios
+            )
+        share = self.task.shards_evaluation and self.use_distributed
+        loaders = [
+            build_loader(
+                dataset,
+                batch_size,
+                collate,
+                seed=self.config.run_cfg.seed,
+                num_workers=num_workers,
+                is_train=is_train,
+                shared=is_train or share,
+                pin_memory=self.cuda_enabled,
+            )
+            for dataset, batch_size, is_train, collate in zip(datasets, batch_sizes, is_trains, collate_fns)
+        ]
+        return [PrefetchLoader(loader) for loader in loaders] if self.cuda_enabled else loaders
+
+    @property
+    def dataloaders(self) -> dict:
+        """Loaders by split; the splits that the YAML names must be there."""
+        if self._dataloaders is None:
+            check_splits(self.config.run_cfg, self.datasets, self.task.shards_evaluation)
+        return super().dataloaders
+
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """LAVIS's, in the order of this epoch, from the step where it was interrupted."""
+        loader, run = self.train_loader, self.config.run_cfg
+        self.task.first_step = self.start_step
+        if isinstance(loader, (DataLoader, PrefetchLoader)):
+            loader.dataset.epoch = epoch
+            loader.sampler.set_epoch(epoch)
+            loader.sampler.first = self.start_step * run.batch_size_train
+        self.task.finite.skipped = 0
+        self.task.after_step = lambda done: self._after_step(epoch, done)
+        self.stop.stepping = True
+        stats = super().train_epoch(epoch)
+        self._model.share_buffers()
+        if self.task.finite.skipped:
+            stats["skipped_steps"] = self.task.finite.skipped
+        self.start_step = 0
+        return stats
+
+    def _after_step(self, epoch: int, done: int) -> None:
+        """Save if it is time to, and stop if that is asked for; the end of the epoch has its own turn."""
+        if done == len(self.train_loader):
+            return
+        run = self.config.run_cfg
+        every, before = run.checkpoint_every, done - run.accum_grad_iters
+        signum = self.stop.signum()
+        if signum or (every and done // every > before // every):
+            self.task.finite.flush()
+            self._save_checkpoint(epoch, done)
+        self._heed(signum)
+
+    def _heed(self, signum: int | None) -> None:
+        if signum:
+            raise Stopped(signum, f"go on with --options run.resume=auto; all is in {self.output_dir}")
+
+    def train(self) -> None:
+        """Train, select the best epoch on the first validation split, and test; or only evaluate."""
+        with StopRequest() as self.stop:
+            self._train()
+
+    def _train(self) -> None:
+        start = time.time()
+        if not isinstance(self._model, RunState) and (self.resume_ckpt_path or not self.evaluate_only):
+            arch = self.config.model_cfg.arch
+            raise AuroraError(
+                f"model.arch: runner_aurora trains models of this package; to tune {arch}, wrap it: "
+                f"model: {{arch: mode_approx, base: {{arch: {arch}}}}}"
+            )
+        self.log_config()
+        run = self.config.run_cfg
+        if run.amp and not self.cuda_enabled:
+            logging.warning("run.amp: there is no mixed precision on a CPU; computing in single precision")
+        self.task.finite = FiniteGuard(self.output_dir, skip=run.skip_nonfinite)
+        self.best_metric, self.best_epoch, self.start_step = float("-inf"), None, 0
+        self._resume()
+        epoch = self.start_epoch - 1
+        for epoch in range(self.start_epoch, 0 if self.evaluate_only else self.max_epoch):
+            if self.start_step < len(self.train_loader):
+                self.log_stats(split_name="train", stats={"epoch": epoch, **self.train_epoch(epoch)})
+                self._save_checkpoint(epoch, len(self.train_loader))
+                self._heed(self.stop.signum())
+                self.stop.stepping = False
+            self.start_step = 0
+            logs = self._validate(epoch)
+            # First: a run that is killed in between does this again.
+            self._save_adapter("last", {"epoch": epoch, **logs})
+            self._save_checkpoint(epoch, len(self.train_loader), validated=True)
+        trained = time.time() - start
+        if self.evaluate_only and not self.test_splits:
+            raise AuroraError("run.test_splits: name a split to evaluate")
+        best = bool(self.valid_splits) and not self.evaluate_only
+        logs = self.evaluate(cur_epoch="best" if best else max(epoch, 0), skip_reload=self.evaluate_only)
+        if logs and not self.evaluate_only:
+            # The model holds the weights that were tested.
+            kind, tested = ("best", self.best_epoch) if best else ("last", epoch)
+            self._save_adapter(kind, {"epoch": tested, **logs})
+        logging.info(
+            "done in %s (training %s); outputs: %s",
+            timedelta(seconds=round(time.time() - start)),
+            timedelta(seconds=round(trained)),
+            self.output_dir,
+        )
+
+    def evaluate(self, cur_epoch="best", skip_reload=False) -> dict[str, Any] | None:
+        """LAVIS's; the metrics also go to log.txt."""
+        logs = super().evaluate(cur_epoch=cur_epoch, skip_reload=skip_reload)
+        for split, log in (logs or {}).items():
+            if log is not None:
+                self.log_stats({"epoch": cur_epoch, **log}, f"final_{split}")
+        return logs
+
+    def _validate(self, epoch: int) -> dict[str, Any]:
+        """Evaluate the validation splits; the first one decides which epoch is best. Returns metrics by split."""
+        logs: dict[str, Any] = {}
+        run = self.config.run_cfg
+        for i, split in enumerate(self.valid_splits):
+            log = self.eval_epoch(split_name=split, cur_epoch=epoch)
+            metric = [(log or {}).get(TRAINING_METRIC)]
+            if is_dist_avail_and_initialized():
+                dist.broadcast_object_list(metric, src=0)
+            if i == 0 and metric[0] is None:
+                raise AuroraError(
+                    f"run.valid_splits: run.task {run.task} reports no {TRAINING_METRIC} on {split} to select the "
+                    f"best epoch by; set run.valid_splits: [] to take the last. This one is saved: go on from it by "
+                    f"run.resume_ckpt_path={self.output_dir / LATEST}"
+                )
+            # LAVIS's tasks may give numpy's numbers, which no checkpoint holds.
+            if i == 0 and metric[0] > self.best_metric:
+                self.best_metric, self.best_epoch = float(metric[0]), epoch
+                self._save_checkpoint(epoch, len(self.train_loader), validated=True, name=BEST)
+                self._save_adapter("best", {"epoch": epoch, split: log or {}})
+            if log is not None:
+                logs[split] = log
+                self.log_stats({"epoch": epoch, **log, "best_epoch": self.best_epoch}, split)
+        return logs

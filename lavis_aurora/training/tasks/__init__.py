@@ -1,0 +1,1 @@
+"""LAVIS's tasks as runner_aurora trains and evaluates them."""

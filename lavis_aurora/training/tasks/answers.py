@@ -1,0 +1,226 @@
+"""Question answering: LAVIS's task, on any device, with results for the official evaluators."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lavis.common.dist_utils import (
+    get_rank,
+    get_world_size,
+    is_dist_avail_and_initialized,
+    is_main_process,
+    main_process,
+)
+from lavis.common.registry import registry
+from lavis.common.vqa_tools.vqa_eval import VQAEval
+from lavis.datasets.datasets.vqa_datasets import VQADataset
+from lavis.tasks.vqa import VQATask
+from torch.utils.data import Dataset
+
+from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.evaluation.answers import vqa_accuracy
+from lavis_aurora.training.loop import AuroraTrainMixin
+from lavis_aurora.training.tasks.base import AuroraTaskBase
+
+SHOWN_TYPES = 12  # question types that a report lists; VQAv2 has 65
+
+
+@registry.register_task("vqa_aurora")
+class VqaAuroraTask(AuroraTrainMixin, VQATask, AuroraTaskBase):
+    """LAVIS's vqa: the likeliest answer of a list, or a generated one, and VQAv2's accuracy by answer type."""
+
+    # What a result is known by, when processes have answered a question twice.
+    result_key = "question_id"
+
+    def build_datasets(self, cfg) -> dict:
+        """Datasets by name and split, their files checked, with what the evaluation of each split needs.
+
+        Raises:
+            AuroraError: a split to evaluate has no list to rank, or one to select the best epoch by no true answers.
+        """
+        datasets = super().build_datasets(cfg)
+        evaluated = ("test_splits",) if cfg.run_cfg.get("evaluate") else ("valid_splits", "test_splits")
+        for name, splits in datasets.items():
+            for split, dataset in splits.items():
+                for key in evaluated:
+                    if split in (cfg.run_cfg.get(key) or []):
+                        self._check_split(f"datasets.{name}.build_info.annotations.{split}.storage", key, dataset)
+        return datasets
+
+    def _check_split(self, files: str, key: str, dataset: Dataset) -> None:
+        if isinstance(getattr(dataset, "inner", dataset), VQADataset):
+            raise AuroraError(f"run.{key}: {files} holds questions to train on; evaluate another split")
+        self._check_answers(files, dataset)
+        if key == "valid_splits" and not getattr(dataset, "coco_fmt_anno_file", None):
+            raise AuroraError(
+                f"{files}: run.valid_splits needs true answers to select the best epoch by, VQAv2's questions and "
+                f"annotations as the third and fourth file; name them, or validate on another split"
+            )
+
+    def _check_answers(self, files: str, dataset: Dataset) -> None:
+        """Refuse to rank answers without a list of them."""
+        if self.inference_method == "rank" and not getattr(dataset, "answer_list", None):
+            raise AuroraError(
+                f"{files}: run.inference_method rank needs a list of answers, the second file; name it, or set "
+                f"run.inference_method: generate"
+            )
+
+    def evaluation(self, model, data_loader, **_kwargs) -> list[dict[str, Any]]:
+        """Answers of this process to its share of the questions."""
+        self.answer_list = getattr(data_loader.dataset, "answer_list", None)
+        return super().evaluation(model, data_loader, cuda_enabled=model.device.type == "cuda")
+
+    def valid_step(self, model, samples: dict) -> list[dict[str, Any]]:
+        """``question_id`` and ``answer`` of each question; ids are numbers or strings."""
+        answers = model.predict_answers(
+            samples=samples,
+            answer_list=self.answer_list,
+            inference_method=self.inference_method,
+            num_beams=self.num_beams,
+            max_len=self.max_len,
+            min_len=self.min_len,
+            num_ans_candidates=self.num_ans_candidates,
+            prompt=self.prompt,
+        )
+        ids = samples["question_id"]
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        return [{"question_id": i, "answer": answer} for i, answer in zip(ids, answers)]
+
+    def after_evaluation(self, val_result, split_name, epoch, **_kwargs) -> dict[str, Any] | None:
+        """Write ``result/SPLIT_epoch_N_vqa_result.json``, in the official server's format, and score it."""
+        path = self.save_result(
+            val_result,
+            result_dir=registry.get_path("result_dir"),
+            filename=f"{split_name}_epoch_{epoch}_vqa_result",
+            remove_duplicate=self.result_key,
+        )
+        return self._report_metrics(result_file=path, split=split_name)
+
+    @staticmethod
+    def save_result(result, result_dir, filename, remove_duplicate="") -> str:
+        """Join the results of all processes in one file; arguments and value are LAVIS's.
+
+        LAVIS's time grows with the square of the number of results, and its parts stay behind.
+        """
+        folder = Path(result_dir)
+        path = folder / f"{filename}.json"
+        (folder / f"{filename}_rank{get_rank()}.json").write_text(json.dumps(result))
+        if is_dist_avail_and_initialized():
+            dist.barrier()
+        if is_main_process():
+            parts = [folder / f"{filename}_rank{rank}.json" for rank in range(get_world_size())]
+            merged = [entry for part in parts for entry in json.loads(part.read_text())]
+            if remove_duplicate:
+                # Samplers repeat some samples, to give all processes equally many.
+                first: dict[Any, dict] = {}
+                for entry in merged:
+                    first.setdefault(entry[remove_duplicate], entry)
+                merged = list(first.values())
+            path.write_text(json.dumps(merged))
+            for part in parts:
+                part.unlink()
+        return str(path)
+
+    @main_process
+    def _report_metrics(self, result_file: str, split: str) -> dict[str, Any]:
+        """VQAv2's accuracy in percent, over all questions and by answer type; None where answers are not known.
+
+        ``result/SPLIT_epoch_N_accuracy.json`` also has it by question type.
+        """
+        count = len(json.loads(Path(result_file).read_text()))
+        logging.info("answers written to %s", result_file)
+        metrics: dict[str, Any] = {"agg_metrics": None, "questions": count}
+        scores = None
+        if split in self.anno_files:
+            scores = vqa_accuracy(result_file, self.ques_files[split], self.anno_files[split])
+            path = Path(result_file.replace("_vqa_result.json", "_accuracy.json"))
+            path.write_text(json.dumps({"split": split, "questions": count, **scores}, indent=1))
+            metrics.update(scores["answer_types"], agg_metrics=scores["accuracy"])
+        print(report(split, count, scores), flush=True)
+        return metrics
+
+
+def report(split: str, count: int, scores: dict[str, Any] | None) -> str:
+    """Number of questions, accuracy, accuracy by answer type, and by question type if these are not too many."""
+    if scores is None:
+        return f"{split}: {count} questions answered; their true answers are not known here"
+
+    def shown(kind: str) -> str:
+        return ", ".join(f"{name} {value:.2f}" for name, value in sorted(scores[kind].items()))
+
+    text = f"{split}: {count} questions, accuracy {scores['accuracy']:.2f} % ({shown('answer_types')})"
+    if len(scores["question_types"]) <= SHOWN_TYPES:
+        text += f"\n{split}: by question type: {shown('question_types')}"
+    return text
+
+
+# Of MSRVTT-QA (Xu et al., ACM MM 2017), whose questions all begin with one of them.
+QUESTION_WORDS = ("what", "who", "how", "when", "where")
+
+
+def normalise(answer: str, evaluator: VQAEval) -> str:
+    """An answer without case, punctuation and articles, and with digits for numbers, as VQAv2's evaluator has it.
+
+    An answer of which nothing would be left is only put in lower case.
+    """
+    text = " ".join(answer.split())
+    return evaluator.processDigitArticle(evaluator.processPunctuation(text)) or text.lower()
+
+
+def exact_match(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Accuracy in percent of results with ``question``, ``answer`` and ``truth``: overall and by question word.
+
+    Returns:
+        ``agg_metrics`` (overall), a figure for each of :data:`QUESTION_WORDS` that occurs, ``other`` for questions
+        that begin differently.
+    """
+    evaluator = VQAEval()
+    right: dict[str, list[bool]] = defaultdict(list)
+    for result in results:
+        first = (result["question"].lower().split() or [""])[0]
+        word = first if first in QUESTION_WORDS else "other"
+        right[word].append(normalise(result["answer"], evaluator) == normalise(result["truth"], evaluator))
+    words = [word for word in (*QUESTION_WORDS, "other") if word in right]
+    metrics = {"agg_metrics": 100 * sum(sum(right[word]) for word in words) / len(results)}
+    return {**metrics, **{word: 100 * sum(right[word]) / len(right[word]) for word in words}}
+
+
+@registry.register_task("video_qa_aurora")
+class VideoQaAuroraTask(VqaAuroraTask):
+    """Answers to questions about videos, or pictures (own_vqa), generated (D.3) or ranked, and how many are right."""
+
+    # LAVIS numbers the samples of a split; question_id need not differ.
+    result_key = "instance_id"
+
+    def _check_split(self, files: str, key: str, dataset: Dataset) -> None:
+        if files.endswith(".train.storage"):
+            raise AuroraError(f"run.{key}: {files} holds questions to train on; evaluate another split")
+        self._check_answers(files, dataset)
+
+    def valid_step(self, model, samples: dict) -> list[dict[str, Any]]:
+        """``question_id``, ``answer``, ``instance_id``, ``question`` and the true answer, ``truth``."""
+        rest = zip(samples["instance_id"], samples["text_input"], samples["answer"])
+        return [
+            {**result, "instance_id": instance, "question": question, "truth": truth}
+            for result, (instance, question, truth) in zip(super().valid_step(model, samples), rest)
+        ]
+
+    @main_process
+    def _report_metrics(self, result_file: str, split: str) -> dict[str, Any]:
+        """Exact match in percent, and the number of questions."""
+        results = json.loads(Path(result_file).read_text())
+        metrics = exact_match(results)
+        print(report_videos(split, len(results), metrics), flush=True)
+        logging.info("answers written to %s", result_file)
+        return {**metrics, "questions": len(results)}
+
+
+def report_videos(split: str, count: int, metrics: dict[str, float]) -> str:
+    """One line: number of questions, accuracy, and accuracy by question word."""
+    shown = ", ".join(f"{word} {value:.2f}" for word, value in metrics.items() if word != "agg_metrics")
+    return f"{split}: {count} questions, accuracy {metrics['agg_metrics']:.2f} % ({shown})"

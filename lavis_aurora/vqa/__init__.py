@@ -1,1 +1,0 @@
-"""Visual question answering: ranking and decoding of answers."""

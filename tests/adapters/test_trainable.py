@@ -1,0 +1,56 @@
+import pytest
+from tiny import med_config, tiny_model
+from torch import nn
+
+from lavis_aurora import ModeApproxConfig, inject_mode_approx, trainable_parameters_summary
+from lavis_aurora.adapters.sets import adapter_parameters
+
+
+def formula(layers: int, d: int, rank: int) -> int:
+    """Appendix E: L (3 + 6) 2r + 2dr + 2Ld."""
+    return layers * 9 * 2 * rank + 2 * d * rank + 2 * layers * d
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for _, p in adapter_parameters(model) if p.requires_grad)
+
+
+@pytest.mark.parametrize("rank", [1, 7, 64])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_count_of_a_retrieval_model(rank, layers, tmp_path):
+    model = tiny_model(
+        mode_approx={"rank": rank},
+        vit={"patch_size": 16, "embed_dim": 32, "depth": layers, "num_heads": 2},
+        med_config_path=med_config(
+            tmp_path, num_hidden_layers=layers, hidden_size=32, num_attention_heads=2, encoder_width=32
+        ),
+    )
+    assert count(model) == formula(layers, 32, rank)
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(64, 130_560), (128, 242_688)])
+def test_count_of_blip_base_is_the_papers(rank, expected):
+    """Figures of the paper's table 1, 0.1M and 0.2M, on BLIP base's own shapes without its memory."""
+    model = nn.ModuleDict()
+    for i in range(12):
+        model[f"vision{i}"] = nn.ModuleDict({"qkv": nn.Linear(768, 3 * 768, device="meta")})
+        for block in ("self", "cross"):
+            names = ("query", "key", "value")
+            model[f"{block}{i}"] = nn.ModuleDict({n: nn.Linear(768, 768, device="meta") for n in names})
+    factors = inject_mode_approx(model, ModeApproxConfig(rank=rank), [r".*\.(qkv|query|key|value)"])
+    assert len(factors.slots) == 108
+    gates = 2 * 12 * 768
+    assert sum(p.numel() for p in factors.parameters()) + gates == formula(12, 768, rank) == expected
+
+
+def test_summary_names_groups_and_ends_with_pefts_line():
+    summary = trainable_parameters_summary(tiny_model(mode_approx={"rank": 4}))
+    for group in ("factors U, V", "slot factors P", "coefficients lambda", "gate", "heads"):
+        assert group in summary
+    assert "trainable params: " in summary.splitlines()[-1]
+    assert "|| all params: " in summary.splitlines()[-1]
+
+
+def test_summary_of_full_tuning_and_of_none():
+    assert "backbone" in trainable_parameters_summary(tiny_model(tuning="full"))
+    assert "trainable params: 0 ||" in trainable_parameters_summary(tiny_model(tuning="frozen"))

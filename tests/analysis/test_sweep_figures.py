@@ -1,0 +1,121 @@
+"""Figures of a sweep: rank, context, gate, sharing; and its table."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+
+import pytest
+from tiny_figures import arguments, sweep_table
+
+from lavis_aurora.analysis import rank
+from lavis_aurora.analysis.ablation import CONTEXT, GATE, GATE_INIT, SHARING, SPAN, metric_title
+from lavis_aurora.analysis.table import series, write_table
+from lavis_aurora.common.errors import AuroraError
+
+SEEDS = {"none": [40.0, 42.0, 47.0], "attention": [44.0, 44.0, 45.0]}
+
+
+def points(axis) -> dict[float, float]:
+    """Means drawn with error bars, by place."""
+    return {x: y for bars in axis.containers for x, y in zip(*bars.lines[0].get_data())}
+
+
+def test_forms_are_drawn_with_mean_spread_and_seeds(tmp_path):
+    table = sweep_table(tmp_path / "sweep.csv", CONTEXT.key, SEEDS)
+    numbers = CONTEXT.numbers(arguments(CONTEXT, table))
+    one = numbers["values"]["none"]["test.image_to_text_r1"]
+    assert one == {"mean": 43.0, "spread": statistics.stdev(SEEDS["none"]), "cells": SEEDS["none"]}
+    figure = CONTEXT.draw(numbers)
+    assert [axis.get_title() for axis in figure.axes] == [
+        "R@1, image to text",
+        "R@1, text to image",
+        "mean of R@1, 5, 10",
+    ]
+    assert points(figure.axes[0]) == {0: 43.0, 1: pytest.approx(133 / 3)}
+    dots = [list(line.get_ydata()) for line in figure.axes[0].lines if line.get_marker() == "."]
+    assert dots == [SEEDS["none"], SEEDS["attention"]]
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["none", "attention\n(the paper)"]
+    assert "3 seeds" in figure.get_suptitle()
+
+
+def test_small_differences_do_not_fill_a_panel(tmp_path):
+    near = sweep_table(tmp_path / "near.csv", CONTEXT.key, {"none": [50.0, 50.2], "mean": [50.1, 50.3]})
+    [first, *_] = CONTEXT.draw(CONTEXT.numbers(arguments(CONTEXT, near))).axes
+    low, high = first.get_ylim()
+    assert high - low == pytest.approx(SPAN) and low < 50.0 and high > 50.3
+    far = sweep_table(tmp_path / "far.csv", CONTEXT.key, {"none": [50.0], "mean": [70.0]})
+    [first, *_] = CONTEXT.draw(CONTEXT.numbers(arguments(CONTEXT, far))).axes
+    assert 20 < first.get_ylim()[1] - first.get_ylim()[0] < 25
+
+
+def test_both_ways_of_videos_are_drawn(tmp_path):
+    metrics = {f"{way}_r1": 50.0 for way in ("video_to_text", "text_to_video")} | {"agg_metrics": 60.0}
+    cells = [({CONTEXT.key: form}, {"status": "done", "seconds": 1.0, "metrics": {"test": metrics}}) for form in "ab"]
+    write_table(cells, tmp_path / "sweep.csv")
+    figure = CONTEXT.draw(CONTEXT.numbers(arguments(CONTEXT, tmp_path / "sweep.csv")))
+    assert [axis.get_title() for axis in figure.axes] == [
+        "R@1, video to text",
+        "R@1, text to video",
+        "mean of R@1, 5, 10",
+    ]
+
+
+@pytest.mark.parametrize("figure", [GATE, GATE_INIT, SHARING])
+def test_each_part_has_its_figure(tmp_path, figure):
+    forms = list(figure.labels)
+    table = sweep_table(tmp_path / "sweep.csv", figure.key, {form: [50.0 + i] for i, form in enumerate(forms)})
+    drawn = figure.draw(figure.numbers(arguments(figure, table, "--metrics", "test.agg_metrics")))
+    [axis] = drawn.axes
+    assert points(axis) == {i: 60.0 + i for i in range(len(forms))}
+    assert drawn.get_suptitle().endswith("of 1 seed")
+
+
+def test_recalls_and_counts_against_the_rank(tmp_path):
+    table = sweep_table(tmp_path / "sweep.csv", rank.KEY, {"16": [30.0, 32.0], "4": [20.0, 21.0], "64": [35.0, 35.0]})
+    numbers = rank.numbers(arguments(rank, table))
+    assert numbers["ranks"] == [4, 16, 64]
+    assert numbers["counts"]["Aurora"][numbers["counts"]["ranks"].index(64)] == 130_560
+    figure = rank.draw(numbers)
+    assert len(figure.axes) == 3
+    drawn = [list(bars.lines[0].get_ydata()) for bars in figure.axes[0].containers]
+    assert drawn == [[20.5, 31.0, 35.0], [30.5, 41.0, 45.0], [40.5, 51.0, 55.0]]
+    names = {text.get_text() for text in figure.axes[2].texts}
+    assert names == {"LoRA", "UniAdapter", "Aurora"}
+    # Formulas of another size say nothing of the paper's model.
+    small = rank.numbers(arguments(rank, table, "--layers", "3", "--width", "128"))
+    assert small["paper"] == [] and small["counts"]["UniAdapter"][0] == 3 * 4 * 128 * 4
+
+
+def test_what_else_differs_is_refused(tmp_path):
+    def cell(rank: str, form: str) -> tuple:
+        settings = {rank_key: rank, "model.gate.form": form}
+        return settings, {"status": "done", "seconds": 1.0, "metrics": {"test": {"agg_metrics": 1.0}}}
+
+    rank_key = rank.KEY
+    write_table([cell("4", "none"), cell("8", "residual")], tmp_path / "two.csv")
+    with pytest.raises(AuroraError, match="model.gate.form differs too"):
+        series(tmp_path / "two.csv", rank_key, ["test.agg_metrics"])
+    with pytest.raises(AuroraError, match="no column 'model.context.form'"):
+        CONTEXT.numbers(arguments(CONTEXT, tmp_path / "two.csv"))
+    with pytest.raises(AuroraError, match="no recalls and no accuracy.*'val'"):
+        rank.numbers(arguments(rank, tmp_path / "two.csv", "--split", "val"))
+    with pytest.raises(AuroraError, match="cannot be read as csv"):
+        series(tmp_path / "none.csv", rank_key, ["test.agg_metrics"])
+
+
+def test_failed_cells_count_for_nothing(tmp_path):
+    done = {"status": "done", "seconds": 2.0, "metrics": {"test": {"agg_metrics": 7.0}}}
+    failed = {"status": "failed", "seconds": 1.0, "error": "error: x"}
+    write_table([({"a.b": "1"}, done), ({"a.b": "2"}, failed)], tmp_path / "sweep.csv")
+    assert list(series(tmp_path / "sweep.csv", "a.b", ["test.agg_metrics"])) == ["1"]
+    write_table([({"a.b": "2"}, failed)], tmp_path / "sweep.csv")
+    with open(tmp_path / "sweep.csv", newline="") as file:
+        assert [row["error"] for row in csv.DictReader(file)] == ["error: x"]
+
+
+def test_titles_of_metrics():
+    assert metric_title("test.text_to_video_r10") == "R@10, text to video"
+    assert metric_title("test.image_to_text_itc_r5") == "R@5, image to text, ITC only"
+    assert metric_title("test.text_to_image_median_rank") == "median_rank, text to image"
+    assert metric_title("test.what") == "test.what"

@@ -1,0 +1,186 @@
+"""Whole runs through the command line's entry, on a tiny project."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from runs import logged, only_run
+from tiny import project_yaml
+
+from lavis_aurora.training.tasks.retrieval import RetrievalAuroraTask
+from lavis_aurora_cli import evaluate, train
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_RANDOM_NEGATIVES = {"queue_size": 16, "alpha": 0.4}
+
+
+
+
+
+
+def run(yaml: Path, *options: str) -> None:
+    train(["--cfg-path", str(yaml), *(["--options", *options] if options else [])])
+
+
+def test_a_run_leaves_configuration_checkpoints_results_and_log(tmp_path, capsys, caplog):
+    run(project_yaml(tmp_path, run={"max_epoch": 2, "amp": True, "min_lr": 1e-5, "world_size": 8}))
+    folder = only_run(tmp_path)
+    assert {p.name for p in folder.iterdir()} == {
+        "config.yaml",
+        "log.txt",
+        "checkpoint_best.pth",
+        "checkpoint_latest.pth",
+        "adapter_best",
+        "adapter_last",
+        "checkpoint_previous.pth",
+        "result",
+    }
+    saved = OmegaConf.load(folder / "config.yaml").run
+    assert saved.weight_decay == 0.05
+    assert saved.world_size == 1 and not saved.distributed, "what ran, not what the YAML says"
+    result = json.loads((folder / "result" / "test_epoch_best.json").read_text())
+    assert len(result["ranks"]["image_to_text"]) == result["images"] == 8
+    assert [entry["train_epoch"] for entry in logged(folder, "train_loss")] == [0, 1]
+    # The cosine between 1e-3 and 1e-5 at the start and half-way.
+    assert [entry["train_lr"] for entry in logged(folder, "train_loss")] == pytest.approx([1e-3, 5.05e-4])
+    assert len([record for record in caplog.records if "no mixed precision on a CPU" in record.message]) == 1
+    out = capsys.readouterr().out
+    assert "test: 8 images, 8 texts" in out
+    for words in ("image-to-text", "text-to-image", "chance", "median rank", "ITC only"):
+        assert words in out
+    # Adapter, heads and their teachers alone: no queue, no backbone.
+    state = torch.load(folder / "checkpoint_best.pth", weights_only=True)
+    assert not [key for key in state["model"] if "queue" in key or key.startswith("visual_encoder")]
+    assert any(key.startswith("mode_approx.sets.momentum") for key in state["model"])
+
+
+def test_the_best_epoch_is_tested_even_when_its_metric_is_zero(tmp_path, monkeypatch):
+    from lavis_aurora.training.tasks.retrieval import RetrievalAuroraTask
+
+    original = RetrievalAuroraTask.after_evaluation
+    values = iter([0.0, 0.0, 0.0])
+
+    def worthless(self, val_result, split_name, epoch, **kwargs):
+        log = original(self, val_result, split_name, epoch, **kwargs)
+        return {**log, "agg_metrics": next(values)} if split_name == "val" else log
+
+    monkeypatch.setattr(RetrievalAuroraTask, "after_evaluation", worthless)
+    run(project_yaml(tmp_path, run={"max_epoch": 2}))
+    folder = only_run(tmp_path)
+    assert torch.load(folder / "checkpoint_best.pth", weights_only=True)["epoch"] == 0
+    assert (folder / "result" / "test_epoch_best.json").exists()
+
+
+def test_evaluation_of_a_checkpoint_repeats_the_test(tmp_path, capsys):
+    yaml = project_yaml(tmp_path)
+    run(yaml)
+    first = only_run(tmp_path)
+    tested = json.loads((first / "result" / "test_epoch_best.json").read_text())
+    checkpoint = first / "checkpoint_best.pth"
+    evaluate(["--cfg-path", str(yaml), "--options", f"run.resume_ckpt_path={checkpoint}"])
+    [second] = [p for p in (tmp_path / "output").iterdir() if p != first]
+    again = json.loads((second / "result" / "test_epoch_0.json").read_text())
+    assert again["ranks"] == tested["ranks"]
+    assert not list(second.glob("*.pth"))
+
+
+def test_resumed_training_continues_the_epochs_and_keeps_the_best(tmp_path):
+    yaml = project_yaml(tmp_path, run={"max_epoch": 1})
+    run(yaml)
+    first = only_run(tmp_path)
+    before = torch.load(first / "checkpoint_latest.pth", weights_only=True)
+    run(yaml, "run.max_epoch=2", f"run.resume_ckpt_path={first / 'checkpoint_latest.pth'}")
+    [second] = [p for p in (tmp_path / "output").iterdir() if p != first]
+    assert [entry["train_epoch"] for entry in logged(second, "train_loss")] == [1]
+    after = torch.load(second / "checkpoint_latest.pth", weights_only=True)
+    assert after["best_metric"] >= before["best_metric"]
+    assert after["epoch"] == 1
+
+
+def test_a_finished_run_is_not_resumed(tmp_path, capsys):
+    yaml = project_yaml(tmp_path, run={"valid_splits": [], "test_splits": []})
+    run(yaml)
+    checkpoint = only_run(tmp_path) / "checkpoint_latest.pth"
+    with pytest.raises(SystemExit):
+        run(yaml, f"run.resume_ckpt_path={checkpoint}")
+    assert "run.max_epoch: 1 epochs are done; raise it, or test with evaluate.py" in capsys.readouterr().err
+
+
+def test_without_its_file_the_best_epoch_is_looked_for_anew(tmp_path):
+    yaml = project_yaml(tmp_path)
+    run(yaml)
+    latest = only_run(tmp_path) / "checkpoint_latest.pth"
+    state = torch.load(latest, weights_only=True)
+    moved = tmp_path / "moved.pth"
+    # An earlier epoch was the best, and its weights are not here.
+    torch.save({**state, "best_metric": 1e9, "best_epoch": -1}, moved)
+    run(yaml, "run.max_epoch=2", f"run.resume_ckpt_path={moved}")
+    [second] = [p for p in (tmp_path / "output").iterdir() if p != latest.parent]
+    assert torch.load(second / "checkpoint_best.pth", weights_only=True)["epoch"] == 1
+
+
+def test_outputs_of_relative_folders_lie_under_the_current_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(project_yaml(tmp_path, run={"output_dir": "here", "valid_splits": []}))
+    [folder] = (tmp_path / "here").iterdir()
+    assert (folder / "checkpoint_latest.pth").exists()
+    assert (folder / "result" / "test_epoch_0.json").exists()
+
+
+@pytest.mark.parametrize("options", [["run.accum_grad_iters=2"], ["run.grad_clip=0.5"], ["model.tuning=full"]])
+def test_options_of_training(tmp_path, options):
+    run(project_yaml(tmp_path, run={"valid_splits": [], "test_splits": []}), *options)
+    assert (only_run(tmp_path) / "checkpoint_latest.pth").exists()
+
+
+def test_a_model_without_the_method_is_refused_before_any_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(RetrievalAuroraTask, "build_model", lambda self, cfg: torch.nn.Linear(2, 2))
+    with pytest.raises(SystemExit):
+        run(project_yaml(tmp_path))
+    assert "wrap it: model: {arch: mode_approx, base: {arch: blip_retrieval_aurora}}" in capsys.readouterr().err
+
+
+def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path):
+    """Heads alone, without negatives from the batch: the mean loss of two halves is that of the whole."""
+    states = []
+    for i, options in enumerate((["run.batch_size_train=4"], ["run.batch_size_train=4", "run.accum_grad_iters=2"])):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        yaml = project_yaml(folder, run={"valid_splits": [], "test_splits": [], "init_lr": 0.0})
+        run(yaml, *options)
+        states.append(torch.load(only_run(folder) / "checkpoint_latest.pth", weights_only=True)["optimizer"]["state"])
+    steps = [int(next(iter(state.values()))["step"]) for state in states]
+    assert steps == [2, 1]
+
+
+def test_torchrun_with_two_processes_trains_and_tests_as_one(tmp_path):
+    """Law 7 through the real command: 9 pictures, an uneven number, in batches of 4 or 2 x 2."""
+    logs, checkpoints = [], []
+    for processes, batch in ((1, 4), (2, 2)):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        yaml = project_yaml(folder, count=9, model=NO_RANDOM_NEGATIVES, run={"max_epoch": 2})
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+        command = [sys.executable, *launcher, str(ROOT / "train.py"), "--cfg-path", str(yaml)]
+        command += ["--options", f"run.batch_size_train={batch}"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        output = only_run(folder)
+        logs.append(logged(output, "train_loss") + logged(output, "final_test_epoch"))
+        checkpoints.append(torch.load(output / "checkpoint_latest.pth", weights_only=True)["model"])
+    one, two = logs
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            # AdamW turns rounding in a vanishing gradient into a step of the learning rate, 1e-3 here;
+            # losses and gradients themselves are compared in models/test_several_processes.py.
+            assert b[key] == pytest.approx(value, abs=2e-3), key
+    for name, value in checkpoints[0].items():
+        assert (checkpoints[1][name] - value).abs().mean() < 5e-4, name
