@@ -5,22 +5,56 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from lavis.common.dist_utils import get_rank, get_world_size, is_dist_avail_and_initialized
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 from transformers import BatchEncoding
 
-from lavis_aurora.encoders.towers import encode_visual, visual_input
-
+T = TypeVar("T")
 # Texts of 35 tokens that take as much room in their tower as a picture of 384 pixels, 577 tokens, takes in its own.
 TEXTS_PER_PICTURE = 16
 # Work that takes less has no bar.
 BAR_AFTER_SECONDS = 5
+
+
+class RetrievalModel(Protocol):
+    """What an evaluation asks of a model that scores images or videos with texts.
+
+    Attributes:
+        device: where it computes.
+        feature_size: width of the features that ITC compares.
+        image_size: pixels of a side of its images.
+    """
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def feature_size(self) -> int: ...
+
+    @property
+    def image_size(self) -> int: ...
+
+    def tokenize(self, texts: Sequence[str]) -> BatchEncoding:
+        """``input_ids`` and ``attention_mask`` of texts, padded alike whatever the texts, (texts, length)."""
+
+    def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Normalised ITC features of texts (texts, length) on any device: (texts, feature_size), float32."""
+
+    def image_features(self, samples: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Tokens for the fusion encoder, (images, tokens, d), and normalised ITC features, (images, feature_size).
+
+        Args:
+            samples: a batch with ``image`` or ``video``.
+        """
+
+    def match_logits(self, ids: Tensor, lengths: Tensor, image: Tensor) -> Tensor:
+        """ITM logits (no match, match), (texts, 2), of one image, (tokens, d), with texts of rising length."""
 
 
 def own_share(total: int) -> range:
@@ -47,7 +81,7 @@ def gather_rows(places: Tensor, rows: Tensor, total: int) -> Tensor:
     return result
 
 
-def agreed(value):
+def broadcast(value: T) -> T:
     """The main process's ``value``, on all processes."""
     values = [value]
     if is_dist_avail_and_initialized():
@@ -66,7 +100,7 @@ class Texts:
     """A split's texts as they enter the fusion encoder, all in main memory.
 
     Attributes:
-        ids: token ids, [ENC] first, padded to the longest, (texts, longest).
+        ids: token ids, padded to the longest, (texts, longest).
         lengths: tokens of each, (texts,).
         feats: normalised ITC features, (texts, d).
     """
@@ -76,58 +110,76 @@ class Texts:
     feats: Tensor
 
 
-def encode_texts(model, texts: Sequence[str], at_once: int) -> Texts:
+def encode_texts(model: RetrievalModel, texts: Sequence[str], at_once: int) -> Texts:
     """Tokenize all texts and encode this process's share, ``at_once`` of similar length together."""
     batches = [model.tokenize(texts[i : i + at_once]) for i in range(0, len(texts), at_once)]
     ids = torch.cat([batch.input_ids for batch in batches])
     mask = torch.cat([batch.attention_mask for batch in batches])
     lengths = mask.sum(dim=1)
     share = lengths.argsort(stable=True)[own_share(len(texts))]
-    feats = [torch.empty(0, model.text_proj.out_features)]
+    feats = [torch.empty(0, model.feature_size)]
     with progress(len(share), "encoding texts", "text") as bar:
         for part in share.split(at_once) if len(share) else ():
             longest = int(lengths[part].max())
-            batch = {"input_ids": ids[part, :longest], "attention_mask": mask[part, :longest]}
-            hidden = model.text_encoder.forward_text(BatchEncoding(batch).to(model.device)).last_hidden_state
-            feats.append(F.normalize(model.text_proj(hidden[:, 0]).float(), dim=-1).cpu())
+            feats.append(model.text_features(ids[part, :longest], mask[part, :longest]).cpu())
             bar.update(len(part))
-    ids = ids[:, : int(lengths.max())].clone()
-    ids[:, 0] = model.tokenizer.enc_token_id
-    return Texts(ids, lengths, gather_rows(share, torch.cat(feats), len(texts)))
+    return Texts(ids[:, : int(lengths.max())].clone(), lengths, gather_rows(share, torch.cat(feats), len(texts)))
 
 
-def encode_images(model, data_loader, indices: Sequence[int], what: str) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Index, tokens (tokens, d) and normalised ITC feature (d,) of some images or videos, in the order given.
+class _Chosen(Sampler[int]):
+    """Indices that are set before each pass."""
 
-    A batch of the loader is a pass through the vision tower.
+    def __init__(self) -> None:
+        self.indices: Sequence[int] = ()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class ImageEncoder:
+    """Encodes any of a split's images or videos; a batch of the split's loader is a pass through the vision tower.
 
     Args:
         model: the retrieval model.
         data_loader: over the whole split; its batch size, workers and collation are used.
-        indices: into the split.
-        what: says the progress bar.
     """
-    # On a GPU, LAVIS's runner puts a loader of its own around torch's.
-    loader = getattr(data_loader, "loader", data_loader)
-    part = DataLoader(
-        Subset(loader.dataset, indices),
-        batch_size=loader.batch_size,
-        num_workers=min(loader.num_workers, len(indices)),
-        pin_memory=loader.pin_memory,
-        collate_fn=loader.collate_fn,
-        generator=torch.Generator(),  # the random numbers of training stay as they are
-    )
-    position = 0
-    with progress(len(indices), what, "it") as bar:
-        for samples in part:
-            visual = visual_input(samples)
-            bar.unit = "video" if visual.dim() == 5 else "image"
-            features = encode_visual(model.visual_encoder, visual.to(model.device))
-            feats = F.normalize(model.vision_proj(features.pooled).float(), dim=-1)
-            for tokens, feat in zip(features.tokens, feats):
-                yield indices[position], tokens, feat
-                position += 1
-            bar.update(len(visual))
+
+    def __init__(self, model: RetrievalModel, data_loader: DataLoader) -> None:
+        # On a GPU, LAVIS's runner puts a loader of its own around torch's.
+        loader = getattr(data_loader, "loader", data_loader)
+        self.model, self._chosen = model, _Chosen()
+        self.loader = DataLoader(
+            loader.dataset,
+            batch_size=loader.batch_size,
+            sampler=self._chosen,
+            num_workers=min(loader.num_workers, len(loader.dataset)),
+            pin_memory=loader.pin_memory,
+            collate_fn=loader.collate_fn,
+            generator=torch.Generator(),  # the random numbers of training stay as they are
+        )
+
+    def encode(self, indices: Sequence[int], what: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Index, tokens (tokens, d) and normalised ITC feature (d,) of some images, in the order given.
+
+        Args:
+            indices: into the split.
+            what: says the progress bar.
+        """
+        if not indices:
+            return
+        self._chosen.indices = indices
+        position = 0
+        with progress(len(indices), what, "it") as bar:
+            for samples in self.loader:
+                bar.unit = "video" if "video" in samples else "image"
+                tokens, feats = self.model.image_features(samples)
+                for one, feat in zip(tokens, feats):
+                    yield indices[position], one, feat
+                    position += 1
+                bar.update(len(tokens))
 
 
 class ImageTokens:
@@ -144,15 +196,17 @@ class ImageTokens:
         share: this process's images.
     """
 
-    def __init__(self, model, data_loader, budget_gb: float, dtype: torch.dtype) -> None:
-        self.model, self.data_loader, self.dtype, self.budget_gb = model, data_loader, dtype, budget_gb
+    def __init__(
+        self, model: RetrievalModel, data_loader: DataLoader, budget_gb: float, dtype: torch.dtype
+    ) -> None:
+        self.encoder, self.dtype, self.budget_gb = ImageEncoder(model, data_loader), dtype, budget_gb
         total = len(data_loader.dataset)
         self.share = list(own_share(total))
         self._kept: dict[int, Tensor] = {}
         self._given = torch.float32
         left = budget_gb * 1e9
-        feats = [torch.empty(0, model.vision_proj.out_features)]
-        for image, tokens, feat in encode_images(model, data_loader, self.share, "encoding"):
+        feats = [torch.empty(0, model.feature_size)]
+        for image, tokens, feat in self.encoder.encode(self.share, "encoding"):
             feats.append(feat.cpu().unsqueeze(0))
             self._given = tokens.dtype
             left -= tokens.numel() * dtype.itemsize
@@ -177,5 +231,5 @@ class ImageTokens:
                 len(images),
                 self.budget_gb,
             )
-            for image, tokens, _ in encode_images(self.model, self.data_loader, again, "encoding again"):
+            for image, tokens, _ in self.encoder.encode(again, "encoding again"):
                 yield image, tokens.to(self.dtype).to(self._given)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.config.run import RunConfig
-from lavis_aurora.evaluation.encode import TEXTS_PER_PICTURE, ImageTokens, encode_texts
+from lavis_aurora.evaluation.encode import TEXTS_PER_PICTURE, ImageTokens, RetrievalModel, encode_texts
 from lavis_aurora.evaluation.rerank import score_pairs
 
 # Pictures or frames that are in the vision tower at once.
@@ -50,11 +50,11 @@ class _Visuals(Dataset):
 
 
 @torch.no_grad()
-def match_scores(model, images: Tensor, texts: str | Sequence[str]) -> MatchScores:
+def match_scores(model: RetrievalModel, images: Tensor, texts: str | Sequence[str]) -> MatchScores:
     """Score every picture with every text; several processes share the work, and each must ask for the same.
 
     Args:
-        model: blip_retrieval_aurora, in eval mode.
+        model: e.g. blip_retrieval_aurora, in eval mode.
         images: (pictures, 3, height, width), or videos (videos, 3, frames, height, width).
         texts: a text, or a list of them.
 
@@ -63,8 +63,6 @@ def match_scores(model, images: Tensor, texts: str | Sequence[str]) -> MatchScor
     """
     texts = _checked_texts(texts)
     _check_images(model, images)
-    # In the precision of a model that was cast to half.
-    images = images.to(next(model.visual_encoder.parameters()).dtype)
     frames = images.shape[2] if images.dim() == 5 else 1
     loader = DataLoader(_Visuals(images), batch_size=max(1, PICTURES_AT_ONCE // frames))
     encoded = encode_texts(model, texts, TEXTS_PER_PICTURE * PICTURES_AT_ONCE)
@@ -85,8 +83,8 @@ def _checked_texts(texts: str | Sequence[str]) -> list[str]:
     return texts
 
 
-def _check_images(model, images: Tensor) -> None:
-    side = model.settings.image_size
+def _check_images(model: RetrievalModel, images: Tensor) -> None:
+    side = model.image_size
     advice = f"the eval processor makes (3, {side}, {side}) of a picture, and torch.stack a batch of several"
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__

@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from lavis_aurora.encoders.fusion import encode_with_image
 from lavis_aurora.evaluation.encode import (
     TEXTS_PER_PICTURE,
     ImageTokens,
+    RetrievalModel,
     Texts,
-    agreed,
+    broadcast,
     encode_texts,
     gather_rows,
     progress,
@@ -33,8 +34,8 @@ QUERIES_AT_ONCE = 512
 
 @torch.no_grad()
 def retrieval_scores(
-    model,
-    data_loader,
+    model: RetrievalModel,
+    data_loader: DataLoader,
     k_test: int,
     itc_weight: float = 1.0,
     token_budget_gb: float = 4.0,
@@ -46,7 +47,7 @@ def retrieval_scores(
     Several processes share images and texts; each returns all scores.
 
     Args:
-        model: blip_retrieval_aurora, in eval mode.
+        model: e.g. blip_retrieval_aurora, in eval mode.
         data_loader: over LAVIS's RetrievalEvalDataset or VideoRetrievalEvalDataset (``text`` and ``image`` lists);
             not sharded. As many pictures or videos as it gives in a batch are in the vision tower at once, and
             16 times as many texts in theirs.
@@ -63,7 +64,9 @@ def retrieval_scores(
         images = ImageTokens(
             model, data_loader, token_budget_gb if k_test else 0, torch.bfloat16 if bf16 else token_dtype
         )
-        i2t, t2i = agreed((_nearest(images.feats, texts.feats, k_test), _nearest(texts.feats, images.feats, k_test)))
+        i2t, t2i = broadcast(
+            (_nearest(images.feats, texts.feats, k_test), _nearest(texts.feats, images.feats, k_test))
+        )
         own = _pair_keys(i2t.indices, len(texts.feats)), _pair_keys(t2i.indices, len(texts.feats), by_text=True)
         keys = torch.cat([one.flatten() for one in own]).unique()
         encoded = time.time()
@@ -111,7 +114,7 @@ def _pair_keys(found: Tensor, texts: int, by_text: bool = False) -> Tensor:
     return image * texts + text
 
 
-def score_pairs(model, images: ImageTokens, texts: Texts, keys: Tensor) -> Tensor:
+def score_pairs(model: RetrievalModel, images: ImageTokens, texts: Texts, keys: Tensor) -> Tensor:
     """ITM logits (no match, match) of pairs, (pairs, 2), in main memory; each process scores those of its images.
 
     Args:
@@ -133,11 +136,8 @@ def score_pairs(model, images: ImageTokens, texts: Texts, keys: Tensor) -> Tenso
     return gather_rows(torch.cat(places), torch.cat(logits), len(keys))
 
 
-def _match(model, image: Tensor, texts: Texts, chosen: Tensor) -> Tensor:
+def _match(model: RetrievalModel, image: Tensor, texts: Texts, chosen: Tensor) -> Tensor:
     """ITM logits of one image with the chosen texts, which are of rising length: (chosen, 2)."""
     parts = -(-int(texts.lengths[chosen].sum()) // TOKENS_AT_ONCE)
-    fused = [
-        encode_with_image(model.text_encoder, texts.ids[part], texts.lengths[part], image)
-        for part in chosen.chunk(parts)
-    ]
-    return model.itm_head(torch.cat(fused)).float().cpu()
+    logits = [model.match_logits(texts.ids[part], texts.lengths[part], image) for part in chosen.chunk(parts)]
+    return torch.cat(logits).cpu()

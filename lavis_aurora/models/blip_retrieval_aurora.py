@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -20,7 +19,6 @@ from lavis_aurora.alignment.context import enhance_context
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.config.models import RetrievalAuroraConfig
-from lavis_aurora.config.run import RunConfig
 from lavis_aurora.encoders.fused import drops
 from lavis_aurora.encoders.shared_images import matching_passes, share_images
 from lavis_aurora.encoders.towers import (
@@ -32,16 +30,11 @@ from lavis_aurora.encoders.towers import (
     encode_visual,
     visual_input,
 )
-from lavis_aurora.evaluation.match import MatchScores, match_scores
-from lavis_aurora.evaluation.rerank import retrieval_scores
-from lavis_aurora.evaluation.scores import RetrievalScores
 from lavis_aurora.mode_approx.factors import TEACHER_SET
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.base import AuroraBase
-from lavis_aurora.models.evaluating import evaluating
 from lavis_aurora.models.matching import draw_negatives, gather, shared_seed
-
-EVALUATION_KEYS = ("k_test", "itc_weight", "token_budget_gb", "token_dtype", "eval_bf16")
+from lavis_aurora.models.scoring import RetrievalScoring
 
 
 class TeacherFeatures(NamedTuple):
@@ -54,7 +47,7 @@ class TeacherFeatures(NamedTuple):
 
 
 @registry.register_model("blip_retrieval_aurora")
-class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
+class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
     """BLIP retrieval model tuned by Aurora (paper 3.2, 3.3).
 
     Supported model types:
@@ -320,52 +313,3 @@ class BlipRetrievalAurora(AuroraBase, BlipRetrieval):
         outputs["encoder_output"] = type(output)(last_hidden_state=first)
         outputs["encoder_output_neg"] = type(output)(last_hidden_state=rest)
         return loss, outputs
-
-    def match(self, images: Tensor, texts: str | Sequence[str]) -> MatchScores:
-        """Score every picture or video with every text, as an evaluation does: on the model's device, in eval mode.
-
-        Processes of one group share the work: all of them must call it, each with the same pictures and texts.
-
-        Args:
-            images: (pictures, 3, height, width), as the processors make them; or videos, (videos, 3, frames, height,
-                width).
-            texts: a text, or a list of them.
-
-        Returns:
-            ``itc``, cosine similarities, and ``itm``, probabilities of a match, both (pictures, texts) and in main
-            memory; ``itm_logits``, (pictures, texts, 2), are what these are the softmax of. At the start ``itc`` and
-            ``itm_logits`` are what LAVIS's blip_image_text_matching gives.
-
-        Raises:
-            AuroraError: there is no picture or no text, or they are of another type or shape.
-        """
-        with evaluating(self):
-            return match_scores(self, images, texts)
-
-    def compute_sim_matrix(self, data_loader, task_cfg) -> tuple:
-        """LAVIS's scores of each image with each text and the reverse, as two numpy arrays; all processes call it."""
-        scores = self.retrieval_scores(data_loader, task_cfg)
-        return scores.matrix("image_to_text"), scores.matrix("text_to_image")
-
-    def retrieval_scores(self, data_loader, task_cfg) -> RetrievalScores:
-        """Scores of the best candidates, see :func:`lavis_aurora.evaluation.rerank.retrieval_scores`; in eval mode.
-
-        Processes of one group share the work: all of them must call it.
-
-        Args:
-            data_loader: over a split for evaluation.
-            task_cfg: the keys ``k_test``, ``itc_weight``, ``token_budget_gb``, ``token_dtype`` and ``eval_bf16`` of
-                :class:`lavis_aurora.config.RunConfig`.
-        """
-        defaults = RunConfig()
-        get = {key: task_cfg.get(key, getattr(defaults, key)) for key in EVALUATION_KEYS}
-        with evaluating(self):
-            return retrieval_scores(
-                self,
-                data_loader,
-                k_test=get["k_test"],
-                itc_weight=get["itc_weight"],
-                token_budget_gb=get["token_budget_gb"],
-                token_dtype=getattr(torch, get["token_dtype"]),
-                bf16=get["eval_bf16"],
-            )

@@ -31,7 +31,7 @@ from lavis_aurora.encoders.towers import (
 from lavis_aurora.evaluation.answers import AnswerList, CachedDecoder, NoNan, rank_answers
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.base import AuroraBase
-from lavis_aurora.models.evaluating import evaluating
+from lavis_aurora.models.scoring import evaluating
 
 ENCODER, DECODER = "text_encoder.", "text_decoder.bert."
 

@@ -25,7 +25,6 @@ from lavis_aurora.mode_approx.inject import inject_mode_approx, momentum_copies,
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.adapter_settings import portable_settings, type_settings
 from lavis_aurora.models.base import AuroraBase
-from lavis_aurora.models.evaluating import evaluating
 from lavis_aurora.models.owner import (
     RunState,
     describe_text,
@@ -33,6 +32,7 @@ from lavis_aurora.models.owner import (
     registered_name,
     text_differences,
 )
+from lavis_aurora.models.scoring import evaluating
 
 # By these LAVIS's tasks evaluate a model.
 SCORING = ("compute_sim_matrix", "generate", "predict", "predict_answers")

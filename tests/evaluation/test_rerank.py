@@ -18,9 +18,10 @@ from lavis_aurora.adapters.merging import merge_adapter, unmerge_adapter
 from lavis_aurora.adapters.sets import adapter_parameters
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.evaluation import encode, rerank
-from lavis_aurora.evaluation.encode import ImageTokens, agreed, gather_rows, own_share
+from lavis_aurora.evaluation.encode import ImageTokens, broadcast, gather_rows, own_share
 from lavis_aurora.evaluation.rerank import retrieval_scores
 from lavis_aurora.evaluation.scores import NOT_RERANKED, RetrievalScores
+from lavis_aurora.models import scoring
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 
 SIDE = 48
@@ -325,13 +326,13 @@ def test_tokens_beyond_the_budget_are_encoded_again(
     """The budget holds 2 of 5: the other 3 meet the vision tower twice, and no score changes."""
     loader, encoded = _loader(5, 2, frames=frames), []
     plenty = retrieval_scores(model, loader, k_test=3)
-    original = encode.encode_visual
+    original = scoring.encode_visual
 
     def counted(encoder, visual):
         encoded.append(len(visual))
         return original(encoder, visual)
 
-    monkeypatch.setattr(encode, "encode_visual", counted)
+    monkeypatch.setattr(scoring, "encode_visual", counted)
     monkeypatch.setattr(encode, "BAR_AFTER_SECONDS", 0)
     with caplog.at_level(logging.INFO):
         tight = retrieval_scores(model, loader, k_test=3, token_budget_gb=_gigabytes(2.5, max(1, frames)))
@@ -414,7 +415,7 @@ def _of_two_processes(rank: int) -> tuple[list[RetrievalScores], list[torch.Tens
         share = torch.tensor(own_share(total), dtype=torch.long)
         gathered.append(gather_rows(share, 2.0 * share.unsqueeze(1), total))
     gathered.append(gather_rows(torch.tensor([rank]), torch.ones(1), 3))
-    return scores, gathered, agreed(rank)
+    return scores, gathered, broadcast(rank)
 
 
 @pytest.fixture(scope="module")
