@@ -76,7 +76,7 @@ def trained_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def parameter_groups(model: nn.Module) -> dict[str, GroupCount]:
-    """Tensors and scalars of what is trained by group (an adapter's own, ``heads``, ``backbone``), then of ``frozen``."""
+    """Tensors and scalars of what is trained, by group (adapters' own, ``heads``, ``backbone``), then ``frozen``."""
     group_of = {id(p): group for group, p in adapter_parameters(model)}
     group_of.update((id(p), "heads") for p in head_parameters(model))
     groups: dict[str, GroupCount] = {}

@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Optional, TypedDict, cast
 
@@ -56,7 +57,7 @@ class Summary(TypedDict):
         status: running (also of a run that was killed), finished, or stopped (by a signal or an error).
         task: ``run.task``.
         arch, model_type: of the model; ``mode_approx`` for a wrapped one.
-        tuning: ``model.tuning``; ``mode_approx`` for a wrapped model.
+        tuning: ``model.tuning``; ``mode_approx`` for a wrapped model, none for LAVIS's own, which is evaluated only.
         parameters: by group.
         seconds: ``training``, ``validation``, ``test`` and ``all`` of them with everything around them, and
             ``per_step``, a step of the optimizer in the mean; a resumed run adds to them.
@@ -85,12 +86,14 @@ class Summary(TypedDict):
 
 
 def write_summary(folder: str | Path, summary: Summary) -> None:
-    """Write a run's summary, whole or not at all; numbers that are NaN or infinite are left out.
+    """Write a run's summary, whole or not at all; metrics that are no numbers, or NaN or infinite, are left out.
 
     Raises:
         AuroraError: it cannot be written.
     """
-    write_text(Path(folder) / SUMMARY, json.dumps(finite(summary), indent=1) + "\n")
+    validation = [{**one, "metrics": numbers_and_words(one["metrics"])} for one in summary["validation"]]
+    plain = {**summary, "metrics": numbers_and_words(summary["metrics"]), "validation": validation}
+    write_text(Path(folder) / SUMMARY, json.dumps(plain, indent=1, allow_nan=False) + "\n")
 
 
 def read_summary(folder: str | Path) -> Summary:
@@ -160,19 +163,22 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def finite(values: Any) -> Any:
-    """Values for a JSON file: of mappings and lists those entries that are words, None or finite numbers."""
-    if isinstance(values, Mapping):
-        return {key: finite(value) for key, value in values.items() if _is_plain(value)}
-    if isinstance(values, (list, tuple)):
-        return [finite(value) for value in values if _is_plain(value)]
-    return values
+def numbers_and_words(metrics: Mapping[str, Any]) -> Metrics:
+    """What a JSON file can hold of metrics: numbers that are finite, words, and sections of them."""
+    return {key: _plain(value) for key, value in metrics.items() if _plain(value) is not None}
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return value is None or isinstance(value, (str, int, Mapping, list, tuple))
+def _plain(value: Any) -> Any:
+    """The value as Python's own; None for what is left out."""
+    if isinstance(value, Mapping):
+        return numbers_and_words(value)
+    if isinstance(value, (str, int)):
+        return value
+    # numpy's numbers too.
+    number = float(value) if isinstance(value, Real) else math.nan
+    if not math.isfinite(number):
+        return None
+    return int(value) if isinstance(value, Integral) else number
 
 
 def versions() -> dict[str, str]:

@@ -7,10 +7,20 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.common.summary import FORMAT, SUMMARY, Summary, machine, read_summary, versions, write_summary
+from lavis_aurora.common.summary import (
+    FORMAT,
+    SUMMARY,
+    Summary,
+    machine,
+    numbers_and_words,
+    read_summary,
+    versions,
+    write_summary,
+)
 
 
 def summary(**changes: Any) -> Summary:
@@ -39,10 +49,10 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 def test_numbers_that_json_has_no_word_for_are_left_out(tmp_path: Path) -> None:
-    odd = {"r1": math.nan, "r5": math.inf, "r10": 1.0, "none": None, "name": "x", "ranks": [1, math.nan]}
+    odd = {"r1": math.nan, "r5": math.inf, "r10": 1.0, "none": None, "name": "x", "ranks": [1]}
     write_summary(tmp_path, summary(metrics={"test": odd}))
     assert "NaN" not in (tmp_path / SUMMARY).read_text() and "Inf" not in (tmp_path / SUMMARY).read_text()
-    assert read_summary(tmp_path)["metrics"] == {"test": {"r10": 1.0, "none": None, "name": "x", "ranks": [1]}}
+    assert read_summary(tmp_path)["metrics"] == {"test": {"r10": 1.0, "name": "x"}}
 
 
 def test_without_one_the_folder_is_named(tmp_path: Path) -> None:
@@ -79,3 +89,9 @@ def test_a_missing_key_is_refused_by_name(tmp_path: Path, key: str) -> None:
 def test_the_machine_and_versions_are_named() -> None:
     assert machine(processes=2)["processes"] == 2 and machine()["processor"] and machine()["gpu"] is None
     assert {"lavis_aurora", "lavis", "torch", "python"} <= versions().keys()
+
+
+def test_metrics_are_numbers_and_words():
+    odd = {"none": None, "numpy": np.float32(0.5)}
+    metrics = {"epoch": 1, "test": {"r1": 2.5, "bad": math.nan, "ranks": [1]}, "name": "x", **odd}
+    assert numbers_and_words(metrics) == {"epoch": 1, "test": {"r1": 2.5}, "name": "x", "numpy": 0.5}
