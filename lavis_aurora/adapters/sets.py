@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from lavis_aurora.adapters.norms import Norm, NormMode, is_trained, norms_of
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.precision import SinglePrecision
+from lavis_aurora.common.summary import GroupCount
 from lavis_aurora.mode_approx.factors import BASE, ModeFactors
 from lavis_aurora.mode_approx.layers import adapted_layers, factors_of
 
@@ -75,20 +75,30 @@ def trained_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in persistent_buffers(model).items() if id(buffer) in changed}
 
 
-def trainable_parameters_summary(model: nn.Module) -> str:
-    """What is trained: a row for each group, then PEFT's one line. Counts are numbers of scalars."""
+def parameter_groups(model: nn.Module) -> dict[str, GroupCount]:
+    """Tensors and scalars of what is trained, by group (adapters' own, ``heads``, ``backbone``), then ``frozen``."""
     group_of = {id(p): group for group, p in adapter_parameters(model)}
     group_of.update((id(p), "heads") for p in head_parameters(model))
-    groups: dict[str, list[int]] = defaultdict(list)
-    frozen: list[int] = []
+    groups: dict[str, GroupCount] = {}
+    frozen = GroupCount(tensors=0, parameters=0)
     for parameter in model.parameters():
-        group = groups[group_of.get(id(parameter), "backbone")] if parameter.requires_grad else frozen
-        group.append(parameter.numel())
-    trained = sum(map(sum, groups.values()))
-    total = trained + sum(frozen)
-    rows = [*groups.items(), ("frozen", frozen)]
+        group = frozen
+        if parameter.requires_grad:
+            group = groups.setdefault(group_of.get(id(parameter), "backbone"), GroupCount(tensors=0, parameters=0))
+        group["tensors"] += 1
+        group["parameters"] += parameter.numel()
+    return {**groups, "frozen": frozen}
+
+
+def trainable_parameters_summary(model: nn.Module) -> str:
+    """What is trained: a row for each group, then PEFT's one line. Counts are numbers of scalars."""
+    groups = parameter_groups(model)
+    total = sum(count["parameters"] for count in groups.values())
+    trained = total - groups["frozen"]["parameters"]
     lines = [f"{'group':<22}{'tensors':>9}{'parameters':>14}{'%':>10}"]
-    lines += [f"{group:<22}{len(n):>9,}{sum(n):>14,}{_percent(sum(n), total):>10.4f}" for group, n in rows]
+    for group, count in groups.items():
+        share = _percent(count["parameters"], total)
+        lines.append(f"{group:<22}{count['tensors']:>9,}{count['parameters']:>14,}{share:>10.4f}")
     share = _percent(trained, total)
     lines.append(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f}")
     return "\n".join(lines)

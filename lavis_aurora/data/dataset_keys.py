@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from inspect import Parameter, signature
 from typing import Any
 
@@ -19,6 +19,9 @@ DATA_KINDS = ("images", "videos", "features")
 SPLITS = ("train", "val", "test")
 FILE_KEYS = ("url", "storage", "md5")
 PROCESSOR_SPLITS = ("train", "eval")
+PROCESSOR_KINDS = ("vis_processor", "text_processor")
+# Settings of LAVIS's models and processors that are words, and name neither a file nor anything to fetch.
+WORDS = ("vit_type", "vit_model", "vit_precision", "precision", "vit_layer_norm_epsilon", "prompt")
 
 
 def default_section(name: str, cfg: DictConfig) -> DictConfig:
@@ -108,3 +111,21 @@ def section(part: Any, key: str, known: Collection[str] | None) -> DictConfig | 
         if known is not None and name not in known:
             raise AuroraError(f"{key}.{name}: unknown key{near_names(str(name), known)}")
     return part
+
+
+def is_plain(value: Any, words: tuple[str, ...] = ()) -> bool:
+    """Whether a value is made of numbers alone, and of text under the keys ``words``."""
+    if isinstance(value, Mapping):
+        return all(is_word(key, part, words) or is_plain(part, words) for key, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(is_plain(part) for part in value)
+    return value is None or isinstance(value, (bool, int, float))
+
+
+def is_word(key: str, value: Any, words: tuple[str, ...] = WORDS) -> bool:
+    return key in words and isinstance(value, str)
+
+
+def is_portable_processor(part: Mapping[str, Any]) -> bool:
+    """Whether a processor's settings may stand in an adapter folder."""
+    return is_plain(part, ("name", "prompt"))

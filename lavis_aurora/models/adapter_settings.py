@@ -17,7 +17,14 @@ from omegaconf import OmegaConf
 
 from lavis_aurora.common.errors import AuroraError, near_names, some
 from lavis_aurora.config.check import check_types
-from lavis_aurora.data.dataset_keys import PROCESSOR_SPLITS, check_processor_keys
+from lavis_aurora.data.dataset_keys import (
+    PROCESSOR_KINDS,
+    PROCESSOR_SPLITS,
+    check_processor_keys,
+    is_plain,
+    is_portable_processor,
+    is_word,
+)
 
 # Of this package's own models: what they are and how they were tuned.
 BLIP_SETTINGS = (
@@ -32,9 +39,6 @@ LEFT_OUT = (
     *("med_config_path", "adapter", "adapter_check_base", "tuning", "freeze_vit", "lora", "uniadapter"),
 )
 WRAPPER_SETTINGS = ("base", "mode_approx", "modules_to_save")
-# Settings of LAVIS's models and processors that are words, and name neither a file nor anything to fetch.
-WORDS = ("vit_type", "vit_model", "vit_precision", "precision", "vit_layer_norm_epsilon", "prompt")
-PROCESSOR_KINDS = ("vis_processor", "text_processor")
 # These fetch a tokenizer when they are made.
 FETCHING_PROCESSORS = ("gpt_dialogue", "gpt_video_ft")
 
@@ -54,21 +58,8 @@ def portable_settings(cls: type, settings: Mapping[str, Any], defaults: Mapping[
         key: value
         for key, value in settings.items()
         if key not in LEFT_OUT
-        and (is_plain({key: value}) and not isinstance(defaults.get(key), str) or _is_word(key, value))
+        and (is_plain({key: value}) and not isinstance(defaults.get(key), str) or is_word(key, value))
     }
-
-
-def is_plain(value: Any, words: tuple[str, ...] = ()) -> bool:
-    """Whether a value is made of numbers alone, and of text under the keys ``words``."""
-    if isinstance(value, Mapping):
-        return all(_is_word(key, part, words) or is_plain(part, words) for key, part in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(is_plain(part) for part in value)
-    return value is None or isinstance(value, (bool, int, float))
-
-
-def _is_word(key: str, value: Any, words: tuple[str, ...] = WORDS) -> bool:
-    return key in words and isinstance(value, str)
 
 
 def adapter_settings(cls: type, described: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,11 +155,6 @@ def check_preprocess(preprocess: Mapping[str, Any]) -> None:
             if not is_portable_processor(part):
                 raise AuroraError(f"{key}.{split}: {part!r} holds text where a number is expected")
             check_processor_keys(OmegaConf.create(part), f"{key}.{split}")
-
-
-def is_portable_processor(part: Mapping[str, Any]) -> bool:
-    """Whether a processor's settings may stand in an adapter folder."""
-    return is_plain(part, ("name", "prompt"))
 
 
 def _check_section(key: str, name: str, part: Any, known: tuple[str, ...]) -> None:

@@ -304,6 +304,7 @@ class SavingMixin:
         if not model.load_queue_state(state.get("queue") or {}):
             logging.warning("the queue of features starts anew: it is not in %s (run.save_queue)", path)
         self._take_position(state)
+        self.summary.resume(path.parent, self.start_epoch)
         if self.start_epoch >= self.max_epoch and not self._is_own(path):
             raise AuroraError(f"run.max_epoch: {self.max_epoch} epochs are done; raise it, or test with evaluate.py")
         best = _of_main_process(self._keep_best(state, path) if is_main_process() else None)

@@ -29,7 +29,7 @@ from lavis_aurora.training.checkpoints import BEST, LATEST, SavingMixin
 from lavis_aurora.training.guards import FiniteGuard, Stopped, StopRequest
 from lavis_aurora.training.loop import WITH_WARMUP, LongWarmup
 from lavis_aurora.training.order import build_loader, check_splits, loader_errors
-from lavis_aurora.training.run_adapters import AdapterMixin
+from lavis_aurora.training.outputs import RunSummary, save_run_adapter
 
 
 def compile_layers(model: nn.Module, **options: Any) -> None:
@@ -59,7 +59,7 @@ LOG = "log.txt"
 
 
 @registry.register_runner("runner_aurora")
-class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
+class AuroraRunner(SavingMixin, RunnerBase):
     """RunnerBase with what is broken there overridden, and nothing else.
 
     On top of LAVIS: any device, one process or several, outputs under the current directory, the best epoch
@@ -200,8 +200,13 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
 
     def train(self) -> None:
         """Train, select the best epoch on the first validation split, and test; or only evaluate."""
+        self.summary = RunSummary(self.output_dir, self.config, self._model, self.datasets)
         with StopRequest() as self.stop, loader_errors():
-            self._train()
+            try:
+                self._train()
+            except BaseException:
+                self.summary.write_stopped()
+                raise
 
     def log_config(self) -> None:
         """LAVIS's, into log.txt."""
@@ -228,17 +233,23 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
         self.task.finite = FiniteGuard(self.output_dir, skip=run.skip_nonfinite)
         self.best_metric, self.best_epoch, self.best_lost, self.start_step = float("-inf"), None, False, 0
         self._resume()
+        self.summary.write()
         if self.best_lost and self.valid_splits:
             self._validate_again()
         epoch = self.start_epoch - 1
         for epoch in range(self.start_epoch, 0 if self.evaluate_only else self.max_epoch):
             if self.start_step < len(self.train_loader):
-                self.log_stats(split_name="train", stats={"epoch": epoch, **self.train_epoch(epoch)})
+                with self.summary.timed("training", steps=len(self.train_loader) - self.start_step):
+                    stats = self.train_epoch(epoch)
+                self.log_stats(split_name="train", stats={"epoch": epoch, **stats})
                 self._save_checkpoint(epoch, len(self.train_loader))
                 self._heed(self.stop.signum())
                 self.stop.stepping = False
             self.start_step = 0
-            logs = self._validate(epoch)
+            with self.summary.timed("validation"):
+                logs = self._validate(epoch)
+            self.summary.content["best_epoch"] = self.best_epoch
+            self.summary.write()
             # First: a run that is killed in between does this again.
             self._save_adapter("last", {"epoch": epoch, **logs})
             self._save_checkpoint(epoch, len(self.train_loader), validated=True)
@@ -246,7 +257,10 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
         if self.evaluate_only and not self.test_splits:
             raise AuroraError("run.test_splits: name a split to evaluate")
         best = bool(self.valid_splits) and not self.evaluate_only
-        logs = self.evaluate(cur_epoch="best" if best else max(epoch, 0), skip_reload=self.evaluate_only)
+        with self.summary.timed("test"):
+            logs = self.evaluate(cur_epoch="best" if best else max(epoch, 0), skip_reload=self.evaluate_only)
+        self.summary.content["metrics"] = {split: log for split, log in (logs or {}).items() if log is not None}
+        self.summary.write("finished")
         if logs and not self.evaluate_only:
             # The model holds the weights that were tested.
             kind, tested = ("best", self.best_epoch) if best else ("last", epoch)
@@ -265,6 +279,10 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
             if log is not None:
                 self.log_stats({"epoch": cur_epoch, **log}, f"final_{split}")
         return logs
+
+    def _save_adapter(self, kind: str, metrics: dict[str, Any]) -> None:
+        model = self.unwrap_dist_model(self.model)
+        save_run_adapter(model, self.output_dir / f"adapter_{kind}", self.config.datasets_cfg, metrics)
 
     def _validate(self, epoch: int) -> dict[str, Any]:
         """Evaluate the validation splits; the first one decides which epoch is best. Returns metrics by split."""
@@ -289,5 +307,6 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
                 self._save_adapter("best", {"epoch": epoch, split: log or {}})
             if log is not None:
                 logs[split] = log
+                self.summary.add_validation(epoch, split, log)
                 self.log_stats({"epoch": epoch, **log, "best_epoch": self.best_epoch}, split)
         return logs

@@ -3,7 +3,7 @@ from tiny import med_config, tiny_model
 from torch import nn
 
 from lavis_aurora import ModeApproxConfig, inject_mode_approx, trainable_parameters_summary
-from lavis_aurora.adapters.sets import adapter_parameters
+from lavis_aurora.adapters.sets import adapter_parameters, head_parameters, parameter_groups
 
 
 def formula(layers: int, d: int, rank: int) -> int:
@@ -54,3 +54,14 @@ def test_summary_names_groups_and_ends_with_pefts_line():
 def test_summary_of_full_tuning_and_of_none():
     assert "backbone" in trainable_parameters_summary(tiny_model(tuning="full"))
     assert "trainable params: 0 ||" in trainable_parameters_summary(tiny_model(tuning="frozen"))
+
+
+def test_groups_are_counted_for_programs_too():
+    model = tiny_model(mode_approx={"rank": 4})
+    groups = parameter_groups(model)
+    frozen = groups.pop("frozen")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sum(count["tensors"] for count in groups.values()) == len(trained)
+    assert sum(count["parameters"] for count in groups.values()) == sum(p.numel() for p in trained)
+    assert frozen["parameters"] == sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert groups["heads"]["parameters"] == sum(p.numel() for p in head_parameters(model))

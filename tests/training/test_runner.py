@@ -33,6 +33,7 @@ def test_a_run_leaves_configuration_checkpoints_results_and_log(tmp_path, capsys
     assert {p.name for p in folder.iterdir()} == {
         "config.yaml",
         "log.txt",
+        "summary.json",
         "checkpoint_best.pth",
         "checkpoint_latest.pth",
         "adapter_best",
