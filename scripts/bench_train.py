@@ -24,7 +24,7 @@ from pathlib import Path
 from bench_step import METHODS, TASKS, measure
 from processes import environment
 
-from lavis_aurora.analysis.drawing import UNITS, method_name
+from lavis_aurora.analysis.paper_figures import UNITS, method_name
 from lavis_aurora.common.files import written_whole
 
 MB = 1e6

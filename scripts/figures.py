@@ -11,56 +11,39 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Optional
 
-from lavis_aurora.analysis.drawing import FigureModule, save
+from lavis_aurora.analysis.drawing import Plot, save
+from lavis_aurora.analysis.examples import ATTENTION, CASES
+from lavis_aurora.analysis.paper_figures import BUBBLES, COST
+from lavis_aurora.analysis.sweep_figures import CONTEXT, GATE, GATE_INIT, RANK, SHARING
+from lavis_aurora.analysis.weights import DISTRIBUTION
 from lavis_aurora.common.errors import AuroraError
 
-# Figure: (module and, if it holds several, the object in it; what it shows).
-FIGURES = {
-    "rank": ("rank", "recall and parameters against the rank (figure 3)"),
-    "context": ("ablation:CONTEXT", "forms of the context enhancement (figure 4)"),
-    "gate": ("ablation:GATE", "forms of the gate (figure 6)"),
-    "gate-init": ("ablation:GATE_INIT", "starting values of the gate (figure 6)"),
-    "sharing": ("ablation:SHARING", "U and V of all towers, or of each"),
-    "attention": ("attention", "where each word of a text looks in a picture (figure 5)"),
-    "distribution": ("distribution", "attention weights before and after tuning (figures 7, 10, 11)"),
-    "bubbles": ("bubbles", "all methods by two metrics and their size (figure 8)"),
-    "cases": ("cases", "single texts with ranked pictures, or questions with answers (figures 12, 13)"),
-    "cost": ("cost", "time and memory of training (table 5)"),
-}
-
+LISTED = (RANK, CONTEXT, GATE, GATE_INIT, SHARING, ATTENTION, DISTRIBUTION, BUBBLES, CASES, COST)
+PLOTS: dict[str, Plot] = {plot.name: plot for plot in LISTED}
 SUFFIXES = (".png", ".pdf", ".svg")
 
 
-def load(name: str) -> FigureModule:
-    """The module or object that draws a figure; only its own imports are paid for."""
-    module, _, member = FIGURES[name][0].partition(":")
-    found = import_module(f"lavis_aurora.analysis.{module}")
-    return getattr(found, member) if member else found
-
-
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Command line."""
+    """Draw the figure that ``argv`` names and write it, and its numbers."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    listed = "\n".join(f"  {name:<14}{text}" for name, (_, text) in FIGURES.items())
+    listed = "\n".join(f"  {name:<14}{plot.about}" for name, plot in PLOTS.items())
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"figures:\n{listed}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", choices=FIGURES, metavar="NAME")
-    name = parser.parse_args(argv[:1]).name
-    figure = load(name)
-    own = argparse.ArgumentParser(prog=f"figures.py {name}", description=FIGURES[name][1])
-    figure.add_arguments(own)
-    own.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="the picture; .json goes beside it")
+    parser.add_argument("name", choices=PLOTS, metavar="NAME")
+    plot = PLOTS[parser.parse_args(argv[:1]).name]
+    own = argparse.ArgumentParser(prog=f"figures.py {plot.name}", description=plot.about)
+    plot.add_arguments(own)
+    own.add_argument("--out", type=Path, default=Path(f"{plot.name}.png"), help="the picture; .json goes beside it")
     args = own.parse_args(argv[1:])
     if args.out.suffix not in SUFFIXES:
         own.error(f"--out {args.out}: the name of a picture ends in {' or '.join(SUFFIXES)}")
     try:
-        numbers = figure.numbers(args)
-        picture, beside = save(figure.draw(numbers), numbers, args.out)
+        numbers = plot.numbers(args)
+        picture, beside = save(plot.draw(numbers), numbers, args.out)
     except AuroraError as error:
         sys.exit(f"error: {error}")
     print(f"picture: {picture}\nnumbers: {beside}")

@@ -12,15 +12,16 @@ from omegaconf import OmegaConf
 from tiny import project_yaml
 from tiny_vqa import vqa_project
 
-from lavis_aurora.analysis.table import write_table
+from lavis_aurora.analysis.drawing import Plot
+from lavis_aurora.analysis.results import write_table
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora_cli import train
 
 
-def arguments(figure, *given: str) -> argparse.Namespace:
-    """Command line arguments of a figure, parsed."""
+def arguments(plot: Plot, *given: str | Path) -> argparse.Namespace:
+    """Command line arguments of a plot, parsed."""
     parser = argparse.ArgumentParser()
-    figure.add_arguments(parser)
+    plot.add_arguments(parser)
     return parser.parse_args([str(one) for one in given])
 
 

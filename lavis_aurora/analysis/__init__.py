@@ -1,1 +1,4 @@
-"""What runs leave behind, read back: results, tables, figures, and the paper's own tables."""
+"""What runs leave behind, read back: results, sweeps' tables, the paper's tables beside them, and plots of all.
+
+A plot is a :class:`~lavis_aurora.analysis.drawing.Plot`; scripts/figures.py lists them.
+"""

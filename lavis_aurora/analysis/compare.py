@@ -11,16 +11,10 @@ from typing import Any, Optional
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_aurora.analysis.paper import label, paper_rows, paper_tables, setup_differences
-from lavis_aurora.analysis.results import (
-    evaluations,
-    final_metrics,
-    numbers_of,
-    read_config,
-    result_files,
-    tuned_model,
-)
+from lavis_aurora.analysis.results import final_metrics, numbers_of, read_config, tuned_model
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json
+from lavis_aurora.common.summary import SUMMARY, Summary, read_summary
 
 RESULT_FILE = re.compile(r"(?P<split>.+)_epoch_(?P<epoch>[^_]+)(_vqa_result|_accuracy)?\.json")
 # Methods of the paper by model.tuning; a rank is that of the section of this name.
@@ -34,7 +28,7 @@ METHODS = {
 RANKS = {"aurora": "mode_approx", "mode_approx": "mode_approx", "lora": "lora", "uniadapter": "uniadapter"}
 ZERO_SHOT = {"aurora": "BLIP + Aurora", "lora": "BLIP + LoRA", "uniadapter": "BLIP + UniAdapter", "frozen": "BLIP"}
 QUESTIONS = ("coco_vqa", "msrvtt_qa_aurora")
-HEADS = {"test_dev": "test-dev", "test_std": "test-std", "accuracy": "accuracy"}
+COLUMN_TITLES = {"test_dev": "test-dev", "test_std": "test-std", "accuracy": "accuracy"}
 
 
 @dataclass
@@ -64,34 +58,48 @@ def read_measured(path: str | Path) -> list[Measured]:
     """
     path = Path(path)
     if path.is_dir():
-        config, metrics = read_config(path), final_metrics(path)
-        if not metrics:
-            raise AuroraError(f"{path}: its log.txt holds no test; let the run end, or name a result file")
-        return [Measured(path, config, split, one, _counts(path, split, one)) for split, one in metrics.items()]
+        config, tested, sizes = read_config(path), final_metrics(path), read_summary(path)["data"]
+        if not tested:
+            raise AuroraError(f"{path}: its {SUMMARY} holds no test; let the run end, or name a result file")
+        return [
+            Measured(path, config, split, metrics, _counts(sizes.get(split), metrics))
+            for split, metrics in tested.items()
+        ]
     match = RESULT_FILE.fullmatch(path.name)
     if not match or not path.is_file():
         raise AuroraError(f"{path}: name the folder of a run, or a file of its folder result")
     run, split = path.absolute().parent.parent, match["split"]
     content = read_json(path)
     metrics = numbers_of(content.get("metrics") if isinstance(content, dict) else None)
+    if metrics:
+        return [Measured(path, read_config(run), split, metrics, _counts(content, metrics))]
+    try:
+        summary = read_summary(run)
+    except AuroraError as error:
+        raise AuroraError(f"{path}: holds no metrics, and its run's {SUMMARY} cannot be read: {error}") from error
+    metrics = numbers_of(_metrics_of_epoch(summary, split, match["epoch"]))
     if not metrics:
-        # Answers are scored in the log.
-        logged = [one for one in evaluations(run) if (one.split, str(one.epoch)) == (split, match["epoch"])]
-        metrics = logged[-1].metrics if logged else {}
-    if not metrics:
-        raise AuroraError(f"{path}: neither it nor {run / 'log.txt'} holds metrics of {split}")
-    return [Measured(path, read_config(run), split, dict(metrics), _counts(run, split, metrics, content))]
+        raise AuroraError(f"{path}: neither it nor {run / SUMMARY} holds metrics of {split}")
+    return [Measured(path, read_config(run), split, metrics, _counts(summary["data"].get(split), metrics))]
 
 
-def _counts(run: Path, split: str, metrics: dict[str, float], content: Any = None) -> dict[str, int]:
-    """How many of what was tested."""
-    if content is None:
-        files = result_files(run, f"{split}_epoch_*.json")
-        content = read_json(files[-1]) if files else {}
-    if isinstance(content, list):
-        return {"questions": len(content)}
-    known = numbers_of(content)
-    counts = {key: int(known[key]) for key in ("images", "videos", "texts", "questions") if key in known}
+def _metrics_of_epoch(summary: Summary, split: str, epoch: str) -> Optional[dict[str, Any]]:
+    """Metrics of a split after an epoch. Those of the test are of the best epoch, or, without validations, of any."""
+    for one in summary["validation"]:
+        if (one["split"], str(one["epoch"])) == (split, epoch):
+            return one["metrics"]
+    return summary["metrics"].get(split) if epoch == "best" or not summary["validation"] else None
+
+
+def _counts(sizes: Any, metrics: dict[str, float]) -> dict[str, int]:
+    """How many images or videos and texts, or questions, were tested.
+
+    Args:
+        sizes: of the split, as far as known.
+        metrics: of the split; those of answers have ``questions``.
+    """
+    known = numbers_of(sizes)
+    counts = {key: int(known[key]) for key in ("images", "videos", "texts") if key in known}
     if not counts and "questions" in metrics:
         counts["questions"] = int(metrics["questions"])
     return counts
@@ -111,7 +119,7 @@ def table_of(config: DictConfig, benchmark: str) -> str:
     return paper_tables()["benchmarks"][benchmark]["table"]
 
 
-def own_label(config: DictConfig) -> str:
+def run_label(config: DictConfig) -> str:
     """Method and rank of a run, in the paper's words where it has some."""
     tuning = tuned_model(config).tuning
     name = METHODS.get(tuning, tuning)
@@ -119,15 +127,15 @@ def own_label(config: DictConfig) -> str:
     return f"{name} (r={rank})" if rank is not None else name
 
 
-def row_like(measured: Measured, table: str, rows: Sequence[dict[str, Any]]) -> Optional[dict[str, Any]]:
+def matching_row(measured: Measured, table: str, rows: Sequence[dict[str, Any]]) -> Optional[dict[str, Any]]:
     """The paper's row of the run's method and rank."""
     tuning = tuned_model(measured.config).tuning
     if table == "4":
         return next((row for row in rows if row["method"] == ZERO_SHOT.get(tuning)), None)
-    return next((row for row in rows if label(row) == own_label(measured.config)), None)
+    return next((row for row in rows if label(row) == run_label(measured.config)), None)
 
 
-def own_values(measured: Measured, benchmark: str, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def run_values(measured: Measured, benchmark: str, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Measured values under the paper's names; an accuracy of another split has a name of its own."""
     if benchmark in QUESTIONS:
         if "agg_metrics" not in measured.metrics:
@@ -154,7 +162,7 @@ def comparison(measured: Measured, benchmark: Optional[str] = None, table: Optio
         ``method`` and ``values`` measured, ``gaps`` to the paper's row of the same method and rank, ``setup``.
     """
     benchmark = benchmark or benchmark_of(measured)
-    own = {"method": own_label(measured.config), "path": str(measured.path), "split": measured.split}
+    own = {"method": run_label(measured.config), "path": str(measured.path), "split": measured.split}
     own["data"] = ", ".join(measured.config.get("datasets", {}))
     if benchmark is None:
         values = {key: value for key, value in measured.metrics.items() if "chance" not in key and "itc" not in key}
@@ -163,8 +171,8 @@ def comparison(measured: Measured, benchmark: Optional[str] = None, table: Optio
         raise AuroraError(f"--benchmark {benchmark}: known: {', '.join(paper_tables()['benchmarks'])}")
     table = table or table_of(measured.config, benchmark)
     rows = paper_rows(table, benchmark)
-    values = own_values(measured, benchmark, rows)
-    like = row_like(measured, table, rows)
+    values = run_values(measured, benchmark, rows)
+    like = matching_row(measured, table, rows)
     known = {} if like is None else {key: value for key, value in like["values"].items() if value is not None}
     return {
         **own,
@@ -192,7 +200,7 @@ def report(result: dict[str, Any]) -> str:
     paper = paper_tables()
     name, title = paper["benchmarks"][result["benchmark"]]["name"], paper["tables"][result["table"]]["title"]
     # Two lines of column heads: what is sought among what, and the metric.
-    groups, metrics = zip(*(_heads(column) for column in columns))
+    groups, metrics = zip(*(_column_titles(column) for column in columns))
     places = 2 if result["benchmark"] == "coco_vqa" else 1
     shown = [group if i == 0 or groups[i - 1] != group else "" for i, group in enumerate(groups)]
     lines = [f"{name}, table {result['table']} of the paper ({title}); percent, MdR is the median rank"]
@@ -214,11 +222,11 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _heads(column: str) -> tuple[str, str]:
+def _column_titles(column: str) -> tuple[str, str]:
     """(direction, metric) of a column, short."""
     match = re.fullmatch(r"(image|text|video)_to_(image|text|video)_(.+)", column)
     if not match:
-        return "", HEADS.get(column, column)
+        return "", COLUMN_TITLES.get(column, column)
     direction = f"{match[1][0]}->{match[2][0]}".upper()
     return direction, {"median_rank": "MdR"}.get(match[3], f"R@{match[3][1:]}")
 

@@ -1,61 +1,57 @@
-"""What all figures have in common: a headless canvas, colours, and the numbers beside each picture."""
+"""What all plots have in common: their protocol, headless panels, colors, and the numbers next to each picture."""
 
 from __future__ import annotations
 
+import argparse
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import matplotlib
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from lavis_aurora.common.files import (
-    write_text,  # noqa: E402
-    writing,  # noqa: E402
-)
-
-# The paper's unit of cost. In LAVIS's own model first: that is how its UniAdapter ran.
-UNITS = ("lavis-uniadapter-512", "uniadapter-512")
-NAMES = {"uniadapter": "UniAdapter", "aurora": "Aurora", "lora": "LoRA"}
-
-
-def method_name(method: str) -> str:
-    """A method of the benchmark program, as the paper writes it.
-
-    >>> method_name("lavis-uniadapter-512")
-    "UniAdapter (r=512), LAVIS's own"
-    """
-    if method == "frozen-flow":
-        return "frozen, gradients flow"
-    if method.startswith("lavis-"):
-        return f"{method_name(method[len('lavis-') :])}, LAVIS's own"
-    kind, _, rank = method.rpartition("-")
-    return f"{NAMES[kind]} (r={rank})" if kind in NAMES else method
-
+from lavis_aurora.common.files import write_text, writing
 
 matplotlib.use("Agg")
 
-
-
-OWN, FULL, OTHER, PALE = "#c2410c", "#1d4e89", "#c9b458", "#9aa5b1"
-CYCLE = (OWN, FULL, "#4d7c0f", "#7e22ce", OTHER, "#0f766e", PALE)
+OURS, FULL, OTHER, PALE = "#c2410c", "#1d4e89", "#c9b458", "#9aa5b1"
+CYCLE = (OURS, FULL, "#4d7c0f", "#7e22ce", OTHER, "#0f766e", PALE)
 DPI = 140
 
 
-class FigureModule(Protocol):
-    """A figure: what it reads, the numbers it makes of that, and the picture of these numbers."""
+class Plot(ABC):
+    """A plot of scripts/figures.py.
 
-    def add_arguments(self, parser) -> None: ...
+    Attributes:
+        name: of the plot, on the command line.
+        about: what it shows.
+    """
 
-    def numbers(self, args) -> dict[str, Any]: ...
+    name: str
+    about: str
 
-    def draw(self, numbers: dict[str, Any]) -> Figure: ...
+    @abstractmethod
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add what it reads to its command line."""
+
+    @abstractmethod
+    def numbers(self, args: argparse.Namespace) -> dict[str, Any]:
+        """What is drawn, fit for json.
+
+        Raises:
+            AuroraError: what the arguments name cannot be drawn.
+        """
+
+    @abstractmethod
+    def draw(self, numbers: dict[str, Any]) -> Figure:
+        """The picture of these numbers; it needs nothing else."""
 
 
-def canvas(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+def subplots(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
     """A figure of equal panels, each of ``width`` by ``height`` inches, and the panels row by row."""
     figure, axes = plt.subplots(
         rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained", **options
@@ -63,21 +59,21 @@ def canvas(rows: int, columns: int, width: float, height: float, **options: Any)
     return figure, list(axes.flat)
 
 
-def tidy(axis: Axes, grid: str = "y") -> None:
+def despine(axis: Axes, grid: str = "y") -> None:
     """No frame but two axes, and a light grid."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis=grid, color="#e5e7eb", linewidth=0.8)
     axis.set_axisbelow(True)
 
 
-def blank(axis: Axes) -> None:
+def hide_axes(axis: Axes) -> None:
     """A panel of a picture: no axes."""
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set_visible(False)
 
 
-def apart(heights: Sequence[float], gap: float, top: float = 0.98) -> list[float]:
+def spread_labels(heights: Sequence[float], gap: float, top: float = 0.98) -> list[float]:
     """Heights from low to high, moved so that names at them do not overlap: ``gap`` apart, none above ``top``."""
     moved = list(heights)
     for i in range(1, len(moved)):

@@ -16,6 +16,12 @@ from lavis_aurora.config.method import ModeApproxConfig
 
 # BLIP base: layers of each tower and their width.
 LAYERS, WIDTH = 12, 768
+DIRECTIONS = {
+    "image_to_text": "image to text",
+    "text_to_image": "text to image",
+    "video_to_text": "video to text",
+    "text_to_video": "text to video",
+}
 
 
 @lru_cache(maxsize=1)
@@ -67,11 +73,26 @@ def uniadapter_count(rank: int, layers: int = LAYERS, width: int = WIDTH) -> int
     return layers * 4 * width * rank
 
 
+def metric_title(metric: str, retrieval: bool = False) -> str:
+    """A column of a sweep's table, in words; whether it is of retrieval, ``agg_metrics`` does not say itself."""
+    split, _, name = metric.partition(".")
+    if name == "agg_metrics":
+        return "mean of R@1, 5, 10" if retrieval else "accuracy, or mean of R@1, 5, 10"
+    if name == "accuracy":
+        return name
+    for direction, words in DIRECTIONS.items():
+        rest = name.removeprefix(f"{direction}_")
+        if rest != name:
+            plain = rest.removeprefix("itc_")
+            return f"{'R@' + plain[1:] if plain[0] == 'r' else plain}, {words}{', ITC only' * (plain != rest)}"
+    return metric
+
+
 # Files of BLIP base's weights, pretrained on 129M pairs.
 BLIP_BASE = ("model_base.pth", "model_base_capfilt_large.pth")
-UNSAID = "not said"
+NOT_STATED = "not said"
 # What is Aurora, whole or in part, and its forms of what the YAML does not name.
-OURS = {
+METHOD_FORMS = {
     "aurora": {"gate.form": "residual", "gate.init": "zeros", "context.form": "attention"},
     "mode_approx": {"gate.form": "none", "context.form": "none"},
 }
@@ -90,21 +111,21 @@ def setup_differences(
         benchmark, table: of the paper that the run is compared with.
     """
     paper = paper_tables()["benchmarks"][benchmark]["setup"]
-    here = dict(_here(config, benchmark))
+    here = dict(_run_setup(config, benchmark))
     if table == "4":
         # Nothing is trained here; the training was another run's, on MSCOCO.
         here = {key: here[key] for key in ("backbone", "frames_test", "k_test", "itc_weight") if key in here}
     there = {"backbone": "BLIP base, 129M pairs", **_method(config), **paper}
     data = list(config.get("datasets") or {})
     found = [("data", ", ".join(data), benchmark)] if benchmark not in data else []
-    found += [(key, value, there.get(key, UNSAID)) for key, value in here.items()]
+    found += [(key, value, there.get(key, NOT_STATED)) for key, value in here.items()]
     own_split = {"coco_vqa": "test-dev, test-std"}.get(benchmark, "test")
     found.append(("split", split, own_split))
-    found += [(f"{key} tested", value, paper.get(key, UNSAID)) for key, value in counts.items()]
-    return [(key, shown, other) for key, shown, other in found if _differ(shown, other)]
+    found += [(f"{key} tested", value, paper.get(key, NOT_STATED)) for key, value in counts.items()]
+    return [(key, shown, other) for key, shown, other in found if _differs(shown, other)]
 
 
-def _differ(here: Any, there: Any) -> bool:
+def _differs(here: Any, there: Any) -> bool:
     if isinstance(here, (int, float)) and isinstance(there, (int, float)):
         return abs(here - there) > 1e-12
     return here != there
@@ -112,21 +133,21 @@ def _differ(here: Any, there: Any) -> bool:
 
 def _method(config: DictConfig) -> dict[str, str]:
     """The paper's forms of what only Aurora has (3.2, 3.3)."""
-    if tuned_model(config).tuning not in OURS:
+    if tuned_model(config).tuning not in METHOD_FORMS:
         return {}
     forms = {"gate.form": "convex", "gate.init": "zeros", "context.form": "attention"}
     return {**forms, "lambda at the start": "random", "factor on the update": "none"}
 
 
-def _here(config: DictConfig, benchmark: str) -> Iterator[tuple[str, Any]]:
+def _run_setup(config: DictConfig, benchmark: str) -> Iterator[tuple[str, Any]]:
     """What the run had, under the names of tables.json."""
     tuned, run = tuned_model(config), config.run
-    model = tuned.section
+    model = tuned.config
     yield "backbone", _backbone(model)
     yield "image_size", model.get("image_size")
-    if tuned.tuning in OURS:
+    if tuned.tuning in METHOD_FORMS:
         # A YAML may leave out what it takes by default.
-        for key, default in OURS[tuned.tuning].items():
+        for key, default in METHOD_FORMS[tuned.tuning].items():
             if key != "context.form" or "retrieval" in tuned.arch:
                 yield key, OmegaConf.select(config, f"model.{key}", default=default)
         scale = OmegaConf.select(config, "model.mode_approx.scale", default=ModeApproxConfig().scale)

@@ -1,31 +1,25 @@
-"""What runs leave in their folders, read back: configuration, metrics, counts of parameters."""
+"""What runs and sweeps leave in their folders, read back: configuration, metrics, tables."""
 
 from __future__ import annotations
 
-import json
-import re
+import csv
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from lavis.common.registry import registry
 from omegaconf import DictConfig
-from PIL import Image
 
-import lavis_aurora.register  # noqa: F401
 from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.common.files import read_json, regular
+from lavis_aurora.common.files import read_json, regular, writing
+from lavis_aurora.common.summary import SUMMARY, Summary, read_summary
 from lavis_aurora.config.check import READING_ERRORS, read_yaml
-from lavis_aurora.data.annotations import build_checked
-from lavis_aurora.data.frames import read_frames, uniform_indices
-from lavis_aurora.data.samples import CheckedDataset
-from lavis_aurora.project import AuroraConfig, load_config
-from lavis_aurora.training.checkpoints import BEST, read_checkpoint, read_latest
 
-# A row of trainable_parameters_summary: group, tensors, parameters, percent.
-COUNT_LINE = re.compile(r"^(\S.*?) +[\d,]+ +([\d,]+) +[\d.]+$")
+SEED = "run.seed"
+KINDS = ("cell", "mean", "spread")
+Cells = Sequence[tuple[Mapping[str, str], Mapping[str, Any]]]
 
 
 def read_config(run: str | Path) -> DictConfig:
@@ -52,12 +46,12 @@ class TunedModel:
     Attributes:
         arch: its registered name; of the model inside, where the run wrapped one in mode_approx.
         tuning: ``model.tuning``, or ``mode_approx`` for such a wrapper.
-        section: the model's part of the configuration.
+        config: the model's part of the configuration.
     """
 
     arch: str
     tuning: str
-    section: DictConfig
+    config: DictConfig
 
 
 def tuned_model(config: DictConfig) -> TunedModel:
@@ -68,164 +62,146 @@ def tuned_model(config: DictConfig) -> TunedModel:
     return TunedModel(str(model.get("arch")), model.get("tuning", "aurora"), model)
 
 
-@dataclass
-class Evaluation:
-    """One line of ``log.txt``.
-
-    Attributes:
-        split: of the data.
-        epoch: number or ``best``.
-        final: of the test after training.
-        metrics: percent, as the tasks report them; what is no number is left out.
-    """
-
-    split: str
-    epoch: int | str
-    final: bool
-    metrics: dict[str, float]
-
-
 def numbers_of(values: Any) -> dict[str, float]:
-    """What is a number in a part of a file; nothing if that is no section."""
+    """The numbers in a part of a file, by name; none if that is no section."""
     entries = values.items() if isinstance(values, dict) else ()
     return {k: float(v) for k, v in entries if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
-def evaluations(run: str | Path) -> list[Evaluation]:
-    """Every evaluation that a run's ``log.txt`` holds, in order."""
-    path = Path(run) / "log.txt"
-    found = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    for line in lines:
-        # Other lines are the configuration, or cut off.
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        heads = [key for key in entry if key.endswith("_epoch")] if isinstance(entry, dict) else []
-        # "best_epoch" is a metric of the validation.
-        head = next(
-            (key[: -len("epoch")] for key in heads if all(other.startswith(key[:-5]) for other in entry)), None
-        )
-        if head is None or head == "train_":
-            continue
-        numbers = {key[len(head) :]: value for key, value in entry.items()}
-        epoch = numbers.pop("epoch")
-        split, final = head[:-1].removeprefix("final_"), head.startswith("final_")
-        found.append(Evaluation(split, epoch, final, numbers_of(numbers)))
-    return found
-
-
 def final_metrics(run: str | Path) -> dict[str, dict[str, float]]:
-    """Metrics by split of the last test of each; empty before the first."""
-    return {one.split: one.metrics for one in evaluations(run) if one.final}
+    """Metrics by split of a run's last test, percent; empty before the first.
+
+    Raises:
+        AuroraError: the folder has no summary.
+    """
+    return {split: numbers_of(metrics) for split, metrics in read_summary(run)["metrics"].items()}
 
 
-def newest_run(folder: str | Path) -> Path | None:
+def latest_run(folder: str | Path) -> Path | None:
     """The newest run under ``run.output_dir`` that was tested; None if there is none."""
-    runs = [path.parent for path in Path(folder).glob("*/log.txt") if final_metrics(path.parent)]
-    return max(runs, key=lambda run: (run / "log.txt").stat().st_mtime, default=None)
+    tested = [path for path in Path(folder).glob(f"*/{SUMMARY}") if final_metrics(path.parent)]
+    newest = max(tested, key=lambda path: path.stat().st_mtime, default=None)
+    return None if newest is None else newest.parent
 
 
-def trained_parameters(output: str) -> dict[str, int]:
-    """Trained parameters by group, from the summary that a run prints; empty if there is none.
-
-    Args:
-        output: what the run printed.
-    """
-    counts: dict[str, int] = {}
-    for line in output.splitlines():
-        match = COUNT_LINE.match(line)
-        if match:
-            counts[match[1]] = int(match[2].replace(",", ""))
-        elif line.startswith("trainable params:"):
-            counts.pop("frozen", None)
-            return counts
-        else:
-            counts = {}
-    return {}
-
-
-def result_files(run: str | Path, pattern: str) -> list[Path]:
-    """Files of that name in a run's folder ``result``, the newest last."""
-    return sorted((Path(run) / "result").glob(pattern), key=lambda path: path.stat().st_mtime)
-
-
-VIDEOS = (".mp4", ".avi", ".mkv", ".webm", ".mov")
-
-
-def run_config(run: str | Path) -> AuroraConfig:
-    """The checked configuration of a run's folder."""
-    return load_config(str(Path(run) / "config.yaml"))
-
-
-def untrained_model(run: str | Path):
-    """The model of a run as it was before training, on the CPU, in eval mode.
-
-    Raises:
-        AuroraError: it started from random weights, which no file holds.
-    """
-    config = run_config(run)
-    cfg, section = config.model_cfg, tuned_model(config.config).section
-    if section.get("pretrained") is None and not section.get("load_finetuned"):
-        raise AuroraError(f"{run}: its backbone had random weights, which are lost; name a run of a pretrained one")
-    return registry.get_model_class(cfg.arch).from_config(cfg).eval()
-
-
-def load_trained(model, run: str | Path) -> None:
-    """Load what a run trained, of its best epoch if it chose one, into its model.
-
-    Raises:
-        AuroraError: the folder holds no checkpoint.
-    """
-    best = Path(run) / BEST
-    if best.is_file():
-        found = read_checkpoint(best), best
-    else:
-        found = read_latest(Path(run))
-    if found is None:
-        raise AuroraError(f"{run}: holds no checkpoint; name the folder of a run that trained")
-    model.load_run_state(found[0]["model"], str(found[1]))
-
-
-def split_data(run: str | Path, split: str) -> CheckedDataset:
-    """The dataset of a run's split; the first one that has it.
-
-    Raises:
-        AuroraError: no dataset of the run has such a split.
-    """
-    known: list[str] = []
-    for name, config in run_config(run).datasets_cfg.items():
-        splits = build_checked(name, config)
-        if split in splits:
-            return splits[split]
-        known += list(splits)
-    raise AuroraError(f"{run}: no split {split!r}; its data have {', '.join(known)}")
+def trained_parameters(summary: Summary) -> dict[str, int]:
+    """Number of scalars that a run trained, by group."""
+    return {group: count["parameters"] for group, count in summary["parameters"]["groups"].items()}
 
 
 def result_file(run: str | Path, pattern: str) -> Any:
-    """The newest result file of a name, read.
+    """The newest file of that name in a run's folder ``result``, read.
 
     Raises:
         AuroraError: there is none.
     """
-    files = result_files(run, pattern)
+    files = sorted((Path(run) / "result").glob(pattern), key=lambda path: path.stat().st_mtime)
     if not files:
         raise AuroraError(f"{run}: its folder result holds no {pattern}; name the folder of a run that was tested")
     return read_json(files[-1])
 
 
-def read_visual(path: str | Path) -> np.ndarray:
-    """A picture, or the middle frame of a video: (height, width, 3), uint8.
+def table_rows(cells: Cells) -> list[dict[str, Any]]:
+    """Rows of kind cell, then mean and spread of cells that differ by ``run.seed`` alone.
+
+    Spread is the sample standard deviation, and left empty for a single cell. Failed cells count for nothing.
+
+    Args:
+        cells: settings and result of each, as scripts/sweep.py has them.
+    """
+    rows: list[dict[str, Any]] = []
+    groups: dict[tuple[tuple[str, str], ...], list[dict[str, float]]] = defaultdict(list)
+    for settings, result in cells:
+        metrics = _cell_metrics(result)
+        state = {"kind": "cell", "cells": 1, "status": result["status"]}
+        rows.append({**state, **settings, **metrics, "error": result.get("error", "")})
+        if result["status"] == "done":
+            groups[tuple((key, value) for key, value in settings.items() if key != SEED)].append(metrics)
+    for kind in KINDS[1:]:
+        for settings, members in groups.items():
+            row: dict[str, Any] = {"kind": kind, "cells": len(members), "status": "done", **dict(settings)}
+            for key in members[0]:
+                values = [member[key] for member in members if key in member]
+                if kind == "mean":
+                    row[key] = statistics.fmean(values)
+                elif len(values) > 1:
+                    row[key] = statistics.stdev(values)
+            rows.append(row)
+    return rows
+
+
+def _cell_metrics(result: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of a cell: seconds, trained parameters with and without heads, metrics by split."""
+    values: dict[str, float] = {"seconds": result["seconds"]}
+    counts = result.get("parameters") or {}
+    if counts:
+        values["trained"] = sum(counts.values())
+        values["trained_without_heads"] = values["trained"] - counts.get("heads", 0)
+    for split, metrics in (result.get("metrics") or {}).items():
+        values.update({f"{split}.{key}": value for key, value in metrics.items()})
+    return values
+
+
+def write_table(cells: Cells, path: str | Path) -> None:
+    """Write the rows of :func:`table_rows` as csv."""
+    rows = table_rows(cells)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    # What is long stands last.
+    columns = [column for column in columns if column != "error"] + ["error"]
+    with writing(path), Path(path).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_table(path: str | Path, *columns: str) -> list[dict[str, str]]:
+    """Rows of a sweep's csv.
 
     Raises:
-        AuroraError: it cannot be read.
+        AuroraError: the file cannot be read or lacks one of ``columns``.
     """
     try:
-        if Path(path).suffix.lower() in VIDEOS:
-            [frame] = read_frames(str(path), partial(uniform_indices, count=1))
-            return frame.permute(1, 2, 0).numpy()
-        with Image.open(regular(path)) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except Exception as error:  # PIL has errors of its own
-        raise AuroraError(f"{path}: cannot be shown ({error})") from error
+        with regular(path).open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+            known = reader.fieldnames or []
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise AuroraError(
+            f"{path}: cannot be read as csv ({error}); name the sweep.csv of scripts/sweep.py"
+        ) from error
+    for column in ("kind", *columns):
+        if column not in known:
+            raise AuroraError(f"{path}: has no column {column!r}; it has {', '.join(known)}")
+    return rows
+
+
+def series(path: str | Path, key: str, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Mean, spread and single cells of each metric by the values of ``key``.
+
+    Raises:
+        AuroraError: another key than ``key`` and the seed differs, so that the values do not stand alone.
+
+    Returns:
+        By value of ``key``, in the table's order: by metric, ``{"mean", "spread", "cells"}``; spread is None for a
+        single cell.
+    """
+    rows = read_table(path, key, *metrics)
+    varied = [c for c in rows[0] if "." in c and c.split(".")[0] in ("model", "run", "datasets")] if rows else []
+    for column in varied:
+        if column not in (key, SEED) and len({row[column] for row in rows}) > 1:
+            raise AuroraError(
+                f"{path}: {column} differs too; a figure of {key} needs a sweep of it and of seeds alone"
+            )
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        for metric in metrics:
+            if row["status"] != "done" or row[metric] == "":
+                continue
+            one = found.setdefault(row[key], {}).setdefault(metric, {"mean": None, "spread": None, "cells": []})
+            if row["kind"] == "cell":
+                one["cells"].append(float(row[metric]))
+            else:
+                one[row["kind"]] = float(row[metric])
+    if not found:
+        raise AuroraError(f"{path}: no cell of it is done")
+    return found

@@ -104,7 +104,11 @@ def read_summary(folder: str | Path) -> Summary:
     """
     path = Path(folder) / SUMMARY
     if not path.exists():
-        raise AuroraError(f"{path} is not there; name the folder of a run (older versions wrote no summary)")
+        raise AuroraError(
+            f"{path} is not there; name the folder of a run. Older versions wrote none: evaluate such a run again, "
+            f"python evaluate.py --cfg-path {folder}/config.yaml --options "
+            f"run.resume_ckpt_path={folder}/checkpoint_best.pth"
+        )
     found = read_json(path)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         there = shown(found.get("format")) if isinstance(found, dict) else "none"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 from tiny import project_yaml
+from tiny_summary import leave_summary
 from tiny_video import video_overrides, write_video_questions, write_videos
 from tiny_vqa import vqa_project
 
@@ -32,8 +33,8 @@ PAPER_RUN = {
 ALWAYS = [("lambda at the start", "one", "random"), ("factor on the update", "8 / (0.1 sqrt(d rank))", "none")]
 
 
-def write_run(folder: Path, dataset: str, model: dict, run: dict, files: dict[str, Any], logged: dict) -> Path:
-    """A run's folder with a configuration, result files and the last line of its log."""
+def write_run(folder: Path, dataset: str, model: dict, run: dict, files: dict[str, Any], metrics: dict) -> Path:
+    """A run's folder with a configuration, result files and a summary."""
     (folder / "result").mkdir(parents=True)
     setup = paper_tables()["benchmarks"].get(dataset, {}).get("setup", {})
     frames = {
@@ -49,8 +50,8 @@ def write_run(folder: Path, dataset: str, model: dict, run: dict, files: dict[st
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     for name, content in files.items():
         (folder / "result" / name).write_text(json.dumps(content))
-    line = {f"final_test_{key}": value for key, value in {"epoch": "best", **logged}.items()}
-    (folder / "log.txt").write_text("{\n}\n" + json.dumps(line))
+    sizes = [{k: v for k, v in one.items() if isinstance(v, int)} for one in files.values() if isinstance(one, dict)]
+    leave_summary(folder, metrics={"test": metrics}, data={"test": sizes[0] if sizes else {}})
     return folder
 
 
@@ -141,7 +142,7 @@ def test_video_retrieval_and_zero_shot_have_tables_of_their_own(tmp_path):
     assert not [key for key, _, _ in found["setup"] if key in ("max_epoch", "init_lr")]
 
 
-def test_answers_are_scored_by_the_log_of_their_run(tmp_path):
+def test_scores_of_answers_are_in_the_summary_of_their_run(tmp_path):
     answers = [{"question_id": i, "answer": "yes"} for i in range(3)]
     model = {"arch": "blip_vqa_aurora"}
     run = write_run(

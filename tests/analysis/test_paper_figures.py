@@ -6,8 +6,9 @@ import json
 
 import pytest
 from tiny_figures import arguments
+from tiny_summary import leave_summary
 
-from lavis_aurora.analysis import bubbles, cost
+from lavis_aurora.analysis.paper_figures import BUBBLES, COST, _marker_area
 from lavis_aurora.common.errors import AuroraError
 
 ONE = {"seconds": 2.0, "memory": 4e9, "trained": 1, "machine": {"device": "some machine"}}
@@ -26,11 +27,11 @@ def bench(tmp_path, methods: dict[str, tuple[float, float]]):
 
 def test_costs_are_ratios_beside_the_papers(tmp_path):
     path = bench(tmp_path, {"uniadapter-512": (2.0, 4e9), "uniadapter-128": (1.8, 3e9), "aurora-64": (1.0, 2e9)})
-    numbers = cost.numbers(arguments(cost, path))
+    numbers = COST.numbers(arguments(COST, path))
     methods = numbers["tasks"]["retrieval"]["methods"]
     assert methods["aurora-64"] == {"seconds": 0.5, "memory": 0.5, "measured": {"seconds": 1.0, "memory": 2e9}}
     assert numbers["paper"]["flickr30k"]["Aurora (r=64)"] == {"time": 0.92, "memory": 0.94}
-    figure = cost.draw(numbers)
+    figure = COST.draw(numbers)
     time, memory = figure.axes
     assert [bar.get_width() for bar in time.patches] == [1.0, 0.9, 0.5]
     assert [bar.get_width() for bar in memory.patches] == [1.0, 0.75, 0.5]
@@ -52,9 +53,9 @@ def test_the_papers_unit_ran_in_laviss_own_model(tmp_path):
             "full": (8.0, 1e9),
         },
     )
-    numbers = cost.numbers(arguments(cost, path))
+    numbers = COST.numbers(arguments(COST, path))
     assert numbers["tasks"]["retrieval"]["unit"] == "lavis-uniadapter-512"
-    time, memory = cost.draw(numbers).axes
+    time, memory = COST.draw(numbers).axes
     assert [bar.get_width() for bar in time.patches] == [1.0, 0.5, 0.25, 2.0]
     # The paper's figures of it stand at the unit, not at this package's UniAdapter.
     marks = {(float(x), float(y)) for line in time.lines if line.get_marker() == "s" for x, y in line.get_xydata()}
@@ -65,22 +66,22 @@ def test_the_papers_unit_ran_in_laviss_own_model(tmp_path):
 
 
 def test_another_unit_is_not_compared_with_the_paper(tmp_path):
-    numbers = cost.numbers(arguments(cost, bench(tmp_path, {"full": (2.0, 4e9), "aurora-64": (1.0, 2e9)})))
+    numbers = COST.numbers(arguments(COST, bench(tmp_path, {"full": (2.0, 4e9), "aurora-64": (1.0, 2e9)})))
     assert numbers["tasks"]["retrieval"]["unit"] == "full"
-    assert [line for line in cost.draw(numbers).axes[0].lines if line.get_marker() == "o"] == []
+    assert [line for line in COST.draw(numbers).axes[0].lines if line.get_marker() == "o"] == []
     (tmp_path / "bench.json").write_text("[]")
     with pytest.raises(AuroraError, match="holds no results"):
-        cost.numbers(arguments(cost, tmp_path / "bench.json"))
+        COST.numbers(arguments(COST, tmp_path / "bench.json"))
 
 
 def test_bubbles_are_the_papers_and_stars_ours(retrieval_runs):
-    numbers = bubbles.numbers(arguments(bubbles, retrieval_runs["aurora"]))
+    numbers = BUBBLES.numbers(arguments(BUBBLES, retrieval_runs["aurora"]))
     panels = numbers["panels"]
     assert len(panels["flickr30k"]["paper"]) == 10 and len(panels["msrvtt_qa_aurora"]["paper"]) == 9
     [own] = panels["coco_retrieval"]["measured"]
     result = json.loads((retrieval_runs["aurora"] / "result" / "test_epoch_best.json").read_text())["metrics"]
     assert (own["x"], own["y"]) == (result["image_to_text_r1"], result["text_to_image_r1"])
-    figure = bubbles.draw(numbers)
+    figure = BUBBLES.draw(numbers)
     assert len(figure.axes) == 6
     names = [text.get_text() for text in figure.axes[0].texts]
     assert "measured: Aurora (r=64)" in names and "Aurora (r=64), 0.1M" in names and len(names) == 11
@@ -102,14 +103,13 @@ def test_bubbles_are_the_papers_and_stars_ours(retrieval_runs):
 def test_runs_on_other_data_have_panels_of_their_own(tmp_path, metrics, titles):
     config = {"model": {"arch": "x", "tuning": "full"}, "datasets": {"other": {}}, "run": {}}
     (tmp_path / "config.yaml").write_text(json.dumps(config))
-    line = {f"final_test_{key}": value for key, value in {"epoch": "best", **metrics}.items()}
-    (tmp_path / "log.txt").write_text(json.dumps(line))
-    figure = bubbles.draw(bubbles.numbers(arguments(bubbles, tmp_path)))
+    leave_summary(tmp_path, metrics={"test": metrics})
+    figure = BUBBLES.draw(BUBBLES.numbers(arguments(BUBBLES, tmp_path)))
     axis = figure.axes[6]
     assert (axis.get_xlabel(), axis.get_ylabel()) == titles and axis.get_title() == "other (measured here)"
     assert [text.get_text() for text in axis.texts] == ["measured: BLIP"]
 
 
 def test_larger_methods_have_larger_bubbles():
-    areas = [bubbles._area(count) for count in (1e5, 1e6, 1e7, 1e8)]
+    areas = [_marker_area(count) for count in (1e5, 1e6, 1e7, 1e8)]
     assert areas == sorted(areas) and areas[0] > 0

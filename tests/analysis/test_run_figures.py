@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from tiny import activate, project_yaml, tiny_model
 from tiny_figures import arguments, with_candidates
 
-from lavis_aurora.analysis import attention, cases, distribution
-from lavis_aurora.analysis.results import load_trained, untrained_model
+from lavis_aurora.analysis.examples import ATTENTION, CASES, word_maps
+from lavis_aurora.analysis.tuned import load_trained, untrained_model
+from lavis_aurora.analysis.weights import DISTRIBUTION, TOWERS, stacked
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.project import load_config
@@ -27,7 +28,7 @@ def test_maps_are_the_softmax_of_query_and_key(form):
     seen = {}
     cross = model.text_encoder.encoder.layer[1].crossattention.self
     hook = cross.register_forward_hook(lambda _m, inputs, _o: seen.update(hidden=inputs[0], image=inputs[3]))
-    words, maps, layer = attention.word_maps(model, image, "a big red circle", 1)
+    words, maps, layer = word_maps(model, image, "a big red circle", 1)
     hook.remove()
     assert words == ["a", "big", "red", "circle"] and layer == 1 and maps.shape == (4, 3, 3)
     with torch.no_grad():
@@ -43,16 +44,16 @@ def test_maps_are_the_softmax_of_query_and_key(form):
 
 def test_attention_has_a_picture_and_a_panel_for_each_word(retrieval_runs):
     runs = retrieval_runs.values()
-    numbers = attention.numbers(arguments(attention, *runs, "--text", "a big red circle", "--labels", "one", "two"))
+    numbers = ATTENTION.numbers(arguments(ATTENTION, *runs, "--text", "a big red circle", "--labels", "one", "two"))
     assert [row["label"] for row in numbers["rows"]] == ["one", "two"]
-    figure = attention.draw(numbers)
+    figure = ATTENTION.draw(numbers)
     assert len(figure.axes) == 2 * 5
     overlay = figure.axes[1].images[1].get_array()
     np.testing.assert_allclose(overlay, numbers["rows"][0]["maps"][0])
-    chosen = attention.numbers(arguments(attention, *runs, "--text", "a big red circle", "--words", "red"))
+    chosen = ATTENTION.numbers(arguments(ATTENTION, *runs, "--text", "a big red circle", "--words", "red"))
     assert chosen["rows"][0]["words"] == ["red"]
     assert chosen["rows"][0]["maps"] == [numbers["rows"][0]["maps"][2]]
-    relative = attention.numbers(arguments(attention, *runs, "--text", "a big red circle", "--relative"))
+    relative = ATTENTION.numbers(arguments(ATTENTION, *runs, "--text", "a big red circle", "--relative"))
     maps = np.asarray(numbers["rows"][0]["maps"])
     np.testing.assert_allclose(relative["rows"][0]["maps"], np.maximum(maps - maps.mean(axis=0), 0), atol=1e-6)
 
@@ -69,12 +70,12 @@ def test_attention_has_a_picture_and_a_panel_for_each_word(retrieval_runs):
 )
 def test_what_attention_cannot_show_is_named(retrieval_runs, given, match):
     with pytest.raises(AuroraError, match=match):
-        attention.numbers(arguments(attention, retrieval_runs["aurora"], *given))
+        ATTENTION.numbers(arguments(ATTENTION, retrieval_runs["aurora"], *given))
 
 
 def test_maps_are_those_of_retrieval(answer_runs):
     with pytest.raises(AuroraError, match="a run of blip_vqa_aurora; maps of words are those of blip_retrieval"):
-        attention.numbers(arguments(attention, answer_runs[0]))
+        ATTENTION.numbers(arguments(ATTENTION, answer_runs[0]))
 
 
 def test_a_wrapped_model_has_the_weights_of_the_one_inside(tmp_path):
@@ -99,13 +100,13 @@ def test_a_wrapped_model_has_the_weights_of_the_one_inside(tmp_path):
 
 
 def test_distributions_are_those_of_the_weights(retrieval_runs):
-    numbers = distribution.numbers(arguments(distribution, *retrieval_runs.values()))
+    numbers = DISTRIBUTION.numbers(arguments(DISTRIBUTION, *retrieval_runs.values()))
     model = untrained_model(retrieval_runs["aurora"])
     before = [layer.crossattention.self.query.weight.detach() for layer in model.text_encoder.encoder.layer]
-    only = distribution.stacked(model, ["cross"], None)["query"]
+    only = stacked(model, ["cross"], None)["query"]
     np.testing.assert_array_equal(only, torch.cat([weight.flatten() for weight in before]).numpy())
     # W_q of all towers, from the fused weights of the vision encoder too: 3 towers, 3 layers, 128 x 128.
-    query = distribution.stacked(model, list(distribution.TOWERS), None)["query"]
+    query = stacked(model, list(TOWERS), None)["query"]
     assert query.shape == (9 * 128 * 128,)
     found = numbers["kinds"]["query"]
     assert found["deviation"]["pretrained"] == pytest.approx(query.std())
@@ -116,48 +117,48 @@ def test_distributions_are_those_of_the_weights(retrieval_runs):
     assert set(found["changes"]) == {"aurora", "full"}
     widths = np.diff(found["edges"])
     assert 0.99 < (np.asarray(found["weights"]["pretrained"]) * widths).sum() <= 1
-    figure = distribution.draw(numbers)
+    figure = DISTRIBUTION.draw(numbers)
     assert len(figure.axes) == 6
     assert [len(axis.patches) for axis in figure.axes] == [3, 2] * 3
 
 
 def test_a_backbone_of_random_weights_is_lost(answer_runs):
     with pytest.raises(AuroraError, match="random weights, which are lost"):
-        distribution.numbers(arguments(distribution, answer_runs[0]))
+        DISTRIBUTION.numbers(arguments(DISTRIBUTION, answer_runs[0]))
 
 
 def test_distributions_of_one_layer_or_none(retrieval_runs):
     run = retrieval_runs["aurora"]
-    one = distribution.numbers(arguments(distribution, run, "--layers", "1", "--towers", "text"))
+    one = DISTRIBUTION.numbers(arguments(DISTRIBUTION, run, "--layers", "1", "--towers", "text"))
     assert one["layers"] == [1] and set(one["kinds"]["key"]["changes"]) == {"aurora"}
     with pytest.raises(AuroraError, match="no such layer"):
-        distribution.numbers(arguments(distribution, run, "--layers", "9"))
+        DISTRIBUTION.numbers(arguments(DISTRIBUTION, run, "--layers", "9"))
     with pytest.raises(AuroraError, match="at most one run of aurora"):
-        distribution.numbers(arguments(distribution, run, run))
+        DISTRIBUTION.numbers(arguments(DISTRIBUTION, run, run))
 
 
 def test_ranked_pictures_are_those_of_the_result_file(retrieval_runs):
     run = retrieval_runs["aurora"]
     result = with_candidates(run)
-    numbers = cases.numbers(arguments(cases, run, "--items", "0", "5", "--top", "3"))
+    numbers = CASES.numbers(arguments(CASES, run, "--items", "0", "5", "--top", "3"))
     first, second = numbers["cases"]
     ids = result["candidates"]["text_to_image"]["ids"]
     assert [one["file"].rpartition("/")[2] for one in first["candidates"]] == [f"{i:03d}.jpg" for i in ids[0][:3]]
     assert [one["right"] for one in second["candidates"]] == [i == 5 for i in ids[5][:3]]
     assert second["rank"] == result["ranks"]["text_to_image"][5] + 1
-    figure = cases.draw(numbers)
+    figure = CASES.draw(numbers)
     assert len(figure.axes) == 2 * 4
     with pytest.raises(AuroraError, match="--items 8"):
-        cases.numbers(arguments(cases, run, "--items", "8"))
+        CASES.numbers(arguments(CASES, run, "--items", "8"))
     with pytest.raises(AuroraError, match="name one"):
-        cases.numbers(arguments(cases, run, run))
+        CASES.numbers(arguments(CASES, run, run))
     for name in ("count", "top"):
         with pytest.raises(AuroraError, match=f"--{name} 0: must be 1 or more"):
-            cases.numbers(arguments(cases, run, f"--{name}", "0"))
+            CASES.numbers(arguments(CASES, run, f"--{name}", "0"))
 
 
 def test_answers_of_two_runs_stand_under_their_questions(answer_runs):
-    numbers = cases.numbers(arguments(cases, *answer_runs, "--split", "val", "--labels", "A", "B", "--count", "2"))
+    numbers = CASES.numbers(arguments(CASES, *answer_runs, "--split", "val", "--labels", "A", "B", "--count", "2"))
     assert numbers["questions"] == 6 and len(numbers["cases"]) == 2
     given = [json.loads((run / "result" / "val_epoch_best_vqa_result.json").read_text()) for run in answer_runs]
     for case in numbers["cases"]:
@@ -166,7 +167,7 @@ def test_answers_of_two_runs_stand_under_their_questions(answer_runs):
         assert case["truth"] == ("red", "2", "yes")[case["item"] % 3]
     differing = sum(a["answer"] != b["answer"] for a, b in zip(*given))
     assert numbers["differing"] == differing
-    figure = cases.draw(numbers)
+    figure = CASES.draw(numbers)
     assert len(figure.axes) == 2
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == [f"{x}: {y}" for x, y in zip("AB", numbers["cases"][0]["answers"])] + [

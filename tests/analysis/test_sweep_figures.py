@@ -8,9 +8,9 @@ import statistics
 import pytest
 from tiny_figures import arguments, sweep_table
 
-from lavis_aurora.analysis import rank
-from lavis_aurora.analysis.ablation import CONTEXT, GATE, GATE_INIT, SHARING, SPAN, metric_title
-from lavis_aurora.analysis.table import series, write_table
+from lavis_aurora.analysis.paper import metric_title
+from lavis_aurora.analysis.results import series, write_table
+from lavis_aurora.analysis.sweep_figures import CONTEXT, GATE, GATE_INIT, MIN_AXIS_SPAN, RANK, RANK_KEY, SHARING
 from lavis_aurora.common.errors import AuroraError
 
 SEEDS = {"none": [40.0, 42.0, 47.0], "attention": [44.0, 44.0, 45.0]}
@@ -43,7 +43,7 @@ def test_small_differences_do_not_fill_a_panel(tmp_path):
     near = sweep_table(tmp_path / "near.csv", CONTEXT.key, {"none": [50.0, 50.2], "mean": [50.1, 50.3]})
     [first, *_] = CONTEXT.draw(CONTEXT.numbers(arguments(CONTEXT, near))).axes
     low, high = first.get_ylim()
-    assert high - low == pytest.approx(SPAN) and low < 50.0 and high > 50.3
+    assert high - low == pytest.approx(MIN_AXIS_SPAN) and low < 50.0 and high > 50.3
     far = sweep_table(tmp_path / "far.csv", CONTEXT.key, {"none": [50.0], "mean": [70.0]})
     [first, *_] = CONTEXT.draw(CONTEXT.numbers(arguments(CONTEXT, far))).axes
     assert 20 < first.get_ylim()[1] - first.get_ylim()[0] < 25
@@ -72,36 +72,35 @@ def test_each_part_has_its_figure(tmp_path, figure):
 
 
 def test_recalls_and_counts_against_the_rank(tmp_path):
-    table = sweep_table(tmp_path / "sweep.csv", rank.KEY, {"16": [30.0, 32.0], "4": [20.0, 21.0], "64": [35.0, 35.0]})
-    numbers = rank.numbers(arguments(rank, table))
+    table = sweep_table(tmp_path / "sweep.csv", RANK_KEY, {"16": [30.0, 32.0], "4": [20.0, 21.0], "64": [35.0, 35.0]})
+    numbers = RANK.numbers(arguments(RANK, table))
     assert numbers["ranks"] == [4, 16, 64]
     assert numbers["counts"]["Aurora"][numbers["counts"]["ranks"].index(64)] == 130_560
-    figure = rank.draw(numbers)
+    figure = RANK.draw(numbers)
     assert len(figure.axes) == 3
     drawn = [list(bars.lines[0].get_ydata()) for bars in figure.axes[0].containers]
     assert drawn == [[20.5, 31.0, 35.0], [30.5, 41.0, 45.0], [40.5, 51.0, 55.0]]
     names = {text.get_text() for text in figure.axes[2].texts}
     assert names == {"LoRA", "UniAdapter", "Aurora"}
     # Formulas of another size say nothing of the paper's model.
-    small = rank.numbers(arguments(rank, table, "--layers", "3", "--width", "128"))
+    small = RANK.numbers(arguments(RANK, table, "--layers", "3", "--width", "128"))
     assert small["paper"] == [] and small["counts"]["UniAdapter"][0] == 3 * 4 * 128 * 4
 
 
 def test_what_else_differs_is_refused(tmp_path):
     def cell(rank: str, form: str) -> tuple:
-        settings = {rank_key: rank, "model.gate.form": form}
+        settings = {RANK_KEY: rank, "model.gate.form": form}
         return settings, {"status": "done", "seconds": 1.0, "metrics": {"test": {"agg_metrics": 1.0}}}
 
-    rank_key = rank.KEY
     write_table([cell("4", "none"), cell("8", "residual")], tmp_path / "two.csv")
     with pytest.raises(AuroraError, match="model.gate.form differs too"):
-        series(tmp_path / "two.csv", rank_key, ["test.agg_metrics"])
+        series(tmp_path / "two.csv", RANK_KEY, ["test.agg_metrics"])
     with pytest.raises(AuroraError, match="no column 'model.context.form'"):
         CONTEXT.numbers(arguments(CONTEXT, tmp_path / "two.csv"))
     with pytest.raises(AuroraError, match="no recalls and no accuracy.*'val'"):
-        rank.numbers(arguments(rank, tmp_path / "two.csv", "--split", "val"))
+        RANK.numbers(arguments(RANK, tmp_path / "two.csv", "--split", "val"))
     with pytest.raises(AuroraError, match="cannot be read as csv"):
-        series(tmp_path / "none.csv", rank_key, ["test.agg_metrics"])
+        series(tmp_path / "none.csv", RANK_KEY, ["test.agg_metrics"])
 
 
 def test_failed_cells_count_for_nothing(tmp_path):

@@ -6,9 +6,8 @@ import pytest
 from tiny import tiny_model
 from tiny_vqa import vqa_model
 
-from lavis_aurora.adapters.sets import trainable_parameters_summary
+from lavis_aurora.adapters.sets import parameter_groups
 from lavis_aurora.analysis.paper import aurora_count, label, lora_count, paper_rows, paper_tables, uniadapter_count
-from lavis_aurora.analysis.results import trained_parameters
 from lavis_aurora.common.errors import AuroraError
 
 TABLES = paper_tables()["tables"]
@@ -74,6 +73,6 @@ def test_counts_are_those_of_appendix_e():
 @pytest.mark.parametrize("make", [tiny_model, vqa_model])
 def test_counts_are_those_of_the_models(make, sharing, separate):
     """L (3 + 6) 2r + 2dr + 2Ld, and 2dr more for each tower beyond the first; VQA's decoder adds none."""
-    summary = trained_parameters(trainable_parameters_summary(make(mode_approx={"rank": 5, "sharing": sharing})))
-    trained = sum(count for group, count in summary.items() if group != "heads")
+    groups = parameter_groups(make(mode_approx={"rank": 5, "sharing": sharing}))
+    trained = sum(count["parameters"] for group, count in groups.items() if group not in ("heads", "frozen"))
     assert trained == aurora_count(5, layers=3, width=128, separate=separate)
