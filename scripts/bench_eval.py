@@ -22,126 +22,26 @@ import ctypes
 import gc
 import json
 import os
-import platform
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from bench_eval_models import KINDS, FakeRetrievalDataset, RandomTokenEncoder, VideoAsImageModel, build
+from measuring import environment_info, measure_in_subprocess, resident_memory
+from torch import nn
+from torch.utils.data import DataLoader
 
-SIDES = ("lavis", "ours")
-WORDS = ("a", "red", "blue", "green", "small", "big", "large", "circle", "square", "star", "triangle", "ring")
-
-
-@dataclass
-class Kind:
-    """Sizes of one row of the table: side in pixels, frames of a video or 0."""
-
-    side: int
-    frames: int
+IMPLEMENTATIONS = ("lavis", "ours")
 
 
-KINDS = {"images": Kind(384, 0), "videos": Kind(224, 16)}
-
-
-class Captioned(Dataset):
-    """What retrieval reads of LAVIS's RetrievalEvalDataset; a picture's number stands in its first pixel."""
-
-    def __init__(self, count: int, frames: int, key: str) -> None:
-        rng = np.random.default_rng(0)
-        # With [CLS] and [SEP] 8 to 16 tokens, the length of most captions of COCO.
-        self.text = [" ".join(rng.choice(WORDS, rng.integers(6, 15))) for _ in range(count)]
-        self.image = list(range(count))
-        self.shape, self.key = (3, max(1, frames), 1, 1) if frames else (3, 1, 1), key
-
-    def __len__(self) -> int:
-        return len(self.image)
-
-    def __getitem__(self, index: int) -> dict:
-        return {self.key: torch.full(self.shape, float(index)), "index": index}
-
-
-class GivenTokens(nn.Module):
-    """Stands in for the vision tower: random tokens, the same for the same picture, or frame of a video."""
-
-    def __init__(self, tokens: int, frames: int) -> None:
-        super().__init__()
-        self.tokens, self.frames = tokens, frames
-
-    def forward_features(self, pixels: Tensor) -> Tensor:
-        """(batch, 3, height, width) to (batch, tokens, 768)."""
-        made = []
-        for position, seed in enumerate(pixels[:, 0, 0, 0].long().tolist()):
-            generator = torch.Generator().manual_seed(1000 * seed + position % self.frames)
-            made.append(torch.randn(self.tokens, 768, generator=generator))
-        return torch.stack(made).to(pixels.device)
-
-
-class VideosAsPictures(nn.Module):
-    """LAVIS's model for videos: the tokens of all frames are those of one picture."""
-
-    def __init__(self, tower: nn.Module, projection: nn.Module) -> None:
-        super().__init__()
-        self.tower, self.projection = tower, projection
-
-    def forward_features(self, video: Tensor) -> Tensor:
-        """(batch, 3, frames, height, width) to (batch, frames * tokens, 768)."""
-        frames = self.tower.forward_features(video.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(video), -1))
-        self.pooled = frames[:, :, 0].mean(dim=1)
-        return frames.flatten(1, 2)
-
-    def forward(self, _first_token: Tensor) -> Tensor:
-        """In the place of vision_proj: of the mean, not of the first frame."""
-        return self.projection(self.pooled)
-
-
-def build(kind: Kind, side: str, device: str) -> nn.Module:
-    """BLIP base with random weights and an active adapter, as LAVIS's model or as ours; the same for both."""
-    from lavis.models import BlipRetrieval
-    from lavis.models.med import XBertEncoder
-    from lavis.models.vit import VisionTransformerEncoder
-    from omegaconf import OmegaConf
-
-    import lavis_aurora.register  # noqa: F401
-    from lavis_aurora.adapters.merging import merged_weights
-    from lavis_aurora.common.paths import package_file
-    from lavis_aurora.encoders.towers import build_tokenizer
-    from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
-
-    vocabulary = package_file("configs/models/tiny")
-    cfg = OmegaConf.load(BlipRetrievalAurora.default_config_path("base")).model
-    cfg = OmegaConf.merge(
-        cfg, {"pretrained": None, "queue_size": 0, "image_size": kind.side, "tokenizer": vocabulary}
-    )
-    torch.manual_seed(0)
-    ours = BlipRetrievalAurora.from_config(cfg)
-    for factor in ours.mode_approx.sets["default"].V.values():
-        nn.init.normal_(factor, std=0.02)
-    for head in (ours.vision_proj, ours.text_proj, ours.itm_head):
-        nn.init.normal_(head.weight, std=0.3)
-    if side == "ours":
-        return ours.eval().to(device)
-    merged = {**ours.state_dict(), **merged_weights(ours, "default")}
-    towers = (cls.from_config(cfg) for cls in (VisionTransformerEncoder, XBertEncoder))
-    with patch.object(BlipRetrieval, "init_tokenizer", lambda *_: build_tokenizer(vocabulary)):
-        lavis = BlipRetrieval(*towers, queue_size=0)
-    del lavis.visual_encoder_m, lavis.text_encoder_m
-    missing = lavis.load_state_dict({k: v for k, v in merged.items() if k in lavis.state_dict()}, strict=False)
-    assert not missing.missing_keys, missing
-    return lavis.eval().to(device)
-
-
-class Clock:
+class Timer:
     """Seconds on the wall and of the processor since its start; the second hardly depend on who else is at work."""
 
     def __init__(self) -> None:
@@ -154,7 +54,7 @@ class Clock:
         return time.perf_counter(), time.process_time()
 
     def read(self) -> dict[str, float]:
-        """Both, as fields of a result."""
+        """``seconds`` and ``cpu_seconds``."""
         wall, cpu = (now - then for now, then in zip(self._now(), self.start))
         return {"seconds": wall, "cpu_seconds": cpu}
 
@@ -170,16 +70,11 @@ class Memory:
         # What building the model left over must not hide what the evaluation takes.
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        self.resident = self._status("VmRSS")
-
-    @staticmethod
-    def _status(key: str) -> float:
-        return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
+        self.resident = resident_memory(reset=True)[0]
 
     def peak(self) -> dict[str, float]:
-        """By kind of memory."""
-        found = {"main": self._status("VmHWM") - self.resident}
+        """``main``, and ``gpu`` if there is one."""
+        found = {"main": (resident_memory()[1] - self.resident) / 1e6}
         if self.cuda:
             found["gpu"] = (torch.cuda.max_memory_allocated() - self.allocated) / 1e6
         return found
@@ -192,7 +87,7 @@ def run_lavis(model: nn.Module, loader: DataLoader, rows: int) -> dict:
     k, clocks, pairs = len(loader.dataset), [], []
 
     def note(_module, args: tuple, *_rest) -> None:
-        clocks.append(Clock())
+        clocks.append(Timer())
         pairs.append(len(args[0]))
 
     hook = model.text_encoder.register_forward_pre_hook(note)
@@ -207,7 +102,7 @@ def run_lavis(model: nn.Module, loader: DataLoader, rows: int) -> dict:
     return {**took, "pairs": sum(pairs), "i2t": i2t[:rows], "t2i": t2i[:rows]}
 
 
-def run_ours(model: nn.Module, loader: DataLoader, rows: int) -> dict:
+def run_aurora(model: nn.Module, loader: DataLoader, rows: int) -> dict:
     """All captions with 2 * rows images, as :func:`lavis_aurora.evaluation.rerank.retrieval_scores` does it."""
     from lavis_aurora.evaluation.encode import ImageTokens, encode_texts
     from lavis_aurora.evaluation.rerank import score_pairs
@@ -216,7 +111,7 @@ def run_ours(model: nn.Module, loader: DataLoader, rows: int) -> dict:
     images = ImageTokens(model, loader, budget_gb=4.0, dtype=torch.float32)
     count = len(texts.feats)
     keys = torch.arange(2 * rows * count)
-    clock = Clock()
+    clock = Timer()
     itm = score_pairs(model, images, texts, keys)[:, 1]
     took = clock.read()
     scores = np.full((count, count), np.nan, dtype=np.float32)
@@ -225,25 +120,27 @@ def run_ours(model: nn.Module, loader: DataLoader, rows: int) -> dict:
 
 
 @torch.no_grad()
-def child(args: argparse.Namespace) -> None:
+def worker(args: argparse.Namespace) -> None:
     """One run in this process; the results go to a file."""
     if args.device == "cpu":
         torch.set_num_threads(args.threads)
-    kind, ours = KINDS[args.child[1]], args.child[0] == "ours"
-    model = build(kind, args.child[0], args.device)
+    kind, ours = KINDS[args.worker[1]], args.worker[0] == "ours"
+    model = build(kind, args.worker[0], args.device)
     tower = model.visual_encoder
-    stand_in = GivenTokens((kind.side // 16) ** 2 + 1, max(1, kind.frames))
+    stand_in = RandomTokenEncoder((kind.side // 16) ** 2 + 1, max(1, kind.frames))
     model.visual_encoder = stand_in
     if kind.frames and not ours:
-        model.visual_encoder = model.vision_proj = VideosAsPictures(stand_in, model.vision_proj)
-    loader = DataLoader(Captioned(args.k, kind.frames, "video" if kind.frames and ours else "image"), batch_size=8)
-    run = run_ours if ours else run_lavis
+        model.visual_encoder = model.vision_proj = VideoAsImageModel(stand_in, model.vision_proj)
+    loader = DataLoader(
+        FakeRetrievalDataset(args.k, kind.frames, "video" if kind.frames and ours else "image"), batch_size=8
+    )
+    run = run_aurora if ours else run_lavis
     memory = Memory(args.device)
     result = run(model, loader, args.rows)
     result["memory"] = memory.peak()
     pixels = torch.randn(kind.frames or args.rows, 3, kind.side, kind.side)
     tower.forward_features(pixels[:1].to(args.device))
-    clock = Clock()
+    clock = Timer()
     tower.forward_features(pixels.to(args.device))
     tower_seconds = clock.read()["seconds"] / (1 if kind.frames else len(pixels))
     result["tower_seconds"] = tower_seconds
@@ -257,8 +154,8 @@ def child(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace) -> dict:
     """All runs, LAVIS's and ours in turns."""
-    jobs = [(side, kind, run) for kind in args.kinds for run in range(args.runs) for side in SIDES]
-    found: dict = {kind: {side: [] for side in SIDES} for kind in args.kinds}
+    jobs = [(side, kind, run) for kind in args.kinds for run in range(args.runs) for side in IMPLEMENTATIONS]
+    found: dict = {kind: {side: [] for side in IMPLEMENTATIONS} for kind in args.kinds}
     took: dict = {}
     with tempfile.TemporaryDirectory() as folder:
         for i, (side, kind, run) in enumerate(jobs):
@@ -266,13 +163,10 @@ def measure(args: argparse.Namespace) -> dict:
             left = f"{timedelta(seconds=round(sum(known)))} left" if None not in known else "time left not known yet"
             print(f"{i + 1}/{len(jobs)}: {side}, {kind}, run {run + 1} ({left})", file=sys.stderr, flush=True)
             start, path = time.time(), Path(folder) / f"{i}.pt"
-            command = [sys.executable, __file__, "--child", side, kind, "--result", str(path)]
-            command += [f"--{key}={getattr(args, key)}" for key in ("k", "rows", "device", "threads")]
-            command += ["--profile"] if args.profile and run == 0 else []
-            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            if done.returncode:
-                killed = " (killed: is there enough memory? see --k)" if done.returncode == -9 else ""
-                sys.exit(f"bench_eval: {side}, {kind} failed{killed}:\n{done.stderr[-3000:]}")
+            arguments = ["--worker", side, kind, "--result", str(path)]
+            arguments += [f"--{key}={getattr(args, key)}" for key in ("k", "rows", "device", "threads")]
+            arguments += ["--profile"] if args.profile and run == 0 else []
+            measure_in_subprocess(__file__, arguments, args.threads, f"bench_eval: {side}, {kind}")
             took[side, kind] = time.time() - start
             found[kind][side].append(torch.load(path, weights_only=False))
             if Path(f"{path}.profile").exists():
@@ -350,18 +244,18 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", help="also write all figures here")
     parser.add_argument("--profile", action="store_true", help="print where our time goes")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        child(args)
+    if args.worker:
+        worker(args)
         return
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench_eval: --device cuda, but torch sees no GPU")
     load, start = os.getloadavg()[0], time.time()
     summary = summarize(measure(args))
-    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    summary["machine"] = {"device": name, "threads": args.threads, "torch": torch.__version__, "load_before": load}
+    summary["machine"] = {**environment_info(args.device, args.threads), "load_before": load}
+    name = summary["machine"]["device"]
     figures = {kind: summary[kind] for kind in args.kinds}
     print(f"k = {args.k}, medians of {args.runs} runs, {name}, {args.threads} threads, load before: {load:.1f}")
     print(table(figures), flush=True)

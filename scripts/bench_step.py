@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import platform
-import resource
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from lavis.models.blip_models.blip_vqa import BlipVQA
 from lavis.models.med import XBertEncoder, XBertLMHeadDecoder
 from lavis.models.vit import VisionTransformerEncoder
+from measuring import environment_info, resident_memory
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -159,27 +157,11 @@ def samples(task: str, batch: int, size: str, step: int, device: str) -> dict:
     return {**visuals, "text_input": [CAPTIONS[i] for i in repeated], "image_id": ids, **position}
 
 
-def resident(reset: bool = False) -> tuple[int, int]:
-    """(resident memory, its peak) of this process in bytes; ``reset`` starts a new peak where Linux lets us."""
-    if reset:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        values = dict(line.split(":", 1) for line in lines)
-        return tuple(int(values[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
-    except (OSError, KeyError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return peak, peak
-
-
 def measure(args: argparse.Namespace) -> dict:
     """Steps of one method: seconds each, peak memory, parameters, checkpoint."""
     torch.manual_seed(0)
     task, method, device = args.task, args.method, args.device
-    start_memory = resident()[0]
+    start_memory = resident_memory()[0]
     model, trained = build(task, method, args.size, args.checkpointed)
     model = model.to(device).train()
     adapter = {id(p) for _, p in adapter_parameters(model)}
@@ -190,7 +172,7 @@ def measure(args: argparse.Namespace) -> dict:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05)
     cuda = device.startswith("cuda")
     scaler = torch.amp.GradScaler("cuda", enabled=cuda and args.amp)
-    resident(reset=True)
+    resident_memory(reset=True)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     seconds, processor = [], []
@@ -216,7 +198,7 @@ def measure(args: argparse.Namespace) -> dict:
     if args.profile:
         key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
         print(profiler.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=40))
-    peak = torch.cuda.max_memory_allocated() if cuda else resident()[1] - start_memory
+    peak = torch.cuda.max_memory_allocated() if cuda else resident_memory()[1] - start_memory
     file = io.BytesIO()
     torch.save([p.detach().cpu().clone() for p in trained], file)
     return {
@@ -225,17 +207,5 @@ def measure(args: argparse.Namespace) -> dict:
         "backbone": backbone,
         "trained": sum(p.numel() for p in trained),
         "checkpoint": file.tell(),
-        "machine": machine(device, args.threads) | {"lavis_aurora": lavis_aurora.__version__},
+        "machine": environment_info(device, args.threads) | {"lavis_aurora": lavis_aurora.__version__},
     }
-
-
-def machine(device: str, threads: int) -> dict:
-    """What the figures depend on."""
-
-    name = platform.processor() or platform.machine()
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name()
-    elif Path("/proc/cpuinfo").is_file():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        name = names[0].partition(":")[2].strip() if names else name
-    return {"device": name, "threads": threads, "python": platform.python_version(), "torch": torch.__version__}

@@ -13,8 +13,6 @@ import json
 import logging
 import os
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from collections import defaultdict
@@ -22,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from bench_step import METHODS, TASKS, measure
-from processes import environment
+from measuring import measure_in_subprocess
 
 from lavis_aurora.analysis.paper_figures import UNITS, method_name
 from lavis_aurora.common.files import written_whole
@@ -32,15 +30,13 @@ MB = 1e6
 
 def measure_apart(args: argparse.Namespace, task: str, method: str) -> dict:
     """:func:`measure` in a new process."""
-    command = [sys.executable, __file__, "--task", task, "--method", method, "--device", args.device]
+    arguments = ["--task", task, "--method", method, "--device", args.device]
     for key in ("batch", "steps", "warmup", "threads", "size", "checkpointed", "clock"):
-        command += [f"--{key}", str(getattr(args, key))]
-    command += [f"--{key}" for key in ("amp", "compile", "profile") if getattr(args, key)]
-    own = {**environment(args.threads), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=own, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{task}, {method}: {done.stderr.strip()[-2000:]}")
-    *before, result = done.stdout.strip().splitlines()
+        arguments += [f"--{key}", str(getattr(args, key))]
+    arguments += [f"--{key}" for key in ("amp", "compile", "profile") if getattr(args, key)]
+    *before, result = (
+        measure_in_subprocess(__file__, arguments, args.threads, f"{task}, {method}").strip().splitlines()
+    )
     if args.profile:
         print("\n".join(before))
     return json.loads(result)

@@ -1,6 +1,6 @@
 """Write the tables of docs/configuration.md from the dataclasses of lavis_aurora.config and their docstrings.
 
-    python scripts/config_keys.py      # after a key, its default or its meaning has changed
+python scripts/config_keys.py      # after a key, its default or its meaning has changed
 """
 
 from __future__ import annotations

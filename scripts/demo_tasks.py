@@ -1,18 +1,95 @@
-"""What all demos have in common: a project, learning rates, a table and a picture."""
+"""What all demos have in common: their runs, a project, learning rates, a table and a picture."""
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from demo_runs import Run
-from processes import ROOT
+from processes import ROOT, TrainingProcess, run_all
+
+from lavis_aurora.common.summary import SUMMARY, Summary, read_summary
 
 LABELS = {"frozen": "frozen backbone", "heads": "heads only", "aurora": "Aurora", "full": "full fine-tuning"}
 COLORS = {"frozen": "#9aa5b1", "heads": "#c9b458", "aurora": "#c2410c", "full": "#1d4e89"}
 Row = dict[str, Any]
+
+
+@dataclass
+class Run(TrainingProcess):
+    """One run of a project YAML.
+
+    Attributes:
+        project: the YAML.
+        tuning: value of model.tuning.
+        rate: value of run.init_lr.
+        folder: everything that the run writes.
+        seed: value of run.seed.
+        source: a finished run whose best epoch is evaluated again, with the options.
+        options: KEY=VALUE of this run alone.
+        seconds: that it took, once it has ended.
+    """
+
+    project: Path
+    tuning: str
+    rate: float
+    folder: Path
+    seed: int = 42
+    source: Run | None = None
+    options: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        name = f"{self.tuning}, rate {self.rate:g}" if self.tuning != "frozen" else self.tuning
+        return ", ".join([name, *self.options])
+
+    @property
+    def result_folder(self) -> Path:
+        """The folder of the only run in :attr:`folder`."""
+        [summary] = self.folder.glob(f"*/{SUMMARY}")
+        return summary.parent
+
+    def summary(self) -> Summary:
+        """What it trained and measured."""
+        return read_summary(self.result_folder)
+
+    def start(self, options: Sequence[str]) -> None:
+        """Start it with these options and its own, which count where both name a key."""
+        given = [f"model.tuning={self.tuning}", f"run.init_lr={self.rate}", f"run.seed={self.seed}"]
+        given += [*options, *self.options]
+        if self.source and self.tuning != "frozen":
+            [best] = self.source.folder.glob("*/checkpoint_best.pth")
+            given.append(f"run.resume_ckpt_path={best}")
+        self.start_run(self.project, given, evaluate=self.tuning == "frozen" or self.source is not None, cwd=ROOT)
+
+    def poll(self) -> bool:
+        """Whether it has ended, which it says; a failed run ends the demo with the end of its log."""
+        if not super().poll():
+            return False
+        if self.failed:
+            end = "\n".join(self.output().splitlines()[-15:])
+            sys.exit(f"demo: the run '{self.name}' failed; {self.log} ends with:\n{end}")
+        print(f"done: {self.name}, {timedelta(seconds=round(self.seconds))}", flush=True)
+        return True
+
+
+def execute(runs: list[Run], jobs: int, options: Sequence[str]) -> None:
+    """Run all, ``jobs`` at a time, saying where each one is."""
+
+    def start(run: Run) -> None:
+        run.start(options)
+        print(f"started: {run.name}", flush=True)
+
+    def on_progress(active: list[Run], _pending: int) -> None:
+        for run in active:
+            print(f"  {run.name}: {run.progress()}", flush=True)
+
+    run_all(runs, jobs, start, Run.poll, on_progress)
 
 
 @dataclass
@@ -21,14 +98,14 @@ class DemoTask(ABC):
 
     Attributes:
         project: name of the YAML in projects/aurora.
-        rates: learning rate of each way of tuning, the ways in the order of the table.
-        grid: rates that --search compares.
+        learning_rates: of each way of tuning, the ways in the order of the table.
+        lr_grid: those that --search compares.
         score: what the best epoch is selected by, in words.
     """
 
     project: str
-    rates: dict[str, float]
-    grid: dict[str, tuple[float, ...]]
+    learning_rates: dict[str, float]
+    lr_grid: dict[str, tuple[float, ...]]
     score: str
 
     @property
@@ -36,19 +113,15 @@ class DemoTask(ABC):
         return ROOT / "projects" / "aurora" / self.project
 
     @abstractmethod
-    def figures(self, run: Run) -> Row:
+    def metrics(self, run: Run) -> Row:
         """What a run measured on the test split."""
 
-    def again(self, run: Run) -> list[Run]:
-        """Further evaluations of what a run has tuned, for :meth:`figures` to read."""
+    def extra_evaluations(self, run: Run) -> list[Run]:
+        """Further evaluations of what a run has tuned, for :meth:`metrics` to read."""
         return []
 
-    @abstractmethod
-    def validation(self, run: Run) -> float:
-        """Score of the best epoch on the validation split, percent."""
-
-    def references(self, datasets: dict[str, Any], folder: Path) -> Row:
-        """Figures to compare with that no run measures, added to each row; ``folder`` is for files."""
+    def baselines(self, datasets: dict[str, Any], folder: Path) -> Row:
+        """Metrics to compare with that no run measures, added to each row; ``folder`` is for files."""
         return {}
 
     @abstractmethod
@@ -60,12 +133,17 @@ class DemoTask(ABC):
         """The comparison as a picture."""
 
 
-def cost(row: Row) -> str:
+def validation_score(run: Run) -> float:
+    """Score of the best epoch on the validation split, percent."""
+    return max(float(one["metrics"]["agg_metrics"]) for one in run.summary()["validation"])
+
+
+def cost_columns(row: Row) -> str:
     """Columns of a table: what the run trained and took."""
     return f"{row['trained_parameters']:12,}{row['percent_of_backbone']:7.2f}%{row['seconds']:9.0f}"
 
 
-COST_HEADS = f"{'trained':>12}{'share':>8}{'seconds':>9}"
+COST_TITLES = f"{'trained':>12}{'share':>8}{'seconds':>9}"
 
 
 def cost_label(row: Row) -> str:

@@ -7,8 +7,10 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from demo_runs import Run
-from demo_tasks import COLORS, COST_HEADS, LABELS, DemoTask, Row, cost, gap_closed
+from demo_tasks import COLORS, COST_TITLES, LABELS, DemoTask, Row, Run, cost_columns, gap_closed
+
+from lavis_aurora.analysis.results import result_file
+from lavis_aurora.evaluation.answers import vqa_accuracy
 
 KINDS = ("color", "shape", "count", "position", "yes/no")  # ours; count is number, yes/no is yes/no
 
@@ -16,18 +18,14 @@ KINDS = ("color", "shape", "count", "position", "yes/no")  # ours; count is numb
 class VqaDemo(DemoTask):
     """VQAv2's accuracy by answer type and by kind of question."""
 
-    def figures(self, run: Run) -> Row:
-        result = run.results("test_epoch_*_accuracy.json")[-1]
+    def metrics(self, run: Run) -> Row:
+        """Number of questions, accuracy, and that by types, of which the summary has no section."""
+        result = result_file(run.result_folder, "test_epoch_*_accuracy.json")
         return {key: result[key] for key in ("questions", "accuracy", "answer_types", "question_types")}
 
-    def validation(self, run: Run) -> float:
-        return max(result["accuracy"] for result in run.results("val_epoch_*_accuracy.json"))
-
-    def references(self, datasets: dict[str, Any], folder: Path) -> Row:
+    def baselines(self, datasets: dict[str, Any], folder: Path) -> Row:
         """Accuracy without looking: for each question the answer that is commonest in training."""
-        from lavis_aurora.evaluation.answers import vqa_accuracy
-
-        answers: dict[str, Counter] = defaultdict(Counter)
+        answers: dict[str, Counter[str]] = defaultdict(Counter)
         for entry in datasets["train"].annotation:
             answers[entry["question"]].update(entry["answer"])
         test = datasets["test"]
@@ -48,8 +46,8 @@ class VqaDemo(DemoTask):
         lines = [f"test split of the shifted domain: {first['questions']} questions; VQAv2's accuracy in percent"]
         # The columns of the two last types are those of count and yes/no.
         heads = "".join(f"{name:>10}" for name in ("all", "other", *KINDS))
-        lines += ["", f"{'':<20}{heads}{COST_HEADS}"]
-        lines += [f"{LABELS[row['tuning']]:<20}{_columns(row)}{cost(row)}" for row in rows]
+        lines += ["", f"{'':<20}{heads}{COST_TITLES}"]
+        lines += [f"{LABELS[row['tuning']]:<20}{_columns(row)}{cost_columns(row)}" for row in rows]
         lines.append(f"{'without the picture':<20}{_columns(first['guesses'])}")
         closed = gap_closed({row["tuning"]: row["accuracy"] for row in rows})
         if closed is not None:
@@ -94,7 +92,7 @@ def _columns(scores: dict[str, Any]) -> str:
 # Rates: 3e-3 was chosen on the validation split among Aurora's grid below; full fine-tuning's was not searched for.
 VQA = VqaDemo(
     project="demo_vqa.yaml",
-    rates={"frozen": 1e-3, "aurora": 3e-3, "full": 1e-3},
-    grid={"aurora": (1e-3, 3e-3, 1e-2), "full": (3e-4, 1e-3, 3e-3)},
+    learning_rates={"frozen": 1e-3, "aurora": 3e-3, "full": 1e-3},
+    lr_grid={"aurora": (1e-3, 3e-3, 1e-2), "full": (3e-4, 1e-3, 3e-3)},
     score="accuracy",
 )

@@ -8,45 +8,54 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Optional, TypeVar
 
 from lavis_aurora_cli import end_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
+LOG = "output.txt"
 
 
-def environment(threads: int = 1) -> dict[str, str]:
-    """This process's environment with so many threads, in which Python finds this project first."""
+def subprocess_env(threads: int = 1, **more: str) -> dict[str, str]:
+    """This process's environment with so many threads, in which Python finds this project first, and ``more``."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONPATH": path}
+    threads_of = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    return {**os.environ, **threads_of, "PYTHONPATH": path, **more}
 
 
 class TrainingProcess:
     """A training or an evaluation on one thread.
 
     Attributes:
-        log: file that its output is added to.
-        process, started: it, and when it was started last.
+        folder: everything that it writes.
+        process, start_time: it, and when it was started last.
+        seconds: that it took, once it has ended.
     """
 
-    log: Path
-    process: Optional[subprocess.Popen] = None
-    started: float = 0.0
+    folder: Path
+    process: Optional[subprocess.Popen[bytes]] = None
+    start_time: float = 0.0
+    seconds: float = 0.0
 
-    def launch(
-        self,
-        program: Path,
-        cfg_path: str | Path,
-        options: Sequence[str],
-        more: Mapping[str, str] | None = None,
-        cwd: Path | None = None,
+    @property
+    def log(self) -> Path:
+        """The file that its output is added to."""
+        return self.folder / LOG
+
+    def start_run(
+        self, cfg_path: str | Path, options: Sequence[str], evaluate: bool, cwd: Path | None = None
     ) -> None:
-        """Start ``program --cfg-path ... --options ...``, with ``more`` in its environment."""
+        """Train, or only evaluate, as a project YAML says, into :attr:`folder`."""
+        program = ROOT / ("evaluate.py" if evaluate else "train.py")
+        self.launch(program, cfg_path, [*options, f"run.output_dir={self.folder}"], cwd)
+
+    def launch(self, program: Path, cfg_path: str | Path, options: Sequence[str], cwd: Path | None = None) -> None:
+        """Start ``program --cfg-path ... --options ...``."""
         command = [sys.executable, str(program), "--cfg-path", str(cfg_path), "--options", *options]
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.started = time.time()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.start_time = time.time()
         with self.log.open("a") as log:
             # Ctrl-C reaches this process alone, which tells its children once: told twice, they would not save.
             # Killed, it can tell them nothing: they end with it, or a restart would meet them.
@@ -54,11 +63,23 @@ class TrainingProcess:
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**environment(), **(more or {})},
+                env=subprocess_env(),
                 cwd=cwd,
                 start_new_session=True,
                 preexec_fn=end_with_parent,
             )
+
+    def poll(self) -> bool:
+        """Whether it has ended; asked again only while it has not."""
+        if self.process is None or self.process.poll() is None:
+            return False
+        self.seconds = time.time() - self.start_time
+        return True
+
+    @property
+    def failed(self) -> bool:
+        """Whether it did not end well, or has not ended."""
+        return self.process is None or self.process.returncode != 0
 
     def output(self) -> str:
         """What it has printed."""
@@ -73,7 +94,7 @@ class TrainingProcess:
 Process = TypeVar("Process", bound=TrainingProcess)
 
 
-def add_jobs(parser: argparse.ArgumentParser, default: int) -> None:
+def add_jobs_argument(parser: argparse.ArgumentParser, default: int) -> None:
     """The argument ``--jobs`` of programs that call :func:`run_all`."""
 
     def positive(text: str) -> int:
@@ -90,19 +111,21 @@ def run_all(
     processes: Sequence[Process],
     jobs: int,
     start: Callable[[Process], None],
-    ended: Callable[[Process], bool],
-    report: Callable[[list[Process], int], None],
-    every: float = 20.0,
+    poll: Callable[[Process], bool],
+    on_progress: Callable[[list[Process], int], None],
+    interval: float = 20.0,
 ) -> None:
     """Run all, ``jobs`` at a time. Those that run when this is left, by an error or a signal, are told to stop.
 
     Args:
         processes: in the order in which they start.
         start: starts one.
-        ended: whether one has ended; asked until it has, so it may say so, or raise.
-        report: says where the given ones are, and how many wait; after each end and every so many seconds.
+        poll: whether one has ended; asked until it has, so it may say so, or raise.
+        on_progress: given those that run and the number of those that do not yet; called after each end and at least
+            every ``interval`` seconds.
     """
-    waiting, active, last = list(processes), [], time.time()
+    pending, last = list(processes), time.time()
+    active: list[Process] = []
 
     def leave(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)
@@ -110,15 +133,15 @@ def run_all(
     # A closed terminal too ends by way of the finally, or the runs would go on unseen.
     handlers = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        while waiting or active:
-            while waiting and len(active) < jobs:
-                active.append(waiting.pop(0))
+        while pending or active:
+            while pending and len(active) < jobs:
+                active.append(pending.pop(0))
                 start(active[-1])
             time.sleep(0.2)
-            still = [process for process in active if not ended(process)]
-            if len(still) < len(active) or time.time() - last > every:
+            still = [process for process in active if not poll(process)]
+            if len(still) < len(active) or time.time() - last > interval:
                 active, last = still, time.time()
-                report(active, len(waiting))
+                on_progress(active, len(pending))
     finally:
         running = [one.process for one in active if one.process and one.process.poll() is None]
         for process in running:

@@ -22,14 +22,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Optional
 
-from processes import ROOT, TrainingProcess, add_jobs, run_all
+from processes import TrainingProcess, add_jobs_argument, run_all
 
-from lavis_aurora.analysis.results import final_metrics, newest_run, trained_parameters
-from lavis_aurora.analysis.table import write_table
+from lavis_aurora.analysis.results import final_metrics, latest_run, trained_parameters, write_table
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json
+from lavis_aurora.common.summary import read_summary
+from lavis_aurora.data.annotations import build_checked
+from lavis_aurora.project import load_config
 
-DONE, LOG, PLAN = "cell.json", "output.txt", "sweep.json"
+DONE, PLAN = "cell.json", "sweep.json"
 
 
 def parse_grid(arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -67,11 +69,7 @@ class Cell(TrainingProcess):
     def name(self) -> str:
         return cell_name(self.settings)
 
-    @property
-    def log(self) -> Path:
-        return self.folder / LOG
-
-    def finished(self) -> bool:
+    def is_done(self) -> bool:
         """Whether an earlier call finished it; its result is then read."""
         if (self.folder / DONE).is_file():
             self.result = read_json(self.folder / DONE)
@@ -80,33 +78,29 @@ class Cell(TrainingProcess):
     def start(self, cfg_path: str, options: Sequence[str]) -> None:
         """Start it on one thread, or go on where it was interrupted."""
         given = [*options, *(f"{key}={value}" for key, value in self.settings.items())]
-        given.append(f"run.output_dir={self.folder}")
-        if "model.tuning=frozen" in given:
-            # Nothing to train: the same test, without a word about it.
-            self.launch(ROOT / "evaluate.py", cfg_path, given)
-        else:
-            self.launch(ROOT / "train.py", cfg_path, [*given, "run.resume=auto"])
+        # Of the frozen model there is nothing to train: the same test, without a word about it.
+        frozen = "model.tuning=frozen" in given
+        self.start_run(cfg_path, given if frozen else [*given, "run.resume=auto"], evaluate=frozen)
 
-    def ended(self) -> bool:
-        """Whether its process has ended; ``result`` then says how, and a line of output."""
-        if self.process.poll() is None:
+    def poll(self) -> bool:
+        """Whether it has ended, which it says; its result is then complete."""
+        if not super().poll():
             return False
-        seconds = time.time() - self.started
-        output = self.output()
-        run = newest_run(self.folder)
-        if self.process.returncode or run is None:
-            self.result = {"status": "failed", "seconds": seconds, "error": last_error(output)}
-            print(f"failed: {self.name}: {self.result['error']}\n  all of it: {self.log}", flush=True)
+        run = None if self.failed else latest_run(self.folder)
+        if run is None:
+            error = last_error(self.output())
+            self.result = {"status": "failed", "seconds": self.seconds, "error": error}
+            print(f"failed: {self.name}: {error}\n  all of it: {self.log}", flush=True)
             return True
         self.result = {
             "status": "done",
-            "seconds": seconds,
+            "seconds": self.seconds,
             "run": run.name,
-            "parameters": trained_parameters(output),
+            "parameters": trained_parameters(read_summary(run)),
             "metrics": final_metrics(run),
         }
         (self.folder / DONE).write_text(json.dumps(self.result, indent=1))
-        print(f"done: {self.name}, {timedelta(seconds=round(seconds))}", flush=True)
+        print(f"done: {self.name}, {timedelta(seconds=round(self.seconds))}", flush=True)
         return True
 
 
@@ -138,7 +132,7 @@ def build_cells(grid: dict[str, list[str]], folder: Path) -> list[Cell]:
     return cells
 
 
-def keep_plan(folder: Path, cfg_path: str, options: Sequence[str]) -> None:
+def write_or_check_plan(folder: Path, cfg_path: str, options: Sequence[str]) -> None:
     """Write down what all cells have in common, or compare it with what was written.
 
     Raises:
@@ -162,10 +156,6 @@ def keep_plan(folder: Path, cfg_path: str, options: Sequence[str]) -> None:
 
 def check_cells(cells: list[Cell], cfg_path: str, options: Sequence[str], make_data: bool) -> None:
     """Check every cell's configuration before any of them starts, and make data that several would make at once."""
-    import lavis_aurora.register  # noqa: F401
-    from lavis_aurora.data.annotations import build_checked
-    from lavis_aurora.project import load_config
-
     for cell in cells:
         load_config(cfg_path, [*options, *(f"{key}={value}" for key, value in cell.settings.items())])
     if make_data:
@@ -173,44 +163,44 @@ def check_cells(cells: list[Cell], cfg_path: str, options: Sequence[str], make_d
             build_checked(name, dataset)
 
 
-def time_left(done: Sequence[float], waiting: int, running: Sequence[float], jobs: int) -> Optional[float]:
+def time_left(done: Sequence[float], pending: int, running: Sequence[float], jobs: int) -> Optional[float]:
     """Seconds until all cells are done; None before the first is.
 
     Args:
         done: seconds that each finished cell took.
-        waiting: cells that have not started.
+        pending: cells that have not started.
         running: seconds since each running cell started.
         jobs: cells at a time.
     """
     if not done:
         return None
     mean = sum(done) / len(done)
-    work = waiting * mean + sum(max(mean - seconds, 0) for seconds in running)
+    work = pending * mean + sum(max(mean - seconds, 0) for seconds in running)
     longest = max([max(mean - seconds, 0) for seconds in running], default=0)
     return max(work / jobs, longest)
 
 
-def report(cells: list[Cell], active: list[Cell], waiting: int, jobs: int) -> str:
+def report(cells: list[Cell], active: list[Cell], pending: int, jobs: int) -> str:
     """The progress line, and one for each running cell."""
     ended = [cell.result for cell in cells if cell.result]
     failed = sum(result["status"] == "failed" for result in ended)
     fresh = [cell.result["seconds"] for cell in cells if cell.process and cell.result.get("status") == "done"]
-    left = time_left(fresh, waiting, [time.time() - cell.started for cell in active], jobs)
+    left = time_left(fresh, pending, [time.time() - cell.start_time for cell in active], jobs)
     shown = "known after the first cell" if left is None else f"about {timedelta(seconds=round(left))}"
     head = f"[{len(ended) - failed}/{len(cells)} done{f', {failed} failed' if failed else ''}]  left: {shown}"
     return "\n".join([head, *(f"  {cell.name}: {cell.progress()}" for cell in active)])
 
 
-def execute(cells: list[Cell], jobs: int, cfg_path: str, options: Sequence[str], every: float = 20.0) -> None:
-    """Run what is not finished, ``jobs`` at a time, with a progress line every so many seconds."""
-    waiting = [cell for cell in cells if not cell.finished()]
-    if len(waiting) < len(cells):
-        print(f"{len(cells) - len(waiting)} of {len(cells)} cells are finished and kept", flush=True)
+def run_cells(cells: list[Cell], jobs: int, cfg_path: str, options: Sequence[str]) -> None:
+    """Run what is not finished, ``jobs`` at a time, with a progress line every now and then."""
+    pending = [cell for cell in cells if not cell.is_done()]
+    if len(pending) < len(cells):
+        print(f"{len(cells) - len(pending)} of {len(cells)} cells are finished and kept", flush=True)
 
     def print_report(active: list[Cell], left: int) -> None:
         print(report(cells, active, left, jobs), flush=True)
 
-    run_all(waiting, jobs, lambda cell: cell.start(cfg_path, options), Cell.ended, print_report, every)
+    run_all(pending, jobs, lambda cell: cell.start(cfg_path, options), Cell.poll, print_report)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -221,10 +211,10 @@ def run(arguments: argparse.Namespace) -> int:
     if not Path(arguments.cfg_path).is_file():
         raise AuroraError(f"--cfg-path {arguments.cfg_path}: no such file")
     check_cells(cells, arguments.cfg_path, arguments.options, arguments.jobs > 1)
-    keep_plan(folder, arguments.cfg_path, arguments.options)
+    write_or_check_plan(folder, arguments.cfg_path, arguments.options)
     start = time.time()
     try:
-        execute(cells, arguments.jobs, arguments.cfg_path, arguments.options)
+        run_cells(cells, arguments.jobs, arguments.cfg_path, arguments.options)
     finally:
         if any(cell.result for cell in cells):
             write_table([(cell.settings, cell.result) for cell in cells if cell.result], folder / "sweep.csv")
@@ -235,13 +225,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Command line."""
+    """Run the sweep that the command line asks for; the exit status is 1 if a cell failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cfg-path", required=True, help="project YAML")
     parser.add_argument("--grid", nargs="+", required=True, metavar="KEY=VALUE,VALUE", help="what differs")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="the same for all cells")
     parser.add_argument("--output", required=True, help="folder of the sweep; the same folder goes on")
-    add_jobs(parser, 1)
+    add_jobs_argument(parser, 1)
     try:
         sys.exit(run(parser.parse_args(argv)))
     except AuroraError as error:

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import demo
 import pytest
-from demo_runs import Run, execute
-from demo_tasks import gap_closed
+from demo_tasks import Run, execute, gap_closed, validation_score
 from PIL import Image
+from tiny_summary import counts, leave_summary
 
 from lavis_aurora.demo.clips import generate_clips
 from lavis_aurora.demo.question_files import generate_questions, split_files
@@ -19,15 +19,22 @@ PARAMETERS = {"frozen": 0, "heads": 50, "aurora": 100, "full": 1000}
 
 
 def _run(folder: Path, task: str, tuning: str, results: dict[str, dict]) -> Run:
-    """A run that is over, and left these result files."""
+    """A run that is over, and left these result files, or summaries by their folders."""
     run = Run(demo.TASKS[task].path, tuning, 1e-2, folder / tuning, seconds=12.0)
     for name, content in results.items():
-        path = run.folder / ("" if "/" in name else "job/result") / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
-    count = f"{PARAMETERS[tuning]:,}"
-    run.log.write_text(f"x\ngate  2  {count}  1.0\ntrainable params: {count} || all params: 1,000 || trainable%: 1\n")
+        if name.endswith(".json"):
+            path = run.folder / "job/result" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content))
+        else:
+            leave_summary(run.folder / name, parameters=counts({"gate": PARAMETERS[tuning]}, 1000), **content)
     return run
+
+
+def _validations(level: float) -> list[dict]:
+    """Two epochs, the first better."""
+    scores = [{"agg_metrics": level / 2}, {"agg_metrics": level / 4}]
+    return [{"epoch": i, "split": "val", "metrics": metrics} for i, metrics in enumerate(scores)]
 
 
 def _retrieval(level: float, kind: str = "image") -> dict[str, dict]:
@@ -35,17 +42,13 @@ def _retrieval(level: float, kind: str = "image") -> dict[str, dict]:
     for direction in (f"{kind}_to_text", f"text_to_{kind}"):
         for k in (1, 5, 10):
             metrics |= {f"{direction}_r{k}": level + k, f"{direction}_itc_r{k}": level, f"{direction}_chance_r{k}": k}
-    return {
-        "val_epoch_0.json": {"metrics": {"agg_metrics": level / 2}},
-        "val_epoch_1.json": {"metrics": {"agg_metrics": level / 4}},
-        "test_epoch_best.json": {"metrics": metrics, f"{kind}s": 5, "texts": 6, "ranks": []},
-    }
+    sizes = {"samples": 5, f"{kind}s": 5, "texts": 6}
+    return {"job": {"metrics": {"test": metrics}, "data": {"test": sizes}, "validation": _validations(level)}}
 
 
 def _video(level: float) -> dict[str, dict]:
-    results = _retrieval(level, "video")
-    one_frame = _retrieval(level / 2, "video")["test_epoch_best.json"]
-    return {**results, "one_frame/job/result/test_epoch_best.json": one_frame}
+    one_frame = _retrieval(level / 2, "video")["job"]
+    return {**_retrieval(level, "video"), "one_frame/job": one_frame}
 
 
 def _vqa(level: float) -> dict[str, dict]:
@@ -58,8 +61,7 @@ def _vqa(level: float) -> dict[str, dict]:
         "question_types": {kind: level + more for kind, more in kinds.items()},
     }
     return {
-        "val_epoch_0_accuracy.json": {**scores, "accuracy": level / 2},
-        "val_epoch_1_accuracy.json": {**scores, "accuracy": level / 4},
+        "job": {"metrics": {"test": {"agg_metrics": level}}, "validation": _validations(level)},
         "test_epoch_best_accuracy.json": scores,
         # Of other kinds: a pattern too wide would read these.
         "val_epoch_0_vqa_result.json": {"answer": "red"},
@@ -69,19 +71,19 @@ def _vqa(level: float) -> dict[str, dict]:
 
 RESULTS = {"retrieval": _retrieval, "vqa": _vqa, "video": _video}
 LEVELS = {"frozen": 20.0, "heads": 30.0, "aurora": 50.0, "full": 60.0}
-REFERENCES = {"retrieval": {}, "video": {}, "vqa": {"guesses": _vqa(10.0)["test_epoch_best_accuracy.json"]}}
+BASELINES = {"retrieval": {}, "video": {}, "vqa": {"guesses": _vqa(10.0)["test_epoch_best_accuracy.json"]}}
 
 
 def _rows(tmp_path: Path, task: str) -> list[dict]:
-    ways = demo.TASKS[task].rates
+    ways = demo.TASKS[task].learning_rates
     runs = [_run(tmp_path, task, tuning, RESULTS[task](LEVELS[tuning])) for tuning in ways]
-    return demo.rows_of(demo.TASKS[task], runs, REFERENCES[task])
+    return demo.rows_of(demo.TASKS[task], runs, BASELINES[task])
 
 
 @pytest.mark.parametrize("task", RESULTS)
 def test_rows_have_what_the_runs_wrote(tmp_path: Path, task: str) -> None:
     rows = _rows(tmp_path, task)
-    assert [row["tuning"] for row in rows] == [*demo.TASKS[task].rates]
+    assert [row["tuning"] for row in rows] == [*demo.TASKS[task].learning_rates]
     for row in rows:
         assert row["trained_parameters"] == PARAMETERS[row["tuning"]]
         assert row["percent_of_backbone"] == PARAMETERS[row["tuning"]] / 10
@@ -91,7 +93,7 @@ def test_rows_have_what_the_runs_wrote(tmp_path: Path, task: str) -> None:
 
 @pytest.mark.parametrize("task", RESULTS)
 def test_the_best_epoch_counts_in_a_search(tmp_path: Path, task: str) -> None:
-    assert demo.TASKS[task].validation(_run(tmp_path, task, "full", RESULTS[task](60.0))) == 30
+    assert validation_score(_run(tmp_path, task, "full", RESULTS[task](60.0))) == 30
 
 
 def test_table_of_retrieval(tmp_path: Path) -> None:
@@ -138,7 +140,7 @@ def test_videos_are_evaluated_on_one_frame_too(tmp_path: Path, monkeypatch) -> N
     for tuning in ("frozen", "aurora"):
         run = _run(tmp_path, "video", tuning, _video(20.0))
         (run.folder / "job" / "checkpoint_best.pth").touch()
-        [further] = task.again(run)
+        [further] = task.extra_evaluations(run)
         (further.folder).rename(tmp_path / f"{tuning}_old")
         further.start(["datasets.demo_video.vis_processor.eval.n_frms=8"])
     frozen, aurora = commands
@@ -147,14 +149,14 @@ def test_videos_are_evaluated_on_one_frame_too(tmp_path: Path, monkeypatch) -> N
         # behind the user's: the last one counts
         frames = [option for option in command if "n_frms" in option]
         assert frames[-1] == "datasets.demo_video.vis_processor.eval.n_frms=1"
-    assert aurora[-1] == f"run.resume_ckpt_path={tmp_path / 'aurora' / 'job' / 'checkpoint_best.pth'}"
+    assert f"run.resume_ckpt_path={tmp_path / 'aurora' / 'job' / 'checkpoint_best.pth'}" in aurora
     assert not [option for option in frozen if "resume_ckpt_path" in option]
 
 
 def test_clips_are_drawn(tmp_path: Path) -> None:
     [path] = generate_clips(tmp_path, "shifted", {"test": 2}).values()
     dataset = SimpleNamespace(annotation=json.loads(path.read_text()), vis_root=str(tmp_path / "videos"))
-    assert demo.TASKS["video"].references({"test": dataset}, tmp_path) == {}
+    assert demo.TASKS["video"].baselines({"test": dataset}, tmp_path) == {}
     with Image.open(tmp_path / "clips.png") as picture:
         assert picture.format == "PNG" and picture.width > picture.height
 
@@ -188,7 +190,7 @@ def test_guesses_are_the_commonest_answers_in_training(tmp_path: Path) -> None:
             annotation=asked, coco_fmt_qust_file=str(questions), coco_fmt_anno_file=str(annotations)
         ),
     }
-    found = demo.TASKS["vqa"].references(datasets, tmp_path)["guesses"]
+    found = demo.TASKS["vqa"].baselines(datasets, tmp_path)["guesses"]
     assert found["accuracy"] == 50
     assert {entry["answer"] for entry in json.loads((tmp_path / "guesses.json").read_text())} == {"yes"}
 
@@ -206,7 +208,7 @@ def test_a_failed_run_ends_the_demo_with_the_end_of_its_log(tmp_path: Path, capf
 
 def test_a_run_left_early_is_stopped(tmp_path: Path, monkeypatch) -> None:
     run = Run(tmp_path / "x.yaml", "full", 1e-3, tmp_path / "run")
-    monkeypatch.setattr(Run, "ended", lambda self: 1 / 0)
+    monkeypatch.setattr(Run, "poll", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         execute([run], 1, [])
     assert run.process.wait(30) != 0
@@ -218,9 +220,9 @@ def test_projects_of_the_demos_can_be_loaded_and_searched(task: str) -> None:
 
     own = demo.TASKS[task]
     cfg = load_config(str(own.path))
-    assert cfg.run_cfg.init_lr == own.rates["aurora"] and cfg.model_cfg.tuning == "aurora"
-    assert {*own.grid} == {*own.rates} - {"frozen"}
-    assert all(own.rates[tuning] in rates for tuning, rates in own.grid.items())
+    assert cfg.run_cfg.init_lr == own.learning_rates["aurora"] and cfg.model_cfg.tuning == "aurora"
+    assert {*own.lr_grid} == {*own.learning_rates} - {"frozen"}
+    assert all(own.learning_rates[tuning] in rates for tuning, rates in own.lr_grid.items())
 
 
 def test_command_line_chooses_the_task(monkeypatch, capsys) -> None:
@@ -240,4 +242,8 @@ def test_command_line_chooses_the_task(monkeypatch, capsys) -> None:
 def test_options_that_cannot_be_used_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"^error: .*run.max_epochs: unknown key; did you mean 'max_epoch'"):
         demo.main(["--output", str(tmp_path / "out"), "--options", "run.max_epochs=1"])
+    with pytest.raises(SystemExit, match=r"^error: --options run.test_splits: .*compared on test; leave it in"):
+        demo.main(["--output", str(tmp_path / "out"), "--options", "run.test_splits=[val]"])
+    with pytest.raises(SystemExit, match=r"^error: --options run.valid_splits: .*compared on val; leave it in"):
+        demo.main(["--search", "--output", str(tmp_path / "out"), "--options", "run.valid_splits=[]"])
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import TrainingProcess, add_jobs, run_all
+from processes import TrainingProcess, add_jobs_argument, run_all
 
 # Stops once it is told to, and writes down how often it was.
 WAITS = """
@@ -22,11 +22,11 @@ time.sleep(60)
 """
 
 
-class Waiting(TrainingProcess):
+class SignalRecorder(TrainingProcess):
     """A process that waits for its end."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.log, self.told = folder / f"{name}.log", folder / name
+        self.folder, self.told = folder / f"run_{name}", folder / name
         self.program = folder / "waits.py"
         self.program.write_text(WAITS)
 
@@ -39,18 +39,18 @@ class Waiting(TrainingProcess):
 def test_so_many_run_at_a_time_and_in_order() -> None:
     started, most = [], []
 
-    class Counted(TrainingProcess):
+    class EndsWhenAskedTwice(TrainingProcess):
         asked = 0
 
-        def ended(self) -> bool:
+        def poll(self) -> bool:
             self.asked += 1
             return self.asked > 1
 
     def report(active: list, waiting: int) -> None:
         most.append((len(active), waiting))
 
-    runs = [Counted() for _ in range(5)]
-    run_all(runs, 2, started.append, Counted.ended, report)
+    runs = [EndsWhenAskedTwice() for _ in range(5)]
+    run_all(runs, 2, started.append, EndsWhenAskedTwice.poll, report)
     assert started == runs
     # Two end, then two, then the last; each time what follows has not started yet.
     assert most == [(0, 3), (0, 1), (0, 0)]
@@ -58,9 +58,9 @@ def test_so_many_run_at_a_time_and_in_order() -> None:
 
 def test_ctrl_c_is_passed_on_once(tmp_path: Path) -> None:
     """A second signal would stop a training before it has saved."""
-    runs = [Waiting(tmp_path, name) for name in "ab"]
+    runs = [SignalRecorder(tmp_path, name) for name in "ab"]
 
-    def interrupted(run: Waiting) -> bool:
+    def interrupted(run: SignalRecorder) -> bool:
         # The terminal sends it to all processes of the session's group.
         assert os.getsid(run.process.pid) != os.getsid(0) and os.getpgid(run.process.pid) != os.getpgid(0)
         if run is runs[1]:
@@ -68,7 +68,7 @@ def test_ctrl_c_is_passed_on_once(tmp_path: Path) -> None:
         return False
 
     with pytest.raises(KeyboardInterrupt):
-        run_all(runs, 2, Waiting.start, interrupted, lambda active, waiting: None)
+        run_all(runs, 2, SignalRecorder.start, interrupted, lambda active, waiting: None)
     assert [run.process.returncode for run in runs] == [3, 3]
     assert [run.told.read_text() for run in runs] == ["x", "x"]
 
@@ -76,14 +76,14 @@ def test_ctrl_c_is_passed_on_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_what_runs(tmp_path: Path, number: int) -> None:
     """A closed terminal sends SIGHUP to the program alone."""
-    run, before = Waiting(tmp_path, "a"), signal.getsignal(number)
+    run, before = SignalRecorder(tmp_path, "a"), signal.getsignal(number)
 
-    def told(run: Waiting) -> bool:
+    def told(run: SignalRecorder) -> bool:
         os.kill(os.getpid(), number)
         return False
 
     with pytest.raises(SystemExit, match=str(128 + number)):
-        run_all([run], 1, Waiting.start, told, lambda active, waiting: None)
+        run_all([run], 1, SignalRecorder.start, told, lambda active, waiting: None)
     assert run.process.returncode == 3 and run.told.read_text() == "x"
     assert signal.getsignal(number) is before
 
@@ -91,7 +91,7 @@ def test_a_signal_stops_what_runs(tmp_path: Path, number: int) -> None:
 @pytest.mark.parametrize("jobs", ["0", "-1", "two"])
 def test_none_at_a_time_is_refused(jobs: str, capsys) -> None:
     parser = argparse.ArgumentParser()
-    add_jobs(parser, 2)
+    add_jobs_argument(parser, 2)
     assert parser.parse_args([]).jobs == 2 and parser.parse_args(["--jobs", "3"]).jobs == 3
     with pytest.raises(SystemExit):
         parser.parse_args(["--jobs", jobs])

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import ROOT
-from sweep import DONE, LOG, build_cells, cell_name, last_error, main, parse_grid, time_left
+from processes import LOG, ROOT
+from sweep import DONE, build_cells, cell_name, last_error, main, parse_grid, time_left
 from tiny import project_yaml
 
-from lavis_aurora.analysis.table import read_table, series
+from lavis_aurora.analysis.results import read_table, series
 from lavis_aurora.common.errors import AuroraError
 
 METRIC = "test.image_to_text_r5"
@@ -68,20 +68,22 @@ def test_time_left_counts_waiting_and_running_cells():
     assert time_left([10.0, 20.0], 0, [10.0], 2) == 5.0
 
 
-FAKE = """
-import json, pathlib, sys
+FAKE = f"""
+import sys
+from pathlib import Path
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
+from tiny_summary import counts, leave_summary
 options = dict(option.split("=", 1) for option in sys.argv[sys.argv.index("--options") + 1:])
-print("gate  6  768  0.1\\nheads  2  100  0.1\\nfrozen  9  9  99.8\\ntrainable params: 868 ||", flush=True)
 value = int(options["model.mode_approx.rank"])
-run = pathlib.Path(options["run.output_dir"]) / "run"
+run = Path(options["run.output_dir"]) / "run"
 run.mkdir(exist_ok=True)
 with (run / "attempts").open("a") as file:
     file.write("x")
 if value == 13:
     print("error: run.seed: unlucky")
     sys.exit(1)
-logged = {"final_test_epoch": "best", "final_test_agg_metrics": value + int(options["run.seed"])}
-(run / "log.txt").write_text("{\\n" + json.dumps(logged))
+metrics = dict(test=dict(agg_metrics=value + int(options["run.seed"])))
+leave_summary(run, parameters=counts(dict(gate=768, heads=100), 9999), metrics=metrics)
 """
 
 
@@ -89,7 +91,7 @@ def test_finished_cells_are_kept_and_failed_ones_start_again(tmp_path, monkeypat
     """The program around a training program that writes what runs write."""
     yaml = project_yaml(tmp_path)
     (tmp_path / "train.py").write_text(FAKE)
-    monkeypatch.setattr("sweep.ROOT", tmp_path)
+    monkeypatch.setattr("processes.ROOT", tmp_path)
     grid = ["--grid", "model.mode_approx.rank=4,13", "run.seed=1,3", "--jobs", "3"]
     assert sweep(yaml, *grid) == 1
     rows = read_table(tmp_path / "sweep" / "sweep.csv", "test.agg_metrics", "error")
