@@ -67,6 +67,10 @@ class FiniteGuard:
         self._batches: list[dict[str, Any]] = []
         self._pending: tuple[Tensor, _Step] | None = None
 
+    def start_epoch(self) -> None:
+        """Count the skipped steps of an epoch from 0; those in a row go on."""
+        self.skipped = 0
+
     def note(self, norm: Tensor, losses: Iterable[Tensor], samples: dict) -> None:
         """Keep what :meth:`accepts` must know of a batch that is not the last of its step; arguments are its own.
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from lavis.common.dist_utils import get_rank, get_world_size
+from lavis.datasets.datasets.dataloader_utils import PrefetchLoader
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -103,6 +104,14 @@ class ResumableSampler(DistributedSampler):
         return islice(super().__iter__(), self.first, None)
 
 
+def start_epoch(loader: Any, epoch: int, batches: int) -> None:
+    """Let a loader of :func:`build_loader` begin an epoch, from 0, after so many batches; LAVIS's streams go on."""
+    if isinstance(loader, (DataLoader, PrefetchLoader)):
+        loader.dataset.epoch = epoch
+        loader.sampler.set_epoch(epoch)
+        loader.sampler.first = batches * loader.batch_size
+
+
 # What torch says of a loader's processes, wherever in the main process it learns of it.
 LOST = re.compile(r"DataLoader worker \(pid.*?\) (is killed|exited).*|.*shared memory.*|.*</torch_\d.*")
 
@@ -175,7 +184,7 @@ def check_splits(run: DictConfig, datasets: Mapping[str, Mapping[str, Dataset]],
     Args:
         run: the ``run:`` part of the YAML.
         datasets: by name and split.
-        shards_evaluation: see :class:`lavis_aurora.training.loop.AuroraTrainMixin`.
+        shards_evaluation: see :class:`lavis_aurora.training.tasks.base.AuroraTaskBase`.
     """
     for split in ("val", "test"):
         names = [name for name, splits in datasets.items() if split in splits]

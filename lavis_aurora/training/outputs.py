@@ -93,10 +93,16 @@ class RunSummary:
             self.content["seconds"][phase] += time.time() - start
             self.steps += steps
 
-    def add_validation(self, epoch: int, split: str, metrics: Metrics) -> None:
-        """Note an evaluation; one of the same epoch and split gives way to it."""
+    def add_validation(self, epoch: int, split: str, metrics: Metrics, best_epoch: int | None) -> None:
+        """Note an evaluation, and which epoch is the best so far; one of the same epoch and split gives way to it."""
         kept = [one for one in self.content["validation"] if (one["epoch"], one["split"]) != (epoch, split)]
         self.content["validation"] = [*kept, {"epoch": epoch, "split": split, "metrics": metrics}]
+        self.content["best_epoch"] = best_epoch
+
+    def finish(self, metrics: Mapping[str, Metrics | None]) -> None:
+        """Write the metrics of the test by split; a process that has none says None."""
+        self.content["metrics"] = {split: log for split, log in metrics.items() if log is not None}
+        self.write("finished")
 
     def write(self, status: str = "running") -> None:
         """Write it, whole or not at all."""

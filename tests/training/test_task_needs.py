@@ -13,8 +13,7 @@ from torch import nn
 
 from lavis_aurora import AuroraError
 from lavis_aurora.config.run import RunConfig
-from lavis_aurora.training.loop import runnable_task
-from lavis_aurora.training.tasks.base import check_model, needed_method
+from lavis_aurora.training.tasks.base import check_model, needed_method, runnable_task
 from lavis_aurora_cli import evaluate, train
 
 NEEDS = {

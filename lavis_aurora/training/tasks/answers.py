@@ -25,14 +25,13 @@ from torch.utils.data import Dataset
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json, write_text
 from lavis_aurora.evaluation.answers import vqa_accuracy
-from lavis_aurora.training.loop import AuroraTrainMixin
-from lavis_aurora.training.tasks.base import AuroraTaskBase
+from lavis_aurora.training.tasks.base import AuroraTaskBase, LavisTaskMixin
 
 SHOWN_TYPES = 12  # question types that a report lists; VQAv2 has 65
 
 
 @registry.register_task("vqa_aurora")
-class VqaAuroraTask(AuroraTrainMixin, VQATask, AuroraTaskBase):
+class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
     """LAVIS's vqa: the likeliest answer of a list, or a generated one, and VQAv2's accuracy by answer type."""
 
     # What a result is known by, when processes have answered a question twice.
@@ -74,7 +73,7 @@ class VqaAuroraTask(AuroraTrainMixin, VQATask, AuroraTaskBase):
     def evaluation(self, model, data_loader, **_kwargs) -> list[dict[str, Any]]:
         """Answers of this process to its share of the questions."""
         self.answer_list = getattr(data_loader.dataset, "answer_list", None)
-        return super().evaluation(model, data_loader, cuda_enabled=model.device.type == "cuda")
+        return super().evaluation(model, data_loader)
 
     def valid_step(self, model, samples: dict) -> list[dict[str, Any]]:
         """``question_id`` and ``answer`` of each question; ids are numbers or strings."""

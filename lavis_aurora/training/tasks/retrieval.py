@@ -15,15 +15,14 @@ from lavis.tasks.retrieval import RetrievalTask
 
 from lavis_aurora.common.files import write_text
 from lavis_aurora.evaluation.scores import chance_recall, recall_metrics
-from lavis_aurora.training.loop import AuroraTrainMixin
-from lavis_aurora.training.tasks.base import AuroraTaskBase
+from lavis_aurora.training.tasks.base import AuroraTaskBase, LavisTaskMixin
 
 # Candidates of each query that a result file holds, best first, with their scores.
 BEST_KEPT = 10
 
 
 @registry.register_task("retrieval_aurora")
-class RetrievalAuroraTask(AuroraTrainMixin, RetrievalTask, AuroraTaskBase):
+class RetrievalAuroraTask(LavisTaskMixin, RetrievalTask, AuroraTaskBase):
     """LAVIS's retrieval of pictures or videos: R@K and median rank both ways, before and after reranking."""
 
     shards_evaluation = False
