@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
-from omegaconf import OmegaConf
 from torch import nn
 
-from lavis_aurora.config.run import RunConfig
+from lavis_aurora.config.check import parse_run
 from lavis_aurora.training.checkpoints import read_checkpoint
 from lavis_aurora.training.guards import FiniteGuard
 from lavis_aurora.training.loop import TrainingState, epoch_stats, train_steps
@@ -64,7 +63,7 @@ def final(folder: Path) -> dict:
 
 def task_of(name: str, cls: type[BaseTask] | None = None) -> BaseTask:
     """A task with the default settings, as the command line makes it."""
-    cfg = SimpleNamespace(run_cfg=OmegaConf.structured(RunConfig(task=name)))
+    cfg = SimpleNamespace(run_cfg=parse_run({"task": name}))
     return runnable_task(cls or registry.get_task_class(name)).setup_task(cfg=cfg)
 
 
@@ -79,7 +78,7 @@ def training_state(
         optimizer=optimizer,
         schedule=SimpleNamespace(step=lambda cur_epoch, cur_step: None),
         guard=FiniteGuard(folder, skip=False),
-        run=OmegaConf.structured(RunConfig(**run)),
+        run=parse_run(run),
         folder=folder,
     )
 

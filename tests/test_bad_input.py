@@ -23,7 +23,7 @@ from tiny import project_yaml, tiny_model
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import RetrievalAuroraConfig, VqaAuroraConfig
-from lavis_aurora.config.run import RunConfig
+from lavis_aurora.config.run import AnswerRunConfig, CaptionRunConfig, RetrievalRunConfig, RunConfig
 from lavis_aurora.data.samples import CheckedDataset
 from lavis_aurora.training.checkpoints import read_checkpoint
 from lavis_aurora.training.runner import AuroraRunner
@@ -68,7 +68,11 @@ def keys(cls: type, prefix: str) -> list[tuple[type, str, str]]:
 
 KEYS = [
     (cls, top, key)
-    for cls, top in ((RetrievalAuroraConfig, "model"), (VqaAuroraConfig, "model"), (RunConfig, "run"))
+    for cls, top in (
+        (RetrievalAuroraConfig, "model"),
+        (VqaAuroraConfig, "model"),
+        *((cls, "run") for cls in (RunConfig, RetrievalRunConfig, AnswerRunConfig, CaptionRunConfig)),
+    )
     for key in keys(cls, "")
 ]
 

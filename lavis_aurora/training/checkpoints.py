@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from lavis_aurora.common.errors import AuroraError, some
 from lavis_aurora.common.files import is_finite, load_torch, why_unreadable, written_whole
+from lavis_aurora.config.check import run_keys
+from lavis_aurora.config.run import RUN_KEYS
 from lavis_aurora.training.order import is_random_state
 
 LATEST, PREVIOUS, BEST = "checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
@@ -172,7 +175,11 @@ def _essential(config: Mapping[str, Any], evaluate: bool = False) -> dict[str, A
     Where negatives are each process's own (``negative_all_rank: false``), or the model inside is LAVIS's, each
     process's share matters too.
     """
-    run = {key: value for key, value in config.get("run", {}).items() if key not in INCIDENTAL}
+    section = config.get("run", {})
+    # Older versions wrote the keys of other tasks too.
+    own = {one.name for cls in run_keys(section.get("task")) for one in fields(cls)}
+    others = {one.name for cls in RUN_KEYS.values() for one in fields(cls)} - own
+    run = {key: value for key, value in section.items() if key not in INCIDENTAL and key not in others}
     if evaluate:
         return {**config, "run": {key: value for key, value in run.items() if key not in OF_NO_EVALUATION}}
     processes, model = run.pop("world_size", 1), config.get("model", {})
