@@ -165,17 +165,18 @@ def parse_run(cfg: DictConfig | Mapping[str, Any]) -> DictConfig:
     Raises:
         AuroraError: as of :func:`parse_config`.
     """
-    task = cfg.get("task", RunConfig.task)
+    names, task = list(map(str, cfg)), cfg.get("task", RunConfig.task)
     own = run_keys(task)
     classes = list(dict.fromkeys([*own, *RUN_KEYS.values()]))
     owners = {one.name: cls for cls in reversed(classes) for one in fields(cls)}
-    for key in cfg:
+    for key in names:
         if key not in owners:
-            raise AuroraError(f"run.{key}: unknown key{near_names(str(key), owners)}")
+            raise AuroraError(f"run.{key}: unknown key{near_names(key, owners)}")
     run: dict[str, Any] = {}
     for cls in classes:
-        part = {key: _resolved(cfg, key) for key in cfg if owners[key] is cls}
-        values = OmegaConf.to_container(OmegaConf.structured(parse_config(cls, part, "run")))
+        part = {key: _resolved(cfg, key) for key in names if owners[key] is cls}
+        keys: Any = parse_config(cls, part, "run")
+        values = {one.name: getattr(keys, one.name) for one in fields(cls)}
         if cls in own:
             run.update(values)
             continue

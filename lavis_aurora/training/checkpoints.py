@@ -69,7 +69,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise AuroraError(f"{path} is not a checkpoint of a run: no run writes such {some(wrong)}")
     if spoiled := [name for key in NUMBERS for name in _not_finite(state.get(key), key)]:
         raise AuroraError(f"{path} holds NaN or infinite numbers: {some(spoiled)}; take another checkpoint")
-    return state
+    return dict(state)
 
 
 def _holds(condition: Callable[[Any], bool], value: Any) -> bool:

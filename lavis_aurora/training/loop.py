@@ -263,7 +263,7 @@ def _backward(state: TrainingState, samples: Samples, parts: int, begins: bool, 
         with torch.autocast(next(model.parameters()).device.type, enabled=scaler is not None):
             losses = state.task.losses(model, samples)
         part = losses["loss"] / parts
-        (part if scaler is None else scaler.scale(part)).backward()
+        torch.autograd.backward(part if scaler is None else scaler.scale(part))
     return {name: loss.detach() for name, loss in losses.items()}
 
 

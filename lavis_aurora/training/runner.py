@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -55,6 +56,12 @@ class AuroraRunner(RunnerBase):
     found whatever the metric's value, checkpoints that hold what is trained and its teacher and nothing else.
     """
 
+    _model: nn.Module
+    _wrapped_model: nn.Module | None
+    _optimizer: torch.optim.Optimizer | None
+    _scaler: torch.amp.GradScaler | None
+    _lr_sched: Any
+
     def setup_output_dir(self) -> None:
         """Make ``output_dir``/job_id and write the resolved configuration into it."""
         # LAVIS would put a relative folder into site-packages, and allows one runner in a process.
@@ -79,7 +86,7 @@ class AuroraRunner(RunnerBase):
         if self._wrapped_model is None:
             self._model = self._model.to(self.device)
             if self.config.run_cfg.get("compile", False) and not self.evaluate_only:
-                self._model.compile_layers()
+                cast(TrainableModel, self._model).compile_layers()
             self._wrapped_model = self._model
             if self.use_distributed and any(p.requires_grad for p in self._model.parameters()):
                 # Queues start alike, are filled alike on all processes, and need not be sent each step.
@@ -101,7 +108,7 @@ class AuroraRunner(RunnerBase):
         """LAVIS's AdamW over what is trained."""
         if self._optimizer is None and not any(p.requires_grad for p in self._model.parameters()):
             raise AuroraError("model.tuning: nothing is trained; use evaluate.py, or another model.tuning")
-        return super().optimizer
+        return cast(torch.optim.Optimizer, super().optimizer)
 
     @property
     def lr_scheduler(self) -> Any:
@@ -119,7 +126,15 @@ class AuroraRunner(RunnerBase):
             self._scaler = torch.amp.GradScaler("cuda")
         return self._scaler
 
-    def create_loaders(self, datasets, num_workers, batch_sizes, is_trains, collate_fns, dataset_ratios=None) -> list:
+    def create_loaders(
+        self,
+        datasets: Sequence[Any],
+        num_workers: int,
+        batch_sizes: Sequence[int],
+        is_trains: Sequence[bool],
+        collate_fns: Sequence[Any],
+        dataset_ratios: Any = None,
+    ) -> list[Any]:
         """A loader for each dataset. Arguments are LAVIS's.
 
         Training order, random crops and frames depend on seed and epoch alone: a step has the same samples for any
@@ -127,9 +142,10 @@ class AuroraRunner(RunnerBase):
         """
         streamed = (tuple, list, ChainDataset, wds.DataPipeline)
         if any(isinstance(dataset, streamed) for dataset in datasets):
-            return super().create_loaders(
+            streams: list[Any] = super().create_loaders(
                 datasets, num_workers, batch_sizes, is_trains, collate_fns, dataset_ratios=dataset_ratios
             )
+            return streams
         share = self.task.shards_evaluation and self.use_distributed
         loaders = [
             build_loader(
@@ -147,11 +163,11 @@ class AuroraRunner(RunnerBase):
         return [PrefetchLoader(loader) for loader in loaders] if self.cuda_enabled else loaders
 
     @property
-    def dataloaders(self) -> dict:
+    def dataloaders(self) -> dict[str, Any]:
         """Loaders by split; the splits that the YAML names must be there."""
         if self._dataloaders is None:
             check_splits(self.config.run_cfg, self.datasets, self.task.shards_evaluation)
-        return super().dataloaders
+        return cast("dict[str, Any]", super().dataloaders)
 
     def train(self) -> None:
         """Train, select the best epoch on the first validation split, and test; or only evaluate."""
@@ -168,7 +184,7 @@ class AuroraRunner(RunnerBase):
         with appended(self.output_dir / LOG):
             super().log_config()
 
-    def log_stats(self, stats, split_name) -> None:
+    def log_stats(self, stats: dict[str, Any], split_name: str) -> None:
         """LAVIS's, into log.txt; arguments are LAVIS's."""
         with appended(self.output_dir / LOG):
             super().log_stats(stats, split_name)
@@ -200,7 +216,7 @@ class AuroraRunner(RunnerBase):
     def _load_evaluated(self) -> int:
         """Load what is only to be evaluated; 0, the epoch by which its results are named."""
         if self.resume_ckpt_path:
-            load_weights(self.unwrap_dist_model(self.model), Path(self.resume_ckpt_path))
+            load_weights(cast(TrainableModel, self.unwrap_dist_model(self.model)), Path(self.resume_ckpt_path))
         if not self.test_splits:
             raise AuroraError("run.test_splits: name a split to evaluate")
         self.summary.write()
@@ -289,9 +305,9 @@ class AuroraRunner(RunnerBase):
         self.checkpoints.load_best()
         return model
 
-    def evaluate(self, cur_epoch="best", skip_reload=False) -> dict[str, Any] | None:
+    def evaluate(self, cur_epoch: int | str = "best", skip_reload: bool = False) -> dict[str, Any] | None:
         """LAVIS's; the metrics also go to log.txt."""
-        logs = super().evaluate(cur_epoch=cur_epoch, skip_reload=skip_reload)
+        logs: dict[str, Any] | None = super().evaluate(cur_epoch=cur_epoch, skip_reload=skip_reload)
         for split, log in (logs or {}).items():
             if log is not None:
                 self.log_stats({"epoch": cur_epoch, **log}, f"final_{split}")
@@ -308,7 +324,7 @@ class AuroraRunner(RunnerBase):
         for i, split in enumerate(self.valid_splits):
             with self.summary.timed("validation"):
                 log = self.eval_epoch(split_name=split, cur_epoch=epoch)
-            metric = [(log or {}).get(TRAINING_METRIC)]
+            metric: list[Any] = [(log or {}).get(TRAINING_METRIC)]
             if is_dist_avail_and_initialized():
                 dist.broadcast_object_list(metric, src=0)
             if i == 0 and metric[0] is None:

@@ -14,7 +14,6 @@ from lavis.tasks.vqa import VQATask
 from lavis.tasks.vqa_reading_comprehension import VQARCTask
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.annotations import build_checked
@@ -80,13 +79,15 @@ class AuroraTaskBase(BaseTask):
 
     def build_model(self, cfg: Any) -> nn.Module:
         """LAVIS's; a model that this task cannot evaluate is refused."""
-        model = super().build_model(cfg)
+        model: nn.Module = super().build_model(cfg)
         check_model(type(self), model, cfg)
         return model
 
-    def build_datasets(self, cfg: Any) -> dict[str, dict[str, Dataset[Any]]]:
+    def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
         """Datasets by name and split, their files checked; ids of different training sets are different."""
-        datasets = {name: build_checked(name, cfg.datasets_cfg[name]) for name in cfg.datasets_cfg}
+        datasets: dict[str, dict[str, Any]] = {
+            name: build_checked(name, cfg.datasets_cfg[name]) for name in cfg.datasets_cfg
+        }
         set_ids_apart({name: splits["train"] for name, splits in datasets.items() if "train" in splits})
         return datasets
 
@@ -114,7 +115,8 @@ class AuroraTaskBase(BaseTask):
                 "configuration can (model.base.negative_all_rank: false)"
             ) from error
         self._reported = {key: output[key].detach() for key in output if "loss" in key and output[key] is not None}
-        return output["loss"]
+        loss: Tensor = output["loss"]
+        return loss
 
 
 class LavisTaskMixin(BaseTask):

@@ -28,7 +28,7 @@ class RetrievalAuroraTask(LavisTaskMixin, RetrievalTask, AuroraTaskBase):
     shards_evaluation = False
     evaluates_by = "retrieval_scores"
 
-    def evaluation(self, model, data_loader, **_kwargs) -> dict[str, Any] | None:
+    def evaluation(self, model: Any, data_loader: Any, **_kwargs: Any) -> dict[str, Any] | None:
         """Metrics, ranks and best candidates of a split, on the main process; None on the others."""
         start = time.time()
         scores = model.retrieval_scores(data_loader, self.cfg)
@@ -64,7 +64,9 @@ class RetrievalAuroraTask(LavisTaskMixin, RetrievalTask, AuroraTaskBase):
         result["seconds"] = {**scores.seconds, "all": time.time() - start}
         return result
 
-    def after_evaluation(self, val_result, split_name, epoch, **_kwargs) -> dict[str, Any] | None:
+    def after_evaluation(
+        self, val_result: dict[str, Any] | None, split_name: str, epoch: int | str, **_kwargs: Any
+    ) -> dict[str, Any] | None:
         """Print the table, write ``result/SPLIT_epoch_N.json``, and return the metrics for the log."""
         if val_result is None:
             return None
