@@ -37,8 +37,8 @@ from lavis_aurora.models.weights import how_to_load, read_state_dict
 from lavis_aurora.project import AuroraConfig, load_config
 from lavis_aurora.training.checkpoints import BEST, run_to_resume
 from lavis_aurora.training.guards import Stopped
-from lavis_aurora.training.loop import runnable_task
 from lavis_aurora.training.processes import RunLock, join_processes
+from lavis_aurora.training.tasks.base import runnable_task
 
 
 def inspect(path: str) -> str:

@@ -13,8 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lavis_aurora.adapters.config import read_adapter_config
 from lavis_aurora.common.errors import AuroraError, near_names, shown
-from lavis_aurora.config.check import READING_ERRORS, check_kinds, parse_config, read_options, read_yaml
-from lavis_aurora.config.run import RunConfig
+from lavis_aurora.config.check import READING_ERRORS, check_kinds, parse_config, parse_run, read_options, read_yaml
 from lavis_aurora.data.dataset_keys import (
     PROCESSOR_SPLITS,
     check_dataset_keys,
@@ -80,14 +79,14 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
     _check_types(user)
     _take_adapter_settings(user)
     cfg = AuroraConfig(user, argparse.Namespace(cfg_path=cfg_path, options=options))
-    run = parse_config(RunConfig, cfg.config.run, "run")
+    if "task" in cfg.config.run:
+        _check_registered("run.task", cfg.config.run.task, "task_name_mapping")
+    run = cfg.config.run = parse_run(cfg.config.run)
     run.evaluate = run.evaluate or evaluate
     if run.resume_ckpt_path and not os.path.isfile(run.resume_ckpt_path):
         raise AuroraError(f"run.resume_ckpt_path: no such file: {run.resume_ckpt_path}")
-    _check_registered("run.task", run.task, "task_name_mapping")
     _check_registered("run.runner", run.runner, "runner_name_mapping")
     _check_registered("run.lr_sched", run.lr_sched, "lr_scheduler_name_mapping")
-    cfg.config.run = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(run)))
     model_cls = registry.get_model_class(cfg.model_cfg.arch)
     if hasattr(model_cls, "CONFIG_CLASS"):
         parse_config(model_cls.CONFIG_CLASS, cfg.model_cfg, "model")

@@ -22,10 +22,9 @@ from lavis_aurora.adapters.sets import adapter_parameters
 from lavis_aurora.baselines.uniadapter import add_uniadapter
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import RetrievalAuroraConfig, VqaAuroraConfig
-from lavis_aurora.encoders.towers import build_tokenizer, plain_vision_encoder
+from lavis_aurora.encoders.towers import build_tokenizer, compile_layers, plain_vision_encoder
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
-from lavis_aurora.training.runner import compile_layers
 
 # Method: (class of the model, its configuration). "lavis" is LAVIS's own model as published: attention written out,
 # keys and values of an image for each text, a second backbone as momentum teacher; "ours" is this package's.

@@ -23,10 +23,10 @@ from tiny import project_yaml, tiny_model
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import RetrievalAuroraConfig, VqaAuroraConfig
-from lavis_aurora.config.run import RunConfig
+from lavis_aurora.config.run import AnswerRunConfig, CaptionRunConfig, RetrievalRunConfig, RunConfig
 from lavis_aurora.data.samples import CheckedDataset
 from lavis_aurora.training.checkpoints import read_checkpoint
-from lavis_aurora.training.loop import AuroraTrainMixin
+from lavis_aurora.training.runner import AuroraRunner
 from lavis_aurora_cli import train
 
 COUNT = 4
@@ -68,7 +68,11 @@ def keys(cls: type, prefix: str) -> list[tuple[type, str, str]]:
 
 KEYS = [
     (cls, top, key)
-    for cls, top in ((RetrievalAuroraConfig, "model"), (VqaAuroraConfig, "model"), (RunConfig, "run"))
+    for cls, top in (
+        (RetrievalAuroraConfig, "model"),
+        (VqaAuroraConfig, "model"),
+        *((cls, "run") for cls in (RunConfig, RetrievalRunConfig, AnswerRunConfig, CaptionRunConfig)),
+    )
     for key in keys(cls, "")
 ]
 
@@ -309,11 +313,11 @@ def test_a_checkpoint_that_is_no_numbers(project: Path, tmp_path: Path, capsys) 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(project: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     """No file may grow beyond a limit that the second checkpoint meets: the system itself refuses the write."""
-    from lavis_aurora.training import checkpoints
+    from lavis_aurora.training import resuming
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    original, written = checkpoints.write_checkpoint, []
+    original, written = resuming.write_checkpoint, []
 
     def write(state, path, previous=None):
         if written:
@@ -321,7 +325,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(project: Path, tmp_path: Pa
         original(state, path, previous)
         written.append(path)
 
-    monkeypatch.setattr(checkpoints, "write_checkpoint", write)
+    monkeypatch.setattr(resuming, "write_checkpoint", write)
     try:
         with pytest.raises(SystemExit):
             train(["--cfg-path", str(project), "--options", "run.max_epoch=2", "run.valid_splits=[]"])
@@ -335,7 +339,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(project: Path, tmp_path: Pa
     assert read_checkpoint(run / "checkpoint_latest.pth")["epoch"] == 0
 
 
-@pytest.mark.parametrize("file", ["log.txt", "result/val_epoch_0.json", "config.yaml"])
+@pytest.mark.parametrize("file", ["log.txt", "result/val_epoch_0.json", "config.yaml", "summary.json"])
 def test_a_full_disk_is_said_of_every_file(project: Path, capsys, monkeypatch, file: str) -> None:
     """Where the device has no space left, opening succeeds and writing does not."""
     original = io.open
@@ -354,7 +358,7 @@ def test_a_full_disk_is_said_of_every_file(project: Path, capsys, monkeypatch, f
 
 @pytest.mark.parametrize("folder", ["", "result"])
 def test_a_run_folder_that_is_removed(project: Path, capsys, monkeypatch, folder: str) -> None:
-    original = AuroraTrainMixin._train_inner_loop
+    original = AuroraRunner.train_epoch
 
     def remove(*args, **kwargs):
         stats = original(*args, **kwargs)
@@ -362,7 +366,7 @@ def test_a_run_folder_that_is_removed(project: Path, capsys, monkeypatch, folder
         shutil.rmtree(run / folder)
         return stats
 
-    monkeypatch.setattr(AuroraTrainMixin, "_train_inner_loop", remove)
+    monkeypatch.setattr(AuroraRunner, "train_epoch", remove)
     line = refused(capsys, project)
     assert "cannot write " in line and "its folder is not there, or no longer" in line
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from zipfile import BadZipFile, ZipFile
 
 import torch
+from torch import Tensor
 
 from lavis_aurora.common.errors import AuroraError
 
@@ -140,6 +141,14 @@ def why_unreadable(error: Exception) -> str:
             "file of tensors alone, such as .safetensors"
         )
     return str(error)
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether all are numbers; in one pass without copies, of which ``isfinite`` makes several."""
+    if not x.is_floating_point() or not x.numel():
+        return True
+    bounds = torch.aminmax(x if x.dtype.itemsize > 1 else x.float())
+    return all(bool(bound.isfinite()) for bound in bounds)
 
 
 def read_json(path: str | Path, key: str = "") -> Any:

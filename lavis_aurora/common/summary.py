@@ -124,8 +124,8 @@ def _is_count(value: Any) -> bool:
 
 
 def _are_seconds(value: Any) -> bool:
-    numbers = [value.get(key) for key in SECONDS] if isinstance(value, dict) else [None]
-    return all(type(x) in (int, float) and 0 <= x < math.inf for x in numbers)
+    numbers: list[Any] = [value.get(key) for key in SECONDS] if isinstance(value, dict) else [None]
+    return all(type(x) in (int, float) and 0 <= float(x) < math.inf for x in numbers)
 
 
 def _are_counts(value: Any) -> bool:

@@ -25,7 +25,17 @@ from lavis_aurora.config.models import (
     VitConfig,
     VqaAuroraConfig,
 )
-from lavis_aurora.config.run import INFERENCE_METHODS, TOKEN_DTYPES, RunConfig, VideoProcessorConfig
+from lavis_aurora.config.run import (
+    INFERENCE_METHODS,
+    RUN_KEYS,
+    TOKEN_DTYPES,
+    AnswerRunConfig,
+    CaptionRunConfig,
+    RetrievalRunConfig,
+    RunConfig,
+    VideoProcessorConfig,
+    register_run_keys,
+)
 
 __all__ = [
     "CONTEXT_FORMS",
@@ -33,19 +43,24 @@ __all__ = [
     "GATE_INITS",
     "INFERENCE_METHODS",
     "LORA_TARGETS",
+    "RUN_KEYS",
     "SHARINGS",
     "TOKEN_DTYPES",
     "TUNINGS",
+    "AnswerRunConfig",
     "BlipAuroraConfig",
+    "CaptionRunConfig",
     "ContextConfig",
     "GateConfig",
     "LoraConfig",
     "ModeApproxConfig",
     "ModeApproxModelConfig",
     "RetrievalAuroraConfig",
+    "RetrievalRunConfig",
     "RunConfig",
     "UniAdapterConfig",
     "VideoProcessorConfig",
     "VitConfig",
     "VqaAuroraConfig",
+    "register_run_keys",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -9,13 +10,14 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, get_args, get_type_hints
 
 import yaml
+from lavis.common.registry import registry
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from lavis_aurora.common.errors import AuroraError, near_names, shown
 from lavis_aurora.common.files import regular
 from lavis_aurora.config.models import ModeApproxModelConfig, RetrievalAuroraConfig, VqaAuroraConfig
-from lavis_aurora.config.run import RunConfig
+from lavis_aurora.config.run import RUN_KEYS, RunConfig
 
 # What the functions below raise.
 READING_ERRORS = (OSError, UnicodeError, yaml.YAMLError, OmegaConfBaseException, RecursionError)
@@ -85,20 +87,20 @@ def _as_written(source: str, key: str) -> str:
     node = yaml.compose(source, Loader=LOADER)
     if node is None:
         return ""
-    _quote(node, key)
+    _quote(node, key, TEXT_KEYS.union(*map(_text_keys, RUN_KEYS.values())))
     return yaml.serialize(node, allow_unicode=True)
 
 
-def _quote(node: yaml.Node, key: str) -> None:
+def _quote(node: yaml.Node, key: str, text_keys: set[str]) -> None:
     if isinstance(node, yaml.ScalarNode):
-        if key in TEXT_KEYS and not node.style and node.tag != NULL:
+        if key in text_keys and not node.style and node.tag != NULL:
             node.tag, node.style = TEXT, '"'
         return
     inside: Iterable = ((key, child) for child in node.value)
     if isinstance(node, yaml.MappingNode):
         inside = ((name.value, child) for name, child in node.value)
     for name, child in inside:
-        _quote(child, name)
+        _quote(child, name, text_keys)
 
 
 Config = TypeVar("Config")
@@ -145,6 +147,52 @@ def _named_errors(cls: type, cfg: DictConfig | Mapping[str, Any], prefix: str) -
         problem = str(error).splitlines()[0]
         key = error.full_key or error.key or _not_a_section(cls, cfg)
         raise AuroraError(f"{prefix}.{key}: {problem}") from None
+
+
+def run_keys(task: str) -> list[type]:
+    """Dataclasses of the keys below ``run``: the runner's, and the task's if it, or one it derives from, has any."""
+    known = {cls: RUN_KEYS[name] for name, cls in registry.mapping["task_name_mapping"].items() if name in RUN_KEYS}
+    bases = getattr(registry.get_task_class(task), "__mro__", ())
+    own = RUN_KEYS.get(task) or next((known[base] for base in bases if base in known), None)
+    return [RunConfig, *([own] if own else [])]
+
+
+def parse_run(cfg: DictConfig | Mapping[str, Any]) -> DictConfig:
+    """``run:`` of a YAML, complete: the keys of the runner and those of its task, every key and type checked.
+
+    Keys of other tasks are checked too, left out, and named in the log unless they have their default.
+
+    Raises:
+        AuroraError: as of :func:`parse_config`.
+    """
+    names, task = list(map(str, cfg)), cfg.get("task", RunConfig.task)
+    own = run_keys(task)
+    classes = list(dict.fromkeys([*own, *RUN_KEYS.values()]))
+    owners = {one.name: cls for cls in reversed(classes) for one in fields(cls)}
+    for key in names:
+        if key not in owners:
+            raise AuroraError(f"run.{key}: unknown key{near_names(key, owners)}")
+    run: dict[str, Any] = {}
+    for cls in classes:
+        part = {key: _resolved(cfg, key) for key in names if owners[key] is cls}
+        keys: Any = parse_config(cls, part, "run")
+        values = {one.name: getattr(keys, one.name) for one in fields(cls)}
+        if cls in own:
+            run.update(values)
+            continue
+        idle = [key for key in part if values[key] != getattr(cls(), key)]
+        if idle:
+            logging.warning("run.task: %s does not read run.%s, a key of other tasks", task, ", run.".join(idle))
+    return OmegaConf.create(run)
+
+
+def _resolved(cfg: DictConfig | Mapping[str, Any], key: str) -> Any:
+    """A value of ``run:`` without interpolations."""
+    try:
+        value = cfg[key]
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except OmegaConfBaseException as error:
+        raise AuroraError(f"run.{key}: {str(error).splitlines()[0]}") from None
 
 
 def check_kinds(part: DictConfig, over: DictConfig | Mapping[str, Any], prefix: str = "") -> None:

@@ -1,11 +1,12 @@
-"""``run:`` of this plugin's runner."""
+"""``run:`` of this plugin's runner, and the keys that tasks add to it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Optional
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Optional, TypeVar
 
-from lavis_aurora.common.errors import AuroraError, one_of, require
+from lavis_aurora.common.errors import AuroraError, one_of, require, some
 
 INFERENCE_METHODS = ("rank", "generate")
 TOKEN_DTYPES = ("float32", "bfloat16")
@@ -21,9 +22,23 @@ MOST = {
 }
 
 
+def _check_numbers(keys: Any) -> None:
+    """Refuse numbers of a dataclass beyond :data:`MOST`, or NaN."""
+    for field_ in fields(keys):
+        value = getattr(keys, field_.name)
+        if isinstance(value, (int, float)):
+            most, need = MOST.get(field_.name, (1e12, "a number below 10^12"))
+            require(abs(value) <= most, f"run.{field_.name}", value, need)
+
+
+def _at_least(keys: Any, least: int, *names: str) -> None:
+    for name in names:
+        require(getattr(keys, name) >= least, f"run.{name}", getattr(keys, name), f"{least} or more")
+
+
 @dataclass
 class RunConfig:
-    """``run:`` of runner_aurora: LAVIS's own keys, and those of this package.
+    """``run:`` of runner_aurora: LAVIS's own keys, and those of this package; tasks add theirs.
 
     Attributes:
         task: retrieval_aurora, vqa_aurora, video_qa_aurora, or one of LAVIS's.
@@ -50,17 +65,6 @@ class RunConfig:
         batch_size_eval: samples of an evaluation that are in the towers at once, pictures or whole videos; of
             retrieval's texts 16 times as many.
         warmup_steps: batches in which the rate rises from warmup_lr to init_lr, in as many epochs as they take.
-        itc_weight: score of a reranked pair = ITM + itc_weight * ITC (1 as LAVIS and BLIP; 0 is ITM alone).
-        k_test: candidates per query that are reranked; 0 ranks by ITC alone.
-        token_budget_gb: 10^9 bytes of main memory in which each process keeps tokens of images or videos for the
-            reranking; those beyond go through the vision tower a second time.
-        token_dtype: of these tokens, float32 (LAVIS's scores) or bfloat16 (twice as many in the same memory).
-        eval_bf16: retrieval is evaluated in bfloat16 (autocast), tokens too; faster on hardware that has it.
-        inference_method: how questions are answered: rank (the likeliest of a list) or generate.
-        num_ans_candidates: answers of the list that are scored as a whole, the likeliest by their first token.
-        num_beams, max_len, min_len: of generated answers; 1 beam is greedy, lengths in tokens.
-        prompt: wording around each question at evaluation, ``{}`` in the question's place; empty for none.
-        report_metric: as in LAVIS, of its tasks captioning and dialogue: whether answers are scored, or only written.
         num_workers: processes that read data, for each process that computes; with 0 it reads them itself.
         use_dist_eval_sampler: without effect: here the task knows whether processes may share a split.
         compile: compile the layers of the towers with torch.compile; the first steps then take minutes.
@@ -99,18 +103,6 @@ class RunConfig:
     valid_splits: list[str] = field(default_factory=list)
     test_splits: list[str] = field(default_factory=list)
     train_dataset_ratios: Any = None
-    k_test: int = 128
-    itc_weight: float = 1.0
-    token_budget_gb: float = 4.0
-    token_dtype: str = "float32"
-    eval_bf16: bool = False
-    inference_method: str = "rank"
-    num_ans_candidates: int = 128
-    num_beams: int = 3
-    max_len: int = 10
-    min_len: int = 1
-    prompt: str = ""
-    report_metric: bool = True
     device: str = "auto"
     world_size: int = 1
     dist_url: str = "env://"
@@ -130,44 +122,14 @@ class RunConfig:
     evaluate: bool = False
 
     def __post_init__(self) -> None:
-        for field_ in fields(self):
-            value = getattr(self, field_.name)
-            if isinstance(value, (int, float)):
-                most, need = MOST.get(field_.name, (1e12, "a number below 10^12"))
-                require(abs(value) <= most, f"run.{field_.name}", value, need)
+        _check_numbers(self)
         one_of("run.device", self.device, ("auto", "cuda", "cpu"))
         one_of("run.resume", self.resume, ("auto", "none"))
         if self.resume == "auto" and self.resume_ckpt_path:
             raise AuroraError("run.resume: auto finds the run by itself; leave out run.resume_ckpt_path, or set none")
-        one_of("run.inference_method", self.inference_method, INFERENCE_METHODS)
-        one_of("run.token_dtype", self.token_dtype, TOKEN_DTYPES)
-        for key in (
-            "max_epoch",
-            "accum_grad_iters",
-            "batch_size_train",
-            "batch_size_eval",
-            "log_freq",
-            "num_ans_candidates",
-            "num_beams",
-        ):
-            require(getattr(self, key) >= 1, f"run.{key}", getattr(self, key), "1 or more")
-        least = max(2, self.min_len + 1)
-        require(self.max_len >= least, "run.max_len", self.max_len, f"{least} or more (tokens, with the first)")
-        require(not self.prompt or "{}" in self.prompt, "run.prompt", self.prompt, "empty, or hold a {}")
-        for key in (
-            "init_lr",
-            "min_lr",
-            "weight_decay",
-            "grad_clip",
-            "num_workers",
-            "k_test",
-            "token_budget_gb",
-            "warmup_steps",
-            "min_len",
-            "checkpoint_every",
-            "seed",
-        ):
-            require(getattr(self, key) >= 0, f"run.{key}", getattr(self, key), "0 or more")
+        _at_least(self, 1, "max_epoch", "accum_grad_iters", "batch_size_train", "batch_size_eval", "log_freq")
+        _at_least(self, 0, "init_lr", "min_lr", "weight_decay", "grad_clip", "num_workers", "warmup_steps")
+        _at_least(self, 0, "checkpoint_every", "seed")
         minutes = self.dist_timeout_minutes
         require(0 < minutes <= 7 * 24 * 60, "run.dist_timeout_minutes", minutes, "above 0 and at most a week, 10080")
         require(0 <= self.beta2 < 1, "run.beta2", self.beta2, "0 or more and below 1")
@@ -175,6 +137,116 @@ class RunConfig:
         require(0 <= share <= 1, "run.max_broken_share", share, "between 0 and 1")
         if self.lr_sched == "linear_warmup_step_lr" and self.lr_decay_rate is None:
             raise AuroraError("run.lr_decay_rate: missing; run.lr_sched linear_warmup_step_lr needs it, e.g. 0.9")
+
+
+Keys = TypeVar("Keys")
+# Dataclasses of tasks' keys, by the tasks' registered names.
+RUN_KEYS: dict[str, type] = {}
+
+
+def register_run_keys(*tasks: str) -> Callable[[type[Keys]], type[Keys]]:
+    """Decorator of a dataclass whose fields a YAML may hold below ``run``, beside those of :class:`RunConfig`.
+
+    They are checked like those: unknown names, types, and what its ``__post_init__`` refuses by an AuroraError. The
+    task finds them in ``cfg.run_cfg``. The section Attributes of its docstring says what they mean.
+
+    Args:
+        tasks: registered names of the tasks that read the keys; tasks derived from these have them too.
+
+    Raises:
+        AuroraError: it is no dataclass, or one of its keys is the runner's.
+    """
+
+    def register(cls: type[Keys]) -> type[Keys]:
+        if not is_dataclass(cls):
+            raise AuroraError(f"{cls.__name__}: keys of a task are the fields of a dataclass; decorate it as one")
+        taken = {one.name for one in fields(cls)} & {one.name for one in fields(RunConfig)}
+        if taken:
+            names = some(sorted(taken))
+            raise AuroraError(f"{cls.__name__}: {names} is the runner's; give the task's key another name")
+        RUN_KEYS.update(dict.fromkeys(tasks, cls))
+        return cls
+
+    return register
+
+
+@register_run_keys("retrieval_aurora", "retrieval")
+@dataclass
+class RetrievalRunConfig:
+    """Of the tasks retrieval_aurora and retrieval.
+
+    Attributes:
+        itc_weight: score of a reranked pair = ITM + itc_weight * ITC (1 as LAVIS and BLIP; 0 is ITM alone).
+        k_test: candidates per query that are reranked; 0 ranks by ITC alone.
+        token_budget_gb: 10^9 bytes of main memory in which each process keeps tokens of images or videos for the
+            reranking; those beyond go through the vision tower a second time.
+        token_dtype: of these tokens, float32 (LAVIS's scores) or bfloat16 (twice as many in the same memory).
+        eval_bf16: retrieval is evaluated in bfloat16 (autocast), tokens too; faster on hardware that has it.
+    """
+
+    k_test: int = 128
+    itc_weight: float = 1.0
+    token_budget_gb: float = 4.0
+    token_dtype: str = "float32"
+    eval_bf16: bool = False
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        one_of("run.token_dtype", self.token_dtype, TOKEN_DTYPES)
+        _at_least(self, 0, "k_test", "token_budget_gb")
+
+
+@register_run_keys("captioning", "dialogue")
+@dataclass
+class CaptionRunConfig:
+    """Of LAVIS's tasks captioning and dialogue.
+
+    Attributes:
+        num_beams, max_len, min_len: of generated texts; 1 beam is greedy, lengths in tokens.
+        report_metric: whether texts are scored, or only written.
+    """
+
+    num_beams: int = 3
+    max_len: int = 10
+    min_len: int = 1
+    report_metric: bool = True
+
+    def __post_init__(self) -> None:
+        _check_generated(self)
+
+
+@register_run_keys("vqa_aurora", "video_qa_aurora", "vqa")
+@dataclass
+class AnswerRunConfig:
+    """Of the tasks vqa_aurora and video_qa_aurora, and of LAVIS's vqa, gqa and aok_vqa.
+
+    Attributes:
+        inference_method: how questions are answered: rank (the likeliest of a list) or generate.
+        num_ans_candidates: answers of the list that are scored as a whole, the likeliest by their first token.
+        num_beams, max_len, min_len: of generated answers; 1 beam is greedy, lengths in tokens.
+        prompt: wording around each question at evaluation, ``{}`` in the question's place; empty for none.
+    """
+
+    inference_method: str = "rank"
+    num_ans_candidates: int = 128
+    num_beams: int = 3
+    max_len: int = 10
+    min_len: int = 1
+    prompt: str = ""
+
+    def __post_init__(self) -> None:
+        _check_generated(self)
+        one_of("run.inference_method", self.inference_method, INFERENCE_METHODS)
+        _at_least(self, 1, "num_ans_candidates")
+        require(not self.prompt or "{}" in self.prompt, "run.prompt", self.prompt, "empty, or hold a {}")
+
+
+def _check_generated(keys: CaptionRunConfig | AnswerRunConfig) -> None:
+    _check_numbers(keys)
+    _at_least(keys, 1, "num_beams")
+    _at_least(keys, 0, "min_len")
+    least = max(2, keys.min_len + 1)
+    require(keys.max_len >= least, "run.max_len", keys.max_len, f"{least} or more (tokens, with the first)")
 
 
 @dataclass

@@ -6,11 +6,12 @@ import json
 import os
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from lavis.common.utils import get_abs_path
-from lavis.models.med import XBertEncoder
-from lavis.models.vit import VisionTransformer, VisionTransformerEncoder
+from lavis.models.med import BertLayer, XBertEncoder
+from lavis.models.vit import Block, VisionTransformer, VisionTransformerEncoder
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import BertConfig, BertTokenizer
@@ -172,3 +173,25 @@ def encode_visual(encoder: VisionTransformer, visual: Tensor) -> VisualFeatures:
     batch = visual.shape[0]
     frames = encoder.forward_features(visual.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, -1))
     return VisualFeatures(frames.flatten(1, 2), frames[:, :, 0].mean(dim=1))
+
+
+def compile_layers(model: nn.Module, **options: Any) -> None:
+    """Compile the layers of LAVIS's ViT and BERT in a model; layers of one kind share what is compiled.
+
+    Args:
+        model: changed in place; its state dict stays as it is.
+        options: of ``torch.compile``.
+
+    Raises:
+        AuroraError: the model's towers are others.
+    """
+    layers = [module for module in model.modules() if isinstance(module, (Block, BertLayer))]
+    if not layers:
+        raise AuroraError(
+            "run.compile: only layers of the ViT and BERT that BLIP and ALBEF have are compiled, and this model has "
+            "none; set run.compile: false"
+        )
+    # Text alone or with images, trained or by the teacher, the first layer or a later one: each is compiled once.
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    for layer in layers:
+        layer.compile(**options)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lavis_aurora.common.errors import AuroraError, shown
-from lavis_aurora.config.run import RunConfig
+from lavis_aurora.config.run import RetrievalRunConfig
 from lavis_aurora.evaluation.encode import TEXTS_PER_PICTURE, ImageTokens, RetrievalModel, encode_texts
 from lavis_aurora.evaluation.rerank import score_pairs
 
@@ -66,7 +66,7 @@ def match_scores(model: RetrievalModel, images: Tensor, texts: str | Sequence[st
     frames = images.shape[2] if images.dim() == 5 else 1
     loader = DataLoader(_Visuals(images), batch_size=max(1, PICTURES_AT_ONCE // frames))
     encoded = encode_texts(model, texts, TEXTS_PER_PICTURE * PICTURES_AT_ONCE)
-    tokens = ImageTokens(model, loader, RunConfig.token_budget_gb, torch.float32)
+    tokens = ImageTokens(model, loader, RetrievalRunConfig.token_budget_gb, torch.float32)
     logits = score_pairs(model, tokens, encoded, torch.arange(len(images) * len(texts)))
     return MatchScores(tokens.feats @ encoded.feats.t(), logits.unflatten(0, (len(images), len(texts))))
 

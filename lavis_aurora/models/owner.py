@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -22,8 +23,9 @@ from lavis_aurora.adapters.sets import momentum_copies, trained_buffers
 from lavis_aurora.common.errors import AuroraError, some
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import BlipAuroraConfig, ModeApproxModelConfig
+from lavis_aurora.encoders.towers import compile_layers
 from lavis_aurora.mode_approx.factors import ModeFactors
-from lavis_aurora.mode_approx.inject import restart_teacher
+from lavis_aurora.mode_approx.inject import restart_teacher, resting_teacher
 from lavis_aurora.models.adapter_settings import portable_settings
 from lavis_aurora.models.weights import check_finite
 
@@ -74,6 +76,14 @@ class RunState:
         if is_dist_avail_and_initialized():
             for buffer in trained_buffers(self).values():
                 dist.broadcast(buffer, src=0)
+
+    def resting_teacher(self) -> AbstractContextManager[None]:
+        """Context in which LAVIS's momentum update leaves the copies as they are."""
+        return resting_teacher(self)
+
+    def compile_layers(self) -> None:
+        """Compile the layers of the towers, see :func:`lavis_aurora.encoders.towers.compile_layers`."""
+        compile_layers(self)
 
     def queues(self) -> dict[str, Tensor]:
         """Features of earlier batches that training compares with, by name; most models have none."""

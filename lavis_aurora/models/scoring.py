@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding, BertTokenizer
 
 from lavis_aurora.config.models import RetrievalAuroraConfig
-from lavis_aurora.config.run import RunConfig
+from lavis_aurora.config.run import RetrievalRunConfig
 from lavis_aurora.encoders.fusion import encode_with_image
 from lavis_aurora.encoders.towers import encode_visual, visual_input
 from lavis_aurora.evaluation.match import MatchScores, match_scores
@@ -117,9 +117,9 @@ class RetrievalScoring:
         Args:
             data_loader: over a split for evaluation.
             task_cfg: the keys ``k_test``, ``itc_weight``, ``token_budget_gb``, ``token_dtype`` and ``eval_bf16`` of
-                :class:`lavis_aurora.config.RunConfig`.
+                :class:`lavis_aurora.config.RetrievalRunConfig`.
         """
-        defaults = RunConfig()
+        defaults = RetrievalRunConfig()
         get = {key: task_cfg.get(key, getattr(defaults, key)) for key in EVALUATION_KEYS}
         with evaluating(self):
             return retrieval_scores(

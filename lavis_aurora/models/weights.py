@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lavis.common.dist_utils import download_cached_file
 from lavis.common.registry import registry
 from lavis.common.utils import is_url
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lavis_aurora.common.errors import AuroraError, some
-from lavis_aurora.common.files import load_torch, why_unreadable
+from lavis_aurora.common.files import is_finite, load_torch, why_unreadable
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import BlipAuroraConfig, ModeApproxModelConfig
 
@@ -62,14 +61,6 @@ def _fit(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     if POS_EMBED in state and state[POS_EMBED].shape != model.visual_encoder.pos_embed.shape:
         state[POS_EMBED] = interpolate_pos_embed(state[POS_EMBED], model.visual_encoder)
     return state
-
-
-def is_finite(x: Tensor) -> bool:
-    """Whether all are numbers; in one pass without copies, of which ``isfinite`` makes several."""
-    if not x.is_floating_point() or not x.numel():
-        return True
-    bounds = torch.aminmax(x if x.dtype.itemsize > 1 else x.float())
-    return all(bool(bound.isfinite()) for bound in bounds)
 
 
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:

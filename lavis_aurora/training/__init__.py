@@ -1,1 +1,2 @@
-"""What a training run needs besides the model: order of the samples, steps, checkpoints, stopping and resuming."""
+"""The runner and what a run consists of: order of the samples, steps of an epoch, checkpoints, resuming, stopping.
+It knows tasks, data and adapters, and asks a model only for what the protocol ``TrainableModel`` names."""

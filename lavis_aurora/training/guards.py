@@ -67,7 +67,11 @@ class FiniteGuard:
         self._batches: list[dict[str, Any]] = []
         self._pending: tuple[Tensor, _Step] | None = None
 
-    def note(self, norm: Tensor, losses: Iterable[Tensor], samples: dict) -> None:
+    def start_epoch(self) -> None:
+        """Count the skipped steps of an epoch from 0; those in a row go on."""
+        self.skipped = 0
+
+    def note(self, norm: Tensor, losses: Iterable[Tensor], samples: dict[str, Any]) -> None:
         """Keep what :meth:`accepts` must know of a batch that is not the last of its step; arguments are its own.
 
         Args:
@@ -78,7 +82,7 @@ class FiniteGuard:
         # Not the pictures.
         self._batches.append({key: samples[key] for key in (*PLACE, *NAMES) if key in samples})
 
-    def accepts(self, norm: Tensor, losses: Iterable[Tensor], samples: dict, scaled: bool = False) -> bool:
+    def accepts(self, norm: Tensor, losses: Iterable[Tensor], samples: dict[str, Any], scaled: bool = False) -> bool:
         """Whether the step may be taken.
 
         Args:
@@ -142,7 +146,7 @@ class FiniteGuard:
         return False
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> list[Any]:
     return value.tolist() if isinstance(value, Tensor) else [str(entry) for entry in value]
 
 
@@ -171,7 +175,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.stepping = False
         self._signum: int | None = None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         self._process = os.getpid()

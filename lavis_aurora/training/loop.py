@@ -4,29 +4,119 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_world_size, is_dist_avail_and_initialized
 from lavis.common.optims import LinearWarmupCosineLRScheduler, LinearWarmupStepLRScheduler
-from lavis.common.registry import registry
 from lavis.datasets.data_utils import prepare_sample
-from lavis.tasks.base_task import BaseTask
-from lavis.tasks.retrieval import RetrievalTask
-from lavis.tasks.vqa_reading_comprehension import VQARCTask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.samples import BROKEN, report_broken
-from lavis_aurora.mode_approx.inject import resting_teacher
 from lavis_aurora.training.guards import FiniteGuard
-from lavis_aurora.training.tasks.base import AuroraTaskBase, check_model
+
+Samples = dict[str, Any]
+
+
+@runtime_checkable
+class TrainableModel(Protocol):
+    """What a run asks of a model, an ``nn.Module``, besides its loss."""
+
+    def run_state(self) -> dict[str, Tensor]:
+        """What training changes, by name, on the CPU."""
+
+    def load_run_state(self, state: dict[str, Tensor], source: str) -> None:
+        """Load that; an AuroraError that names ``source`` where it does not fit."""
+
+    def queue_state(self) -> dict[str, Tensor]:
+        """Features of earlier batches, by name; empty for most models."""
+
+    def load_queue_state(self, state: dict[str, Tensor]) -> bool:
+        """Put them back; False where they are not there, or of another kind."""
+
+    def share_buffers(self) -> None:
+        """Let all processes have the main one's buffers of trained modules."""
+
+    def resting_teacher(self) -> AbstractContextManager[None]:
+        """Context in which momentum copies stay as they are."""
+
+    def compile_layers(self) -> None:
+        """Compile the layers of the towers; an AuroraError where they are others than LAVIS's ViT and BERT."""
+
+
+class TrainableTask(Protocol):
+    """What a step asks of a task."""
+
+    def losses(self, model: nn.Module, samples: Samples) -> dict[str, Tensor]:
+        """Losses of a batch by name; ``loss`` is minimised."""
+
+
+class Batches(Protocol):
+    """A loader: batches, and how many an epoch has."""
+
+    def __iter__(self) -> Iterator[Samples]: ...
+
+    def __len__(self) -> int: ...
+
+
+class Schedule(Protocol):
+    """One of LAVIS's schedules."""
+
+    def step(self, cur_epoch: int, cur_step: int) -> None:
+        """Set the rate of a batch of an epoch, both from 0."""
+
+
+@dataclass
+class TrainingState:
+    """What the steps of a run need, and where it stands: all that runner, loop and checkpoints share.
+
+    Attributes:
+        task: gives the losses of a batch.
+        model: on its device, wrapped for several processes.
+        loader: of the training samples, see :func:`lavis_aurora.training.order.start_epoch`.
+        optimizer, schedule: LAVIS's.
+        scaler: of losses in half precision; None without.
+        guard: watches the numbers of each step.
+        run: the ``run:`` part of the YAML.
+        folder: of the run.
+        epoch, step: where training stands: the epoch, from 0, and how many batches of it are done.
+        totals: of these batches, the sum of each loss on this process.
+        best_metric, best_epoch: of the best epoch so far.
+        best_lost: its file is; the epoch that the run goes on from is the first to be compared with.
+    """
+
+    task: TrainableTask
+    model: nn.Module
+    loader: Batches
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    guard: FiniteGuard
+    run: Mapping[str, Any]
+    folder: Path
+    scaler: Optional[torch.amp.GradScaler] = None
+    epoch: int = 0
+    step: int = 0
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    best_metric: float = float("-inf")
+    best_epoch: Optional[int] = None
+    best_lost: bool = False
+
+    @property
+    def unwrapped(self) -> Any:
+        """The model itself, a :class:`TrainableModel`."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+    @property
+    def steps(self) -> int:
+        """Batches of an epoch."""
+        return len(self.loader)
 
 
 class TrainingProgress:
@@ -100,123 +190,97 @@ class LongWarmup:
             group["lr"] = min(group["lr"], rate)
 
 
-class AuroraTrainMixin:
-    """Training for any LAVIS task: in front of it, with :class:`AuroraTaskBase` behind it.
+def train_steps(state: TrainingState) -> Iterator[int]:
+    """Train on what is left of an epoch; LAVIS's own loop waits for the GPU every step.
 
-    Attributes:
-        cfg: the ``run:`` part of the YAML.
-        shards_evaluation: whether processes may share an evaluation split by samples; retrieval ranks it as a whole.
-        first_step: where the epoch begins, if it was interrupted; ``totals`` are then the losses of the steps before.
-        after_step: called after each step of the optimizer with the number of batches done in the epoch.
-        finite: what watches the numbers of each step.
+    ``state.step`` and ``state.totals`` go along.
+
+    Yields:
+        After each step of the optimizer, how many batches of the epoch are done.
+
+    Raises:
+        AuroraError: numbers that are not finite, or more broken videos than ``run.max_broken_share``.
     """
+    run, first, steps = state.run, state.step, state.steps
+    accumulated, log_freq = int(run["accum_grad_iters"]), int(run["log_freq"])
+    progress = TrainingProgress(state.epoch, int(run["max_epoch"]), steps, first)
+    if not first:
+        state.totals = {}
+    state.guard.start_epoch()
+    broken: list[str] = []
+    # The last batches of an epoch may be fewer than are accumulated.
+    rest = steps % accumulated
+    for i, samples in enumerate(state.loader, start=first):
+        samples = prepare_sample(samples, cuda_enabled=next(state.model.parameters()).is_cuda)
+        broken += samples.pop(BROKEN, [])
+        samples.update(epoch=state.epoch, num_iters_per_epoch=steps, iters=i)
+        state.schedule.step(cur_epoch=state.epoch, cur_step=i)
+        parts = rest if i >= steps - rest else accumulated
+        begins = i == first or i % accumulated == 0
+        updates = (i + 1) % accumulated == 0 or i + 1 == steps
+        losses = _backward(state, samples, parts, begins, updates)
+        for key, value in losses.items():
+            # Of a step that is skipped, nothing counts.
+            state.totals[key] = state.totals.get(key, 0.0) + value.double().nan_to_num(0.0, 0.0, 0.0)
+        if updates:
+            _update(state, losses, samples)
+        else:
+            state.guard.note(_gradient_norm(state.optimizer), losses.values(), samples)
+        state.step = i + 1
+        if state.step % log_freq == 0 or state.step == steps:
+            progress.log(i, {key: float(v) for key, v in losses.items()}, state.optimizer.param_groups[0]["lr"])
+        if updates:
+            yield state.step
+    state.guard.flush()
+    count = (steps - first) * int(run["batch_size_train"])
+    path = state.folder / f"broken_videos_epoch_{state.epoch}.txt"
+    report_broken(broken, count, float(run["max_broken_share"]), path)
 
-    shards_evaluation = True
-    first_step = 0
-    after_step: Callable[[int], None] = staticmethod(lambda done: None)
-    finite: FiniteGuard | None = None
-    totals: dict[str, Tensor]
 
-    @classmethod
-    def setup_task(cls, cfg) -> AuroraTrainMixin:
-        """LAVIS's task with the settings of ``run:``, not all of which it keeps."""
-        task = super().setup_task(cfg=cfg)
-        task.cfg = cfg.run_cfg
-        return task
+def epoch_stats(state: TrainingState) -> dict[str, float]:
+    """Of an epoch that is done: the mean of each loss over steps and processes, the last ``lr``, and
+    ``skipped_steps`` if there are any."""
+    skipped = {"skipped_steps": state.guard.skipped} if state.guard.skipped else {}
+    return {**_means(state.totals, state.steps), "lr": state.optimizer.param_groups[0]["lr"], **skipped}
 
-    def build_model(self, cfg) -> nn.Module:
-        """LAVIS's; a model that this task cannot evaluate is refused."""
-        model = super().build_model(cfg)
-        check_model(type(self), model, cfg)
-        return model
 
-    def _train_inner_loop(
-        self,
-        epoch,
-        iters_per_epoch,
-        model,
-        data_loader,
-        optimizer,
-        lr_scheduler,
-        scaler=None,
-        start_iters=None,
-        log_freq=50,
-        cuda_enabled=False,
-        accum_grad_iters=1,
-    ) -> dict[str, float]:
-        """One epoch; returns the mean of each loss over steps and processes, and the last ``lr``.
+def _backward(state: TrainingState, samples: Samples, parts: int, begins: bool, updates: bool) -> dict[str, Tensor]:
+    """Add a batch's part to the gradient; its losses, detached.
 
-        Arguments are LAVIS's, whose own loop waits for the GPU every step and gathers its means on a GPU only.
-        """
-        first = self.first_step
-        progress = TrainingProgress(epoch, int(self.cfg.max_epoch), iters_per_epoch, first)
-        if not first:
-            self.totals = {}
-        broken: list[str] = []
-        for i, samples in enumerate(data_loader, start=first):
-            samples = prepare_sample(samples, cuda_enabled=cuda_enabled)
-            broken += samples.pop(BROKEN, [])
-            samples.update(epoch=epoch, num_iters_per_epoch=iters_per_epoch, iters=i)
-            lr_scheduler.step(cur_epoch=epoch, cur_step=i)
-            # The last steps of an epoch may be fewer than are accumulated.
-            rest = iters_per_epoch % accum_grad_iters
-            parts = rest if i >= iters_per_epoch - rest else accum_grad_iters
-            begins = i == first or i % accum_grad_iters == 0
-            updates = (i + 1) % accum_grad_iters == 0 or i + 1 == iters_per_epoch
-            losses = self._backward(model, samples, scaler, parts, begins, updates)
-            for key, value in losses.items():
-                # Of a step that is skipped, nothing counts.
-                self.totals[key] = self.totals.get(key, 0.0) + value.double().nan_to_num(0.0, 0.0, 0.0)
-            if updates:
-                self._update(optimizer, scaler, losses, samples)
-            elif self.finite is not None:
-                self.finite.note(_gradient_norm(optimizer), losses.values(), samples)
-            if (i + 1) % log_freq == 0 or i + 1 == iters_per_epoch:
-                progress.log(i, {key: float(v) for key, v in losses.items()}, optimizer.param_groups[0]["lr"])
-            if updates:
-                self.after_step(i + 1)
-        if self.finite is not None:
-            self.finite.flush()
-        path = Path(registry.get_path("output_dir")) / f"broken_videos_epoch_{epoch}.txt"
-        count = (iters_per_epoch - first) * int(self.cfg.batch_size_train)
-        report_broken(broken, count, float(self.cfg.max_broken_share), path)
-        return {**_means(self.totals, iters_per_epoch), "lr": optimizer.param_groups[0]["lr"]}
+    Args:
+        state: of the run.
+        samples: the batch.
+        parts: batches of the step of the optimizer.
+        begins, updates: whether this is the first of them, and the last.
+    """
+    model, scaler = state.model, state.scaler
+    with ExitStack() as stack:
+        if not begins:
+            # The student has not moved: the teacher follows it once a step.
+            stack.enter_context(state.unwrapped.resting_teacher())
+        if not updates and isinstance(model, DistributedDataParallel):
+            stack.enter_context(model.no_sync())
+        with torch.autocast(next(model.parameters()).device.type, enabled=scaler is not None):
+            losses = state.task.losses(model, samples)
+        part = losses["loss"] / parts
+        torch.autograd.backward(part if scaler is None else scaler.scale(part))
+    return {name: loss.detach() for name, loss in losses.items()}
 
-    def _backward(
-        self, model: nn.Module, samples: dict, scaler, parts: int, begins: bool, updates: bool
-    ) -> dict[str, Tensor]:
-        """Add a batch's part to the gradient; its losses, detached.
 
-        Args:
-            parts: batches of the step of the optimizer.
-            begins, updates: whether this is the first of them, and the last.
-        """
-        self.losses = {}
-        with ExitStack() as stack:
-            if not begins:
-                # The student has not moved: the teacher follows it once a step.
-                stack.enter_context(resting_teacher(model))
-            if not updates and isinstance(model, DistributedDataParallel):
-                stack.enter_context(model.no_sync())
-            with torch.autocast(next(model.parameters()).device.type, enabled=scaler is not None):
-                loss = self.train_step(model=model, samples=samples)
-            part = loss / parts
-            (part if scaler is None else scaler.scale(part)).backward()
-        return {**self.losses, "loss": loss.detach()}
-
-    def _update(self, optimizer, scaler, losses: dict[str, Tensor], samples: dict) -> None:
-        """One step of the optimizer, unless its numbers are refused; the scaler learns of them either way."""
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        norm = _gradient_norm(optimizer, float(self.cfg.get("grad_clip", 0)) or float("inf"))
-        if self.finite is None or self.finite.accepts(norm, losses.values(), samples, scaled=scaler is not None):
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-        if scaler is not None:
-            scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+def _update(state: TrainingState, losses: dict[str, Tensor], samples: Samples) -> None:
+    """One step of the optimizer, unless its numbers are refused; the scaler learns of them either way."""
+    optimizer, scaler = state.optimizer, state.scaler
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    norm = _gradient_norm(optimizer, float(state.run["grad_clip"]) or float("inf"))
+    if state.guard.accepts(norm, losses.values(), samples, scaled=scaler is not None):
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+    if scaler is not None:
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _gradient_norm(optimizer: torch.optim.Optimizer, clip: float = float("inf")) -> Tensor:
@@ -234,28 +298,3 @@ def _means(totals: dict[str, Tensor], steps: int) -> dict[str, float]:
         dist.all_reduce(stacked)
     values = (stacked / (steps * get_world_size())).tolist()
     return dict(zip(totals, values))
-
-
-class LavisTaskMixin(AuroraTrainMixin):
-    """In front of a task of LAVIS: it trains as the tasks of this package do, and evaluates where the model is."""
-
-    def evaluation(self, model, data_loader, **_kwargs) -> Any:
-        """LAVIS's, which expects a GPU unless it is told otherwise."""
-        return super().evaluation(model, data_loader, cuda_enabled=next(model.parameters()).is_cuda)
-
-
-def runnable_task(cls: type[BaseTask]) -> type[BaseTask]:
-    """The task itself, if it is made for runner_aurora, or a subclass that is.
-
-    Raises:
-        AuroraError: the task is of LAVIS's for models without a training loss.
-    """
-    if issubclass(cls, AuroraTrainMixin):
-        return cls
-    if issubclass(cls, VQARCTask):
-        raise AuroraError(
-            "run.task: vqa_reading_comprehension and gqa_reading_comprehension evaluate models that have no training "
-            "loss, by keys of their own and in several processes only; run them by LAVIS's runner_base"
-        )
-    shards = not issubclass(cls, RetrievalTask)
-    return type(cls.__name__, (LavisTaskMixin, cls, AuroraTaskBase), {"shards_evaluation": shards})

@@ -5,14 +5,15 @@ from __future__ import annotations
 import random
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from lavis.common.dist_utils import get_rank, get_world_size
+from lavis.datasets.datasets.dataloader_utils import PrefetchLoader
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -21,8 +22,8 @@ from lavis_aurora.common.errors import AuroraError, near_names, shown
 
 def random_state() -> dict[str, Any]:
     """States of Python's, numpy's and torch's global generators (and of this process's GPU), as plain values."""
-    kind, keys, *rest = np.random.get_state()
-    state = {
+    kind, keys, *rest = cast("tuple[Any, ...]", np.random.get_state())
+    state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
@@ -71,26 +72,26 @@ def seeded(*seed: int) -> Iterator[None]:
         torch.set_rng_state(torch_state)
 
 
-class SeededDataset(Dataset):
+class SeededDataset(Dataset[Any]):
     """Random crops and frames of a sample follow from seed, epoch and sample alone, not from worker or process.
 
     Attributes:
         epoch: to be set before each epoch, before workers start.
     """
 
-    def __init__(self, inner: Dataset, seed: int) -> None:
+    def __init__(self, inner: Dataset[Any], seed: int) -> None:
         self.inner, self.seed = inner, seed
         self.epoch = 0
 
     def __len__(self) -> int:
-        return len(self.inner)
+        return len(cast(Sized, self.inner))
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> Any:
         with seeded(self.seed, self.epoch, index):
             return self.inner[index]
 
 
-class ResumableSampler(DistributedSampler):
+class ResumableSampler(DistributedSampler[Any]):
     """DistributedSampler that can start an epoch in its midst.
 
     Attributes:
@@ -101,6 +102,17 @@ class ResumableSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         return islice(super().__iter__(), self.first, None)
+
+
+def start_epoch(loader: Iterable[Any], epoch: int, batches: int) -> None:
+    """Let a loader of :func:`build_loader` begin an epoch, from 0, after so many batches; LAVIS's streams go on."""
+    if isinstance(loader, PrefetchLoader):
+        loader = loader.loader
+    if isinstance(loader, DataLoader):
+        dataset, sampler = cast(SeededDataset, loader.dataset), cast(ResumableSampler, loader.sampler)
+        dataset.epoch = epoch
+        sampler.set_epoch(epoch)
+        sampler.first = batches * cast(int, loader.batch_size)
 
 
 # What torch says of a loader's processes, wherever in the main process it learns of it.
@@ -129,15 +141,15 @@ def loader_errors() -> Iterator[None]:
 
 
 def build_loader(
-    dataset: Dataset,
+    dataset: Dataset[Any],
     batch_size: int,
-    collate: Callable,
+    collate: Callable[[list[Any]], Any],
     seed: int,
     num_workers: int,
     is_train: bool,
     shared: bool,
     pin_memory: bool,
-) -> DataLoader:
+) -> DataLoader[Any]:
     """A loader over a dataset; ``shared`` gives each process its part of the samples.
 
     Raises:
@@ -164,18 +176,18 @@ def build_loader(
     if is_train and len(loader) == 0:
         raise AuroraError(
             f"run.batch_size_train: {batch_size} on {get_world_size()} processes is more than the "
-            f"{len(dataset)} samples of the train split"
+            f"{len(cast(Sized, dataset))} samples of the train split"
         )
     return loader
 
 
-def check_splits(run: DictConfig, datasets: Mapping[str, Mapping[str, Dataset]], shards_evaluation: bool) -> None:
+def check_splits(run: DictConfig, datasets: Mapping[str, Mapping[str, Any]], shards_evaluation: bool) -> None:
     """Refuse splits that are not there, or with which LAVIS could not train or rank.
 
     Args:
         run: the ``run:`` part of the YAML.
         datasets: by name and split.
-        shards_evaluation: see :class:`lavis_aurora.training.loop.AuroraTrainMixin`.
+        shards_evaluation: see :class:`lavis_aurora.training.tasks.base.AuroraTaskBase`.
     """
     for split in ("val", "test"):
         names = [name for name, splits in datasets.items() if split in splits]

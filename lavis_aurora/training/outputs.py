@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lavis.common.dist_utils import get_world_size, is_main_process
 from omegaconf import DictConfig, OmegaConf
@@ -93,10 +93,16 @@ class RunSummary:
             self.content["seconds"][phase] += time.time() - start
             self.steps += steps
 
-    def add_validation(self, epoch: int, split: str, metrics: Metrics) -> None:
-        """Note an evaluation; one of the same epoch and split gives way to it."""
+    def add_validation(self, epoch: int, split: str, metrics: Metrics, best_epoch: int | None) -> None:
+        """Note an evaluation, and which epoch is the best so far; one of the same epoch and split gives way to it."""
         kept = [one for one in self.content["validation"] if (one["epoch"], one["split"]) != (epoch, split)]
         self.content["validation"] = [*kept, {"epoch": epoch, "split": split, "metrics": metrics}]
+        self.content["best_epoch"] = best_epoch
+
+    def finish(self, metrics: Mapping[str, Metrics | None]) -> None:
+        """Write the metrics of the test by split; a process that has none says None."""
+        self.content["metrics"] = {split: log for split, log in metrics.items() if log is not None}
+        self.write("finished")
 
     def write(self, status: str = "running") -> None:
         """Write it, whole or not at all."""
@@ -128,9 +134,9 @@ def _sizes(datasets: Mapping[str, Mapping[str, Dataset[Any]]]) -> dict[str, dict
     for splits in datasets.values():
         for split, dataset in splits.items():
             found = {"samples": len(dataset)} if hasattr(dataset, "__len__") else {}
-            texts, pictures = getattr(dataset, "text", None), getattr(dataset, "image", None)
+            texts, pictures, entries = (getattr(dataset, name, None) for name in ("text", "image", "annotation"))
             if isinstance(texts, list) and isinstance(pictures, list):
-                kind = "videos" if "video" in dataset.annotation[0] else "images"
+                kind = "videos" if entries and "video" in entries[0] else "images"
                 found |= {kind: len(pictures), "texts": len(texts)}
             size = sizes.setdefault(split, {})
             size.update({key: size.get(key, 0) + count for key, count in found.items()})
@@ -174,7 +180,7 @@ def _processors(datasets: DictConfig) -> dict[str, Any]:
     for dataset in datasets.values():
         found = {kind: dataset[kind] for kind in PROCESSOR_KINDS if dataset.get(kind) is not None}
         if found:
-            plain = OmegaConf.to_container(OmegaConf.create(found), resolve=True)
+            plain = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.create(found), resolve=True))
             return {
                 kind: {split: part for split, part in splits.items() if is_portable_processor(part or {})}
                 for kind, splits in plain.items()

@@ -33,7 +33,7 @@ def join_processes(run: DictConfig) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
 
 
-def _start(store: dist.Store, rank: int, world: int, limit: timedelta) -> str:
+def _start(store: Any, rank: int, world: int, limit: timedelta) -> str:
     """A name of this start of the processes, the same on all of them.
 
     Where torch.distributed.run starts processes again, they find the same store, with what those before have left in
@@ -44,7 +44,7 @@ def _start(store: dist.Store, rank: int, world: int, limit: timedelta) -> str:
     name = secrets.token_hex(8)
     if rank:
         store.set(f"ask/{rank}", name)
-        name = store.get(f"answer/{name}").decode()
+        name = str(store.get(f"answer/{name}").decode())
         store.set(f"thanks/{name}/{rank}", "")
         return name
     deadline, waiting = time.monotonic() + limit.total_seconds(), list(range(1, world))

@@ -16,7 +16,7 @@ from lavis_aurora.config.method import (
     ModeApproxConfig,
 )
 from lavis_aurora.config.models import TUNINGS, RetrievalAuroraConfig, VitConfig
-from lavis_aurora.config.run import RunConfig
+from lavis_aurora.config.run import RetrievalRunConfig, RunConfig
 
 OUT_OF_RANGE = [
     ("model.mode_approx.rank", "0", "1 or more"),
@@ -93,5 +93,6 @@ def test_limits_themselves_are_allowed() -> None:
     for tuning in TUNINGS:
         settings = RetrievalAuroraConfig(tuning=tuning, queue_size=0, alpha=0, momentum=1, max_txt_len=2)
         assert settings.tuning == tuning
-    assert RunConfig(max_epoch=1, num_workers=0, k_test=0, init_lr=0, grad_clip=0).k_test == 0
-    assert RunConfig(seed=2**63 - 1, token_budget_gb=float("inf"), num_workers=256).seed == 2**63 - 1
+    assert RunConfig(max_epoch=1, num_workers=0, init_lr=0, grad_clip=0).grad_clip == 0
+    assert RunConfig(seed=2**63 - 1, num_workers=256).seed == 2**63 - 1
+    assert RetrievalRunConfig(k_test=0, token_budget_gb=float("inf")).k_test == 0

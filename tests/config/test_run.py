@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tiny import refused
 
-from lavis_aurora.config.run import RunConfig
+from lavis_aurora.config.run import RetrievalRunConfig, RunConfig
 from lavis_aurora.project import load_config
 
 
@@ -19,5 +19,5 @@ def test_step_scheduler_needs_a_decay_rate(project: Path) -> None:
 
 def test_run_section_is_complete_after_loading(project: Path) -> None:
     run = load_config(str(project)).run_cfg
-    assert set(run) == {f.name for f in fields(RunConfig)}
+    assert set(run) == {f.name for cls in (RunConfig, RetrievalRunConfig) for f in fields(cls)}
     assert (run.beta2, run.itc_weight, run.seed) == (0.999, 1.0, 42)

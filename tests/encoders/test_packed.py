@@ -7,7 +7,7 @@ import torch
 from tiny import activate, tiny_model
 
 from lavis_aurora.encoders.fusion import encode_with_image
-from lavis_aurora.training.runner import compile_layers
+from lavis_aurora.encoders.towers import compile_layers
 
 LENGTHS = torch.tensor([1, 4, 4, 5, 13, 35])
 

@@ -15,6 +15,12 @@ def test_the_page_is_up_to_date() -> None:
     assert config_keys.with_tables(page) == page, "run python scripts/config_keys.py"
 
 
+def test_the_page_has_the_keys_of_every_task() -> None:
+    page = config_keys.PAGE.read_text(encoding="utf-8")
+    for cls in config.RUN_KEYS.values():
+        assert f"<!-- keys: {cls.__name__} -->" in page or not cls.__module__.startswith("lavis_aurora")
+
+
 @pytest.mark.parametrize("name", [name for name in config.__all__ if name.endswith("Config")])
 def test_a_docstring_names_no_key_that_is_none(name: str) -> None:
     cls = getattr(config, name)

@@ -9,8 +9,8 @@ from models.test_blip_retrieval_aurora import batch
 from tiny import activate, tiny_model
 
 from lavis_aurora import AuroraError, ModeApproxConfig
+from lavis_aurora.encoders.towers import compile_layers
 from lavis_aurora.models.mode_approx_model import ModeApproxModel
-from lavis_aurora.training.runner import compile_layers
 
 
 @pytest.mark.slow

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from distributed import run_processes
-from lavis.common.registry import registry
-from lavis.tasks.multimodal_classification import MultimodalClassificationTask
-from omegaconf import OmegaConf
+from runs import task_of, train_epoch, training_state
 from tiny import project_yaml
 from torch.nn.parallel import DistributedDataParallel
 
 from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.config.run import RunConfig
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
+from lavis_aurora.models.owner import RunState
 from lavis_aurora.training.checkpoints import read_checkpoint
 from lavis_aurora.training.guards import MOST_IN_A_ROW, MOST_OVERFLOWS, FiniteGuard
-from lavis_aurora.training.loop import runnable_task
 from lavis_aurora_cli import train
 
 SAMPLES = {"image_id": torch.tensor([3, 4]), "text_input": ["a", "b"], "epoch": 0, "iters": 6, "image": torch.ones(2)}
@@ -46,7 +42,7 @@ def spoiled(monkeypatch):
 
 def test_a_run_stops_and_names_the_batch(tmp_path, capsys):
     # A rate with which the weights overflow at once.
-    yaml = project_yaml(tmp_path, run={"init_lr": 1e30, "min_lr": 1e30, "batch_size_train": 2})
+    yaml = project_yaml(tmp_path, run={"init_lr": 1e12, "min_lr": 1e12, "batch_size_train": 2})
     with pytest.raises(SystemExit):
         train(["--cfg-path", str(yaml)])
     error = capsys.readouterr().err
@@ -119,7 +115,7 @@ def test_a_loss_that_is_no_number_stops_in_half_precision_too(tmp_path):
         guard.accepts(NAN, [NAN], SAMPLES, scaled=True)
 
 
-class Line(torch.nn.Linear):
+class Line(RunState, torch.nn.Linear):
     """A loss whose gradient is not finite in the batches named."""
 
     def __init__(self, bad: set[int]) -> None:
@@ -143,22 +139,13 @@ class NoLoss(Line):
 
 def epoch(folder, model, batches: int, each: int = 1, skip: bool = False, scaler=None) -> FiniteGuard:
     """An epoch on the CPU, ``each`` batches a step; returns what watched it."""
-    cfg = SimpleNamespace(run_cfg=OmegaConf.structured(RunConfig()))
-    task = runnable_task(MultimodalClassificationTask).setup_task(cfg=cfg)
-    task.finite = FiniteGuard(folder, skip=skip)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.mapping["paths"], "output_dir", str(folder))
-        task._train_inner_loop(
-            epoch=0,
-            iters_per_epoch=batches,
-            model=model,
-            data_loader=[{"x": torch.ones(1, 2), "text_input": [f"text {i}"]} for i in range(batches)],
-            optimizer=torch.optim.SGD(model.parameters(), lr=1e-3),
-            lr_scheduler=SimpleNamespace(step=lambda cur_epoch, cur_step: None),
-            scaler=scaler,
-            accum_grad_iters=each,
-        )
-    return task.finite
+    samples = [{"x": torch.ones(1, 2), "text_input": [f"text {i}"]} for i in range(batches)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    task = task_of("multimodal_classification")
+    state = training_state(task, model, samples, folder, optimizer, accum_grad_iters=each)
+    state.scaler, state.guard = scaler, FiniteGuard(folder, skip=skip)
+    train_epoch(state)
+    return state.guard
 
 
 def scaled_epoch(tmp_path, steps: int, bad: set[int]) -> tuple[FiniteGuard, Line, torch.amp.GradScaler]:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,15 +16,15 @@ from lavis.tasks.multimodal_classification import MultimodalClassificationTask
 from lavis.tasks.retrieval import RetrievalTask
 from lavis_models import PIXELS, build, hub_folder, samples
 from omegaconf import OmegaConf
-from runs import logged, only_run
+from runs import logged, only_run, task_of, train_epoch, training_state
 from tiny import project_yaml, write_pictures
 from tiny_vqa import ANSWERS, vqa_project
 from torch import nn
 
 from lavis_aurora import AuroraError, ModeApproxConfig
-from lavis_aurora.config.run import RunConfig
 from lavis_aurora.models.mode_approx_model import ModeApproxModel
-from lavis_aurora.training.loop import AuroraTrainMixin, runnable_task
+from lavis_aurora.models.owner import RunState
+from lavis_aurora.training.tasks.base import AuroraTaskBase, runnable_task
 from lavis_aurora.training.tasks.retrieval import RetrievalAuroraTask
 from lavis_aurora_cli import train
 
@@ -65,8 +64,7 @@ def group() -> Iterator[None]:
 
 def set_up(name: str) -> BaseTask:
     """A task of LAVIS with the default settings, as the command line makes it."""
-    cfg = SimpleNamespace(run_cfg=OmegaConf.structured(RunConfig(task=name)))
-    return runnable_task(registry.get_task_class(name)).setup_task(cfg=cfg)
+    return task_of(name)
 
 
 def wrapped(name: str) -> ModeApproxModel:
@@ -81,7 +79,7 @@ def test_lavis_tasks_train_by_our_loop_and_keep_their_own_metrics():
     for cls, shards in ((RetrievalTask, False), (MultimodalClassificationTask, True)):
         task = runnable_task(cls)
         assert issubclass(task, cls) and task.__name__ == cls.__name__
-        assert task._train_inner_loop is AuroraTrainMixin._train_inner_loop
+        assert task.losses is AuroraTaskBase.losses
         assert task.after_evaluation is cls.after_evaluation
         assert task.shards_evaluation is shards
 
@@ -114,14 +112,10 @@ def test_tasks_of_models_that_cannot_be_trained_are_refused(name):
 
 def step(task: BaseTask, model: nn.Module, batch: dict, rate: float) -> dict[str, float]:
     """What an epoch of one step reports."""
-    return task._train_inner_loop(
-        epoch=1,
-        iters_per_epoch=1,
-        model=model,
-        data_loader=[batch],
-        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate),
-        lr_scheduler=SimpleNamespace(step=lambda cur_epoch, cur_step: None),
-    )
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
+    state = training_state(task, model, [batch], Path.cwd(), optimizer)
+    state.epoch = 1
+    return train_epoch(state)
 
 
 @pytest.mark.parametrize(("name", "model_name"), [(task, model) for task in STEPS for model in STEPS[task]])
@@ -151,16 +145,15 @@ def test_the_step_is_the_tasks_own(hub):
         def train_step(self, model, samples):
             return model.weight.sum() + samples["x"].sum()
 
-    class Model(nn.Linear):
+    class Model(RunState, nn.Linear):
         def forward(self, samples):
             loss = super().forward(samples["x"]).sum()
             return {"loss": loss, "loss_other": loss.detach() + 1}
 
-    cfg = SimpleNamespace(run_cfg=OmegaConf.structured(RunConfig()))
     for cls in (Doubled, Alone):
         model = Model(3, 1)
         nn.init.ones_(model.weight), nn.init.zeros_(model.bias)
-        stats = step(runnable_task(cls).setup_task(cfg=cfg), model, {"x": torch.ones(1, 3)}, rate=1.0)
+        stats = step(task_of("multimodal_classification", cls), model, {"x": torch.ones(1, 3)}, rate=1.0)
         expected = {"loss": 6.0, "lr": 1.0}
         assert stats == ({**expected, "loss_other": 4.0} if cls is Doubled else expected)
         assert torch.equal(model.weight, torch.full((1, 3), -1.0 if cls is Doubled else 0.0))

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from distributed import run_processes
-from lavis.common.registry import registry
 from lavis_models import build, hub_folder, samples
-from omegaconf import OmegaConf
-from tiny import activate, tiny_model
+from runs import task_of, train_epoch, training_state
+from tiny import activate, project_yaml, tiny_model
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import lavis_aurora
 from lavis_aurora import ModeApproxConfig
-from lavis_aurora.config.run import RunConfig
+from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.models.mode_approx_model import ModeApproxModel
-from lavis_aurora.training.loop import runnable_task
+from lavis_aurora.training.runner import AuroraRunner
+from lavis_aurora_cli import train
 
 CAPTIONS = ["a red circle", "a big blue square", "a ring", "a small pink heart"]
 SIZE = len(CAPTIONS)
@@ -29,21 +32,11 @@ STEPS = 3
 
 def epoch(model: nn.Module, batches: list[dict], folder: Path, before_step=None) -> nn.Module:
     """An epoch by the loop, with plain gradient descent; ``before_step`` is called before each step of it."""
-    cfg = SimpleNamespace(run_cfg=OmegaConf.structured(RunConfig(task="retrieval")))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     if before_step is not None:
         optimizer.register_step_pre_hook(lambda *_: before_step())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.mapping["paths"], "output_dir", str(folder))
-        runnable_task(registry.get_task_class("retrieval")).setup_task(cfg=cfg)._train_inner_loop(
-            epoch=0,
-            iters_per_epoch=len(batches),
-            model=model.train(),
-            data_loader=batches,
-            optimizer=optimizer,
-            lr_scheduler=SimpleNamespace(step=lambda cur_epoch, cur_step: None),
-            accum_grad_iters=EACH,
-        )
+    state = training_state(task_of("retrieval"), model.train(), batches, folder, optimizer, accum_grad_iters=EACH)
+    train_epoch(state)
     return model
 
 
@@ -129,3 +122,32 @@ def test_gradients_are_exchanged_once_a_step(tmp_path):
         assert count == STEPS
         for name, value in expected.items():
             torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(value), atol=1e-4, rtol=1e-3)
+
+
+# The way of a step
+
+
+def frames() -> list[str]:
+    """Functions of the package that are running, from the runner's ``train`` on."""
+    package = str(Path(lavis_aurora.__file__).parent / "training")
+    names = [frame.name for frame in traceback.extract_stack() if frame.filename.startswith(package)]
+    return names[names.index("train") :]
+
+
+def test_the_way_of_a_step_is_what_contributing_says(tmp_path, monkeypatch):
+    text = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("## A training step\n")[2].partition("\n## ")[0]
+    told = re.findall(r"^\d+\. `(?:\w+\.)?(\w+)`", section, re.MULTILINE)
+    assert len(told) == 10
+    losses, steps, after = [], [], []
+    monkeypatch.setattr(BlipRetrievalAurora, "check_samples", lambda self, samples: losses.append(frames()))
+    original = AuroraRunner._stop_if_asked
+    monkeypatch.setattr(AuroraRunner, "_stop_if_asked", lambda *args: after.append(frames()) or original(*args))
+    hook = register_optimizer_step_pre_hook(lambda *_: steps.append(frames()))
+    try:
+        train(["--cfg-path", str(project_yaml(tmp_path, run={"valid_splits": [], "test_splits": []}))])
+    finally:
+        hook.remove()
+    assert losses[0] == told[:8]
+    assert steps[0] == [*told[:5], told[8]] and len(steps[0]) <= 8
+    assert after[0] == [*told[:4], told[9]]

@@ -19,6 +19,7 @@ import pytest
 import torch
 from distributed import free_port
 from omegaconf import OmegaConf
+from runs import assert_same, final, only_run
 from tiny import project_yaml
 from tiny_video import video_project, write_video_questions, write_videos
 from tiny_vqa import vqa_project
@@ -27,9 +28,10 @@ from lavis_aurora import AuroraError
 from lavis_aurora.adapters.files import read_adapter
 from lavis_aurora.analysis.results import final_metrics, read_config
 from lavis_aurora.project import load_config
+from lavis_aurora.training import loop
 from lavis_aurora.training.checkpoints import BEST, LATEST, read_checkpoint, write_checkpoint
 from lavis_aurora.training.guards import Stopped
-from lavis_aurora.training.runner import AuroraRunner
+from lavis_aurora.training.resuming import RunCheckpoints
 from lavis_aurora_cli import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +41,6 @@ RUN = {"max_epoch": 2, "batch_size_train": 2, "resume": "auto", "save_queue": Tr
 # Random crops, random context, dropout of paths, negatives from the queue: whatever draws random numbers.
 MODEL = {"context": {"form": "random"}, "vit_drop_path_rate": 0.1, "queue_size": 16}
 CROPS = {"coco_retrieval": {"vis_processor": {"train": {"name": "blip_image_train", "image_size": 48}}}}
-STATE = ("model", "queue", "optimizer", "epoch", "step", "best_metric", "best_epoch", "processes")
 
 
 def image_project(folder: Path, **run) -> Path:
@@ -61,38 +62,6 @@ def video_qa_project(folder: Path) -> Path:
     return video_project(folder, "msrvtt_qa", "msrvtt_qa_aurora", paths, model=model, run=RUN)
 
 
-def assert_same(one, other, path="") -> None:
-    """Nested states are equal bit for bit."""
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            assert_same(one[key], other[key], f"{path}/{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), path
-        for i, pair in enumerate(zip(one, other)):
-            assert_same(*pair, f"{path}/{i}")
-    else:
-        assert one == other, path
-
-
-def only_run(folder: Path) -> Path:
-    [run] = (folder / "output").iterdir()
-    return run
-
-
-def final(folder: Path) -> dict:
-    """What must be equal at the end, tested ranks included."""
-    run = only_run(folder)
-    states = {name: read_checkpoint(run / f"checkpoint_{name}.pth") for name in ("latest", "best")}
-    results = {path.name: json.loads(path.read_text()) for path in (run / "result").glob("test_epoch_best*.json")}
-    for result in results.values():
-        if isinstance(result, dict):
-            result.pop("seconds")
-    return {name: {key: state[key] for key in STATE} for name, state in states.items()} | {"results": results}
-
-
 def command(yaml: Path, processes: int = 1) -> list[str]:
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     return [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "train.py"), "--cfg-path", str(yaml)]
@@ -107,16 +76,14 @@ def start(yaml: Path, processes: int = 1) -> subprocess.Popen:
 
 def stop_in(monkeypatch, step: int) -> None:
     """Send this process SIGTERM within the given step, counted over the whole run."""
-    from lavis_aurora.training.loop import AuroraTrainMixin
+    original, steps = loop._update, iter(range(10**6))
 
-    original, steps = AuroraTrainMixin._update, iter(range(10**6))
-
-    def update(self, *args):
+    def update(*args):
         if next(steps) == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args)
+        return original(*args)
 
-    monkeypatch.setattr(AuroraTrainMixin, "_update", update)
+    monkeypatch.setattr(loop, "_update", update)
 
 
 PROJECTS = {
@@ -211,16 +178,16 @@ def test_settings_of_the_optimizer_are_the_yamls(tmp_path):
 def test_a_run_killed_between_its_last_epoch_and_its_last_checkpoint(tmp_path, monkeypatch):
     run = {"max_epoch": 2, "init_lr": 1e-3}
     train(["--cfg-path", str(image_project(tmp_path / "whole", **run))])
-    original = AuroraRunner._save_checkpoint
+    original = RunCheckpoints.save
 
-    def killed(self, epoch, step, validated=False, name=LATEST):
+    def killed(self, epoch, validated=False, name=LATEST):
         if epoch == 1 and validated and name == LATEST:
             raise KeyboardInterrupt
-        original(self, epoch, step, validated=validated, name=name)
+        original(self, epoch, validated=validated, name=name)
 
     yaml = image_project(tmp_path / "killed", **run)
     with monkeypatch.context() as patched:
-        patched.setattr(AuroraRunner, "_save_checkpoint", killed)
+        patched.setattr(RunCheckpoints, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             train(["--cfg-path", str(yaml)])
     assert (only_run(tmp_path / "killed") / "adapter_last" / "adapter_config.json").is_file()
@@ -230,7 +197,7 @@ def test_a_run_killed_between_its_last_epoch_and_its_last_checkpoint(tmp_path, m
 
 def test_with_accumulated_steps_none_is_passed_over(tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(AuroraRunner, "_save_checkpoint", lambda self, epoch, step, **_: saved.append(step))
+    monkeypatch.setattr(RunCheckpoints, "save", lambda self, epoch, **_: saved.append(self.state.step))
     changes = {"max_epoch": 1, "batch_size_train": 1, "accum_grad_iters": 3, "checkpoint_every": 2}
     train(["--cfg-path", str(image_project(tmp_path, **changes, valid_splits=[], test_splits=[]))])
     assert saved[:2] == [3, 6]
@@ -277,7 +244,7 @@ DAMAGES = {
     "adapter, empty": {"adapter_best/adapter_config.json": lambda path: path.write_text("")},
     "adapter, cut": {"adapter_last/adapter_config.json": lambda path: path.write_text(path.read_text()[:50])},
     "adapter, no tensors": {"adapter_best/adapter_model.safetensors": lambda path: path.write_text("")},
-    "texts": dict.fromkeys(("config.yaml", "log.txt"), lambda path: path.write_bytes(b"\xff{")),
+    "texts": dict.fromkeys(("config.yaml", "log.txt", "summary.json"), lambda path: path.write_bytes(b"\xff{")),
 }
 
 
@@ -348,16 +315,16 @@ def test_moments_of_other_parameters_are_refused(tmp_path, capsys):
 
 
 def test_a_best_file_that_is_damaged_before_it_is_tested_is_named(tmp_path, monkeypatch, capsys):
-    original = AuroraRunner._save_checkpoint
+    original = RunCheckpoints.save
 
     def damaging(self, *args, **kwargs):
         original(self, *args, **kwargs)
         if kwargs.get("name") == BEST:
-            damage_in_data(self.output_dir / BEST)
+            damage_in_data(self.folder / BEST)
 
     yaml = image_project(tmp_path, max_epoch=1)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(AuroraRunner, "_save_checkpoint", damaging)
+        patch.setattr(RunCheckpoints, "save", damaging)
         train(["--cfg-path", str(yaml)])
     error = capsys.readouterr().err
     assert f"{only_run(tmp_path) / BEST} is not a readable checkpoint" in error and "run.resume=auto" in error

@@ -24,7 +24,7 @@ PATIENCE = 600  # seconds that a run may take on a busy machine
 # Holds a lock, with a child that outlives it, as workers of data loaders do.
 HOLDS = """
 import os, pathlib, sys, time
-from lavis_aurora.training.run_lock import RunLock
+from lavis_aurora.training.processes import RunLock
 with RunLock() as lock:
     lock.take(pathlib.Path(sys.argv[1]))
     if os.fork():

@@ -9,17 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from lavis.common.registry import registry
-from runs import only_run
+from runs import assert_same, final, only_run
 from tiny import project_yaml
 
 from lavis_aurora.models import blip_retrieval_aurora
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.project import load_config
 from lavis_aurora.training.checkpoints import read_checkpoint
-from lavis_aurora.training.loop import runnable_task
 from lavis_aurora.training.runner import AuroraRunner
+from lavis_aurora.training.tasks.base import runnable_task
 from lavis_aurora_cli import train
-from training.test_resuming import assert_same, final
 
 # LAVIS's two and one of ours; all count their pictures from 0.
 SETS = ("coco_retrieval", "flickr30k", "own_retrieval")
@@ -112,7 +111,7 @@ def test_a_saved_queue_stays_right_when_the_run_goes_on(tmp_path, monkeypatch):
 
 
 def test_a_batch_that_is_no_number_names_the_sets_of_its_samples(tmp_path):
-    run = {"init_lr": 1e30, "min_lr": 1e30, "batch_size_train": 8}
+    run = {"init_lr": 1e12, "min_lr": 1e12, "batch_size_train": 8}
     with pytest.raises(SystemExit):
         train(["--cfg-path", str(project_of(tmp_path, *SETS[:2], run=run))])
     [file] = only_run(tmp_path).glob("not_finite*.json")

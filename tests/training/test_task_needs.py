@@ -12,9 +12,8 @@ from tiny import project_yaml
 from torch import nn
 
 from lavis_aurora import AuroraError
-from lavis_aurora.config.run import RunConfig
-from lavis_aurora.training.loop import runnable_task
-from lavis_aurora.training.tasks.base import check_model, needed_method
+from lavis_aurora.config.check import parse_run
+from lavis_aurora.training.tasks.base import check_model, needed_method, runnable_task
 from lavis_aurora_cli import evaluate, train
 
 NEEDS = {
@@ -37,7 +36,7 @@ def test_what_tasks_evaluate_by(name):
 
 
 def configuration(model: dict, **run) -> SimpleNamespace:
-    return SimpleNamespace(run_cfg=OmegaConf.structured(RunConfig(**run)), model_cfg=OmegaConf.create(model))
+    return SimpleNamespace(run_cfg=parse_run(run), model_cfg=OmegaConf.create(model))
 
 
 class Ranks(nn.Module):

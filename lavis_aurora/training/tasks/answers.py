@@ -25,20 +25,19 @@ from torch.utils.data import Dataset
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json, write_text
 from lavis_aurora.evaluation.answers import vqa_accuracy
-from lavis_aurora.training.loop import AuroraTrainMixin
-from lavis_aurora.training.tasks.base import AuroraTaskBase
+from lavis_aurora.training.tasks.base import AuroraTaskBase, LavisTaskMixin
 
 SHOWN_TYPES = 12  # question types that a report lists; VQAv2 has 65
 
 
 @registry.register_task("vqa_aurora")
-class VqaAuroraTask(AuroraTrainMixin, VQATask, AuroraTaskBase):
+class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
     """LAVIS's vqa: the likeliest answer of a list, or a generated one, and VQAv2's accuracy by answer type."""
 
     # What a result is known by, when processes have answered a question twice.
     result_key = "question_id"
 
-    def build_datasets(self, cfg) -> dict:
+    def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
         """Datasets by name and split, their files checked, with what the evaluation of each split needs.
 
         Raises:
@@ -53,7 +52,7 @@ class VqaAuroraTask(AuroraTrainMixin, VQATask, AuroraTaskBase):
                         self._check_split(f"datasets.{name}.build_info.annotations.{split}.storage", key, dataset)
         return datasets
 
-    def _check_split(self, files: str, key: str, dataset: Dataset) -> None:
+    def _check_split(self, files: str, key: str, dataset: Dataset[Any]) -> None:
         if isinstance(getattr(dataset, "inner", dataset), VQADataset):
             raise AuroraError(f"run.{key}: {files} holds questions to train on; evaluate another split")
         self._check_answers(files, dataset)
@@ -63,7 +62,7 @@ class VqaAuroraTask(AuroraTrainMixin, VQATask, AuroraTaskBase):
                 f"annotations as the third and fourth file; name them, or validate on another split"
             )
 
-    def _check_answers(self, files: str, dataset: Dataset) -> None:
+    def _check_answers(self, files: str, dataset: Dataset[Any]) -> None:
         """Refuse to rank answers without a list of them."""
         if self.inference_method == "rank" and not getattr(dataset, "answer_list", None):
             raise AuroraError(
@@ -71,12 +70,13 @@ class VqaAuroraTask(AuroraTrainMixin, VQATask, AuroraTaskBase):
                 f"run.inference_method: generate"
             )
 
-    def evaluation(self, model, data_loader, **_kwargs) -> list[dict[str, Any]]:
+    def evaluation(self, model: Any, data_loader: Any, **_kwargs: Any) -> list[dict[str, Any]]:
         """Answers of this process to its share of the questions."""
         self.answer_list = getattr(data_loader.dataset, "answer_list", None)
-        return super().evaluation(model, data_loader, cuda_enabled=model.device.type == "cuda")
+        answers: list[dict[str, Any]] = super().evaluation(model, data_loader)
+        return answers
 
-    def valid_step(self, model, samples: dict) -> list[dict[str, Any]]:
+    def valid_step(self, model: Any, samples: dict[str, Any]) -> list[dict[str, Any]]:
         """``question_id`` and ``answer`` of each question; ids are numbers or strings."""
         answers = model.predict_answers(
             samples=samples,
@@ -92,7 +92,9 @@ class VqaAuroraTask(AuroraTrainMixin, VQATask, AuroraTaskBase):
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         return [{"question_id": i, "answer": answer} for i, answer in zip(ids, answers)]
 
-    def after_evaluation(self, val_result, split_name, epoch, **_kwargs) -> dict[str, Any] | None:
+    def after_evaluation(
+        self, val_result: list[dict[str, Any]], split_name: str, epoch: int | str, **_kwargs: Any
+    ) -> dict[str, Any] | None:
         """Write ``result/SPLIT_epoch_N_vqa_result.json``, in the official server's format, and score it."""
         path = self.save_result(
             val_result,
@@ -100,10 +102,13 @@ class VqaAuroraTask(AuroraTrainMixin, VQATask, AuroraTaskBase):
             filename=f"{split_name}_epoch_{epoch}_vqa_result",
             remove_duplicate=self.result_key,
         )
-        return self._report_metrics(result_file=path, split=split_name)
+        metrics: dict[str, Any] | None = self._report_metrics(result_file=path, split=split_name)
+        return metrics
 
     @staticmethod
-    def save_result(result, result_dir, filename, remove_duplicate="") -> str:
+    def save_result(
+        result: list[dict[str, Any]], result_dir: str, filename: str, remove_duplicate: str = ""
+    ) -> str:
         """Join the results of all processes in one file; arguments and value are LAVIS's.
 
         LAVIS's time grows with the square of the number of results, and its parts stay behind.
@@ -118,7 +123,7 @@ class VqaAuroraTask(AuroraTrainMixin, VQATask, AuroraTaskBase):
             merged = [entry for part in parts for entry in read_json(part)]
             if remove_duplicate:
                 # Samplers repeat some samples, to give all processes equally many.
-                first: dict[Any, dict] = {}
+                first: dict[Any, dict[str, Any]] = {}
                 for entry in merged:
                     first.setdefault(entry[remove_duplicate], entry)
                 merged = list(first.values())
@@ -199,12 +204,12 @@ class VideoQaAuroraTask(VqaAuroraTask):
     # LAVIS numbers the samples of a split; question_id need not differ.
     result_key = "instance_id"
 
-    def _check_split(self, files: str, key: str, dataset: Dataset) -> None:
+    def _check_split(self, files: str, key: str, dataset: Dataset[Any]) -> None:
         if files.endswith(".train.storage"):
             raise AuroraError(f"run.{key}: {files} holds questions to train on; evaluate another split")
         self._check_answers(files, dataset)
 
-    def valid_step(self, model, samples: dict) -> list[dict[str, Any]]:
+    def valid_step(self, model: Any, samples: dict[str, Any]) -> list[dict[str, Any]]:
         """``question_id``, ``answer``, ``instance_id``, ``question`` and the true answer, ``truth``."""
         rest = zip(samples["instance_id"], samples["text_input"], samples["answer"])
         return [

@@ -1,6 +1,8 @@
-"""What tasks ask of a model."""
+"""What tasks of runner_aurora share, what they ask of a model, and LAVIS's own tasks made to run there."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch.distributed as dist
 from lavis.common.registry import registry
@@ -10,6 +12,7 @@ from lavis.tasks.multimodal_classification import MultimodalClassificationTask
 from lavis.tasks.retrieval import RetrievalTask
 from lavis.tasks.vqa import VQATask
 from lavis.tasks.vqa_reading_comprehension import VQARCTask
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from lavis_aurora.common.errors import AuroraError
@@ -32,7 +35,7 @@ def needed_method(task: type[BaseTask]) -> str | None:
     return own or next((EVALUATES_BY[cls] for cls in task.__mro__ if cls in EVALUATES_BY), None)
 
 
-def check_model(task: type[BaseTask], model: nn.Module, cfg) -> None:
+def check_model(task: type[BaseTask], model: nn.Module, cfg: Any) -> None:
     """Refuse a model that the task cannot evaluate, before it is trained for that.
 
     Args:
@@ -60,22 +63,42 @@ def check_model(task: type[BaseTask], model: nn.Module, cfg) -> None:
 
 
 class AuroraTaskBase(BaseTask):
-    """Last of a task's bases, so that what LAVIS's task does with its datasets and in a step runs on top of it.
+    """Last of a task's bases, :class:`LavisTaskMixin` being the first.
+
+    So what LAVIS's task between them does with its datasets and in a step runs on top of this.
 
     Attributes:
-        losses: of the last step, detached: what the model's output holds under names with "loss".
+        cfg: the ``run:`` part of the YAML.
+        shards_evaluation: whether processes may share an evaluation split by samples; retrieval ranks it as a whole.
+        evaluates_by: the model's method by which the task evaluates, see :func:`needed_method`.
     """
 
-    losses: dict[str, Tensor]
+    shards_evaluation = True
+    evaluates_by: str | None = None
+    cfg: DictConfig
 
-    def build_datasets(self, cfg) -> dict:
+    def build_model(self, cfg: Any) -> nn.Module:
+        """LAVIS's; a model that this task cannot evaluate is refused."""
+        model: nn.Module = super().build_model(cfg)
+        check_model(type(self), model, cfg)
+        return model
+
+    def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
         """Datasets by name and split, their files checked; ids of different training sets are different."""
-        datasets = {name: build_checked(name, cfg.datasets_cfg[name]) for name in cfg.datasets_cfg}
+        datasets: dict[str, dict[str, Any]] = {
+            name: build_checked(name, cfg.datasets_cfg[name]) for name in cfg.datasets_cfg
+        }
         set_ids_apart({name: splits["train"] for name, splits in datasets.items() if "train" in splits})
         return datasets
 
-    def train_step(self, model: nn.Module, samples: dict) -> Tensor:
-        """The loss of a batch.
+    def losses(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Tensor]:
+        """Losses of a batch: ``loss``, of :meth:`train_step`, and what the model's output holds under such names."""
+        self._reported: dict[str, Tensor] = {}
+        loss = self.train_step(model=model, samples=samples)
+        return {**self._reported, "loss": loss}
+
+    def train_step(self, model: nn.Module, samples: dict[str, Any]) -> Tensor:
+        """LAVIS's hook: the loss of a batch, a scalar.
 
         Raises:
             AuroraError: the model asks for other processes, and there are none.
@@ -91,5 +114,44 @@ class AuroraTaskBase(BaseTask):
                 "it by python -m torch.distributed.run --nproc_per_node=1 train.py, or leave that out where its "
                 "configuration can (model.base.negative_all_rank: false)"
             ) from error
-        self.losses = {key: output[key].detach() for key in output if "loss" in key and output[key] is not None}
-        return output["loss"]
+        self._reported = {key: output[key].detach() for key in output if "loss" in key and output[key] is not None}
+        loss: Tensor = output["loss"]
+        return loss
+
+
+class LavisTaskMixin(BaseTask):
+    """In front of a task of LAVIS: it keeps all of its settings, and evaluates where the model is."""
+
+    @classmethod
+    def setup_task(cls, cfg: Any) -> BaseTask:
+        """LAVIS's task with the settings of ``run:``, not all of which it keeps."""
+        task = super().setup_task(cfg=cfg)
+        task.cfg = cfg.run_cfg
+        return task
+
+    def evaluation(self, model: nn.Module, data_loader: Any, **_kwargs: Any) -> Any:
+        """LAVIS's, which expects a GPU unless it is told otherwise."""
+        return super().evaluation(model, data_loader, cuda_enabled=next(model.parameters()).is_cuda)
+
+
+def runnable_task(cls: type[BaseTask]) -> type[BaseTask]:
+    """The task itself, if it is made for runner_aurora, or a subclass that is.
+
+    Raises:
+        AuroraError: the task is of LAVIS's for models without a training loss, or has a training loop of its own.
+    """
+    if issubclass(cls, VQARCTask):
+        raise AuroraError(
+            "run.task: vqa_reading_comprehension and gqa_reading_comprehension evaluate models that have no training "
+            "loss, by keys of their own and in several processes only; run them by LAVIS's runner_base"
+        )
+    for loop in ("train_epoch", "_train_inner_loop"):
+        if getattr(cls, loop) is not getattr(BaseTask, loop):
+            raise AuroraError(
+                f"run.task: {cls.__name__} has a {loop} of its own, which runner_aurora does not call; give it a "
+                f"train_step, the loss of a batch, or run it by LAVIS's runner_base"
+            )
+    if issubclass(cls, AuroraTaskBase):
+        return cls
+    shards = not issubclass(cls, RetrievalTask)
+    return type(cls.__name__, (LavisTaskMixin, cls, AuroraTaskBase), {"shards_evaluation": shards})

@@ -15,21 +15,20 @@ from lavis.tasks.retrieval import RetrievalTask
 
 from lavis_aurora.common.files import write_text
 from lavis_aurora.evaluation.scores import chance_recall, recall_metrics
-from lavis_aurora.training.loop import AuroraTrainMixin
-from lavis_aurora.training.tasks.base import AuroraTaskBase
+from lavis_aurora.training.tasks.base import AuroraTaskBase, LavisTaskMixin
 
 # Candidates of each query that a result file holds, best first, with their scores.
 BEST_KEPT = 10
 
 
 @registry.register_task("retrieval_aurora")
-class RetrievalAuroraTask(AuroraTrainMixin, RetrievalTask, AuroraTaskBase):
+class RetrievalAuroraTask(LavisTaskMixin, RetrievalTask, AuroraTaskBase):
     """LAVIS's retrieval of pictures or videos: R@K and median rank both ways, before and after reranking."""
 
     shards_evaluation = False
     evaluates_by = "retrieval_scores"
 
-    def evaluation(self, model, data_loader, **_kwargs) -> dict[str, Any] | None:
+    def evaluation(self, model: Any, data_loader: Any, **_kwargs: Any) -> dict[str, Any] | None:
         """Metrics, ranks and best candidates of a split, on the main process; None on the others."""
         start = time.time()
         scores = model.retrieval_scores(data_loader, self.cfg)
@@ -65,7 +64,9 @@ class RetrievalAuroraTask(AuroraTrainMixin, RetrievalTask, AuroraTaskBase):
         result["seconds"] = {**scores.seconds, "all": time.time() - start}
         return result
 
-    def after_evaluation(self, val_result, split_name, epoch, **_kwargs) -> dict[str, Any] | None:
+    def after_evaluation(
+        self, val_result: dict[str, Any] | None, split_name: str, epoch: int | str, **_kwargs: Any
+    ) -> dict[str, Any] | None:
         """Print the table, write ``result/SPLIT_epoch_N.json``, and return the metrics for the log."""
         if val_result is None:
             return None
