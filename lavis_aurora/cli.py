@@ -25,12 +25,12 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-import lavis_aurora.register  # noqa: F401
 from lavis_aurora.adapters.config import CONFIG, TENSORS, AdapterConfig, read_adapter, read_adapter_config
 from lavis_aurora.adapters.merging import merged_state_dict
 from lavis_aurora.common.errors import AuroraError, near_names, printable
 from lavis_aurora.common.files import written_whole
 from lavis_aurora.common.paths import package_file
+from lavis_aurora.data.fetch import use_data_root
 from lavis_aurora.mode_approx.layers import adapted_layers, factors_of
 from lavis_aurora.models.loading import load_model_and_preprocess
 from lavis_aurora.models.weights import how_to_load, read_state_dict
@@ -299,6 +299,7 @@ def _printable_record(record: logging.LogRecord) -> bool:
 def run_config(cfg: AuroraConfig) -> None:
     """Build task, data, model and runner as configured, and run."""
     run = cfg.run_cfg
+    use_data_root()
     _set_up_processes(run)
     setup_logger()
     for handler in logging.getLogger().handlers:

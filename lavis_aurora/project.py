@@ -13,16 +13,16 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lavis_aurora.adapters.config import read_adapter_config
 from lavis_aurora.common.errors import AuroraError, near_names, shown
+from lavis_aurora.config.adapter_settings import adapter_settings
 from lavis_aurora.config.check import READING_ERRORS, check_kinds, parse_config, read_options, read_yaml
-from lavis_aurora.config.run import RunConfig
-from lavis_aurora.data.dataset_keys import (
+from lavis_aurora.config.dataset_keys import (
     PROCESSOR_SPLITS,
     check_dataset_keys,
     check_processor_keys,
     default_section,
     section,
 )
-from lavis_aurora.models.adapter_settings import adapter_settings
+from lavis_aurora.config.run import RunConfig
 
 SECTIONS = ("datasets", "model", "run")
 

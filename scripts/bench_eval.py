@@ -112,7 +112,7 @@ def build(kind: Kind, side: str, device: str) -> nn.Module:
     from lavis.models.vit import VisionTransformerEncoder
     from omegaconf import OmegaConf
 
-    import lavis_aurora.register  # noqa: F401
+    import lavis_aurora  # noqa: F401
     from lavis_aurora.adapters.merging import merged_weights
     from lavis_aurora.common.paths import package_file
     from lavis_aurora.encoders.towers import build_tokenizer

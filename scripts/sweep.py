@@ -162,7 +162,7 @@ def keep_plan(folder: Path, cfg_path: str, options: Sequence[str]) -> None:
 
 def check_cells(cells: list[Cell], cfg_path: str, options: Sequence[str], make_data: bool) -> None:
     """Check every cell's configuration before any of them starts, and make data that several would make at once."""
-    import lavis_aurora.register  # noqa: F401
+    import lavis_aurora  # noqa: F401
     from lavis_aurora.data.annotations import build_checked
     from lavis_aurora.project import load_config
 

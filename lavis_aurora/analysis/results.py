@@ -14,7 +14,6 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig
 from PIL import Image
 
-import lavis_aurora.register  # noqa: F401
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json, regular
 from lavis_aurora.config.check import READING_ERRORS, read_yaml

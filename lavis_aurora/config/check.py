@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar, get_args, get_type_hints
 
+import omegaconf
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
-from lavis_aurora.common.errors import AuroraError, near_names, shown
+from lavis_aurora.common.errors import AuroraError, shown
 from lavis_aurora.common.files import regular
+from lavis_aurora.common.parsing import check_section, parse, section_class
+from lavis_aurora.common.paths import package_file
 from lavis_aurora.config.models import ModeApproxModelConfig, RetrievalAuroraConfig, VqaAuroraConfig
 from lavis_aurora.config.run import RunConfig
 
@@ -25,14 +26,24 @@ MOST_NESTED = 30
 NULL, TEXT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
 
 
+def _register_resolver() -> None:
+    """Let YAMLs name files of this package, wherever it is installed, by ``${aurora.package:NAME}``."""
+    # omegaconf 2.4, which needs Python 3.10, renamed the function.
+    modern = tuple(map(int, omegaconf.__version__.split(".")[:2])) >= (2, 4)
+    register = OmegaConf.register_resolver if modern else OmegaConf.register_new_resolver
+    register("aurora.package", package_file, replace=True)
+
+
+_register_resolver()
+
+
 def _text_keys(cls: type) -> Iterator[str]:
     """Names of the keys of a section, and of those in it, that hold a string or a list of them."""
     for name, hint in get_type_hints(cls).items():
-        kinds = (hint, *get_args(hint))
-        section = next((kind for kind in kinds if is_dataclass(kind)), None)
+        section = section_class(hint)
         if section is not None:
             yield from _text_keys(section)
-        elif str in kinds:
+        elif str in (hint, *get_args(hint)):
             yield name
 
 
@@ -117,34 +128,30 @@ def parse_config(cls: type[Config], cfg: DictConfig | Mapping[str, Any], prefix:
     """
     if isinstance(cfg, cls):
         return cfg
-    check_kinds(OmegaConf.structured(cls), cfg, f"{prefix}.")
-    with _named_errors(cls, cfg, prefix):
-        return OmegaConf.to_object(check_types(cls, cfg, prefix))
-
-
-def check_types(cls: type, cfg: DictConfig | Mapping[str, Any], prefix: str) -> DictConfig:
-    """``cfg`` over the defaults of ``cls``, every key and type checked, but not yet whether the values can be used.
-
-    Args and errors as of :func:`parse_config`.
-    """
-    with _named_errors(cls, cfg, prefix):
-        return OmegaConf.merge(OmegaConf.structured(cls), cfg)
-
-
-@contextmanager
-def _named_errors(cls: type, cfg: DictConfig | Mapping[str, Any], prefix: str) -> Iterator[None]:
-    """One AuroraError with the key's whole name, whatever omegaconf raises."""
+    plain = _plain(cfg, prefix)
     try:
-        yield
+        return parse(cls, plain, prefix, convert=True)
     except AuroraError as error:
         # A part that checks itself does not know where in the YAML it stands.
         raise error if str(error).startswith(prefix) else AuroraError(f"{prefix}.{error}") from None
-    except ConfigKeyError as error:
-        raise AuroraError(_unknown_key(cls, error, prefix)) from None
+
+
+def check_types(cls: type, cfg: DictConfig | Mapping[str, Any], prefix: str) -> None:
+    """Check every key and type of a part of a YAML, but not yet whether the values can be used.
+
+    Args and errors as of :func:`parse_config`.
+    """
+    check_section(cls, _plain(cfg, prefix), prefix, convert=True)
+
+
+def _plain(cfg: DictConfig | Mapping[str, Any], prefix: str) -> Any:
+    """Plain values, what they refer to in their place."""
+    try:
+        return OmegaConf.to_container(OmegaConf.create(cfg), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        problem = str(error).splitlines()[0]
-        key = error.full_key or error.key or _not_a_section(cls, cfg)
-        raise AuroraError(f"{prefix}.{key}: {problem}") from None
+        key = str(error.full_key or error.key or "*")
+        named = key if key.startswith(prefix) else f"{prefix}.{key}"
+        raise AuroraError(f"{named}: {str(error).splitlines()[0]}") from None
 
 
 def check_kinds(part: DictConfig, over: DictConfig | Mapping[str, Any], prefix: str = "") -> None:
@@ -174,22 +181,3 @@ def _node(config: DictConfig | Mapping[str, Any], key: str) -> Any:
         return OmegaConf.create({"x": config[key]}).x
     known = key in config and not OmegaConf.is_interpolation(config, key)
     return config[key] if known and not OmegaConf.is_missing(config, key) else None
-
-
-def _section_class(cls: type, name: str) -> type | None:
-    """The dataclass of a section of ``cls``, also of an optional one."""
-    hint = get_type_hints(cls).get(name)
-    return next((t for t in (hint, *get_args(hint)) if is_dataclass(t)), None)
-
-
-def _not_a_section(cls: type, cfg: DictConfig | Mapping[str, Any]) -> str:
-    """The first section that is not one; omegaconf does not say which."""
-    wrong = (key for key in cfg if _section_class(cls, key) and not isinstance(cfg[key], (Mapping, DictConfig)))
-    return next(wrong, "*")
-
-
-def _unknown_key(cls: type, error: ConfigKeyError, prefix: str) -> str:
-    *parents, key = str(error.full_key).split(".")
-    for parent in parents:
-        cls = _section_class(cls, parent) or cls
-    return f"{prefix}.{error.full_key}: unknown key{near_names(key, [f.name for f in fields(cls)])}"

@@ -24,8 +24,8 @@ from torch.utils.data import Dataset
 
 from lavis_aurora.common.errors import AuroraError, near_names, shown, some
 from lavis_aurora.common.files import read_json
-from lavis_aurora.data.dataset_keys import DATA_KINDS, SPLITS
-from lavis_aurora.data.fetch import REMEDY, annotation_files, fetch
+from lavis_aurora.config.dataset_keys import DATA_KINDS, SPLITS
+from lavis_aurora.data.fetch import REMEDY, annotation_files, fetch, use_data_root
 from lavis_aurora.data.raw import check_answers, check_vqa_files
 from lavis_aurora.data.samples import CheckedDataset, ReplacingDataset
 
@@ -174,6 +174,7 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, Dataset]:
     Returns:
         Datasets by split.
     """
+    use_data_root()
     prefix = f"datasets.{name}"
     data_type, info = cfg.get("data_type"), cfg.get("build_info") or {}
     kinds = [key for key in DATA_KINDS if key in info]

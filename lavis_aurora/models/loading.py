@@ -15,7 +15,8 @@ from torch import nn
 
 from lavis_aurora.adapters.config import CONFIG, read_adapter_config
 from lavis_aurora.common.errors import AuroraError, near_names
-from lavis_aurora.models.adapter_settings import adapter_settings, check_preprocess, type_settings
+from lavis_aurora.common.paths import use_weights_folder
+from lavis_aurora.config.adapter_settings import adapter_settings, check_preprocess, type_settings
 
 SOURCES = ("pretrained", "tokenizer", "med_config_path")
 
@@ -54,6 +55,7 @@ def load_model_and_preprocess(
         >>> model, vis, txt = load_model_and_preprocess("blip_retrieval_aurora", "tiny")
         >>> model, vis, txt = load_model_and_preprocess("blip_retrieval_aurora", adapter="output/RUN/adapter_best")
     """
+    use_weights_folder()
     cls = registry.get_model_class(name)
     if cls is None:
         raise AuroraError(f"no model {name!r}{near_names(name, registry.list_models())}")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lavis_aurora.common.errors import AuroraError, some
 from lavis_aurora.common.files import load_torch, why_unreadable
+from lavis_aurora.common.paths import use_weights_folder
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import BlipAuroraConfig, ModeApproxModelConfig
 
@@ -34,6 +35,7 @@ def read_state_dict(source: str, key: str) -> dict[str, Tensor]:
     """
     path = source
     if is_url(source):
+        use_weights_folder()
         try:
             path = download_cached_file(source, check_hash=False, progress=True)
         except OSError as error:

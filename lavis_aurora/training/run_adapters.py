@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from lavis_aurora.adapters.config import CONFIG, read_adapter_config
 from lavis_aurora.adapters.files import save_adapter
 from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.models.adapter_settings import PROCESSOR_KINDS, is_portable_processor
+from lavis_aurora.config.adapter_settings import PROCESSOR_KINDS, is_portable_processor
 
 
 class AdapterMixin:

@@ -15,8 +15,8 @@ from tiny_video import write_videos
 
 from lavis_aurora.analysis.compare import compare
 from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.config.dataset_keys import check_dataset_keys
 from lavis_aurora.data.annotations import SAMPLES, build_checked
-from lavis_aurora.data.dataset_keys import check_dataset_keys
 from lavis_aurora.project import load_config
 from lavis_aurora_cli import evaluate, train
 

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from lavis_aurora.common.errors import AuroraError, near_names, some
 from lavis_aurora.config.check import check_types
-from lavis_aurora.data.dataset_keys import PROCESSOR_SPLITS, check_processor_keys
+from lavis_aurora.config.dataset_keys import PROCESSOR_SPLITS, check_processor_keys
 
 # Of this package's own models: what they are and how they were tuned.
 BLIP_SETTINGS = (
