@@ -23,6 +23,7 @@ from lavis_aurora.config.dataset_keys import (
     section,
 )
 from lavis_aurora.config.run import RunConfig
+from lavis_aurora.data.checks import check_dataset_config
 
 SECTIONS = ("datasets", "model", "run")
 
@@ -164,17 +165,6 @@ def _check_type(key: str, name: Any, known: Mapping[str, str]) -> None:
         raise AuroraError(f"{key}: unknown type {shown(name)}{near_names(str(name), known)}")
 
 
-def _check_video_processors(name: str, dataset: DictConfig) -> None:
-    """Refuse a dataset of videos with processors for pictures, which it gets where the model's are such."""
-    for split in ("train", "eval"):
-        processor = (dataset.get("vis_processor") or {}).get(split) or {}
-        if "_image_" in processor.get("name", "_image_"):
-            raise AuroraError(
-                f"datasets.{name}.vis_processor.{split}: {processor.get('name')} cannot read videos; they need "
-                f"aurora_video_{split} with n_frms and image_size, see projects/aurora/msrvtt_ret.yaml"
-            )
-
-
 def _named_processors(given: Mapping[str, DictConfig | None], default: Mapping[str, DictConfig | None]) -> DictConfig:
     """A dataset's processors by split; where it names none, the model's with the keys that it gives."""
     unnamed = {split: part for split, part in default.items() if part and not (given.get(split) or {}).get("name")}
@@ -194,8 +184,7 @@ def _complete_processors(cfg: AuroraConfig) -> None:
             for split, part in default.items():
                 section(part, f"preprocess.{kind}.{split}", None)
             dataset[kind] = _named_processors(dataset.get(kind) or {}, default)
-        if dataset.get("data_type") == "videos":
-            _check_video_processors(name, dataset)
+        check_dataset_config(name, dataset)
         for kind in ("vis_processor", "text_processor"):
             for split, processor in dataset[kind].items():
                 where = f"datasets.{name}.{kind}.{split}"
