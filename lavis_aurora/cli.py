@@ -11,7 +11,9 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,7 +88,7 @@ def _slot_groups(slots: Iterable[str]) -> list[str]:
 
 def _tensor_table(tensors: Mapping[str, Tensor]) -> str:
     """Counts by name; numbers in names are left out, so that layers of a kind share a row."""
-    rows: dict[tuple, list[int]] = defaultdict(list)
+    rows: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for name, tensor in sorted(tensors.items()):  # the order in a safetensors file means nothing
         key = (printable(_without_numbers(name)), _shape(tensor), str(tensor.dtype).removeprefix("torch."))
         rows[key].append(tensor.numel())
@@ -109,13 +111,19 @@ def _shape(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "number"
 
 
-def merge(adapter: str, output: str, **sources: str | None) -> str:
+def merge(
+    adapter: str,
+    output: str,
+    pretrained: str | None = None,
+    tokenizer: str | None = None,
+    med_config_path: str | None = None,
+) -> str:
     """Write a checkpoint that LAVIS's own model loads; what to do with it, as text.
 
     Args:
         adapter: a folder.
         output: the file to write.
-        sources: ``pretrained``, ``tokenizer``, ``med_config_path`` of :func:`load_model_and_preprocess`.
+        pretrained, tokenizer, med_config_path: as of :func:`load_model_and_preprocess`.
 
     Raises:
         AuroraError: the file is there already, the adapter has gates, or backbone and adapter do not fit.
@@ -126,7 +134,8 @@ def merge(adapter: str, output: str, **sources: str | None) -> str:
     arch = described.get("arch")
     if arch is None:
         raise AuroraError(f"{adapter} does not name its model; use merged_state_dict(model) in Python")
-    model, _, _ = load_model_and_preprocess(arch, is_eval=True, adapter=adapter, **sources)
+    load: Any = partial(load_model_and_preprocess, arch, is_eval=True, adapter=adapter)
+    model, _, _ = load(pretrained=pretrained, tokenizer=tokenizer, med_config_path=med_config_path)
     state = merged_state_dict(model)
     with written_whole(output) as file:
         torch.save({"model": state}, file)
@@ -178,7 +187,7 @@ def _no_warnings() -> Iterator[None]:
 def target_table(model: nn.Module) -> str:
     """The adapted weights of a model with their slots; layers of a kind share a row."""
     slots = list(factors_of(model).slots)
-    rows: dict[tuple, list[str]] = defaultdict(list)
+    rows: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     owned = set()
     for path, layer in adapted_layers(model):
         for weight, parameter in layer.adapted_weights().items():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from lavis.common.config import Config
@@ -40,7 +41,7 @@ class AuroraConfig(Config):
         )
 
     @staticmethod
-    def build_model_config(config: DictConfig, **kwargs) -> DictConfig:
+    def build_model_config(config: DictConfig, **kwargs: Any) -> Any:
         """LAVIS's; a model around another one takes over the defaults and processors of that."""
         completed = Config.build_model_config(config, **kwargs)
         complete = getattr(registry.get_model_class(completed.model.arch), "with_base_defaults", None)
@@ -69,12 +70,10 @@ def load_config(cfg_path: str, options: Sequence[str] | None = None, evaluate: b
 def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraConfig:
     if not os.path.exists(cfg_path):
         raise AuroraError("no such file; --cfg-path names a YAML, e.g. projects/aurora/flickr_ret.yaml")
-    user = read_yaml(cfg_path)
-    _check_sections(user, "")
-    given = read_options(_dot_list(options))
-    _check_sections(given, "--options ")
-    check_kinds(user, given)
-    user = OmegaConf.merge(user, given)
+    written = _sections(read_yaml(cfg_path), "")
+    given = _sections(read_options(_dot_list(options)), "--options ")
+    check_kinds(written, given)
+    user: Any = OmegaConf.merge(written, given)
     for name in SECTIONS:
         if not user.get(name):
             raise AuroraError(f"{name}: the section is missing")
@@ -88,7 +87,7 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
     _check_registered("run.task", run.task, "task_name_mapping")
     _check_registered("run.runner", run.runner, "runner_name_mapping")
     _check_registered("run.lr_sched", run.lr_sched, "lr_scheduler_name_mapping")
-    cfg.config.run = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(run)))
+    cfg.config.run = OmegaConf.create(asdict(run))
     model_cls = registry.get_model_class(cfg.model_cfg.arch)
     if hasattr(model_cls, "CONFIG_CLASS"):
         parse_config(model_cls.CONFIG_CLASS, cfg.model_cfg, "model")
@@ -112,14 +111,17 @@ def _dot_list(options: list[str]) -> list[str]:
     return options
 
 
-def _check_sections(part: DictConfig | ListConfig, source: str) -> None:
+def _sections(part: DictConfig | ListConfig, source: str) -> DictConfig:
+    """The part, if it is made of known sections."""
     if not isinstance(part, DictConfig):
         raise AuroraError(f"not a mapping with the sections {', '.join(SECTIONS)}")
-    for name in part:
+    names: Iterable[Any] = part
+    for name in names:
         if name not in (*SECTIONS, "preprocess"):
             raise AuroraError(f"{source}{name}: unknown section{near_names(str(name), SECTIONS)}")
         if part.get(name) is not None and not isinstance(part[name], DictConfig):
             raise AuroraError(f"{source}{name}: must be a section of keys, not {shown(part[name])}")
+    return part
 
 
 def _check_types(user: DictConfig) -> None:
@@ -129,7 +131,8 @@ def _check_types(user: DictConfig) -> None:
     model_type = user.model.get("model_type") or getattr(model_cls, "DEFAULT_MODEL_TYPE", None)
     _check_type("model.model_type", model_type, model_cls.PRETRAINED_MODEL_CONFIG_DICT)
     user.model.model_type = model_type
-    check_kinds(OmegaConf.load(model_cls.default_config_path(model_type)), user)
+    defaults: Any = OmegaConf.load(model_cls.default_config_path(model_type))
+    check_kinds(defaults, user)
     for name in user.datasets:
         _check_registered(f"datasets.{name}", name, "builder_name_mapping")
         if user.datasets[name] is None:
@@ -165,7 +168,7 @@ def _check_type(key: str, name: Any, known: Mapping[str, str]) -> None:
         raise AuroraError(f"{key}: unknown type {shown(name)}{near_names(str(name), known)}")
 
 
-def _named_processors(given: Mapping[str, DictConfig | None], default: Mapping[str, DictConfig | None]) -> DictConfig:
+def _named_processors(given: Mapping[str, Any], default: Mapping[str, Any]) -> Any:
     """A dataset's processors by split; where it names none, the model's with the keys that it gives."""
     unnamed = {split: part for split, part in default.items() if part and not (given.get(split) or {}).get("name")}
     return OmegaConf.merge(unnamed, {split: part for split, part in given.items() if part is not None})
@@ -173,7 +176,8 @@ def _named_processors(given: Mapping[str, DictConfig | None], default: Mapping[s
 
 def _complete_processors(cfg: AuroraConfig) -> None:
     """Give datasets without processors the model's, check them, and compare picture sizes."""
-    preprocess = section(cfg.config.get("preprocess"), "preprocess", None)
+    config: Any = cfg.config
+    preprocess = section(config.get("preprocess"), "preprocess", None)
     model = cfg.model_cfg
     key, size = "model.image_size", model.get("image_size")
     if "base" in model:

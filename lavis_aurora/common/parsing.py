@@ -24,7 +24,7 @@ def parse(cls: type[T], section: Any, where: str = "", convert: bool = False) ->
     return _build(cls, check_section(cls, section, where, convert))
 
 
-def check_section(cls: type, section: Any, where: str = "", convert: bool = False) -> dict[str, Any]:
+def check_section(cls: type[Any], section: Any, where: str = "", convert: bool = False) -> dict[str, Any]:
     """What a section holds, once every key and type is checked, but not whether the values can be used.
 
     Args:
@@ -50,7 +50,7 @@ def check_section(cls: type, section: Any, where: str = "", convert: bool = Fals
     return {key: _check(hints[key], value, _join(where, key), convert) for key, value in section.items()}
 
 
-def section_class(hint: Any) -> type | None:
+def section_class(hint: Any) -> type[Any] | None:
     """The dataclass of a section, also of an optional one; None for other types."""
     kinds = (hint, *(get_args(hint) if get_origin(hint) is Union else ()))
     return next((kind for kind in kinds if is_dataclass(kind) and isinstance(kind, type)), None)
@@ -62,7 +62,7 @@ def _check(hint: Any, value: Any, key: str, convert: bool) -> Any:
     kind, parts = get_origin(hint) or hint, get_args(hint)
     if kind is Union:  # Optional[...]: other unions of types no key has
         return None if value is None else _check(parts[0], value, key, convert)
-    if is_dataclass(kind):
+    if section_class(kind) is not None:
         return check_section(kind, value, key, convert)
     if kind is list and isinstance(value, (list, tuple)):
         return [_check(parts[0], part, f"{key}[{i}]", convert) for i, part in enumerate(value)]
@@ -89,13 +89,11 @@ def _converted(kind: type, value: Any) -> Any:
 
 
 def _build(cls: type[T], values: Mapping[str, Any]) -> T:
-    inner = {name: section_class(hint) for name, hint in get_type_hints(cls).items()}
-    return cls(
-        **{
-            key: value if value is None or inner[key] is None else _build(inner[key], value)
-            for key, value in values.items()
-        }
-    )
+    hints, built = get_type_hints(cls), {}
+    for key, value in values.items():
+        inner = section_class(hints[key])
+        built[key] = value if value is None or inner is None else _build(inner, value)
+    return cls(**built)
 
 
 def _join(where: str, key: Any) -> str:

@@ -39,7 +39,7 @@ PROCESSOR_KINDS = ("vis_processor", "text_processor")
 FETCHING_PROCESSORS = ("gpt_dialogue", "gpt_video_ft")
 
 
-def portable_settings(cls: type, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def portable_settings(cls: type[Any], settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a model's settings that may stand in an adapter folder.
 
     Args:
@@ -71,7 +71,7 @@ def _is_word(key: str, value: Any, words: tuple[str, ...] = WORDS) -> bool:
     return key in words and isinstance(value, str)
 
 
-def adapter_settings(cls: type, described: Mapping[str, Any]) -> dict[str, Any]:
+def adapter_settings(cls: type[Any], described: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with which a model may be built for an adapter; what is not taken is named in the log.
 
     Args:
@@ -123,15 +123,17 @@ def _base_settings(base: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return {**{key: value for key, value in names.items() if value is not None}, **taken}, left
 
 
-def type_settings(cls: type, model_type: str | None) -> dict[str, Any]:
+def type_settings(cls: type[Any], model_type: str | None) -> dict[str, Any]:
     """``model:`` of the default YAML of a model's type; nothing for a type that is not known."""
     model_type = model_type or getattr(cls, "DEFAULT_MODEL_TYPE", None)
     if model_type not in getattr(cls, "PRETRAINED_MODEL_CONFIG_DICT", {}):
         return {}
-    return OmegaConf.to_container(OmegaConf.load(cls.default_config_path(model_type)).model, resolve=True)
+    defaults: Any = OmegaConf.load(cls.default_config_path(model_type))
+    settings: Any = OmegaConf.to_container(defaults.model, resolve=True)
+    return dict(settings)
 
 
-def _known(cls: type) -> list[str]:
+def _known(cls: type[Any]) -> list[str]:
     return [one.name for one in fields(cls.CONFIG_CLASS)]
 
 

@@ -97,7 +97,7 @@ def _as_written(source: str, key: str) -> str:
     if node is None:
         return ""
     _quote(node, key)
-    return yaml.serialize(node, allow_unicode=True)
+    return str(yaml.serialize(node, allow_unicode=True))
 
 
 def _quote(node: yaml.Node, key: str) -> None:
@@ -105,7 +105,7 @@ def _quote(node: yaml.Node, key: str) -> None:
         if key in TEXT_KEYS and not node.style and node.tag != NULL:
             node.tag, node.style = TEXT, '"'
         return
-    inside: Iterable = ((key, child) for child in node.value)
+    inside: Iterable[tuple[str, yaml.Node]] = ((key, child) for child in node.value)
     if isinstance(node, yaml.MappingNode):
         inside = ((name.value, child) for name, child in node.value)
     for name, child in inside:
@@ -147,7 +147,9 @@ def check_types(cls: type, cfg: DictConfig | Mapping[str, Any], prefix: str) -> 
 def _plain(cfg: DictConfig | Mapping[str, Any], prefix: str) -> Any:
     """Plain values, what they refer to in their place."""
     try:
-        return OmegaConf.to_container(OmegaConf.create(cfg), resolve=True, throw_on_missing=True)
+        # A copy would not know what its parts refer to.
+        part = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg))
+        return OmegaConf.to_container(part, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = str(error.full_key or error.key or "*")
         named = key if key.startswith(prefix) else f"{prefix}.{key}"
@@ -165,7 +167,8 @@ def check_kinds(part: DictConfig, over: DictConfig | Mapping[str, Any], prefix: 
     Raises:
         AuroraError: names the first such key.
     """
-    for key in over:
+    keys: Iterable[Any] = over
+    for key in keys:
         own, new = (_node(config, key) for config in (part, over))
         if isinstance(own, DictConfig) and isinstance(new, ListConfig):
             raise AuroraError(f"{prefix}{key}: must be a section of keys, not {shown(new)}")
