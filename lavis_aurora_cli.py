@@ -113,8 +113,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser, evaluate: bool) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from lavis_aurora.cli import run_config
     from lavis_aurora.project import load_config
+    from lavis_aurora.training.start import run_config
 
     run_config(load_config(args.cfg_path, args.options, args.evaluate))
 

@@ -1,9 +1,15 @@
 """Aurora (NeurIPS 2023) for LAVIS: vision-language models tuned with about 0.1M parameters.
 
-Importing this package registers its models, builders, tasks and runner with LAVIS. Where LAVIS is not
-installed, the method itself (``mode_approx``, ``alignment``) can still be imported.
+Importing this package registers its models, builders, tasks and runner with LAVIS, and changes nothing else. Where
+LAVIS is not installed, the method itself (``mode_approx``, ``alignment``) can still be imported.
 """
 
+from __future__ import annotations
+
+import logging
+import warnings
+from importlib import import_module
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 
 from lavis_aurora.common.errors import AuroraError
@@ -41,8 +47,38 @@ __all__ = [
     "unmerge_adapter",
 ]
 
+
+def _import_plugins(group: str = "lavis_aurora.plugins") -> None:
+    """Import the modules that installed packages name in an entry point group; what fails is one line of warning."""
+    found = entry_points()
+    # Before Python 3.10 it is a dict.
+    named = found.select(group=group) if hasattr(found, "select") else found.get(group, ())
+    for plugin in named:
+        try:
+            import_module(plugin.value.partition(":")[0])
+        except Exception as error:  # whatever another package raises
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            logging.getLogger(__name__).warning("plugin %s (%s) is left out: %s", plugin.name, plugin.value, reason)
+
+
 if find_spec("lavis") is not None:
-    import lavis_aurora.register  # noqa: F401
+    with warnings.catch_warnings():
+        # LAVIS's pinned fairscale and torch's own notices: nothing that a user could act on.
+        warnings.simplefilter("ignore", FutureWarning)
+        # LAVIS registers schedulers and runners only when they are imported.
+        import lavis.common.optims
+        import lavis.runners  # noqa: F401
+
+    import lavis_aurora.data.builders
+    import lavis_aurora.data.demo_builder
+    import lavis_aurora.data.frames
+    import lavis_aurora.models.blip_retrieval_aurora
+    import lavis_aurora.models.blip_vqa_aurora
+    import lavis_aurora.models.mode_approx_model
+    import lavis_aurora.training.runner
+    import lavis_aurora.training.tasks.answers
+    import lavis_aurora.training.tasks.retrieval  # noqa: F401
     from lavis_aurora.models.loading import load_model_and_preprocess  # noqa: F401
 
     __all__ += ["load_model_and_preprocess"]
+    _import_plugins()

@@ -1,31 +1,27 @@
-"""What command lines do: run what a configuration says, and end with one line where that cannot be."""
+"""What the commands say and write, runs apart (training/start.py); and how they end where something cannot be."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
-import random
 import re
-import secrets
 import sys
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_rank
-from lavis.common.logger import setup_logger
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-import lavis_aurora.register  # noqa: F401
 from lavis_aurora.adapters.config import CONFIG, TENSORS, AdapterConfig, read_adapter, read_adapter_config
 from lavis_aurora.adapters.merging import merged_state_dict
 from lavis_aurora.common.errors import AuroraError, near_names, printable
@@ -34,11 +30,8 @@ from lavis_aurora.common.paths import package_file
 from lavis_aurora.mode_approx.layers import adapted_layers, factors_of
 from lavis_aurora.models.loading import load_model_and_preprocess
 from lavis_aurora.models.weights import how_to_load, read_state_dict
-from lavis_aurora.project import AuroraConfig, load_config
-from lavis_aurora.training.checkpoints import BEST, run_to_resume
+from lavis_aurora.project import load_config
 from lavis_aurora.training.guards import Stopped
-from lavis_aurora.training.processes import RunLock, join_processes
-from lavis_aurora.training.tasks.base import runnable_task
 
 
 def inspect(path: str) -> str:
@@ -95,7 +88,7 @@ def _slot_groups(slots: Iterable[str]) -> list[str]:
 
 def _tensor_table(tensors: Mapping[str, Tensor]) -> str:
     """Counts by name; numbers in names are left out, so that layers of a kind share a row."""
-    rows: dict[tuple, list[int]] = defaultdict(list)
+    rows: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for name, tensor in sorted(tensors.items()):  # the order in a safetensors file means nothing
         key = (printable(_without_numbers(name)), _shape(tensor), str(tensor.dtype).removeprefix("torch."))
         rows[key].append(tensor.numel())
@@ -118,13 +111,19 @@ def _shape(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "number"
 
 
-def merge(adapter: str, output: str, **sources: str | None) -> str:
+def merge(
+    adapter: str,
+    output: str,
+    pretrained: str | None = None,
+    tokenizer: str | None = None,
+    med_config_path: str | None = None,
+) -> str:
     """Write a checkpoint that LAVIS's own model loads; what to do with it, as text.
 
     Args:
         adapter: a folder.
         output: the file to write.
-        sources: ``pretrained``, ``tokenizer``, ``med_config_path`` of :func:`load_model_and_preprocess`.
+        pretrained, tokenizer, med_config_path: as of :func:`load_model_and_preprocess`.
 
     Raises:
         AuroraError: the file is there already, the adapter has gates, or backbone and adapter do not fit.
@@ -135,7 +134,8 @@ def merge(adapter: str, output: str, **sources: str | None) -> str:
     arch = described.get("arch")
     if arch is None:
         raise AuroraError(f"{adapter} does not name its model; use merged_state_dict(model) in Python")
-    model, _, _ = load_model_and_preprocess(arch, is_eval=True, adapter=adapter, **sources)
+    load: Any = partial(load_model_and_preprocess, arch, is_eval=True, adapter=adapter)
+    model, _, _ = load(pretrained=pretrained, tokenizer=tokenizer, med_config_path=med_config_path)
     state = merged_state_dict(model)
     with written_whole(output) as file:
         torch.save({"model": state}, file)
@@ -187,7 +187,7 @@ def _no_warnings() -> Iterator[None]:
 def target_table(model: nn.Module) -> str:
     """The adapted weights of a model with their slots; layers of a kind share a row."""
     slots = list(factors_of(model).slots)
-    rows: dict[tuple, list[str]] = defaultdict(list)
+    rows: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     owned = set()
     for path, layer in adapted_layers(model):
         for weight, parameter in layer.adapted_weights().items():
@@ -215,107 +215,6 @@ def _slot_label(slot: str, layer: str) -> str:
 SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG)
 # Letters of an error: paths may be long, and some errors quote what they could not read.
 LONGEST_LINE = 4000
-
-
-def _set_up_processes(run) -> None:
-    """Choose the device and join the other processes, if there are any."""
-    if run.device == "auto":
-        run.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if run.device == "cuda" and not torch.cuda.is_available():
-        raise AuroraError("run.device: cuda, but torch sees no GPU; use auto or cpu")
-    run.distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if not run.distributed:
-        # Whatever the YAML says: the run's config.yaml tells what ran.
-        run.rank, run.world_size = 0, 1
-        return
-    run.rank, run.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    run.gpu = int(os.environ.get("LOCAL_RANK", 0))
-    if run.device == "cuda":
-        if run.gpu >= torch.cuda.device_count():
-            raise AuroraError(
-                f"--nproc_per_node: process {run.gpu} has no GPU of its own, of {torch.cuda.device_count()}"
-            )
-        torch.cuda.set_device(run.gpu)
-    join_processes(run)
-
-
-def _set_seeds(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def _choose_run(cfg: AuroraConfig, lock: RunLock) -> tuple[str, str | None]:
-    """The name of the run to go on with, whose folder is then locked, or one that no other run has; and the
-    checkpoint to evaluate, or to go on from."""
-    run = cfg.run_cfg
-    name = f"{datetime.now():%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
-    if run.resume != "auto":
-        return name, run.resume_ckpt_path
-    try:
-        folder = run_to_resume(Path(run.output_dir).expanduser(), cfg.to_dict(), run.evaluate)
-    except OSError as error:
-        raise AuroraError(f"run.output_dir: cannot look there ({error}); name another folder") from error
-    if run.evaluate:
-        if folder is None:
-            raise AuroraError(
-                f"run.resume: no run of this configuration under {run.output_dir} to evaluate; name its checkpoint "
-                f"by run.resume_ckpt_path=FILE, or set run.resume=none to evaluate the model as it is before training"
-            )
-        if not (folder / BEST).is_file():
-            raise AuroraError(f"run.resume: {folder} has no {BEST}; name a checkpoint by run.resume_ckpt_path=FILE")
-        logging.info("run.resume: evaluating %s", folder / BEST)
-        return name, str(folder / BEST)
-    if folder is None:
-        logging.info("run.resume: no run of this configuration under %s; a new one starts", run.output_dir)
-        return name, None
-    lock.take(folder)
-    return folder.name, None
-
-
-def _agree_on_run(cfg: AuroraConfig, lock: RunLock) -> str:
-    """The run's name; it and the checkpoint are the main process's choice."""
-    choice: list = [None]
-    try:
-        if get_rank() == 0:
-            choice = [_choose_run(cfg, lock)]
-    finally:
-        if dist.is_initialized():
-            dist.broadcast_object_list(choice, src=0)
-    if choice[0] is None:
-        sys.exit(1)  # the main process says why
-    name, cfg.run_cfg.resume_ckpt_path = choice[0]
-    if cfg.run_cfg.evaluate:
-        cfg.run_cfg.resume = "none"  # config.yaml names the checkpoint itself
-    return name
-
-
-def _printable_record(record: logging.LogRecord) -> bool:
-    """Let names from files show in the log, and not act on the terminal."""
-    record.msg, record.args = printable(record.getMessage(), keep="\n\t"), ()
-    return True
-
-
-def run_config(cfg: AuroraConfig) -> None:
-    """Build task, data, model and runner as configured, and run."""
-    run = cfg.run_cfg
-    _set_up_processes(run)
-    setup_logger()
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_printable_record)
-    with RunLock() as lock:
-        job_id = _agree_on_run(cfg, lock)
-        _set_seeds(run.seed + get_rank())
-        task = runnable_task(registry.get_task_class(run.task)).setup_task(cfg=cfg)
-        datasets = task.build_datasets(cfg)
-        model = task.build_model(cfg)
-        runner_cls = registry.get_runner_class(run.runner)
-        runner = runner_cls(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
-        if get_rank() == 0:
-            lock.take(runner.output_dir)
-        runner.train()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _line(error: Exception) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lavis.common.config import Config
@@ -13,15 +13,16 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lavis_aurora.adapters.config import read_adapter_config
 from lavis_aurora.common.errors import AuroraError, near_names, shown
+from lavis_aurora.config.adapter_settings import adapter_settings
 from lavis_aurora.config.check import READING_ERRORS, check_kinds, parse_config, parse_run, read_options, read_yaml
-from lavis_aurora.data.dataset_keys import (
+from lavis_aurora.config.dataset_keys import (
     PROCESSOR_SPLITS,
     check_dataset_keys,
     check_processor_keys,
     default_section,
     section,
 )
-from lavis_aurora.models.adapter_settings import adapter_settings
+from lavis_aurora.data.checks import check_dataset_config
 
 SECTIONS = ("datasets", "model", "run")
 
@@ -38,7 +39,7 @@ class AuroraConfig(Config):
         )
 
     @staticmethod
-    def build_model_config(config: DictConfig, **kwargs) -> DictConfig:
+    def build_model_config(config: DictConfig, **kwargs: Any) -> Any:
         """LAVIS's; a model around another one takes over the defaults and processors of that."""
         completed = Config.build_model_config(config, **kwargs)
         complete = getattr(registry.get_model_class(completed.model.arch), "with_base_defaults", None)
@@ -67,12 +68,10 @@ def load_config(cfg_path: str, options: Sequence[str] | None = None, evaluate: b
 def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraConfig:
     if not os.path.exists(cfg_path):
         raise AuroraError("no such file; --cfg-path names a YAML, e.g. projects/aurora/flickr_ret.yaml")
-    user = read_yaml(cfg_path)
-    _check_sections(user, "")
-    given = read_options(_dot_list(options))
-    _check_sections(given, "--options ")
-    check_kinds(user, given)
-    user = OmegaConf.merge(user, given)
+    written = _sections(read_yaml(cfg_path), "")
+    given = _sections(read_options(_dot_list(options)), "--options ")
+    check_kinds(written, given)
+    user: Any = OmegaConf.merge(written, given)
     for name in SECTIONS:
         if not user.get(name):
             raise AuroraError(f"{name}: the section is missing")
@@ -110,14 +109,17 @@ def _dot_list(options: list[str]) -> list[str]:
     return options
 
 
-def _check_sections(part: DictConfig | ListConfig, source: str) -> None:
+def _sections(part: DictConfig | ListConfig, source: str) -> DictConfig:
+    """The part, if it is made of known sections."""
     if not isinstance(part, DictConfig):
         raise AuroraError(f"not a mapping with the sections {', '.join(SECTIONS)}")
-    for name in part:
+    names: Iterable[Any] = part
+    for name in names:
         if name not in (*SECTIONS, "preprocess"):
             raise AuroraError(f"{source}{name}: unknown section{near_names(str(name), SECTIONS)}")
         if part.get(name) is not None and not isinstance(part[name], DictConfig):
             raise AuroraError(f"{source}{name}: must be a section of keys, not {shown(part[name])}")
+    return part
 
 
 def _check_types(user: DictConfig) -> None:
@@ -127,7 +129,8 @@ def _check_types(user: DictConfig) -> None:
     model_type = user.model.get("model_type") or getattr(model_cls, "DEFAULT_MODEL_TYPE", None)
     _check_type("model.model_type", model_type, model_cls.PRETRAINED_MODEL_CONFIG_DICT)
     user.model.model_type = model_type
-    check_kinds(OmegaConf.load(model_cls.default_config_path(model_type)), user)
+    defaults: Any = OmegaConf.load(model_cls.default_config_path(model_type))
+    check_kinds(defaults, user)
     for name in user.datasets:
         _check_registered(f"datasets.{name}", name, "builder_name_mapping")
         if user.datasets[name] is None:
@@ -163,18 +166,7 @@ def _check_type(key: str, name: Any, known: Mapping[str, str]) -> None:
         raise AuroraError(f"{key}: unknown type {shown(name)}{near_names(str(name), known)}")
 
 
-def _check_video_processors(name: str, dataset: DictConfig) -> None:
-    """Refuse a dataset of videos with processors for pictures, which it gets where the model's are such."""
-    for split in ("train", "eval"):
-        processor = (dataset.get("vis_processor") or {}).get(split) or {}
-        if "_image_" in processor.get("name", "_image_"):
-            raise AuroraError(
-                f"datasets.{name}.vis_processor.{split}: {processor.get('name')} cannot read videos; they need "
-                f"aurora_video_{split} with n_frms and image_size, see projects/aurora/msrvtt_ret.yaml"
-            )
-
-
-def _named_processors(given: Mapping[str, DictConfig | None], default: Mapping[str, DictConfig | None]) -> DictConfig:
+def _named_processors(given: Mapping[str, Any], default: Mapping[str, Any]) -> Any:
     """A dataset's processors by split; where it names none, the model's with the keys that it gives."""
     unnamed = {split: part for split, part in default.items() if part and not (given.get(split) or {}).get("name")}
     return OmegaConf.merge(unnamed, {split: part for split, part in given.items() if part is not None})
@@ -182,7 +174,8 @@ def _named_processors(given: Mapping[str, DictConfig | None], default: Mapping[s
 
 def _complete_processors(cfg: AuroraConfig) -> None:
     """Give datasets without processors the model's, check them, and compare picture sizes."""
-    preprocess = section(cfg.config.get("preprocess"), "preprocess", None)
+    config: Any = cfg.config
+    preprocess = section(config.get("preprocess"), "preprocess", None)
     model = cfg.model_cfg
     key, size = "model.image_size", model.get("image_size")
     if "base" in model:
@@ -193,8 +186,7 @@ def _complete_processors(cfg: AuroraConfig) -> None:
             for split, part in default.items():
                 section(part, f"preprocess.{kind}.{split}", None)
             dataset[kind] = _named_processors(dataset.get(kind) or {}, default)
-        if dataset.get("data_type") == "videos":
-            _check_video_processors(name, dataset)
+        check_dataset_config(name, dataset)
         for kind in ("vis_processor", "text_processor"):
             for split, processor in dataset[kind].items():
                 where = f"datasets.{name}.{kind}.{split}"

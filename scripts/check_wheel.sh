@@ -38,7 +38,7 @@ import zipfile
 
 wheel, root = sys.argv[1], pathlib.Path(sys.argv[2])
 packed = set(zipfile.ZipFile(wheel).namelist())
-kinds = (".py", ".yaml", ".json", ".txt", ".safetensors")
+kinds = (".py", ".typed", ".yaml", ".json", ".txt", ".safetensors")
 source = {p.relative_to(root).as_posix() for p in (root / "lavis_aurora").rglob("*") if p.suffix in kinds}
 if not any(name.endswith(".yaml") for name in source):
     sys.exit("check_wheel: lavis_aurora holds no .yaml file")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv, lints and tests:  bash scripts/test.sh [--slow] [pytest arguments]
-# --slow runs the long tests as well. The exit status is pytest's; where pytest passes, ruff's.
+# Sets up .venv, lints, checks types and tests:  bash scripts/test.sh [--slow] [pytest arguments]
+# --slow runs the long tests as well. The exit status is pytest's; where pytest passes, that of ruff and mypy.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,8 +19,9 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 MPLBACKEND=Agg
 
 lint=0
 .venv/bin/python -m ruff check . || lint=$?
+.venv/bin/python -m mypy || lint=$?
 status=0
 .venv/bin/python -m pytest ${markers[@]+"${markers[@]}"} ${arguments[@]+"${arguments[@]}"} || status=$?
 if [ "$status" -ne 0 ]; then exit "$status"; fi
-if [ "$lint" -ne 0 ]; then echo "test: pytest passed, but ruff did not (above)" >&2; fi
+if [ "$lint" -ne 0 ]; then echo "test: pytest passed, but ruff or mypy did not (above)" >&2; fi
 exit "$lint"

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from tiny import project_yaml, tiny_model
 
-from lavis_aurora.cli import _printable_record
 from lavis_aurora.project import load_config
+from lavis_aurora.training.start import _printable_record
 from lavis_aurora_cli import evaluate, main, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -381,7 +381,7 @@ def test_a_bug_keeps_its_traceback(project: Path, monkeypatch: pytest.MonkeyPatc
     def broken(_cfg: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("lavis_aurora.cli.run_config", broken)
+    monkeypatch.setattr("lavis_aurora.training.start.run_config", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         train(["--cfg-path", str(project)])
 

@@ -1,5 +1,6 @@
 """What importing the package does, with LAVIS and without."""
 
+import os
 import subprocess
 import sys
 
@@ -22,6 +23,50 @@ inject_mode_approx(model, ModeApproxConfig(rank=2), ["query"])
 heavy = {"lavis", "omegaconf", "transformers", "timm", "torchvision"} & set(sys.modules)
 assert not heavy, heavy
 """
+
+WITH_LAVIS = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import lavis, torch
+from lavis.common.registry import registry
+def state():
+    import logging, os
+    hub, root = torch.hub.get_dir(), registry.get_path("cache_root")
+    return hub, root, torch.get_default_dtype(), logging.getLogger().handlers, dict(os.environ)
+before, packages = state(), {name.partition(".")[0] for name in sys.modules}
+import lavis_aurora
+assert state() == before, state()
+more = {name.partition(".")[0] for name in sys.modules} - packages
+assert more == {"lavis_aurora"}, more
+lavis_aurora.load_model_and_preprocess("blip_retrieval_aurora", "tiny")
+assert torch.hub.get_dir() == "/data/of/aurora/weights"
+assert registry.get_path("cache_root") == before[1]
+"""
+PLUGINS = {
+    "good_plugin.py": "from lavis_aurora import AuroraError; LOADED = True",
+    "bad_plugin.py": "raise ValueError('two\\nlines')",
+    "plugins-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: plugins\nVersion: 1\n",
+    "plugins-1.dist-info/entry_points.txt": "[lavis_aurora.plugins]\ngood = good_plugin:NAME\nbad = bad_plugin\n",
+}
+
+
+def test_importing_only_registers():
+    """The program stays as it is, and no package is imported that LAVIS does not import; a load uses AURORA_DATA."""
+    environment = {**os.environ, "AURORA_DATA": "/data/of/aurora"}
+    done = subprocess.run([sys.executable, "-c", WITH_LAVIS], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_plugins_are_imported_and_a_broken_one_is_named_in_one_line(tmp_path):
+    for name, content in PLUGINS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    code = "import lavis_aurora, sys; assert sys.modules['good_plugin'].LOADED"
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "plugin bad (bad_plugin) is left out: ValueError: two lines\n"
 
 
 def test_everything_is_registered():

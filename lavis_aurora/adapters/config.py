@@ -6,16 +6,17 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Optional, get_type_hints
+from typing import Any, Optional
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lavis_aurora.common.errors import AuroraError, near_names, some
+from lavis_aurora.common.errors import AuroraError, some
+from lavis_aurora.common.parsing import parse
 from lavis_aurora.config.method import ModeApproxConfig
 from lavis_aurora.mode_approx.factors import ModeFactors
 
@@ -124,7 +125,7 @@ class AdapterConfig:
             raise
         except (ValueError, RecursionError) as error:
             raise AuroraError(f"not a JSON file of an adapter ({error})") from error
-        return _parse(cls, data, "")
+        return parse(cls, data)
 
 
 def _refuse_constant(name: str) -> None:
@@ -149,36 +150,6 @@ def _check_strings(data: Any) -> None:
     for key, value in _leaves(data):
         if isinstance(value, str) and ("${" in value or value == "???"):
             raise AuroraError(f"{key}: {value!r} cannot be used; an adapter is data and nothing in it is resolved")
-
-
-def _parse(cls: type, data: Any, prefix: str) -> Any:
-    """An instance of the dataclass ``cls``, every key and type checked."""
-    if not isinstance(data, Mapping):
-        raise AuroraError(f"{prefix.rstrip('.') or 'the file'}: must be a section of keys, not {data!r}")
-    known = {f.name: f for f in fields(cls)}
-    for key in data.keys() - known.keys():
-        raise AuroraError(f"{prefix}{key}: unknown key{near_names(key, known)}")
-    for key, declared in known.items():
-        if key not in data and declared.default is MISSING and declared.default_factory is MISSING:
-            raise AuroraError(f"{prefix}{key}: missing")
-    hints = get_type_hints(cls)
-    values = {key: _value(hints[key], value, f"{prefix}{key}") for key, value in data.items()}
-    try:
-        return cls(**values)
-    except AuroraError:
-        raise
-    except TypeError as error:
-        raise AuroraError(f"{prefix or 'the file'}: {error}") from error
-
-
-def _value(kind: Any, value: Any, key: str) -> Any:
-    if is_dataclass(kind):
-        return _parse(kind, value, f"{key}.")
-    expected = getattr(kind, "__origin__", kind)
-    accepted = {float: (int, float), int: (int,), str: (str,), dict: (dict,)}.get(expected, (str, type(None)))
-    if not isinstance(value, accepted) or isinstance(value, bool):
-        raise AuroraError(f"{key}: {value!r} is not a {getattr(expected, '__name__', expected)}")
-    return value
 
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

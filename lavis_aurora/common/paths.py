@@ -11,10 +11,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import omegaconf
 import torch
-from lavis.common.registry import registry
-from omegaconf import OmegaConf
 
 from lavis_aurora.common.errors import AuroraError
 
@@ -39,17 +36,7 @@ def data_root() -> Path:
     return Path(os.environ.get("AURORA_DATA") or "data").expanduser().absolute()
 
 
-def use_data_root() -> None:
-    """Make LAVIS look for data under :func:`data_root` instead of its fixed /export/home/.cache/lavis."""
-    # LAVIS has no setter: registering a path a second time is a KeyError.
-    registry.mapping["paths"]["cache_root"] = str(data_root())
+def use_weights_folder() -> None:
+    """Where AURORA_DATA is set, let torch's hub keep downloaded checkpoints under it."""
     if os.environ.get("AURORA_DATA"):
         torch.hub.set_dir(str(data_root() / "weights"))
-
-
-def register_resolvers() -> None:
-    """Let YAMLs name files of this package wherever it is installed."""
-    # omegaconf 2.4, which needs Python 3.10, renamed the function.
-    modern = tuple(map(int, omegaconf.__version__.split(".")[:2])) >= (2, 4)
-    register = OmegaConf.register_resolver if modern else OmegaConf.register_new_resolver
-    register("aurora.package", package_file, replace=True)

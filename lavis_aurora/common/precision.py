@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class SinglePrecision(nn.Module):
@@ -14,10 +20,11 @@ class SinglePrecision(nn.Module):
 
     single_precision = True
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
             rounded = tensor.dtype == torch.float32 and moved.dtype in (torch.float16, torch.bfloat16)
             return tensor.to(moved.device) if rounded else moved
 
-        return super()._apply(keep if self.single_precision else fn, recurse)
+        super()._apply(keep if self.single_precision else fn, recurse)  # type: ignore[no-untyped-call]
+        return self

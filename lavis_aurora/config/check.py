@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any, TypeVar, get_args, get_type_hints
 
+import omegaconf
 import yaml
 from lavis.common.registry import registry
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from lavis_aurora.common.errors import AuroraError, near_names, shown
 from lavis_aurora.common.files import regular
+from lavis_aurora.common.parsing import check_section, parse, section_class
+from lavis_aurora.common.paths import package_file
 from lavis_aurora.config.models import ModeApproxModelConfig, RetrievalAuroraConfig, VqaAuroraConfig
 from lavis_aurora.config.run import RUN_KEYS, RunConfig
 
@@ -27,14 +29,24 @@ MOST_NESTED = 30
 NULL, TEXT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
 
 
+def _register_resolver() -> None:
+    """Let YAMLs name files of this package, wherever it is installed, by ``${aurora.package:NAME}``."""
+    # omegaconf 2.4, which needs Python 3.10, renamed the function.
+    modern = tuple(map(int, omegaconf.__version__.split(".")[:2])) >= (2, 4)
+    register = OmegaConf.register_resolver if modern else OmegaConf.register_new_resolver
+    register("aurora.package", package_file, replace=True)
+
+
+_register_resolver()
+
+
 def _text_keys(cls: type) -> Iterator[str]:
     """Names of the keys of a section, and of those in it, that hold a string or a list of them."""
     for name, hint in get_type_hints(cls).items():
-        kinds = (hint, *get_args(hint))
-        section = next((kind for kind in kinds if is_dataclass(kind)), None)
+        section = section_class(hint)
         if section is not None:
             yield from _text_keys(section)
-        elif str in kinds:
+        elif str in (hint, *get_args(hint)):
             yield name
 
 
@@ -88,7 +100,7 @@ def _as_written(source: str, key: str) -> str:
     if node is None:
         return ""
     _quote(node, key, TEXT_KEYS.union(*map(_text_keys, RUN_KEYS.values())))
-    return yaml.serialize(node, allow_unicode=True)
+    return str(yaml.serialize(node, allow_unicode=True))
 
 
 def _quote(node: yaml.Node, key: str, text_keys: set[str]) -> None:
@@ -96,7 +108,7 @@ def _quote(node: yaml.Node, key: str, text_keys: set[str]) -> None:
         if key in text_keys and not node.style and node.tag != NULL:
             node.tag, node.style = TEXT, '"'
         return
-    inside: Iterable = ((key, child) for child in node.value)
+    inside: Iterable[tuple[str, yaml.Node]] = ((key, child) for child in node.value)
     if isinstance(node, yaml.MappingNode):
         inside = ((name.value, child) for name, child in node.value)
     for name, child in inside:
@@ -119,34 +131,32 @@ def parse_config(cls: type[Config], cfg: DictConfig | Mapping[str, Any], prefix:
     """
     if isinstance(cfg, cls):
         return cfg
-    check_kinds(OmegaConf.structured(cls), cfg, f"{prefix}.")
-    with _named_errors(cls, cfg, prefix):
-        return OmegaConf.to_object(check_types(cls, cfg, prefix))
-
-
-def check_types(cls: type, cfg: DictConfig | Mapping[str, Any], prefix: str) -> DictConfig:
-    """``cfg`` over the defaults of ``cls``, every key and type checked, but not yet whether the values can be used.
-
-    Args and errors as of :func:`parse_config`.
-    """
-    with _named_errors(cls, cfg, prefix):
-        return OmegaConf.merge(OmegaConf.structured(cls), cfg)
-
-
-@contextmanager
-def _named_errors(cls: type, cfg: DictConfig | Mapping[str, Any], prefix: str) -> Iterator[None]:
-    """One AuroraError with the key's whole name, whatever omegaconf raises."""
+    plain = _plain(cfg, prefix)
     try:
-        yield
+        return parse(cls, plain, prefix, convert=True)
     except AuroraError as error:
         # A part that checks itself does not know where in the YAML it stands.
         raise error if str(error).startswith(prefix) else AuroraError(f"{prefix}.{error}") from None
-    except ConfigKeyError as error:
-        raise AuroraError(_unknown_key(cls, error, prefix)) from None
+
+
+def check_types(cls: type, cfg: DictConfig | Mapping[str, Any], prefix: str) -> None:
+    """Check every key and type of a part of a YAML, but not yet whether the values can be used.
+
+    Args and errors as of :func:`parse_config`.
+    """
+    check_section(cls, _plain(cfg, prefix), prefix, convert=True)
+
+
+def _plain(cfg: DictConfig | Mapping[str, Any], prefix: str) -> Any:
+    """Plain values, what they refer to in their place."""
+    try:
+        # A copy would not know what its parts refer to.
+        part = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg))
+        return OmegaConf.to_container(part, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        problem = str(error).splitlines()[0]
-        key = error.full_key or error.key or _not_a_section(cls, cfg)
-        raise AuroraError(f"{prefix}.{key}: {problem}") from None
+        key = str(error.full_key or error.key or "*")
+        named = key if key.startswith(prefix) else f"{prefix}.{key}"
+        raise AuroraError(f"{named}: {str(error).splitlines()[0]}") from None
 
 
 def run_keys(task: str) -> list[type]:
@@ -165,16 +175,17 @@ def parse_run(cfg: DictConfig | Mapping[str, Any]) -> DictConfig:
     Raises:
         AuroraError: as of :func:`parse_config`.
     """
-    names, task = list(map(str, cfg)), cfg.get("task", RunConfig.task)
+    given = _plain(cfg, "run")
+    task = given.get("task", RunConfig.task)
     own = run_keys(task)
     classes = list(dict.fromkeys([*own, *RUN_KEYS.values()]))
     owners = {one.name: cls for cls in reversed(classes) for one in fields(cls)}
-    for key in names:
+    for key in given:
         if key not in owners:
             raise AuroraError(f"run.{key}: unknown key{near_names(key, owners)}")
     run: dict[str, Any] = {}
     for cls in classes:
-        part = {key: _resolved(cfg, key) for key in names if owners[key] is cls}
+        part = {key: value for key, value in given.items() if owners[key] is cls}
         keys: Any = parse_config(cls, part, "run")
         values = {one.name: getattr(keys, one.name) for one in fields(cls)}
         if cls in own:
@@ -184,15 +195,6 @@ def parse_run(cfg: DictConfig | Mapping[str, Any]) -> DictConfig:
         if idle:
             logging.warning("run.task: %s does not read run.%s, a key of other tasks", task, ", run.".join(idle))
     return OmegaConf.create(run)
-
-
-def _resolved(cfg: DictConfig | Mapping[str, Any], key: str) -> Any:
-    """A value of ``run:`` without interpolations."""
-    try:
-        value = cfg[key]
-        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    except OmegaConfBaseException as error:
-        raise AuroraError(f"run.{key}: {str(error).splitlines()[0]}") from None
 
 
 def check_kinds(part: DictConfig, over: DictConfig | Mapping[str, Any], prefix: str = "") -> None:
@@ -206,7 +208,8 @@ def check_kinds(part: DictConfig, over: DictConfig | Mapping[str, Any], prefix: 
     Raises:
         AuroraError: names the first such key.
     """
-    for key in over:
+    keys: Iterable[Any] = over
+    for key in keys:
         own, new = (_node(config, key) for config in (part, over))
         if isinstance(own, DictConfig) and isinstance(new, ListConfig):
             raise AuroraError(f"{prefix}{key}: must be a section of keys, not {shown(new)}")
@@ -222,22 +225,3 @@ def _node(config: DictConfig | Mapping[str, Any], key: str) -> Any:
         return OmegaConf.create({"x": config[key]}).x
     known = key in config and not OmegaConf.is_interpolation(config, key)
     return config[key] if known and not OmegaConf.is_missing(config, key) else None
-
-
-def _section_class(cls: type, name: str) -> type | None:
-    """The dataclass of a section of ``cls``, also of an optional one."""
-    hint = get_type_hints(cls).get(name)
-    return next((t for t in (hint, *get_args(hint)) if is_dataclass(t)), None)
-
-
-def _not_a_section(cls: type, cfg: DictConfig | Mapping[str, Any]) -> str:
-    """The first section that is not one; omegaconf does not say which."""
-    wrong = (key for key in cfg if _section_class(cls, key) and not isinstance(cfg[key], (Mapping, DictConfig)))
-    return next(wrong, "*")
-
-
-def _unknown_key(cls: type, error: ConfigKeyError, prefix: str) -> str:
-    *parents, key = str(error.full_key).split(".")
-    for parent in parents:
-        cls = _section_class(cls, parent) or cls
-    return f"{prefix}.{error.full_key}: unknown key{near_names(key, [f.name for f in fields(cls)])}"

@@ -6,17 +6,37 @@ import copy
 import os
 from typing import NamedTuple, Optional
 
+import lavis
 import torch.distributed as dist
 from lavis.common.dist_utils import is_dist_avail_and_initialized, is_main_process
+from lavis.common.registry import registry
 from lavis.common.utils import get_cache_path
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from omegaconf import DictConfig
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import regular
-from lavis_aurora.data.dataset_keys import default_section
+from lavis_aurora.common.paths import data_root, use_weights_folder
+from lavis_aurora.config.dataset_keys import default_section
 
 REMEDY = "put it there, or set AURORA_DATA or the key to where it is"
+
+
+class _DataRoot(str):
+    """A cache root of LAVIS's that :func:`use_data_root` has set."""
+
+
+def use_data_root() -> None:
+    """Let LAVIS look for data, and keep weights, where :mod:`lavis_aurora.common.paths` says; called by runs.
+
+    A cache root that a program has given LAVIS by itself stays, unless AURORA_DATA is set.
+    """
+    # LAVIS has no setter: registering a path a second time is a KeyError.
+    paths = registry.mapping["paths"]
+    root = paths["cache_root"]
+    if os.environ.get("AURORA_DATA") or isinstance(root, _DataRoot) or root == lavis.cache_root:
+        paths["cache_root"] = _DataRoot(data_root())
+    use_weights_folder()
 
 
 class AnnotationFile(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lavis.models
 import torch
@@ -15,7 +16,8 @@ from torch import nn
 
 from lavis_aurora.adapters.config import CONFIG, read_adapter_config
 from lavis_aurora.common.errors import AuroraError, near_names
-from lavis_aurora.models.adapter_settings import adapter_settings, check_preprocess, type_settings
+from lavis_aurora.common.paths import use_weights_folder
+from lavis_aurora.config.adapter_settings import adapter_settings, check_preprocess, type_settings
 
 SOURCES = ("pretrained", "tokenizer", "med_config_path")
 
@@ -29,7 +31,7 @@ def load_model_and_preprocess(
     pretrained: str | Path | None = None,
     tokenizer: str | Path | None = None,
     med_config_path: str | Path | None = None,
-) -> tuple[nn.Module, dict, dict]:
+) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     """Load a model registered with LAVIS and its processors.
 
     Args:
@@ -54,21 +56,17 @@ def load_model_and_preprocess(
         >>> model, vis, txt = load_model_and_preprocess("blip_retrieval_aurora", "tiny")
         >>> model, vis, txt = load_model_and_preprocess("blip_retrieval_aurora", adapter="output/RUN/adapter_best")
     """
-    cls = registry.get_model_class(name)
-    if cls is None:
-        raise AuroraError(f"no model {name!r}{near_names(name, registry.list_models())}")
+    use_weights_folder()
     described = {} if adapter is None else read_adapter_config(adapter).model
     if described.get("arch", name) != name:
         raise AuroraError(f"{adapter} is an adapter of {described['arch']}, not of {name}")
-    model_type = model_type or described.get("model_type") or getattr(cls, "DEFAULT_MODEL_TYPE", None)
-    # mode_approx takes the name and type of another model, and checks them itself.
-    if name != "mode_approx" and model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:
-        known = cls.PRETRAINED_MODEL_CONFIG_DICT
-        raise AuroraError(f"{name}: no model type {model_type!r}{near_names(str(model_type), known)}")
-    sources = {"pretrained": pretrained, "tokenizer": tokenizer, "med_config_path": med_config_path}
-    sources = {key: str(value) for key, value in sources.items() if value is not None}
+    cls, model_type = _class_and_type(name, model_type or described.get("model_type"))
+    given = {"pretrained": pretrained, "tokenizer": tokenizer, "med_config_path": med_config_path}
+    sources = {key: str(value) for key, value in given.items() if value is not None}
     if adapter is None and not sources:
-        return lavis.models.load_model_and_preprocess(name, model_type, is_eval=is_eval, device=device)
+        loaded: tuple[nn.Module, dict[str, Any], dict[str, Any]]
+        loaded = lavis.models.load_model_and_preprocess(name, model_type, is_eval=is_eval, device=device)
+        return loaded
     if not hasattr(cls, "CONFIG_CLASS"):
         raise AuroraError(f"{name} takes neither adapter nor {', '.join(SOURCES)}; it is not of this package")
     type_defaults = getattr(cls, "type_defaults", None)
@@ -86,6 +84,19 @@ def load_model_and_preprocess(
         raise AuroraError(f"{adapter or name}: the processors cannot be made ({error})") from error
     model = cls.from_config(cfg.model).to(device)
     return (model.eval() if is_eval else model, *processors)
+
+
+def _class_and_type(name: str, model_type: str | None) -> tuple[Any, str | None]:
+    """A registered model's class, and the type asked for or its default one."""
+    cls = registry.get_model_class(name)
+    if cls is None:
+        raise AuroraError(f"no model {name!r}{near_names(name, registry.list_models())}")
+    model_type = model_type or getattr(cls, "DEFAULT_MODEL_TYPE", None)
+    # mode_approx takes the name and type of another model, and checks them itself.
+    if name != "mode_approx" and model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:
+        known = cls.PRETRAINED_MODEL_CONFIG_DICT
+        raise AuroraError(f"{name}: no model type {model_type!r}{near_names(str(model_type), known)}")
+    return cls, model_type
 
 
 @contextmanager

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from lavis_aurora.adapters.sets import bind_companions, keep_base_heads, trainable_parameters_summary
 from lavis_aurora.common.errors import AuroraError, near_names, shown
-from lavis_aurora.common.paths import package_file
+from lavis_aurora.common.paths import package_file, use_weights_folder
+from lavis_aurora.config.adapter_settings import portable_settings, type_settings
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.method import ModeApproxConfig
 from lavis_aurora.config.models import ModeApproxModelConfig
 from lavis_aurora.mode_approx.factors import ModeFactors
 from lavis_aurora.mode_approx.inject import inject_mode_approx, momentum_copies, restart_teacher
 from lavis_aurora.mode_approx.presets import PRESETS
-from lavis_aurora.models.adapter_settings import portable_settings, type_settings
 from lavis_aurora.models.base import AuroraBase
 from lavis_aurora.models.owner import (
     RunState,
@@ -101,6 +101,7 @@ class ModeApproxModel(RunState, BaseModel):
         # A model of this plugin without a method of its own; it is frozen here.
         if issubclass(base_cls, AuroraBase) and settings.base.setdefault("tuning", "full") != "full":
             raise AuroraError(f"model.base.tuning: leave it out; mode_approx itself tunes the {arch}")
+        use_weights_folder()
         base = base_cls.from_config(OmegaConf.create(settings.base))
         model = cls(base, settings.mode_approx, settings.modules_to_save)
         model.settings = settings

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from lavis_aurora.adapters.files import load_adapter
 from lavis_aurora.adapters.sets import momentum_copies, trained_buffers
 from lavis_aurora.common.errors import AuroraError, some
+from lavis_aurora.config.adapter_settings import portable_settings
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import BlipAuroraConfig, ModeApproxModelConfig
 from lavis_aurora.encoders.towers import compile_layers
 from lavis_aurora.mode_approx.factors import ModeFactors
 from lavis_aurora.mode_approx.inject import restart_teacher, resting_teacher
-from lavis_aurora.models.adapter_settings import portable_settings
 from lavis_aurora.models.weights import check_finite
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lavis_aurora.common.errors import AuroraError, some
 from lavis_aurora.common.files import is_finite, load_torch, why_unreadable
+from lavis_aurora.common.paths import use_weights_folder
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import BlipAuroraConfig, ModeApproxModelConfig
 
@@ -33,6 +34,7 @@ def read_state_dict(source: str, key: str) -> dict[str, Tensor]:
     """
     path = source
     if is_url(source):
+        use_weights_folder()
         try:
             path = download_cached_file(source, check_hash=False, progress=True)
         except OSError as error:

@@ -31,7 +31,7 @@ from lavis_aurora.common.summary import (
     versions,
     write_summary,
 )
-from lavis_aurora.data.dataset_keys import PROCESSOR_KINDS, is_portable_processor
+from lavis_aurora.config.dataset_keys import PROCESSOR_KINDS, is_portable_processor
 
 Phase = Literal["training", "validation", "test"]
 

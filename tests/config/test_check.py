@@ -8,6 +8,10 @@ import pytest
 from omegaconf import OmegaConf
 from tiny import refused
 
+from lavis_aurora.config.check import parse_config
+from lavis_aurora.config.models import RetrievalAuroraConfig
+from lavis_aurora.project import load_config
+
 UNKNOWN_KEYS = [
     ("model.tunning", "tuning"),
     ("model.quee_size", "queue_size"),
@@ -95,3 +99,10 @@ def test_wrong_type_names_the_key_around_another_model(project: Path, key: str) 
     config.model = {"arch": "mode_approx", "base": {"arch": "blip_retrieval_aurora", "model_type": "tiny"}}
     OmegaConf.save(config, project)
     refused(project, f"{key}: ", options=[f"{key}=[1]"])
+
+
+def test_what_a_key_refers_to_is_found_where_it_stands(project: Path) -> None:
+    config = load_config(str(project), ["model.queue_size=${run.batch_size_train}", "run.batch_size_train=6"])
+    settings = parse_config(RetrievalAuroraConfig, config.model_cfg, "model")
+    assert settings.queue_size == 6
+    refused(project, "model.queue_size: ", "run.nothing", options=["model.queue_size=${run.nothing}"])

@@ -18,8 +18,10 @@ from tiny import SPLITS, project_yaml
 from torch.utils.data import DataLoader, Dataset
 
 from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.data.annotations import SAMPLES, CheckedDataset, build_checked, check_entries, check_split
+from lavis_aurora.data.annotations import build_checked, check_entries, check_split
+from lavis_aurora.data.checks import CHECKS, checks_of
 from lavis_aurora.data.fetch import annotation_files
+from lavis_aurora.data.samples import CheckedDataset
 from lavis_aurora.project import load_config
 
 NAME = "coco_retrieval"
@@ -216,24 +218,28 @@ def test_training_takes_one_string(cfg: DictConfig, data: Path, caption: object)
 )
 def test_video_entries_are_checked_too(dataset_cls: type, entry: dict, problem: str) -> None:
     good = {"video": "a.mp4", "caption": ["a"] if "Eval" in dataset_cls.__name__ else "a"}
-    check_entries([good], dataset_cls, "a.json", "key")
+    [checks] = checks_of("", None, dataset_cls)
+    check_entries([good], checks.entries, "a.json", "key")
     with pytest.raises(AuroraError, match=f"key: .*entry 1 of a.json.* {problem}"):
-        check_entries([good, entry], dataset_cls, "a.json", "key")
+        check_entries([good, entry], checks.entries, "a.json", "key")
 
 
-@pytest.mark.parametrize("dataset_cls", SAMPLES)
-def test_the_sample_that_errors_show_is_a_good_entry(dataset_cls: type) -> None:
-    check_entries([SAMPLES[dataset_cls]], dataset_cls, "a.json", "key")
+def test_the_example_that_errors_show_is_a_good_entry() -> None:
+    shown = [checks for registered in CHECKS.values() for checks in registered if checks.example]
+    assert len(shown) == 6
+    for checks in shown:
+        check_entries([checks.example], checks.entries, "a.json", "key")
 
 
 def test_behind_questions_to_evaluate_stands_a_list_of_answers(tmp_path: Path) -> None:
     """As LAVIS's gqa and aok_vqa have it."""
-    (tmp_path / "asked.json").write_text(json.dumps([SAMPLES[GQAEvalDataset]]))
+    [asked], [trained] = (list(checks_of("", None, cls)) for cls in (GQAEvalDataset, GQADataset))
+    (tmp_path / "asked.json").write_text(json.dumps([asked.example]))
     (tmp_path / "answers.json").write_text('["yes", "no"]')
     files = [str(tmp_path / name) for name in ("asked.json", "answers.json")]
-    check_split(files, GQAEvalDataset, "key")
+    check_split(files, [asked], "test", "key")
     with pytest.raises(AuroraError, match="answers.json must hold a list of entries"):
-        check_split(files, GQADataset, "key")
+        check_split(files, [trained], "train", "key")
 
 
 def test_a_split_that_is_null_is_left_out(cfg: DictConfig, data: Path) -> None:
@@ -244,7 +250,7 @@ def test_a_split_that_is_null_is_left_out(cfg: DictConfig, data: Path) -> None:
 
 
 def test_entries_of_datasets_that_are_not_for_retrieval_pass() -> None:
-    check_entries([{"anything": 1}], CaptionDataset, "a.json", "key")
+    assert not list(checks_of("", None, CaptionDataset))
 
 
 # Pictures

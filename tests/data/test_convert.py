@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.annotations import check_entries
+from lavis_aurora.data.checks import checks_of
 from lavis_aurora.data.convert import PUBLISHED, Published, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,8 @@ def readable(folder: Path, pattern: str, train_cls: type, eval_cls: type) -> dic
     """The entries written, by split, after the checks that a run makes."""
     parts = {part: read(folder / pattern.format(part)) for part in ("train", "val", "test")}
     for part, entries in parts.items():
-        check_entries(entries, train_cls if part == "train" else eval_cls, part, "key")
+        [checks] = checks_of("", None, train_cls if part == "train" else eval_cls)
+        check_entries(entries, checks.entries, part, "key")
     assert not list(folder.glob("*.partial"))
     return parts
 

@@ -6,17 +6,21 @@ import json
 import shutil
 from pathlib import Path
 
+import lavis
 import pytest
+import torch
 from lavis.common.registry import registry
+from lavis.common.utils import get_cache_path
 from lavis.datasets.builders import base_dataset_builder as lavis_builder
 from omegaconf import DictConfig
 from tiny import SPLITS, project_yaml, write_pictures
 from tiny_vqa import write_vqa
 
 from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.paths import data_root
 from lavis_aurora.data import fetch as fetching
 from lavis_aurora.data.annotations import build_checked
-from lavis_aurora.data.fetch import annotation_files
+from lavis_aurora.data.fetch import annotation_files, use_data_root
 from lavis_aurora.project import load_config
 
 FILES = {split: f"{split}.json" for split in SPLITS}
@@ -55,6 +59,45 @@ def host(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(lavis_builder, "download_url", download)
     return folder
+
+
+@pytest.fixture
+def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """LAVIS's own paths as they are before anything is set, in a working directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(registry.mapping["paths"], "cache_root", lavis.cache_root)
+    monkeypatch.delenv("AURORA_DATA", raising=False)
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    return registry.mapping["paths"]
+
+
+def test_data_lie_under_aurora_data_or_the_current_directory(
+    tmp_path: Path, paths: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = torch.hub.get_dir()
+    use_data_root()
+    assert get_cache_path("coco/images") == str(tmp_path / "data/coco/images")
+    assert torch.hub.get_dir() == hub
+    (tmp_path / "another").mkdir()
+    monkeypatch.chdir(tmp_path / "another")
+    use_data_root()
+    assert get_cache_path("coco/images") == str(tmp_path / "another/data/coco/images")
+    monkeypatch.setenv("AURORA_DATA", str(tmp_path))
+    use_data_root()
+    assert data_root() == tmp_path
+    assert get_cache_path("coco/images") == str(tmp_path / "coco/images")
+    assert torch.hub.get_dir() == str(tmp_path / "weights")
+
+
+def test_a_cache_root_that_the_program_has_set_stays(
+    tmp_path: Path, paths: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths["cache_root"] = "/its/own"
+    use_data_root()
+    assert paths["cache_root"] == "/its/own"
+    monkeypatch.setenv("AURORA_DATA", str(tmp_path))
+    use_data_root()
+    assert paths["cache_root"] == str(tmp_path)
 
 
 def edit(path: Path, how) -> None:

@@ -15,8 +15,9 @@ from tiny_video import write_videos
 
 from lavis_aurora.analysis.compare import compare
 from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.data.annotations import SAMPLES, build_checked
-from lavis_aurora.data.dataset_keys import check_dataset_keys
+from lavis_aurora.config.dataset_keys import check_dataset_keys
+from lavis_aurora.data.annotations import build_checked
+from lavis_aurora.data.checks import checks_of
 from lavis_aurora.project import load_config
 from lavis_aurora_cli import evaluate, train
 
@@ -97,7 +98,8 @@ def test_a_missing_file_is_named_with_what_it_holds(data: Path, project: str, sp
     assert message.startswith(f"datasets.{name}.build_info.annotations.{split}.storage: {path} is missing; ")
     builder = registry.get_builder_class(name)
     cls = builder.train_dataset_cls if split == "train" else builder.eval_dataset_cls
-    assert "AURORA_DATA" in message and message.endswith(f" such as {json.dumps(SAMPLES[cls])}")
+    [example] = (checks.example for checks in checks_of(name, None, cls))
+    assert example and "AURORA_DATA" in message and message.endswith(f" such as {json.dumps(example)}")
 
 
 @pytest.mark.parametrize(("project", "name"), NAMES.items())

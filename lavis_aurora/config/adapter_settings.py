@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from lavis_aurora.common.errors import AuroraError, near_names, some
 from lavis_aurora.config.check import check_types
-from lavis_aurora.data.dataset_keys import (
+from lavis_aurora.config.dataset_keys import (
     PROCESSOR_KINDS,
     PROCESSOR_SPLITS,
     check_processor_keys,
@@ -43,7 +43,7 @@ WRAPPER_SETTINGS = ("base", "mode_approx", "modules_to_save")
 FETCHING_PROCESSORS = ("gpt_dialogue", "gpt_video_ft")
 
 
-def portable_settings(cls: type, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def portable_settings(cls: type[Any], settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a model's settings that may stand in an adapter folder.
 
     Args:
@@ -62,7 +62,7 @@ def portable_settings(cls: type, settings: Mapping[str, Any], defaults: Mapping[
     }
 
 
-def adapter_settings(cls: type, described: Mapping[str, Any]) -> dict[str, Any]:
+def adapter_settings(cls: type[Any], described: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with which a model may be built for an adapter; what is not taken is named in the log.
 
     Args:
@@ -114,15 +114,17 @@ def _base_settings(base: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return {**{key: value for key, value in names.items() if value is not None}, **taken}, left
 
 
-def type_settings(cls: type, model_type: str | None) -> dict[str, Any]:
+def type_settings(cls: type[Any], model_type: str | None) -> dict[str, Any]:
     """``model:`` of the default YAML of a model's type; nothing for a type that is not known."""
     model_type = model_type or getattr(cls, "DEFAULT_MODEL_TYPE", None)
     if model_type not in getattr(cls, "PRETRAINED_MODEL_CONFIG_DICT", {}):
         return {}
-    return OmegaConf.to_container(OmegaConf.load(cls.default_config_path(model_type)).model, resolve=True)
+    defaults: Any = OmegaConf.load(cls.default_config_path(model_type))
+    settings: Any = OmegaConf.to_container(defaults.model, resolve=True)
+    return dict(settings)
 
 
-def _known(cls: type) -> list[str]:
+def _known(cls: type[Any]) -> list[str]:
     return [one.name for one in fields(cls.CONFIG_CLASS)]
 
 

@@ -8,8 +8,7 @@ import pytest
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
-from lavis_aurora.config.models import ModeApproxModelConfig, RetrievalAuroraConfig, VqaAuroraConfig
-from lavis_aurora.models.adapter_settings import (
+from lavis_aurora.config.adapter_settings import (
     BLIP_SETTINGS,
     LEFT_OUT,
     PROCESSOR_KINDS,
@@ -18,6 +17,7 @@ from lavis_aurora.models.adapter_settings import (
     portable_settings,
     type_settings,
 )
+from lavis_aurora.config.models import ModeApproxModelConfig, RetrievalAuroraConfig, VqaAuroraConfig
 
 
 @pytest.mark.parametrize(

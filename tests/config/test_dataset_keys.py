@@ -11,9 +11,8 @@ from lavis.common.registry import registry
 from lavis.processors.base_processor import BaseProcessor
 from omegaconf import DictConfig, OmegaConf
 
-import lavis_aurora.register  # noqa: F401
 from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.data.dataset_keys import check_dataset_keys, check_processor_keys
+from lavis_aurora.config.dataset_keys import check_dataset_keys, check_processor_keys
 
 LAVIS = Path(lavis.__file__).parent
 OF_LAVIS = ("configs/datasets/*/*.yaml", "configs/models/**/*.yaml", "projects/**/*.yaml")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from inspect import Parameter, signature
 from typing import Any
 
@@ -24,7 +24,7 @@ PROCESSOR_KINDS = ("vis_processor", "text_processor")
 WORDS = ("vit_type", "vit_model", "vit_precision", "precision", "vit_layer_norm_epsilon", "prompt")
 
 
-def default_section(name: str, cfg: DictConfig) -> DictConfig:
+def default_section(name: str, cfg: DictConfig) -> Any:
     """A dataset's part of the default YAML of its type.
 
     Raises:
@@ -32,7 +32,8 @@ def default_section(name: str, cfg: DictConfig) -> DictConfig:
     """
     path = registry.get_builder_class(name).default_config_path(cfg.get("type", "default"))
     # Some of LAVIS's name another builder there.
-    named = OmegaConf.load(path).get("datasets") or {}
+    defaults: Any = OmegaConf.load(path)
+    named = defaults.get("datasets") or {}
     if len(named) != 1:
         raise AuroraError(
             f"{path}: the default YAML of {name} must hold one dataset below 'datasets', not {len(named)}"
@@ -101,13 +102,14 @@ def check_processor_keys(cfg: DictConfig, key: str) -> None:
     section(cfg, key, {"name", *arguments})
 
 
-def section(part: Any, key: str, known: Collection[str] | None) -> DictConfig | dict:
+def section(part: Any, key: str, known: Collection[str] | None) -> Mapping[Any, Any]:
     """A section of which every key is known (None: any is); an empty one if it is not there."""
     if part is None:
         return {}
     if not isinstance(part, DictConfig):
         raise AuroraError(f"{key}: must be a section of keys, not {shown(part)}")
-    for name in part:
+    names: Iterable[Any] = part
+    for name in names:
         if known is not None and name not in known:
             raise AuroraError(f"{key}.{name}: unknown key{near_names(str(name), known)}")
     return part
