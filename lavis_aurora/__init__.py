@@ -6,6 +6,7 @@ installed, the method itself (``mode_approx``, ``alignment``) can still be impor
 
 from importlib.util import find_spec
 
+import lavis_aurora.alignment  # noqa: F401
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.version import __version__ as __version__
 from lavis_aurora.config import ContextConfig, GateConfig, ModeApproxConfig

@@ -15,9 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lavis_aurora.adapters.sets import KINDS
 from lavis_aurora.common.errors import AuroraError, near_names, some
-from lavis_aurora.config.method import ModeApproxConfig
-from lavis_aurora.mode_approx.factors import ModeFactors
 
 # Since 2, the tensors' file holds the text of this one, and tensors_sha256 is of the tensors, not of their file.
 FORMAT = 2
@@ -58,8 +57,9 @@ class AdapterConfig:
     """All settings of an adapter.
 
     Attributes:
-        mode_approx: rank and scale.
-        slots: (d_in, d_out) of each slot, in the order of the rows of P and lambda.
+        kind: of adapter, one of KINDS; in the file it is the key of the settings.
+        settings: of the set: a dataclass, that kind's.
+        slots: (d_in, d_out) of each place that is adapted, in order; for mode_approx, of the rows of P and lambda.
         base: the backbone.
         tensors_sha256: of the tensors in ``adapter_model.safetensors`` that belong to these settings.
         model: what the model says of itself: for those of this package arch, model_type, settings, preprocess,
@@ -69,7 +69,8 @@ class AdapterConfig:
         format: of this file.
     """
 
-    mode_approx: ModeApproxConfig
+    kind: str
+    settings: Any
     slots: dict[str, list[int]]
     base: BaseConfig
     tensors_sha256: str
@@ -102,6 +103,7 @@ class AdapterConfig:
             AuroraError: a metric or a setting is no JSON value, or would not be read back.
         """
         data = asdict(self)
+        data = {data.pop("kind"): data.pop("settings"), **data}
         _check_strings(data)
         try:
             text = json.dumps(data, indent=1, allow_nan=False) + "\n"
@@ -124,7 +126,14 @@ class AdapterConfig:
             raise
         except (ValueError, RecursionError) as error:
             raise AuroraError(f"not a JSON file of an adapter ({error})") from error
-        return _parse(cls, data, "")
+        if not isinstance(data, dict):
+            raise AuroraError(f"the file: must be a section of keys, not {data!r}")
+        kind = next((key for key in data if key in KINDS), None)
+        if kind is None:
+            raise AuroraError(f"there are no settings of a known kind of adapter; known: {', '.join(KINDS)}")
+        settings = _parse(KINDS[kind].config_class, data.pop(kind), f"{kind}.")
+        config: AdapterConfig = _parse(cls, data, "", kind=kind, settings=settings)
+        return config
 
 
 def _refuse_constant(name: str) -> None:
@@ -151,11 +160,11 @@ def _check_strings(data: Any) -> None:
             raise AuroraError(f"{key}: {value!r} cannot be used; an adapter is data and nothing in it is resolved")
 
 
-def _parse(cls: type, data: Any, prefix: str) -> Any:
-    """An instance of the dataclass ``cls``, every key and type checked."""
+def _parse(cls: type, data: Any, prefix: str, **given: Any) -> Any:
+    """An instance of the dataclass ``cls``, every key and type checked; fields that are ``given`` have no key."""
     if not isinstance(data, Mapping):
         raise AuroraError(f"{prefix.rstrip('.') or 'the file'}: must be a section of keys, not {data!r}")
-    known = {f.name: f for f in fields(cls)}
+    known = {f.name: f for f in fields(cls) if f.name not in given}
     for key in data.keys() - known.keys():
         raise AuroraError(f"{prefix}{key}: unknown key{near_names(key, known)}")
     for key, declared in known.items():
@@ -164,7 +173,7 @@ def _parse(cls: type, data: Any, prefix: str) -> Any:
     hints = get_type_hints(cls)
     values = {key: _value(hints[key], value, f"{prefix}{key}") for key, value in data.items()}
     try:
-        return cls(**values)
+        return cls(**given, **values)
     except AuroraError:
         raise
     except TypeError as error:
@@ -172,10 +181,11 @@ def _parse(cls: type, data: Any, prefix: str) -> Any:
 
 
 def _value(kind: Any, value: Any, key: str) -> Any:
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         return _parse(kind, value, f"{key}.")
     expected = getattr(kind, "__origin__", kind)
-    accepted = {float: (int, float), int: (int,), str: (str,), dict: (dict,)}.get(expected, (str, type(None)))
+    plain = {float: (int, float), int: (int,), str: (str,), dict: (dict,), list: (list,)}
+    accepted = plain.get(expected, (str, type(None)))
     if not isinstance(value, accepted) or isinstance(value, bool):
         raise AuroraError(f"{key}: {value!r} is not a {getattr(expected, '__name__', expected)}")
     return value
@@ -184,7 +194,6 @@ def _value(kind: Any, value: Any, key: str) -> Any:
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Where the metadata of the tensors' file hold the text of the other.
 METADATA = "adapter_config"
-FACTORS = "factors"
 
 
 def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
@@ -215,7 +224,7 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
             f"{path} is not the file that {CONFIG} beside it belongs to, or one of them was changed; copy or save "
             f"both again"
         )
-    problems = _factor_differences(config, tensors)
+    problems = _set_differences(config, tensors)
     if problems:
         raise AuroraError(f"{path} does not fit {CONFIG} beside it: {some(problems, separator='; ')}")
     return config, tensors
@@ -247,16 +256,19 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _factor_differences(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> list[str]:
-    """How the factors in the file differ from those that the settings announce."""
-    expected = {f"{FACTORS}.{key}": shape for key, shape in factor_shapes(config).items()}
+def _set_differences(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> list[str]:
+    """How the set's tensors in the file differ from those that the settings announce."""
+    sets = KINDS[config.kind]
+    slots = {slot: (d_in, d_out) for slot, (d_in, d_out) in config.slots.items()}
+    shapes = sets.tensor_shapes(slots, config.settings)
+    expected = {f"{sets.prefix}.{key}": shape for key, shape in shapes.items()}
     problems = [f"{key} is missing" for key in expected.keys() - tensors.keys()]
     for key, tensor in tensors.items():
-        if key.partition(".")[0] == FACTORS:
+        if key.partition(".")[0] == sets.prefix:
             if key not in expected:
                 problems.append(f"{key} is of no slot")
             elif tuple(tensor.shape) != expected[key]:
@@ -264,13 +276,6 @@ def _factor_differences(config: AdapterConfig, tensors: Mapping[str, Tensor]) ->
             elif not tensor.is_floating_point():
                 problems.append(f"{key} is of type {dtype_name(tensor.dtype)}, not of floating point")
     return sorted(problems)
-
-
-def factor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """The factors' shapes that follow from slots and rank, by name."""
-    with torch.device("meta"):
-        factors = ModeFactors({slot: tuple(shape) for slot, shape in config.slots.items()}, config.mode_approx)
-    return {key: tuple(parameter.shape) for key, parameter in factors.sets["default"].named_parameters()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

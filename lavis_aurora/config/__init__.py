@@ -24,6 +24,7 @@ from lavis_aurora.config.models import (
     RetrievalAuroraConfig,
     VitConfig,
     VqaAuroraConfig,
+    register_tuning,
 )
 from lavis_aurora.config.run import INFERENCE_METHODS, TOKEN_DTYPES, RunConfig, VideoProcessorConfig
 
@@ -48,4 +49,5 @@ __all__ = [
     "VideoProcessorConfig",
     "VitConfig",
     "VqaAuroraConfig",
+    "register_tuning",
 ]

@@ -17,20 +17,23 @@ from omegaconf import OmegaConf
 
 from lavis_aurora.common.errors import AuroraError, near_names, some
 from lavis_aurora.config.check import check_types
+from lavis_aurora.config.models import TUNINGS
 from lavis_aurora.data.dataset_keys import PROCESSOR_SPLITS, check_processor_keys
 
 # Of this package's own models: what they are and how they were tuned.
 BLIP_SETTINGS = (
     *("image_size", "vit_type", "vit", "vit_layer_norm_epsilon", "embed_dim", "max_txt_len"),
     *("vit_drop_path_rate", "vit_grad_ckpt", "vit_ckpt_layer", "train_heads", "train_temp"),
-    *("mode_approx", "gate", "context", "share_decoder", "mask_question_padding", "rank_chunk"),
+    *("tuning", "mode_approx", "gate", "lora", "uniadapter", "context"),
+    *("share_decoder", "mask_question_padding", "rank_chunk"),
     *("queue_size", "alpha", "momentum", "negative_all_rank"),
 )
 # Never: where things come from, and what is decided by whoever loads.
 LEFT_OUT = (
     *("arch", "model_type", "pretrained", "finetuned", "load_finetuned", "load_pretrained", "tokenizer"),
-    *("med_config_path", "adapter", "adapter_check_base", "tuning", "freeze_vit", "lora", "uniadapter"),
+    *("med_config_path", "adapter", "adapter_check_base", "freeze_vit"),
 )
+TUNING_SETTINGS = {"aurora": ("mode_approx", "gate"), "lora": ("lora",), "uniadapter": ("uniadapter",)}
 WRAPPER_SETTINGS = ("base", "mode_approx", "modules_to_save")
 # Settings of LAVIS's models and processors that are words, and name neither a file nor anything to fetch.
 WORDS = ("vit_type", "vit_model", "vit_precision", "precision", "vit_layer_norm_epsilon", "prompt")
@@ -48,7 +51,13 @@ def portable_settings(cls: type, settings: Mapping[str, Any], defaults: Mapping[
         defaults: of its type; what is a word or path there stays so.
     """
     if hasattr(cls, "CONFIG_CLASS"):
-        allowed = WRAPPER_SETTINGS if "base" in _known(cls) else BLIP_SETTINGS
+        allowed = set(WRAPPER_SETTINGS if "base" in _known(cls) else BLIP_SETTINGS)
+        # Of the ways of tuning, the one that the adapter is of.
+        tuning = settings.get("tuning", "aurora")
+        if tuning not in TUNINGS or not TUNINGS[tuning].adapters:
+            allowed.discard("tuning")
+            tuning = "aurora"
+        allowed -= {key for one, keys in TUNING_SETTINGS.items() if one != tuning for key in keys}
         return {key: value for key, value in settings.items() if key in allowed}
     return {
         key: value

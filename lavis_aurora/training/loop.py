@@ -22,9 +22,9 @@ from lavis.tasks.vqa_reading_comprehension import VQARCTask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lavis_aurora.adapters.companions import resting_teacher
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.samples import BROKEN, report_broken
-from lavis_aurora.mode_approx.inject import resting_teacher
 from lavis_aurora.training.guards import FiniteGuard
 from lavis_aurora.training.tasks.base import AuroraTaskBase, check_model
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lavis_aurora.adapters.config import CONFIG, read_adapter_config
 from lavis_aurora.adapters.files import save_adapter
+from lavis_aurora.adapters.switching import find_adapters
 from lavis_aurora.models.adapter_settings import PROCESSOR_KINDS, is_portable_processor
 
 
@@ -19,14 +20,14 @@ class AdapterMixin:
 
     @main_process
     def _save_adapter(self, kind: str, metrics: Mapping[str, Any]) -> None:
-        """Write the adapter as it is now; nothing for a model that is tuned in another way.
+        """Write the adapter as it is now; nothing for a model that is tuned without any.
 
         Args:
             kind: best or last.
             metrics: to add to those that the folder holds of the same epoch; a split's are a section.
         """
         model = self.unwrap_dist_model(self.model)
-        if getattr(model, "mode_approx", None) is None:
+        if find_adapters(model) is None:
             return
         folder = self.output_dir / f"adapter_{kind}"
         known = read_adapter_config(folder).metrics if (folder / CONFIG).is_file() else {}
