@@ -21,8 +21,9 @@ from lavis_aurora import (
     unmerge_adapter,
 )
 from lavis_aurora.adapters.sets import TEACHER_SET
+from lavis_aurora.mode_approx.inject import find_targets
 from lavis_aurora.mode_approx.layers import AdaptedLayer
-from lavis_aurora.mode_approx.presets import ATTENTION, PRESETS, find_targets
+from lavis_aurora.mode_approx.presets import ATTENTION, PRESETS
 from lavis_aurora.models.mode_approx_model import ModeApproxModel
 
 # The frozen towers of BLIP-2, which its presets leave out.
