@@ -12,6 +12,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 
+import lavis_aurora.alignment  # noqa: F401
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.version import __version__ as __version__
 from lavis_aurora.config import ContextConfig, GateConfig, ModeApproxConfig

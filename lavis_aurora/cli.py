@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from lavis_aurora.adapters.config import CONFIG, TENSORS, AdapterConfig, read_adapter, read_adapter_config
 from lavis_aurora.adapters.merging import merged_state_dict
+from lavis_aurora.adapters.switching import adapters_of
 from lavis_aurora.common.errors import AuroraError, near_names, printable
 from lavis_aurora.common.files import written_whole
 from lavis_aurora.common.paths import package_file
-from lavis_aurora.mode_approx.layers import adapted_layers, factors_of
+from lavis_aurora.mode_approx.layers import AdaptedLayer
 from lavis_aurora.models.loading import load_model_and_preprocess
 from lavis_aurora.models.weights import how_to_load, read_state_dict
 from lavis_aurora.project import load_config
@@ -59,9 +60,7 @@ def _describe(config: AdapterConfig) -> list[str]:
         "model": " ".join(str(model[key]) for key in ("arch", "model_type") if model.get(key)) or "any nn.Module",
         "base": f"{config.base.name or 'without a name'} (sha256 {config.base.sha256[:12]})",
         # Which layers were targeted, the slots say.
-        "mode_approx": ", ".join(
-            f"{key} {value}" for key, value in vars(config.mode_approx).items() if value is not None
-        ),
+        config.kind: ", ".join(f"{key} {value}" for key, value in vars(config.settings).items() if value is not None),
         "slots": ", ".join(f"{count} of {shape}" for shape, count in widths.items()),
         "targets": f"\n{'':<17}".join(_slot_groups(config.slots)),
     }
@@ -186,12 +185,13 @@ def _no_warnings() -> Iterator[None]:
 
 def target_table(model: nn.Module) -> str:
     """The adapted weights of a model with their slots; layers of a kind share a row."""
-    slots = list(factors_of(model).slots)
+    sets = adapters_of(model)
+    slots = list(sets.slots)
     rows: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     owned = set()
-    for path, layer in adapted_layers(model):
+    for path, layer in sets.updated_layers(model):
         for weight, parameter in layer.adapted_weights().items():
-            names = [slots[i] for i in layer.slots_of[weight]]
+            names = [slots[i] for i in layer.slots_of[weight]] if isinstance(layer, AdaptedLayer) else [path]
             kinds = ", ".join(_slot_label(slot, path) for slot in names)
             rows[(_without_numbers(f"{path}.{weight}"), _shape(parameter), kinds)] += names
             owned.update(names)

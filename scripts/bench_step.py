@@ -18,10 +18,12 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import lavis_aurora
-from lavis_aurora.adapters.sets import adapter_parameters
-from lavis_aurora.baselines.uniadapter import add_uniadapter
+from lavis_aurora.adapters.companions import adapter_parameters
+from lavis_aurora.baselines.uniadapter import UniAdapters
+from lavis_aurora.common.modules import retyped
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import RetrievalAuroraConfig, VqaAuroraConfig
+from lavis_aurora.encoders.fusion import add_bottlenecks
 from lavis_aurora.encoders.towers import build_tokenizer, compile_layers, plain_vision_encoder
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
@@ -107,14 +109,13 @@ def lavis_model(task: str, cfg):
         def forward(self, x):
             return self.forward_features(x)
 
-    vision = plain_vision_encoder(cfg)
-    vision.__class__ = Frames
+    vision = retyped(Frames, plain_vision_encoder(cfg))
     text = XBertEncoder.from_config(OmegaConf.structured(cfg))
     decoder = XBertLMHeadDecoder.from_config(OmegaConf.structured(cfg)) if task == "vqa" else None
     adapters = None
     if cfg.tuning == "uniadapter":
         texts = [text] if decoder is None else [text, decoder.bert]
-        adapters = add_uniadapter(vision, texts, cfg.uniadapter)
+        adapters = add_bottlenecks(vision, texts, lambda depth, dim: UniAdapters(depth, dim, cfg.uniadapter))
     cls = BlipVQA if task == "vqa" else BlipRetrieval
 
     class Plain(cls):

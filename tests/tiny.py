@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import nn
 
-from lavis_aurora.adapters.sets import adapter_parameters
+from lavis_aurora.adapters.companions import adapter_parameters
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.project import load_config

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lavis_aurora import ModeApproxConfig, inject_mode_approx
 from lavis_aurora.adapters.config import CONFIG, METADATA, TENSORS, tensors_hash
-from lavis_aurora.adapters.sets import bind_companions
+from lavis_aurora.adapters.switching import bind_companions
 
 TARGETS = ["qkv", "query", "key"]
 

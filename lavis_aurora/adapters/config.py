@@ -15,10 +15,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lavis_aurora.adapters.sets import KINDS
 from lavis_aurora.common.errors import AuroraError, some
 from lavis_aurora.common.parsing import parse
-from lavis_aurora.config.method import ModeApproxConfig
-from lavis_aurora.mode_approx.factors import ModeFactors
 
 # Since 2, the tensors' file holds the text of this one, and tensors_sha256 is of the tensors, not of their file.
 FORMAT = 2
@@ -59,8 +58,9 @@ class AdapterConfig:
     """All settings of an adapter.
 
     Attributes:
-        mode_approx: rank and scale.
-        slots: (d_in, d_out) of each slot, in the order of the rows of P and lambda.
+        kind: of adapter, one of KINDS; in the file it is the key of the settings.
+        settings: of the set: a dataclass, that kind's.
+        slots: (d_in, d_out) of each place that is adapted, in order; for mode_approx, of the rows of P and lambda.
         base: the backbone.
         tensors_sha256: of the tensors in ``adapter_model.safetensors`` that belong to these settings.
         model: what the model says of itself: for those of this package arch, model_type, settings, preprocess,
@@ -70,7 +70,8 @@ class AdapterConfig:
         format: of this file.
     """
 
-    mode_approx: ModeApproxConfig
+    kind: str
+    settings: Any
     slots: dict[str, list[int]]
     base: BaseConfig
     tensors_sha256: str
@@ -103,6 +104,7 @@ class AdapterConfig:
             AuroraError: a metric or a setting is no JSON value, or would not be read back.
         """
         data = asdict(self)
+        data = {data.pop("kind"): data.pop("settings"), **data}
         _check_strings(data)
         try:
             text = json.dumps(data, indent=1, allow_nan=False) + "\n"
@@ -125,7 +127,13 @@ class AdapterConfig:
             raise
         except (ValueError, RecursionError) as error:
             raise AuroraError(f"not a JSON file of an adapter ({error})") from error
-        return parse(cls, data)
+        if not isinstance(data, dict):
+            raise AuroraError(f"the file: must be a section of keys, not {data!r}")
+        kind = next((key for key in data if key in KINDS), None)
+        if kind is None:
+            raise AuroraError(f"there are no settings of a known kind of adapter; known: {', '.join(KINDS)}")
+        settings = parse(KINDS[kind].config_class, data.pop(kind), kind)
+        return parse(cls, data, given={"kind": kind, "settings": settings})
 
 
 def _refuse_constant(name: str) -> None:
@@ -155,7 +163,6 @@ def _check_strings(data: Any) -> None:
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Where the metadata of the tensors' file hold the text of the other.
 METADATA = "adapter_config"
-FACTORS = "factors"
 
 
 def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
@@ -186,7 +193,7 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
             f"{path} is not the file that {CONFIG} beside it belongs to, or one of them was changed; copy or save "
             f"both again"
         )
-    problems = _factor_differences(config, tensors)
+    problems = _set_differences(config, tensors)
     if problems:
         raise AuroraError(f"{path} does not fit {CONFIG} beside it: {some(problems, separator='; ')}")
     return config, tensors
@@ -218,16 +225,19 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _factor_differences(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> list[str]:
-    """How the factors in the file differ from those that the settings announce."""
-    expected = {f"{FACTORS}.{key}": shape for key, shape in factor_shapes(config).items()}
+def _set_differences(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> list[str]:
+    """How the set's tensors in the file differ from those that the settings announce."""
+    sets = KINDS[config.kind]
+    slots = {slot: (d_in, d_out) for slot, (d_in, d_out) in config.slots.items()}
+    shapes = sets.tensor_shapes(slots, config.settings)
+    expected = {f"{sets.prefix}.{key}": shape for key, shape in shapes.items()}
     problems = [f"{key} is missing" for key in expected.keys() - tensors.keys()]
     for key, tensor in tensors.items():
-        if key.partition(".")[0] == FACTORS:
+        if key.partition(".")[0] == sets.prefix:
             if key not in expected:
                 problems.append(f"{key} is of no slot")
             elif tuple(tensor.shape) != expected[key]:
@@ -235,13 +245,6 @@ def _factor_differences(config: AdapterConfig, tensors: Mapping[str, Tensor]) ->
             elif not tensor.is_floating_point():
                 problems.append(f"{key} is of type {dtype_name(tensor.dtype)}, not of floating point")
     return sorted(problems)
-
-
-def factor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """The factors' shapes that follow from slots and rank, by name."""
-    with torch.device("meta"):
-        factors = ModeFactors({slot: tuple(shape) for slot, shape in config.slots.items()}, config.mode_approx)
-    return {key: tuple(parameter.shape) for key, parameter in factors.sets["default"].named_parameters()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

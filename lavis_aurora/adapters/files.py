@@ -9,15 +9,15 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from lavis_aurora.adapters.companions import BASE, Companions
 from lavis_aurora.adapters.config import (
     CONFIG,
-    FACTORS,
     METADATA,
     TENSORS,
     AdapterConfig,
@@ -26,29 +26,11 @@ from lavis_aurora.adapters.config import (
     read_adapter,
     tensors_hash,
 )
-from lavis_aurora.adapters.sets import switch_companions
+from lavis_aurora.adapters.sets import INTERNAL, KINDS, AdapterSets
+from lavis_aurora.adapters.switching import adapters_of, owner_of
 from lavis_aurora.common.errors import AuroraError, some
 from lavis_aurora.common.files import written_whole
 from lavis_aurora.common.version import __version__
-from lavis_aurora.mode_approx.factors import BASE, INTERNAL, ModeFactors
-from lavis_aurora.mode_approx.layers import adapted_layers, factors_of
-
-
-@runtime_checkable
-class AdapterOwner(Protocol):
-    """A model that has something to say about its adapters; any other nn.Module has them too."""
-
-    def describe_adapter(self) -> dict[str, Any]:
-        """What must be known to build the model again: JSON values, under ``model`` of the file."""
-
-    def base_name(self) -> str | None:
-        """ARCH/TYPE of the registered model whose backbone this is; None for other weights."""
-
-    def adapter_differences(self, description: Mapping[str, Any]) -> list[str]:
-        """How the model that ``description`` is of differs from this one, where an adapter cannot bridge it."""
-
-    def adapter_loaded(self, name: str) -> None:
-        """Called when the parameters of the adapter ``name`` have new values."""
 
 
 def save_adapter(
@@ -58,7 +40,7 @@ def save_adapter(
     metrics: Mapping[str, Any] | None = None,
     description: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write an adapter: factors, gates, heads that were trained with it, and all settings.
+    """Write an adapter: its set, gates, heads that were trained with it, and all settings.
 
     Args:
         model: a model with an adapter.
@@ -70,23 +52,24 @@ def save_adapter(
     Raises:
         AuroraError: there is no such adapter, a value is not finite, or the folder cannot be written.
     """
-    factors = factors_of(model)
-    name = factors.active if name is None else name
+    sets = adapters_of(model)
+    name = sets.active if name is None else name
     if name is None:
         raise AuroraError("no adapter is active: leave disable_adapter first, or name the adapter to save")
-    factors.check_name(name)
-    tensors = adapter_tensors(factors, name)
+    sets.check_name(name)
+    tensors = adapter_tensors(sets, name)
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AuroraError(f"{key}: not finite; the adapter was not written to {folder}")
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    owner = model if isinstance(model, AdapterOwner) else None
+    owner = owner_of(model)
     config = AdapterConfig(
-        mode_approx=factors.sets[name].config,
-        slots={slot: list(shape) for slot, shape in factors.slots.items()},
-        base=BaseConfig(base_hash(model), owner.base_name() if owner else None, base_dtype(model)),
+        kind=sets.kind,
+        settings=sets[name].config,
+        slots={slot: list(shape) for slot, shape in sets.slots.items()},
+        base=BaseConfig(base_hash(model), owner.base_name(), base_dtype(model)),
         tensors_sha256=tensors_hash(tensors),
-        model={**(owner.describe_adapter() if owner else {}), **(description or {})},
+        model={**owner.describe_adapter(), **(description or {})},
         metrics=dict(metrics or {}),
         versions={"lavis_aurora": __version__, "torch": torch.__version__, "python": platform.python_version()},
     )
@@ -123,52 +106,63 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", ch
         AuroraError: the folder cannot be read, or does not fit the model; says exactly what differs. The model is
             unchanged then.
     """
-    factors = factors_of(model)
+    sets = adapters_of(model)
     if name in INTERNAL:
         raise AuroraError(f"an adapter cannot be called {name!r}, which a model keeps for its training")
-    if name == factors.merged:
+    if name == sets.merged:
         raise AuroraError(f"the adapter {name!r} is merged into the weights; unmerge_adapter(model) before loading")
     config, tensors = read_adapter(folder)
-    differences = _differences(model, factors, config, name, check_base)
+    if config.kind != sets.kind:
+        raise AuroraError(
+            f"{folder} is an adapter of {config.kind}, and this model has {sets.kind}; build it with model.tuning: "
+            f"{KINDS[config.kind].tuning}"
+        )
+    differences = _differences(model, sets, config, name, check_base)
     if not differences:
-        differences = _tensor_differences(factors, tensors)
+        differences = _tensor_differences(sets, tensors)
     if differences:
         raise AuroraError(f"{folder} does not fit this model: {some(differences, separator='; ')}")
     if config.format == 1:
         logging.warning("%s is of an older version: no checksum covers its settings; save it again", folder)
-    if name not in factors.sets:
-        factors.add_set(name, config.mode_approx).requires_grad_(False)
+    if name not in sets.sets:
+        sets.add_set(name, config.settings).requires_grad_(False)
     with torch.no_grad():
-        for key, parameter in factors.sets[name].named_parameters():
-            parameter.copy_(tensors[f"{FACTORS}.{key}"])
-        for group, part in factors.companions.items():
-            values = {path: tensors[f"{group}.{path}"] for path in part.names if f"{group}.{path}" in tensors}
-            lacking = [path for path in part.names if path not in values]
-            if values and lacking:
-                logging.warning(
-                    "%s holds no %s, as older versions wrote it: the backbone's are taken, and results may differ",
-                    folder,
-                    some(lacking),
-                )
-            # One without heads of its own replaces one that had some: the backbone's are its.
-            if values or name in part:
-                part.add(name, {**part.tensors_of(BASE), **values})
-    if name == factors.active:
-        switch_companions(factors, name)
-    if isinstance(model, AdapterOwner):
-        model.adapter_loaded(name)
+        for key, parameter in sets[name].named_parameters():
+            parameter.copy_(tensors[f"{sets.prefix}.{key}"])
+        for group, part in sets.companion_groups().items():
+            _load_companions(group, part, name, tensors, folder)
+    if name == sets.active:
+        sets.switch_companions(name)
+    owner_of(model).adapter_loaded(name)
 
 
-def adapter_tensors(factors: ModeFactors, name: str) -> dict[str, Tensor]:
+def _load_companions(
+    group: str, part: Companions, name: str, tensors: Mapping[str, Tensor], folder: str | Path
+) -> None:
+    """Gates or heads of an adapter from its tensors; without heads of its own it goes with the backbone's."""
+    values = {path: tensors[f"{group}.{path}"] for path in part.names if f"{group}.{path}" in tensors}
+    lacking = [path for path in part.names if path not in values]
+    if values and lacking:
+        logging.warning(
+            "%s holds no %s, as older versions wrote it: the backbone's are taken, and results may differ",
+            folder,
+            some(lacking),
+        )
+    # One without heads of its own replaces one that had some: the backbone's are its.
+    if values or name in part:
+        part.add(name, {**part.tensors_of(BASE), **values})
+
+
+def adapter_tensors(sets: AdapterSets, name: str) -> dict[str, Tensor]:
     """Parameters and buffers of an adapter by their names in its file. Factors that slots share are there once."""
-    tensors: dict[str, Tensor] = {f"{FACTORS}.{key}": p for key, p in factors.sets[name].named_parameters()}
-    for group, part in factors.companions.items():
+    tensors: dict[str, Tensor] = {f"{sets.prefix}.{key}": p for key, p in sets[name].named_parameters()}
+    for group, part in sets.companion_groups().items():
         tensors.update((f"{group}.{path}", tensor) for path, tensor in part.tensors_of(name).items())
     return tensors
 
 
 def base_hash(model: nn.Module) -> str:
-    """sha256 of the weights that adapters update, in the model's order, without any update.
+    """sha256 of the weights that adapters update (or stand beside), in the model's order, without any update.
 
     It tells backbones apart and does not depend on picture size, queue or heads. It is never kept: nothing but the
     numbers themselves tells of an edit in place of ``weight.data``. BLIP base takes some tenths of a second.
@@ -176,7 +170,7 @@ def base_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for weight in _base_weights(model):
         digest.update(f"{weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -186,16 +180,14 @@ def base_dtype(model: nn.Module) -> str:
 
 
 def _base_weights(model: nn.Module) -> list[Tensor]:
-    # Momentum copies follow the others, and round differently.
-    layers = [layer for _, layer in adapted_layers(model) if layer.pinned is None]
-    return [weight for layer in layers for weight in layer.backbone_weights().values()]
+    return adapters_of(model).backbone_weights(model)
 
 
 def _differences(
-    model: nn.Module, factors: ModeFactors, config: AdapterConfig, name: str, check_base: bool
+    model: nn.Module, sets: AdapterSets, config: AdapterConfig, name: str, check_base: bool
 ) -> list[str]:
     """How slots, settings and base differ."""
-    here = {slot: list(shape) for slot, shape in factors.slots.items()}
+    here = {slot: list(shape) for slot, shape in sets.slots.items()}
     problems = []
     if len(here) != len(config.slots):
         problems.append(f"{len(config.slots)} slots there and {len(here)} here")
@@ -208,16 +200,15 @@ def _differences(
     ]
     if not problems and list(here) != list(config.slots):
         problems.append("the same slots in another order")
-    if name in factors.sets and asdict(factors.sets[name].config) != asdict(config.mode_approx):
-        own = factors.sets[name].config
+    if name in sets.sets:
+        own = asdict(sets[name].config)
         problems += [
-            f"mode_approx.{key} is {value} there and {getattr(own, key)} here (set it alike, or load the adapter "
-            f"under a new name)"
-            for key, value in asdict(config.mode_approx).items()
-            if getattr(own, key) != value
+            f"{sets.kind}.{key} is {value} there and {own[key]} here (set it alike, or load the adapter under a new "
+            f"name)"
+            for key, value in asdict(config.settings).items()
+            if own[key] != value
         ]
-    if isinstance(model, AdapterOwner):
-        problems += model.adapter_differences(config.model)
+    problems += owner_of(model).adapter_differences(config.model)
     if not problems and check_base:
         problems += _base_differences(model, config.base)
     return problems
@@ -235,7 +226,7 @@ def _base_differences(model: nn.Module, base: BaseConfig) -> list[str]:
             dtype,
         )
         return []
-    name = model.base_name() if isinstance(model, AdapterOwner) else None
+    name = owner_of(model).base_name()
     return [
         f"it was tuned on other weights ({base.name or 'without a name'}, sha256 {base.sha256[:12]}) than these "
         f"({name or 'without a name'}, {here[:12]}); load those, or set check_base=False "
@@ -243,10 +234,10 @@ def _base_differences(model: nn.Module, base: BaseConfig) -> list[str]:
     ]
 
 
-def _tensor_differences(factors: ModeFactors, tensors: Mapping[str, Tensor]) -> list[str]:
+def _tensor_differences(sets: AdapterSets, tensors: Mapping[str, Tensor]) -> list[str]:
     """How gates and heads differ from the model's, and all tensors from numbers, in the type that they get here."""
     expected: dict[str, Tensor] = {}
-    for group, part in factors.companions.items():
+    for group, part in sets.companion_groups().items():
         if group == "gate" or any(key.startswith(f"{group}.") for key in tensors):
             expected.update((f"{group}.{path}", own) for path, own in part.standing().items())
     # Adapters of earlier versions have none.
@@ -258,7 +249,7 @@ def _tensor_differences(factors: ModeFactors, tensors: Mapping[str, Tensor]) -> 
         dtype = torch.float32 if here is None else here.dtype
         # Integers count something: they are of one type.
         same_kind = tensor.is_floating_point() if dtype.is_floating_point else tensor.dtype == dtype
-        if here is None and key.partition(".")[0] != FACTORS:
+        if here is None and key.partition(".")[0] != sets.prefix:
             problems.append(f"{key} has no place here")
         elif here is not None and tensor.shape != here.shape:
             problems.append(f"{key} is {tuple(tensor.shape)} there and {tuple(here.shape)} here")

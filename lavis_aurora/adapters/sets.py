@@ -1,333 +1,307 @@
-"""What belongs to an adapter besides its factors: gates, and heads that were trained with it."""
+"""The protocol of sets of adapter parameters, of whatever kind: which there are, which is active, what they hold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Protocol, runtime_checkable
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lavis_aurora.adapters.norms import Norm, NormMode, is_trained, norms_of
-from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.common.precision import SinglePrecision
-from lavis_aurora.common.summary import GroupCount
-from lavis_aurora.mode_approx.factors import BASE, ModeFactors
-from lavis_aurora.mode_approx.layers import adapted_layers, factors_of
+from lavis_aurora.adapters.companions import BASE, Companions
+from lavis_aurora.common.errors import AuroraError, near_names
+from lavis_aurora.common.registry import Registry
+
+# The set of the momentum teacher's moving average.
+TEACHER_SET = "momentum"
+# Sets that belong to a model's training and are no adapters.
+INTERNAL = (TEACHER_SET,)
 
 
-@runtime_checkable
-class AdapterModule(Protocol):
-    """A module that owns adapter parameters."""
+class AdapterSet(nn.Module):
+    """The parameters of one adapter.
 
-    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(group, parameter) of everything the module trains."""
+    ``named_parameters`` gives them by their names in a file; two sets of the same settings give them in the same
+    order, by which LAVIS's moving average pairs them.
 
-
-def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(group, parameter) of all adapter modules in ``model``, each parameter once."""
-    seen: set[int] = set()
-    for module in model.modules():
-        if module is not model and isinstance(module, AdapterModule):
-            for group, parameter in module.adapter_parameters():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield group, parameter
-
-
-def head_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of ``model.heads``, a list of modules and parameters; none without that attribute."""
-    for head in getattr(model, "heads", ()):
-        yield from [head] if isinstance(head, nn.Parameter) else head.parameters()
-
-
-def head_buffers(model: nn.Module) -> Iterator[Tensor]:
-    """The buffers inside ``model.heads`` that a state dict holds, such as running statistics."""
-    for head in head_modules(model):
-        yield from persistent_buffers(head).values()
-
-
-def head_modules(model: nn.Module) -> list[nn.Module]:
-    """``model.heads`` without single parameters."""
-    return [head for head in getattr(model, "heads", ()) if isinstance(head, nn.Module)]
-
-
-def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a state dict holds, by name; one in several places comes once."""
-    held = module.state_dict().keys()
-    return {name: buffer for name, buffer in module.named_buffers() if name in held}
-
-
-def momentum_copies(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """(trained, copy) as LAVIS's MomentumDistilationMixin lists them in ``model.model_pairs``; empty without."""
-    return [(trained, copy) for trained, copy in getattr(model, "model_pairs", ())]
-
-
-def trained_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that training changes, by name: of trained heads and norms, and of their momentum copies."""
-    owners = [*head_modules(model), *(module for module in model.modules() if isinstance(module, Norm))]
-    changed = {id(buffer) for owner in owners if is_trained(owner) for buffer in owner.buffers()}
-    for trained, copy in momentum_copies(model):
-        if isinstance(copy, nn.Module):
-            twins = dict(copy.named_buffers())
-            changed |= {id(twins.get(name)) for name, buffer in trained.named_buffers() if id(buffer) in changed}
-    return {name: buffer for name, buffer in persistent_buffers(model).items() if id(buffer) in changed}
-
-
-def parameter_groups(model: nn.Module) -> dict[str, GroupCount]:
-    """Tensors and scalars of what is trained, by group (adapters' own, ``heads``, ``backbone``), then ``frozen``."""
-    group_of = {id(p): group for group, p in adapter_parameters(model)}
-    group_of.update((id(p), "heads") for p in head_parameters(model))
-    groups: dict[str, GroupCount] = {}
-    frozen = GroupCount(tensors=0, parameters=0)
-    for parameter in model.parameters():
-        group = frozen
-        if parameter.requires_grad:
-            group = groups.setdefault(group_of.get(id(parameter), "backbone"), GroupCount(tensors=0, parameters=0))
-        group["tensors"] += 1
-        group["parameters"] += parameter.numel()
-    return {**groups, "frozen": frozen}
-
-
-def trainable_parameters_summary(model: nn.Module) -> str:
-    """What is trained: a row for each group, then PEFT's one line. Counts are numbers of scalars."""
-    groups = parameter_groups(model)
-    total = sum(count["parameters"] for count in groups.values())
-    trained = total - groups["frozen"]["parameters"]
-    lines = [f"{'group':<22}{'tensors':>9}{'parameters':>14}{'%':>10}"]
-    for group, count in groups.items():
-        share = _percent(count["parameters"], total)
-        lines.append(f"{group:<22}{count['tensors']:>9,}{count['parameters']:>14,}{share:>10.4f}")
-    share = _percent(trained, total)
-    lines.append(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f}")
-    return "\n".join(lines)
-
-
-def _percent(part: int, whole: int) -> float:
-    return 100 * part / whole if whole else 0.0
-
-
-class Companions(SinglePrecision):
-    """Parameters of one group, gates or heads, of all adapters, and the buffers of their modules.
-
-    Those of one adapter stand in the model, under their own names; those of the others wait here. Switching moves
-    references and copies no number. An adapter that brings no heads uses the backbone's.
-
-    Args:
-        model: the model in which they stand.
-        tensors: they themselves, by their full names there.
-        label: what the summary calls them.
-        owner: the adapter whose tensors stand in the model now.
-        single_precision: keep float32 over a backbone in half precision.
-        norms: those among the modules, which train as long as the tensors that stand in the model do.
+    Attributes:
+        config: the settings, a dataclass.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tensors: dict[str, Tensor],
-        label: str,
-        owner: str,
-        single_precision: bool,
-        norms: Sequence[NormMode] = (),
-    ) -> None:
+    config: Any
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(group, parameter) of everything the set trains; the summary has a row for each group."""
+        raise NotImplementedError
+
+
+class AdapterSets(nn.Module):
+    """Named sets over the same places of a model, one of them active at a time.
+
+    A kind of adapter is a subclass, registered by :func:`register_sets`. It says how a set is made and how forwards
+    find the active one; switching, files, merging and the momentum teacher are then those of every kind.
+
+    Attributes:
+        kind: key of the settings in ``adapter_config.json``; set by :func:`register_sets`.
+        tuning: the ``model.tuning`` that gives a model such sets.
+        prefix: of the tensors' names in ``adapter_model.safetensors``.
+        config_class: dataclass of the settings.
+        slots: (d_in, d_out) of each place that is adapted, by name, in order.
+        sets: the sets by name.
+        companions: what switches with the set: gates and heads, see Companions.
+        active: name of the set that forwards use; None for the plain backbone.
+        merged: name of the set that is merged into the weights, if one is.
+    """
+
+    kind: ClassVar[str]
+    tuning: ClassVar[str]
+    prefix: ClassVar[str]
+    config_class: ClassVar[type]
+
+    def __init__(self, slots: Mapping[str, tuple[int, int]]) -> None:
         super().__init__()
-        self.names = list(tensors)
-        # In lists modules are not registered a second time.
-        self.places = _places(model, tensors.values())
-        self.label = label
-        self.owner = owner
-        self.single_precision = single_precision
-        self.norms = list(norms)
-        self.waiting = nn.ModuleDict()
+        self.slots = dict(slots)
+        self.sets = nn.ModuleDict()
+        self.companions = nn.ModuleDict()
+        self.active: str | None = "default"
+        self.merged: str | None = None
 
-    def __contains__(self, name: str | None) -> bool:
-        return name == self.owner or name in self.waiting
+    @classmethod
+    def tensor_shapes(cls, slots: Mapping[str, tuple[int, int]], config: Any) -> dict[str, tuple[int, ...]]:
+        """The shapes of a set's parameters by name, as slots and settings have them; allocates nothing."""
+        raise NotImplementedError
 
-    def standing(self) -> dict[str, Tensor]:
-        """The parameters and buffers that stand in the model now, by their names there."""
-        return {name: getattr(*places[0]) for name, places in zip(self.names, self.places)}
+    def make_set(self, name: str, config: Any) -> AdapterSet:
+        """A fresh set, which changes nothing yet, on the device of the others; :meth:`add_set` puts it in place."""
+        raise NotImplementedError
 
-    def tensors_of(self, name: str) -> dict[str, Tensor]:
-        """The parameters and buffers of ``name`` by their names in the model; none if it has none of its own."""
-        if name not in self:
-            return {}
-        if name == self.owner:
-            return self.standing()
-        return {path: getattr(self.waiting[name], str(i)) for i, path in enumerate(self.names)}
+    def drop_set(self, name: str) -> None:
+        """Called when the set ``name`` has been forgotten."""
 
-    @torch.no_grad()
-    def add(self, name: str, values: dict[str, Tensor]) -> None:
-        """Let ``name`` have these values, frozen; where it has tensors already, they take the values."""
-        if name not in self:
-            shelf = self._shelf(name)
-            for i, tensor in enumerate(self.standing().values()):
-                _put(shelf, str(i), _like(tensor))
-        for path, tensor in self.tensors_of(name).items():
-            tensor.copy_(values[path])
+    def activate(self, name: str | None) -> None:
+        """Let forwards use the set ``name``, which has been checked; None is the plain backbone."""
+        self.active = name
 
-    def switch(self, name: str | None) -> None:
-        """Put the tensors of ``name`` into the model, or the backbone's if it has none (None: the backbone)."""
-        target = name if name in self else BASE
-        if target == self.owner or target not in self:
+    def backbone_weights(self, model: nn.Module) -> list[Tensor]:
+        """The weights, without any update, by which an adapter's file knows its backbone, in the model's order."""
+        # Momentum copies follow the others, and round differently.
+        layers = [layer for _, layer in self.updated_layers(model) if layer.pinned is None]
+        return [weight for layer in layers for weight in layer.backbone_weights().values()]
+
+    def updated_layers(self, model: nn.Module) -> Iterator[tuple[str, UpdatedLayer]]:
+        """Layers whose weights are W0 + dW, by their names in the plain model, in order; other kinds have none."""
+        modules = model.named_modules(remove_duplicate=False)
+        return ((name, module) for name, module in modules if isinstance(module, UpdatedLayer))
+
+    def plain_state(self, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """A state dict of the model, under the plain model's names and without what the adapter put there.
+
+        Args:
+            state: of the model.
+            prefix: of the keys of this module.
+        """
+        return {key: value for key, value in state.items() if not key.startswith(prefix)}
+
+    def backbone_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A plain model's state dict under the names that its weights have in the adapted one."""
+        return state
+
+    def add_set(self, name: str, config: Any) -> AdapterSet:
+        """Add a fresh set under ``name``; it is not made active.
+
+        Raises:
+            AuroraError: the name is taken or cannot be used.
+        """
+        if name in self.sets:
+            raise AuroraError(f"there is an adapter {name!r} already; delete_adapter it, or choose another name")
+        if not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ModuleDict(), name) or name == BASE:
+            raise AuroraError(f"an adapter cannot be called {name!r}; use another word of letters, digits, _ and -")
+        made = self.make_set(name, config)
+        self.sets[name] = made
+        return made
+
+    def remove_set(self, name: str) -> None:
+        """Forget a set, and its gates and heads."""
+        del self.sets[name]
+        self.drop_set(name)
+        for part in self.companion_groups().values():
+            part.remove(name)
+
+    def add_teacher(self) -> list[nn.Module]:
+        """[the set ``default``, its moving average, which starts equal and frozen]: a pair of LAVIS's model_pairs."""
+        default = self["default"]
+        average = self.add_set(TEACHER_SET, default.config)
+        with torch.no_grad():
+            for parameter, start in zip(average.parameters(), default.parameters()):
+                parameter.copy_(start)
+        average.requires_grad_(False)
+        return [default, average]
+
+    def __getitem__(self, name: str) -> AdapterSet:
+        found = self.sets[name]
+        assert isinstance(found, AdapterSet)
+        return found
+
+    def set_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of all sets."""
+        return chain.from_iterable(self[name].parameters() for name in self.sets)
+
+    def companion_groups(self) -> dict[str, Companions]:
+        """Gates and heads by the name of their group."""
+        return {group: part for group, part in self.companions.items() if isinstance(part, Companions)}
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters, without sets that a model keeps for its training."""
+        return [name for name in self.sets if name not in INTERNAL]
+
+    @property
+    def active_set(self) -> Any:
+        """The set that forwards must add now; None while disabled, and while merged into the weights.
+
+        Raises:
+            AuroraError: the model is trained while an adapter is merged.
+        """
+        if self.merged is not None:
+            if self.training and torch.is_grad_enabled():
+                raise AuroraError(
+                    f"the adapter {self.merged!r} is merged into the weights and cannot be trained; call "
+                    f"unmerge_adapter(model) before training, or model.eval() before scoring"
+                )
+            return None
+        return None if self.active is None else self.sets[self.active]
+
+    def check_trained(self) -> None:
+        """Refuse to train while an adapter is active that was loaded beside the trained one, or one is merged.
+
+        Raises:
+            AuroraError: gradients are asked for in training mode, and the active adapter has none.
+        """
+        active = self.active_set
+        if self.active in (None, "default", *INTERNAL) or not (self.training and torch.is_grad_enabled()):
             return
-        asked = [mode.norm.training if mode.trains else mode.asked for mode in self.norms]
-        outgoing, incoming = self._shelf(self.owner), self.waiting[target]
-        for i, (places, tensor) in enumerate(zip(self.places, self.standing().values())):
-            _put(outgoing, str(i), tensor)
-            for module, attribute in places:
-                setattr(module, attribute, getattr(incoming, str(i)))
-            setattr(incoming, str(i), None)
-        self.owner = target
-        for mode, one in zip(self.norms, asked):
-            mode(one)
+        if not any(parameter.requires_grad for parameter in active.parameters()):
+            raise AuroraError(
+                f"the adapter {self.active!r} is frozen, as one beside 'default' is: load_adapter(model, folder) "
+                f"without a name to train it further, or model.eval() to score with it"
+            )
 
-    def _shelf(self, name: str) -> nn.Module:
-        """Where the tensors of ``name`` wait, by number; made once."""
-        if name not in self.waiting:
-            self.waiting[name] = nn.Module().train(self.training)
-        return self.waiting[name]
+    def check_name(self, name: str) -> None:
+        """Refuse a name that no adapter has."""
+        if name not in self.names:
+            raise AuroraError(f"no adapter {name!r}{near_names(name, self.names)}")
 
-    def remove(self, name: str) -> None:
-        """Forget the tensors of ``name``, which must not stand in the model."""
-        if name in self.waiting:
-            del self.waiting[name]
+    def check_switch(self, name: str | None) -> None:
+        """Refuse a set that is not there, or any other than the merged one."""
+        if name is not None and name not in INTERNAL:
+            self.check_name(name)
+        if self.merged is not None and name != self.merged:
+            raise AuroraError(f"the adapter {self.merged!r} is merged into the weights; unmerge_adapter(model) first")
 
-    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(group, parameter) of what waits here and belongs to an adapter."""
-        for name, shelf in self.waiting.items():
-            if name != BASE:
-                yield from ((self.label, parameter) for parameter in shelf.parameters())
+    @contextmanager
+    def use(self, name: str | None) -> Iterator[None]:
+        """Let forwards inside the block use the set ``name``; None is the plain backbone.
 
-
-def _like(tensor: Tensor) -> Tensor:
-    """An empty parameter, frozen, or buffer."""
-    empty = torch.empty_like(tensor)
-    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-
-
-def _put(shelf: nn.Module, key: str, tensor: Tensor) -> None:
-    """Register a parameter or a buffer."""
-    if isinstance(tensor, nn.Parameter):
-        shelf.register_parameter(key, tensor)
-    else:
-        shelf.register_buffer(key, tensor)
-
-
-def _places(model: nn.Module, tensors: Iterable[Tensor]) -> list[list[tuple[nn.Module, str]]]:
-    """Module and attribute of every place where each of the tensors stands; tied ones stand in several."""
-    found: dict[int, list[tuple[nn.Module, str]]] = {id(tensor): [] for tensor in tensors}
-    for module in model.modules():
-        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if id(tensor) in found:
-                found[id(tensor)].append((module, attribute))
-    return list(found.values())
-
-
-def bind_companions(model: nn.Module, factors: ModeFactors, train_heads: bool) -> None:
-    """Let gates and heads switch with the factors; called once, when both stand in the model.
-
-    Gates are what modules of the model name in ``adapter_parameters``, heads what ``model.heads`` lists.
-
-    Args:
-        model: the model around the factors.
-        factors: its factors.
-        train_heads: the heads are trained with the adapter ``default``: the backbone's own are kept beside them.
-
-    Raises:
-        AuroraError: a head holds a weight that the adapter updates, or buffers and no parameter.
-    """
-    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    own = {id(parameter) for parameter in factors.parameters()}
-    gates = {names[id(p)]: p for _, p in adapter_parameters(model) if id(p) not in own}
-    heads = {names[id(tensor)]: tensor for tensor in (*head_parameters(model), *head_buffers(model))}
-    adapted = {id(weight) for _, layer in adapted_layers(model) for weight in layer.adapted_weights().values()}
-    both = [names[id(p)] for p in head_parameters(model) if id(p) in adapted]
-    if both:
-        raise AuroraError(
-            f"{both[0]} has an update by mode_approx and cannot be trained itself too; name modules without adapted "
-            f"layers in model.modules_to_save, or other layers in model.mode_approx.targets"
-        )
-    for head in head_modules(model):
-        if persistent_buffers(head) and not any(True for _ in head.parameters()):
-            name = next(name for name, module in model.named_modules() if module is head)
-            raise AuroraError(f"{name} has buffers and no parameter to train; name the module around it as the head")
-    if gates:
-        factors.companions["gate"] = Companions(model, gates, "gate", "default", single_precision=True)
-    if heads:
-        norms = [mode for head in head_modules(model) for mode in norms_of(model, head)] if train_heads else []
-        group = factors.companions["heads"] = Companions(model, heads, "heads", BASE, False, norms)
-        if train_heads:
-            group.owner = "default"
-            keep_base_heads(factors)
-    factors.train(factors.training)
-
-
-def keep_base_heads(factors: ModeFactors) -> None:
-    """Remember the heads that stand in the model as the backbone's; called when its weights have been loaded."""
-    if "heads" not in factors.companions:
-        return
-    group = factors.companions["heads"]
-    if group.owner != BASE:
-        group.add(BASE, group.tensors_of(group.owner))
-
-
-def switch_companions(factors: ModeFactors, name: str | None) -> None:
-    """Put the gates and heads of an adapter, or of the backbone, into the model."""
-    for part in factors.companions.values():
-        part.switch(name)
-
-
-def list_adapters(model: nn.Module) -> list[str]:
-    """Names of the adapters that the model holds."""
-    return factors_of(model).names
-
-
-def set_adapter(model: nn.Module, name: str) -> None:
-    """Let forwards use the adapter ``name``: its factors, its gates and, if it brought any, its heads.
-
-    No number is copied. What is trained stays the same: an adapter that was loaded beside ``default`` is frozen.
-
-    Raises:
-        AuroraError: no such adapter, or another one is merged.
-    """
-    factors = factors_of(model)
-    factors.check_name(name)
-    factors.check_switch(name)
-    factors.active = name
-    switch_companions(factors, name)
-
-
-@contextmanager
-def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Context in which the model is its backbone alone: no update, no gate, the backbone's heads.
-
-    Raises:
-        AuroraError: an adapter is merged.
-    """
-    factors = factors_of(model)
-    before = factors.active
-    with factors.disabled():
-        switch_companions(factors, None)
+        With gradient checkpointing the backward pass belongs inside the block too: it computes forward again.
+        """
+        self.check_switch(name)
+        before = self.active
+        self.activate(name)
         try:
             yield
         finally:
-            switch_companions(factors, before)
+            self.activate(before)
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Context in which every adapted layer is the plain backbone's."""
+        return self.use(None)
+
+    def switch_companions(self, name: str | None) -> None:
+        """Put the gates and heads of an adapter, or of the backbone, into the model."""
+        for part in self.companion_groups().values():
+            part.switch(name)
+
+    def keep_base_heads(self) -> None:
+        """Remember the heads that stand in the model as the backbone's; called when its weights have been loaded."""
+        heads = self.companion_groups().get("heads")
+        if heads is not None and heads.owner != BASE:
+            heads.add(BASE, heads.tensors_of(heads.owner))
 
 
-def delete_adapter(model: nn.Module, name: str) -> None:
-    """Forget an adapter that is not active.
+KINDS: Registry[type[AdapterSets]] = Registry("kind of adapter")
 
-    Raises:
-        AuroraError: no such adapter; it is active, or ``default``, which the model was built with.
+
+def register_sets(kind: str) -> Callable[[type[AdapterSets]], type[AdapterSets]]:
+    """Decorator of a subclass of :class:`AdapterSets`: its folders hold the settings under ``kind``."""
+
+    def register(cls: type[AdapterSets]) -> type[AdapterSets]:
+        cls.kind = kind
+        return KINDS.register(kind)(cls)
+
+    return register
+
+
+class UpdatedLayer(nn.Module):
+    """Mixin in front of a layer whose weights are W0 + dW, with W0 as its parameters: they can be merged.
+
+    While an adapter is merged, state dicts still hold W0.
+
+    Attributes:
+        pinned: the set this layer always reads; None reads the active one. A momentum copy is pinned.
+        originals: W0 by weight while an adapter is merged into the layer, else empty.
     """
-    factors = factors_of(model)
-    factors.check_name(name)
-    if name == "default":
-        raise AuroraError("the adapter 'default' belongs to the model and stays; load_adapter replaces its values")
-    if name == factors.active or name == factors.merged:
-        raise AuroraError(f"the adapter {name!r} is active; set_adapter another one first")
-    del factors.sets[name]
-    for part in factors.companions.values():
-        part.remove(name)
+
+    pinned: str | None = None
+    originals: dict[str, Tensor]
+
+    def adapted_weights(self) -> dict[str, nn.Parameter]:
+        """The parameters that updates are for, by name."""
+        raise NotImplementedError
+
+    def delta_weights(self, name: str = "default") -> dict[str, Tensor]:
+        """The updates of these weights, of the same shapes, from the set ``name`` (or the pinned one)."""
+        raise NotImplementedError
+
+    def backbone_weights(self) -> dict[str, Tensor]:
+        """W0 by name, merged or not."""
+        return {name: self.originals.get(name, weight.detach()) for name, weight in self.adapted_weights().items()}
+
+    def merged_weights(self, name: str) -> dict[str, Tensor]:
+        """W0 + dW in the dtype of W0, computed in that of the update. Changes nothing."""
+        deltas = self.delta_weights(name)
+        return {
+            weight: (original.to(deltas[weight].dtype) + deltas[weight].detach()).to(original.dtype)
+            for weight, original in self.backbone_weights().items()
+        }
+
+    def keep_originals(self) -> None:
+        """Remember W0, before :meth:`merge`."""
+        self.originals = self.backbone_weights()
+
+    def merge(self, merged: Mapping[str, Tensor]) -> None:
+        """Put ``merged`` in the weights' place."""
+        for name, weight in self.adapted_weights().items():
+            weight.data = merged[name]
+
+    def unmerge(self) -> None:
+        """Put W0 back, the very same numbers."""
+        for name, weight in self.adapted_weights().items():
+            weight.data = self.originals.get(name, weight.data)
+        self.originals = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UpdatedLayer:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.originals = {name: fn(original) for name, original in self.originals.items()}
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: original for name, original in self.originals.items()})
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if any(prefix + name in state_dict for name in self.originals):
+            raise AuroraError(f"{prefix[:-1]}: an adapter is merged; unmerge_adapter(model) before loading weights")
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -2,30 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
 import torch
 from torch import Tensor
 
+from lavis_aurora.config.method import CONTEXT_FORMS
+
+
+class ContextForm(Protocol):
+    """A form of the enhancement; the same for positive and negative pairs, else the label would show."""
+
+    def __call__(self, fusion: Tensor, queries: Tensor) -> Tensor:
+        """f' (pairs, d) from f (pairs, d) and the text queries t of the batch (batch, d)."""
+
+
+Form = TypeVar("Form", bound=ContextForm)
+
+
+def register_context(name: str) -> Callable[[Form], Form]:
+    """Decorator of a :class:`ContextForm`, which ``model.context.form: NAME`` then means, in training.
+
+    Raises:
+        AuroraError: the name is taken.
+    """
+    return CONTEXT_FORMS.register(name)
+
+
+@register_context("attention")
+def attention(fusion: Tensor, queries: Tensor) -> Tensor:
+    """alpha_ij = softmax_j(f_i . t_j),   f'_i = f_i + sum_j alpha_ij t_j        (eq. 5)."""
+    return fusion + (fusion @ queries.t()).softmax(dim=1) @ queries
+
+
+@register_context("mean")
+def mean(fusion: Tensor, queries: Tensor) -> Tensor:
+    """Equal weights in the place of alpha."""
+    return fusion + queries.mean(dim=0)
+
+
+@register_context("random")
+def random(fusion: Tensor, queries: Tensor) -> Tensor:
+    """Gaussian vectors in the place of t."""
+    return attention(fusion, torch.randn_like(queries))
+
+
+@register_context("none")
+def none(fusion: Tensor, queries: Tensor) -> Tensor:
+    """No enhancement."""
+    return fusion
+
 
 def enhance_context(fusion: Tensor, queries: Tensor, form: str = "attention") -> Tensor:
-    """Enrich fusion features by the text queries of the batch.
-
-        alpha_ij = softmax_j(f_i . t_j),   f'_i = f_i + sum_j alpha_ij t_j        (eq. 5)
-
-    The same for positive and negative pairs, else the label would show; in training only.
+    """Enrich fusion features by the text queries of the batch; in training only.
 
     Args:
         fusion: f, features at the [ENC] position, (pairs, d).
         queries: t, text-only [CLS] features of the batch, (batch, d).
-        form: attention (eq. 5); mean (equal weights); random (Gaussian vectors in place of t); none.
+        form: attention, mean, random, none, or another that is registered.
 
     Returns:
         f', (pairs, d).
     """
-    if form == "none":
-        return fusion
-    if form == "mean":
-        return fusion + queries.mean(dim=0)
-    if form == "random":
-        queries = torch.randn_like(queries)
-    alpha = (fusion @ queries.t()).softmax(dim=1)
-    return fusion + alpha @ queries
+    enhanced: Tensor = CONTEXT_FORMS[form](fusion, queries)
+    return enhanced

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
-from lavis.models.med import BertModel
-from lavis.models.vit import Mlp, VisionTransformer
 from torch import Tensor, nn
 
-from lavis_aurora.common.errors import AuroraError, near_names
+from lavis_aurora.adapters.sets import AdapterSet, AdapterSets, register_sets
 from lavis_aurora.config.method import UniAdapterConfig
-from lavis_aurora.encoders.fused import retyped
-from lavis_aurora.encoders.fusion import RememberingLayer, remember_query
 
 
-class UniAdapterSet(nn.Module):
+class UniAdapterSet(AdapterSet):
     """The bottlenecks of all layers; with h = relu(D x) and one down-projection D a layer:
 
         vision: s V h(x)      text: s T h(t)      fusion: s (T h(t) + (T + C) h(f))
@@ -43,16 +40,19 @@ class UniAdapterSet(nn.Module):
 
     def vision(self, i: int, x: Tensor) -> Tensor:
         """Beside the feed-forward block of layer ``i`` of the vision tower; the shape of x."""
-        return self.config.scale * self.vision_up[i](F.relu(self.down[i](x)))
+        output: Tensor = self.config.scale * self.vision_up[i](F.relu(self.down[i](x)))
+        return output
 
     def text(self, i: int, t: Tensor) -> Tensor:
         """The same in the text tower, for a text alone."""
-        return self.config.scale * self.text_up[i](F.relu(self.down[i](t)))
+        output: Tensor = self.config.scale * self.text_up[i](F.relu(self.down[i](t)))
+        return output
 
     def fusion(self, i: int, t: Tensor, f: Tensor) -> Tensor:
         """The same for a text that attends to an image."""
         hidden = F.relu(self.down[i](f))
-        return self.text(i, t) + self.config.scale * (self.text_up[i](hidden) + self.fusion_up[i](hidden))
+        output: Tensor = self.config.scale * (self.text_up[i](hidden) + self.fusion_up[i](hidden))
+        return self.text(i, t) + output
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(group, parameter) of everything this module trains."""
@@ -66,83 +66,49 @@ class UniAdapterSet(nn.Module):
                 yield f"UniAdapter {group}", parameter
 
 
-class UniAdapters(nn.Module):
-    """Named sets of bottlenecks, one of them active at a time."""
+@register_sets("uniadapter")
+class UniAdapters(AdapterSets):
+    """Named sets of bottlenecks, one of them active at a time.
+
+    Attributes:
+        beside: the feed-forward blocks with a bottleneck beside them.
+
+    Args:
+        depth, dim: layers and width of the towers.
+        config: of the set ``default``.
+    """
+
+    tuning: ClassVar[str] = "uniadapter"
+    prefix: ClassVar[str] = "uniadapter"
+    config_class: ClassVar[type] = UniAdapterConfig
+    beside: list[nn.Module]
 
     def __init__(self, depth: int, dim: int, config: UniAdapterConfig) -> None:
-        super().__init__()
-        self.shape = (depth, dim)
-        self.sets = nn.ModuleDict()
-        self.active: str | None = "default"
+        super().__init__({f"layer.{i}": (dim, dim) for i in range(depth)})
+        # Not submodules: they belong to the towers.
+        self.__dict__["beside"] = []
         self.add_set("default", config)
 
-    def add_set(self, name: str, config: UniAdapterConfig) -> UniAdapterSet:
-        """Add a fresh set, which changes nothing yet, under ``name``; it is not made active."""
-        self.sets[name] = UniAdapterSet(*self.shape, config)
-        return self.sets[name]
+    @classmethod
+    def tensor_shapes(
+        cls, slots: Mapping[str, tuple[int, int]], config: UniAdapterConfig
+    ) -> dict[str, tuple[int, ...]]:
+        """The bottlenecks' shapes, of towers of one width."""
+        with torch.device("meta"):
+            one = UniAdapterSet(len(slots), next(iter(slots.values()))[0], config)
+        return {key: tuple(parameter.shape) for key, parameter in one.named_parameters()}
 
-    @property
-    def active_set(self) -> UniAdapterSet | None:
-        """The set that forwards use now; None for the plain backbone."""
-        return None if self.active is None else self.sets[self.active]
+    def make_set(self, name: str, config: UniAdapterConfig) -> UniAdapterSet:
+        """Fresh bottlenecks, whose output is zero."""
+        like = next(self.sets.parameters(), None)
+        made = UniAdapterSet(len(self.slots), next(iter(self.slots.values()))[0], config).train(self.training)
+        return made if like is None else made.to(like)
 
-    @contextmanager
-    def use(self, name: str | None) -> Iterator[None]:
-        """Let forwards inside the block use the set ``name``; None is the plain backbone."""
-        if name is not None and name not in self.sets:
-            raise AuroraError(f"no adapter {name!r}{near_names(name, self.sets)}")
-        before, self.active = self.active, name
-        try:
-            yield
-        finally:
-            self.active = before
+    def stand_beside(self, block: nn.Module) -> None:
+        """Called for each feed-forward block with a bottleneck beside it; their weights tell a file the backbone."""
+        self.beside.append(block)
 
-
-class UniAdapterMlp(Mlp):
-    """Feed-forward block of the ViT with a bottleneck beside it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As LAVIS's."""
-        active = self.adapters.active_set
-        return super().forward(x) if active is None else super().forward(x) + active.vision(self.index, x)
-
-
-class UniAdapterLayer(RememberingLayer):
-    """Layer of BERT with a bottleneck beside its feed-forward block."""
-
-    def beside(self, query: Tensor | None, attention_output: Tensor) -> Tensor | None:
-        """The bottleneck's output for f, or for t itself where no image is attended to."""
-        active = self.adapters.active_set
-        if active is None:
-            return None
-        if query is None:
-            return active.text(self.index, attention_output)
-        return active.fusion(self.index, query, attention_output)
-
-
-def add_uniadapter(vision: VisionTransformer, texts: Sequence[BertModel], config: UniAdapterConfig) -> UniAdapters:
-    """Put bottlenecks into the towers, in place; text towers share them layer by layer.
-
-    Raises:
-        AuroraError: the towers are not of one depth and width, so that no down-projection can be shared.
-    """
-    shapes = [(len(vision.blocks), vision.embed_dim)]
-    shapes += [(len(text.encoder.layer), text.config.hidden_size) for text in texts]
-    if len(set(shapes)) > 1:
-        raise AuroraError(
-            f"model.tuning: uniadapter shares projections between towers of one depth and width, but these have "
-            f"{', '.join(f'{depth} layers of width {dim}' for depth, dim in shapes)}; use aurora or lora"
-        )
-    adapters = UniAdapters(*shapes[0], config)
-    for i, block in enumerate(vision.blocks):
-        block.mlp = _attached(retyped(UniAdapterMlp, block.mlp), adapters, i)
-    for text in texts:
-        for i, layer in enumerate(text.encoder.layer):
-            text.encoder.layer[i] = _attached(remember_query(layer, UniAdapterLayer), adapters, i)
-    return adapters
-
-
-def _attached(module: nn.Module, adapters: UniAdapters, index: int) -> nn.Module:
-    """``module``, reading layer ``index`` of the adapters, which are registered at the model."""
-    module.__dict__.update(adapters=adapters, index=index)
-    return module
+    def backbone_weights(self, model: nn.Module) -> list[Tensor]:
+        """The weights of the linear layers of these blocks."""
+        layers = (layer for block in self.beside for layer in block.modules() if isinstance(layer, nn.Linear))
+        return [layer.weight.detach() for layer in layers]

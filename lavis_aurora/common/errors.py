@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 # Of a value that a message names.
@@ -76,7 +76,7 @@ def require(ok: bool, key: str, value: object, need: str) -> None:
         raise AuroraError(f"{key}: {shown(value)} cannot be used; it must be {need}")
 
 
-def one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+def one_of(key: str, value: str, known: Collection[str]) -> None:
     """Refuse a value that is not one of those known, with an AuroraError that names the nearest of them."""
     if value not in known:
         raise AuroraError(f"{key}: unknown value {shown(value)}{near_names(str(value), known)}")

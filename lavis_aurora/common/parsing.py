@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -16,15 +16,23 @@ TRUTH = {
 }
 
 
-def parse(cls: type[T], section: Any, where: str = "", convert: bool = False) -> T:
+def parse(
+    cls: type[T], section: Any, where: str = "", convert: bool = False, given: Mapping[str, Any] | None = None
+) -> T:
     """An instance of a dataclass from a section of keys, sections in it likewise.
 
     Args and errors as of :func:`check_section`; what ``__post_init__`` raises is raised as it is.
+
+    Args:
+        given: fields with their values, which are no keys of the section.
     """
-    return _build(cls, check_section(cls, section, where, convert))
+    given = given or {}
+    return _build(cls, check_section(cls, section, where, convert, tuple(given)), given)
 
 
-def check_section(cls: type[Any], section: Any, where: str = "", convert: bool = False) -> dict[str, Any]:
+def check_section(
+    cls: type[Any], section: Any, where: str = "", convert: bool = False, given: Collection[str] = ()
+) -> dict[str, Any]:
     """What a section holds, once every key and type is checked, but not whether the values can be used.
 
     Args:
@@ -33,13 +41,14 @@ def check_section(cls: type[Any], section: Any, where: str = "", convert: bool =
         where: its name, for messages; empty for a whole file.
         convert: take a text for the number that it spells, a number for its text, and 0 and 1 for truth values. A
             whole number is a float in any case.
+        given: fields that are no keys of the section.
 
     Raises:
         AuroraError: an unknown key (with the nearest valid names), a missing one, or a value of another type.
     """
     if not isinstance(section, Mapping):
         raise AuroraError(f"{where or 'the file'}: must be a section of keys, not {shown(section)}")
-    declared = {field.name: field for field in fields(cls)}
+    declared = {field.name: field for field in fields(cls) if field.name not in given}
     for key in section:
         if key not in declared:
             raise AuroraError(f"{_join(where, key)}: unknown key{near_names(str(key), declared)}")
@@ -88,8 +97,8 @@ def _converted(kind: type, value: Any) -> Any:
         return value
 
 
-def _build(cls: type[T], values: Mapping[str, Any]) -> T:
-    hints, built = get_type_hints(cls), {}
+def _build(cls: type[T], values: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> T:
+    hints, built = get_type_hints(cls), dict(given or {})
     for key, value in values.items():
         inner = section_class(hints[key])
         built[key] = value if value is None or inner is None else _build(inner, value)

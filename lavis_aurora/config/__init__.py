@@ -24,6 +24,7 @@ from lavis_aurora.config.models import (
     RetrievalAuroraConfig,
     VitConfig,
     VqaAuroraConfig,
+    register_tuning,
 )
 from lavis_aurora.config.run import (
     INFERENCE_METHODS,
@@ -63,4 +64,5 @@ __all__ = [
     "VitConfig",
     "VqaAuroraConfig",
     "register_run_keys",
+    "register_tuning",
 ]

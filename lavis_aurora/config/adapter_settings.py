@@ -25,19 +25,22 @@ from lavis_aurora.config.dataset_keys import (
     is_portable_processor,
     is_word,
 )
+from lavis_aurora.config.models import TUNINGS
 
 # Of this package's own models: what they are and how they were tuned.
 BLIP_SETTINGS = (
     *("image_size", "vit_type", "vit", "vit_layer_norm_epsilon", "embed_dim", "max_txt_len"),
     *("vit_drop_path_rate", "vit_grad_ckpt", "vit_ckpt_layer", "train_heads", "train_temp"),
-    *("mode_approx", "gate", "context", "share_decoder", "mask_question_padding", "rank_chunk"),
+    *("tuning", "mode_approx", "gate", "lora", "uniadapter", "context"),
+    *("share_decoder", "mask_question_padding", "rank_chunk"),
     *("queue_size", "alpha", "momentum", "negative_all_rank"),
 )
 # Never: where things come from, and what is decided by whoever loads.
 LEFT_OUT = (
     *("arch", "model_type", "pretrained", "finetuned", "load_finetuned", "load_pretrained", "tokenizer"),
-    *("med_config_path", "adapter", "adapter_check_base", "tuning", "freeze_vit", "lora", "uniadapter"),
+    *("med_config_path", "adapter", "adapter_check_base", "freeze_vit"),
 )
+TUNING_SETTINGS = {"aurora": ("mode_approx", "gate"), "lora": ("lora",), "uniadapter": ("uniadapter",)}
 WRAPPER_SETTINGS = ("base", "mode_approx", "modules_to_save")
 # These fetch a tokenizer when they are made.
 FETCHING_PROCESSORS = ("gpt_dialogue", "gpt_video_ft")
@@ -52,7 +55,13 @@ def portable_settings(cls: type[Any], settings: Mapping[str, Any], defaults: Map
         defaults: of its type; what is a word or path there stays so.
     """
     if hasattr(cls, "CONFIG_CLASS"):
-        allowed = WRAPPER_SETTINGS if "base" in _known(cls) else BLIP_SETTINGS
+        allowed = set(WRAPPER_SETTINGS if "base" in _known(cls) else BLIP_SETTINGS)
+        # Of the ways of tuning, the one that the adapter is of.
+        tuning = settings.get("tuning", "aurora")
+        if tuning not in TUNINGS or not TUNINGS[tuning].adapters:
+            allowed.discard("tuning")
+            tuning = "aurora"
+        allowed -= {key for one, keys in TUNING_SETTINGS.items() if one != tuning for key in keys}
         return {key: value for key, value in settings.items() if key in allowed}
     return {
         key: value

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from lavis_aurora.common.errors import one_of, patterns, require
+from lavis_aurora.common.registry import Registry
 
-GATE_FORMS = ("residual", "convex", "affine", "none")
+# Filled by lavis_aurora.alignment.gate.register_gate and lavis_aurora.alignment.context.register_context.
+GATE_FORMS: Registry[Any] = Registry("gate.form")
+CONTEXT_FORMS: Registry[Any] = Registry("context.form")
 GATE_INITS = ("zeros", "ones")
 SHARINGS = ("global", "tower")
-CONTEXT_FORMS = ("attention", "mean", "random", "none")
 
 
 @dataclass
@@ -98,7 +100,7 @@ class LoraConfig:
     targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
 
     def __post_init__(self) -> None:
-        require(self.rank >= 1, "lora.rank", self.rank, "1 or more")
+        require(1 <= self.rank <= 2**14, "lora.rank", self.rank, "1 or more, and at most 16384")
         require(self.alpha > 0, "lora.alpha", self.alpha, "above 0")
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "0 or more and below 1")
         require(bool(self.targets), "lora.targets", self.targets, f"some of {', '.join(LORA_TARGETS)}")
@@ -119,5 +121,5 @@ class UniAdapterConfig:
     scale: float = 0.1
 
     def __post_init__(self) -> None:
-        require(self.rank >= 1, "uniadapter.rank", self.rank, "1 or more")
+        require(1 <= self.rank <= 2**14, "uniadapter.rank", self.rank, "1 or more, and at most 16384")
         require(self.scale > 0, "uniadapter.scale", self.scale, "above 0")

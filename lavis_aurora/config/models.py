@@ -2,13 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from lavis_aurora.common.errors import AuroraError, one_of, patterns, require
+from lavis_aurora.common.registry import Registry
 from lavis_aurora.config.method import ContextConfig, GateConfig, LoraConfig, ModeApproxConfig, UniAdapterConfig
 
-TUNINGS = ("aurora", "heads", "lora", "uniadapter", "full", "frozen")
+
+@dataclass(frozen=True)
+class Tuning:
+    """A way of tuning a model, see :func:`register_tuning`."""
+
+    set_up: Callable[..., Any]
+    adapters: bool
+    heads: bool
+    backbone: bool
+
+
+TUNINGS: Registry[Tuning] = Registry("model.tuning")
+
+
+def register_tuning(
+    name: str, adapters: bool = False, heads: bool = True, backbone: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator of a function that puts into a model what ``model.tuning: NAME`` trains.
+
+    It is called as ``set_up(model, cfg, places)``, with the model frozen, its configuration, and where the method
+    goes in it (:class:`lavis_aurora.models.base.Places`). It returns the sets of adapters that it put there
+    (:class:`lavis_aurora.adapters.sets.AdapterSets`), which are trained then, or None; further parameters to train
+    it lets require gradients itself.
+
+    Args:
+        name: in the YAML.
+        adapters: it returns sets of adapters, which ``model.adapter`` may be loaded into.
+        heads: the heads are trained too, unless ``model.train_heads`` is false.
+        backbone: the model is not frozen first.
+
+    Raises:
+        AuroraError: the name is taken.
+    """
+
+    def register(set_up: Callable[..., Any]) -> Callable[..., Any]:
+        TUNINGS.register(name)(Tuning(set_up, adapters, heads, backbone))
+        return set_up
+
+    return register
 
 
 @dataclass
@@ -101,9 +141,11 @@ class BlipAuroraConfig:
                 f"model.train_heads: false does not go with model.tuning: {self.tuning}, which trains the heads; "
                 f"leave it out, or choose another tuning"
             )
-        if self.adapter is not None and self.tuning != "aurora":
+        if self.adapter is not None and not TUNINGS[self.tuning].adapters:
+            those = " or ".join(name for name, tuning in TUNINGS.items() if tuning.adapters)
             raise AuroraError(
-                f"model.adapter: needs model.tuning: aurora, not {self.tuning}; leave one of the two out"
+                f"model.adapter: needs model.tuning: {those}, not {self.tuning}, which has no adapters; leave one of "
+                f"the two out"
             )
         one_of("model.vit_type", self.vit_type, ("base", "large"))
         require(self.image_size >= 1, "model.image_size", self.image_size, "1 or more (pixels)")

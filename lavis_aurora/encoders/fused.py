@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from timm.models.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lavis_aurora.common.modules import retyped
 from lavis_aurora.mode_approx.layers import ModeApproxLinear, linear_together
 
 
@@ -53,16 +53,6 @@ class Packing:
     def packed(self, groups: Iterable[Tensor]) -> Tensor:
         """(1, tokens, d) of results for each length, (texts, length, d)."""
         return torch.cat([x.flatten(0, 1) for x in groups]).unsqueeze(0)
-
-
-Module = TypeVar("Module", bound=nn.Module)
-
-
-def retyped(cls: type[Module], module: nn.Module) -> Module:
-    """A ``cls`` with the very parameters and children of ``module``, whose class it extends by methods alone."""
-    new = cls.__new__(cls)
-    new.__dict__.update(module.__dict__)
-    return new
 
 
 class FusedVisionAttention(Attention):

@@ -1,100 +1,207 @@
-"""The gate (paper 3.3) in LAVIS's BERT: subclasses of its layers that keep their keys."""
+"""The gate (paper 3.3) and UniAdapter's bottlenecks in LAVIS's towers: their layers' subclasses, with their keys."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
 import torch
 from lavis.models.med import BertAttention, BertLayer, BertModel
-from torch import Tensor
+from lavis.models.vit import Mlp, VisionTransformer
+from torch import Tensor, nn
 
-from lavis_aurora.alignment.gate import AffineGate, QueryGate
-from lavis_aurora.config.method import GateConfig
-from lavis_aurora.encoders.fused import Packing, retyped
-from lavis_aurora.mode_approx.factors import ModeFactors
+from lavis_aurora.adapters.sets import AdapterSets
+from lavis_aurora.alignment.gate import Gate
+from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.modules import retyped
+from lavis_aurora.config.method import GATE_FORMS, GateConfig
+from lavis_aurora.encoders.fused import Packing
+
+
+def apply_gate(gate: Gate, t: Tensor, f: Tensor, mask: Tensor | Packing | None) -> Tensor:
+    """``gate`` of t and f, (batch, length, d), given what it reads.
+
+    Args:
+        mask: the text's additive mask, (batch, 1, 1, length), or its packing; a form that reads whole texts gets
+            those of each length as a batch without padding.
+    """
+    if isinstance(mask, Packing):
+        if gate.reads == "positions":
+            return gate(t, f)
+        return mask.packed(gate(*texts) for texts in mask.unpacked(t, f))
+    return gate(t, f, None if mask is None else mask[:, 0, 0, :] == 0)
 
 
 class GatedCrossAttention(BertAttention):
-    """Cross-attention whose output f is combined with its input t by a :class:`QueryGate`."""
+    """Cross-attention whose output f is combined with its input t by a :class:`Gate`."""
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | Packing | None = None, *args, **kwargs
+        self, hidden_states: Tensor, attention_mask: Tensor | Packing | None = None, *args: Any, **kwargs: Any
     ) -> tuple:
-        """As LAVIS's; ``attention_mask`` is the text's additive mask, (batch, 1, 1, length), or its packing."""
+        """LAVIS's arguments; ``attention_mask`` is the text's, as of :func:`apply_gate`."""
         f, *rest = super().forward(hidden_states, attention_mask, *args, **kwargs)
-        if self.factors.active is None:
+        if self.adapters.active is None:
             return (f, *rest)
-        if isinstance(attention_mask, Packing):
-            parts = (self.gate(t, f) for t, f in attention_mask.unpacked(hidden_states, f))
-            return (attention_mask.packed(parts), *rest)
-        keep = None if attention_mask is None else attention_mask[:, 0, 0, :] == 0
-        return (self.gate(hidden_states, f, keep), *rest)
+        return (apply_gate(self.gate, hidden_states, f, attention_mask), *rest)
 
 
 class RememberedCrossAttention(BertAttention):
-    """Cross-attention that keeps its input t for the :class:`RememberingLayer` around it."""
+    """Cross-attention that keeps its input t, and the text's mask, for the :class:`RememberingLayer` around it."""
 
     query: Tensor | None = None
+    mask: Tensor | Packing | None = None
 
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple:
-        """As LAVIS's."""
-        self.query = hidden_states
-        return super().forward(hidden_states, *args, **kwargs)
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | Packing | None = None, *args: Any, **kwargs: Any
+    ) -> tuple:
+        """LAVIS's arguments."""
+        self.query, self.mask = hidden_states, attention_mask
+        return super().forward(hidden_states, attention_mask, *args, **kwargs)
 
 
 class RememberingLayer(BertLayer):
     """A layer that adds something made of t and f to the output of its feed-forward block."""
 
-    def forward(self, *args, **kwargs) -> tuple:
-        """As LAVIS's."""
-        self.crossattention.query = None
+    def forward(self, *args: Any, **kwargs: Any) -> tuple:
+        """LAVIS's arguments."""
+        self.crossattention.query = self.crossattention.mask = None
         return super().forward(*args, **kwargs)
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         """The feed-forward block; its input is f, or t itself in a text-only pass."""
         output = super().feed_forward_chunk(attention_output)
-        query, self.crossattention.query = self.crossattention.query, None
-        more = self.beside(query, attention_output)
+        cross = self.crossattention
+        query, mask, cross.query, cross.mask = cross.query, cross.mask, None, None
+        more = self.beside(query, attention_output, mask)
         return output if more is None else output + more
 
-    def beside(self, query: Tensor | None, attention_output: Tensor) -> Tensor | None:
-        """What is added: of t, which is None in a text-only pass, and of the block's input. None for nothing."""
-        return None
+    def beside(self, query: Tensor | None, attention_output: Tensor, mask: Tensor | Packing | None) -> Tensor | None:
+        """What to add, (batch, length, d), for t (None in a text-only pass) and f; None for nothing."""
+        raise NotImplementedError
 
 
-def remember_query(layer: BertLayer, cls: type[RememberingLayer]) -> RememberingLayer:
+Remembering = TypeVar("Remembering", bound=RememberingLayer)
+
+
+def remember_query(layer: BertLayer, cls: type[Remembering]) -> Remembering:
     """``layer`` as a ``cls``, with its parameters under their names."""
     new = retyped(cls, layer)
     new.crossattention = retyped(RememberedCrossAttention, new.crossattention)
     return new
 
 
-class AffineLayer(RememberingLayer):
-    """A layer whose output is corrected by an :class:`AffineGate` of t and f, when it attends to an image."""
+class GatedLayer(RememberingLayer):
+    """A layer whose output is corrected by a :class:`Gate` of t and f, when it attends to an image."""
 
-    def beside(self, query: Tensor | None, attention_output: Tensor) -> Tensor | None:
-        """The gate's correction."""
-        if query is None or self.factors.active is None:
+    def beside(self, query: Tensor | None, attention_output: Tensor, mask: Tensor | Packing | None) -> Tensor | None:
+        """The gate's correction, (batch, length, d)."""
+        if query is None or self.adapters.active is None:
             return None
-        return self.gate(query, attention_output)
+        return apply_gate(self.gate, query, attention_output, mask)
 
 
-def add_gates(encoder: BertModel, config: GateConfig, factors: ModeFactors) -> None:
+def add_gates(encoder: BertModel, config: GateConfig, adapters: AdapterSets) -> None:
     """Put a gate into every cross-attention layer of ``encoder``, in place. No key of the backbone changes.
 
-    While ``factors`` are disabled, the gates are too.
+    While ``adapters`` are disabled, the gates are too.
     """
-    if config.form == "none":
+    form = GATE_FORMS[config.form]
+    if form is None:
         return
     layers = encoder.encoder.layer
-    dim = encoder.config.hidden_size
     for i, layer in enumerate(layers):
-        if config.form == "affine":
-            gated = layers[i] = remember_query(layer, AffineLayer)
-            gated.gate = AffineGate(dim, config)
+        if form.place == "layer":
+            gated = layers[i] = remember_query(layer, GatedLayer)
         else:
             gated = layer.crossattention = retyped(GatedCrossAttention, layer.crossattention)
-            gated.gate = QueryGate(dim, config)
-        # Not a submodule: the factors are registered once, at the model.
-        gated.__dict__["factors"] = factors
+        gated.gate = form(encoder.config.hidden_size, config)
+        # Not a submodule: the sets are registered once, at the model.
+        gated.__dict__["adapters"] = adapters
+
+
+class Bottlenecks(Protocol):
+    """One set of bottlenecks, by the number of a tower's layer; x, t and f are (batch, length, d)."""
+
+    def vision(self, i: int, x: Tensor) -> Tensor:
+        """Beside the feed-forward block of layer ``i`` of the vision tower."""
+
+    def text(self, i: int, t: Tensor) -> Tensor:
+        """Beside that of a text tower, for a text alone."""
+
+    def fusion(self, i: int, t: Tensor, f: Tensor) -> Tensor:
+        """Beside that of a text tower, for a text that attends to an image."""
+
+
+class BottleneckSets(Protocol):
+    """Sets of bottlenecks."""
+
+    @property
+    def active_set(self) -> Bottlenecks | None:
+        """The set that forwards use now; None for the plain backbone."""
+
+    def stand_beside(self, block: nn.Module) -> None:
+        """Called with each feed-forward block beside which bottlenecks stand."""
+
+
+class VisionBottleneck(Mlp):
+    """Feed-forward block of the ViT with a bottleneck beside it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, tokens, d) to the same shape."""
+        active = self.adapters.active_set
+        return super().forward(x) if active is None else super().forward(x) + active.vision(self.index, x)
+
+
+class TextBottleneck(RememberingLayer):
+    """Layer of BERT with a bottleneck beside its feed-forward block."""
+
+    def beside(self, query: Tensor | None, attention_output: Tensor, mask: Tensor | Packing | None) -> Tensor | None:
+        """The bottleneck's output for f, or for t itself where no image is attended to; position by position."""
+        active = self.adapters.active_set
+        if active is None:
+            return None
+        if query is None:
+            return active.text(self.index, attention_output)
+        return active.fusion(self.index, query, attention_output)
+
+
+Sets = TypeVar("Sets", bound=BottleneckSets)
+
+
+def add_bottlenecks(vision: VisionTransformer, texts: Sequence[BertModel], make: Callable[[int, int], Sets]) -> Sets:
+    """Put bottlenecks into the towers, in place; text towers share them layer by layer.
+
+    Args:
+        vision: LAVIS's ViT.
+        texts: LAVIS's BERTs.
+        make: from depth and width of the towers to the sets.
+
+    Raises:
+        AuroraError: the towers are not of one depth and width, so that no down-projection can be shared.
+    """
+    shapes = [(len(vision.blocks), vision.embed_dim)]
+    shapes += [(len(text.encoder.layer), text.config.hidden_size) for text in texts]
+    if len(set(shapes)) > 1:
+        raise AuroraError(
+            f"model.tuning: uniadapter shares projections between towers of one depth and width, but these have "
+            f"{', '.join(f'{depth} layers of width {dim}' for depth, dim in shapes)}; use aurora or lora"
+        )
+    sets = make(*shapes[0])
+
+    def attach(module: nn.Module, index: int, *blocks: nn.Module) -> nn.Module:
+        # Not a submodule: the sets are registered once, at the model.
+        module.__dict__.update(adapters=sets, index=index)
+        for block in blocks:
+            sets.stand_beside(block)
+        return module
+
+    for i, block in enumerate(vision.blocks):
+        block.mlp = attach(retyped(VisionBottleneck, block.mlp), i, block.mlp.fc1, block.mlp.fc2)
+    for text in texts:
+        for i, layer in enumerate(text.encoder.layer):
+            new = remember_query(layer, TextBottleneck)
+            text.encoder.layer[i] = attach(new, i, new.intermediate.dense, new.output.dense)
+    return sets
 
 
 def encode_with_image(encoder: BertModel, ids: Tensor, lengths: Tensor, image: Tensor) -> Tensor:
@@ -126,8 +233,13 @@ def encode_with_image(encoder: BertModel, ids: Tensor, lengths: Tensor, image: T
 
 def _last_layer(layer: BertLayer, hidden: Tensor, texts: Packing, image: Tensor) -> Tensor:
     """The last layer for the first token of each text, (texts, d)."""
-    if isinstance(layer.crossattention, GatedCrossAttention):
-        # The gate's softmax runs over the whole text.
+    gate = getattr(layer, "gate", None)
+    if gate is not None and gate.reads != "positions":
+        return layer.forward(hidden, attention_mask=texts, encoder_hidden_states=image, mode="multimodal")[0][
+            0, texts.first
+        ]
+    gate = getattr(layer.crossattention, "gate", None)
+    if gate is not None and gate.reads != "positions":
         t = layer.attention(hidden, texts)[0]
         f = layer.crossattention(t, texts, encoder_hidden_states=image)[0][:, texts.first]
     else:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from lavis_aurora.encoders.fused import FusedTextAttention, merge_heads, retyped, split_heads
+from lavis_aurora.common.modules import retyped
+from lavis_aurora.encoders.fused import FusedTextAttention, merge_heads, split_heads
 from lavis_aurora.mode_approx.layers import linear_together
 
 

@@ -2,7 +2,7 @@
 
 from lavis_aurora.adapters.files import load_adapter, save_adapter
 from lavis_aurora.adapters.merging import merge_adapter, merged_state_dict, unmerge_adapter
-from lavis_aurora.adapters.sets import (
+from lavis_aurora.adapters.switching import (
     bind_companions,
     delete_adapter,
     disable_adapter,

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lavis_aurora.adapters.sets import AdapterSet, AdapterSets, register_sets
 from lavis_aurora.common.errors import AuroraError, near_names
-from lavis_aurora.common.precision import SinglePrecision
+from lavis_aurora.common.modules import SinglePrecision
 from lavis_aurora.config.method import ModeApproxConfig
 
 # Deviation of U at the start.
 U_DEVIATION = 0.1
-# The factor set of the momentum teacher's moving average.
-TEACHER_SET = "momentum"
-# Sets that belong to a model's training and are no adapters.
-INTERNAL = (TEACHER_SET,)
-# Whose the heads of the backbone itself are, see Companions.
-BASE = "base"
 
 
 def tower_of(slot: str) -> str:
@@ -36,7 +30,7 @@ def tower_of(slot: str) -> str:
     return "_".join(part for part in parts if not part.isdigit())
 
 
-class FactorSet(SinglePrecision):
+class FactorSet(SinglePrecision, AdapterSet):
     """One adapter: U, V, P and the coefficients lambda for all slots.
 
         dW_k = s * sum_r lambda[k, r] P[k, r] outer(U[:, r], V[:, r]),   s = scale / (0.1 sqrt(d_in * rank))
@@ -54,7 +48,7 @@ class FactorSet(SinglePrecision):
 
     def __init__(self, slots: Mapping[str, tuple[int, int]], config: ModeApproxConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config: ModeApproxConfig = config
         rank = config.rank
         # Prefix of the names of each slot's U and V.
         self.owners = [self.owner(tower_of(name)) for name in slots]
@@ -76,7 +70,7 @@ class FactorSet(SinglePrecision):
 
     def slot_weights(self, slots: Sequence[int] | Tensor, d_in: int) -> Tensor:
         """s * lambda * P of the slots, shape (len(slots), rank)."""
-        rows = slots if isinstance(slots, Tensor) else list(slots)
+        rows: Tensor | list[int] | slice = slots if isinstance(slots, Tensor) else list(slots)
         if isinstance(rows, list) and rows == list(range(rows[0], rows[-1] + 1)):
             rows = slice(rows[0], rows[-1] + 1)  # no copy, and nothing to send to a GPU
         return self.scale(d_in) * self.coefficients[rows] * self.P[rows]
@@ -110,7 +104,8 @@ class FactorSet(SinglePrecision):
         yield "coefficients lambda", self.coefficients
 
 
-class ModeFactors(nn.Module):
+@register_sets("mode_approx")
+class ModeFactors(AdapterSets):
     """Named factor sets over the same slots, one of them active at a time.
 
     A second set beside the trained one serves as the momentum teacher: the frozen backbone is shared.
@@ -126,37 +121,26 @@ class ModeFactors(nn.Module):
         ...     frozen = model.visual_encoder(image)
     """
 
+    tuning: ClassVar[str] = "aurora"
+    prefix: ClassVar[str] = "factors"
+    config_class: ClassVar[type] = ModeApproxConfig
+
     def __init__(self, slots: Mapping[str, tuple[int, int]], config: ModeApproxConfig) -> None:
-        super().__init__()
-        self.slots = dict(slots)
-        self.sets = nn.ModuleDict()
-        # What switches with the set: gates and heads, see Companions.
-        self.companions = nn.ModuleDict()
-        self.active: str | None = "default"
-        self.merged: str | None = None
+        super().__init__(slots)
         self.add_set("default", config)
 
-    def add_set(self, name: str, config: ModeApproxConfig) -> FactorSet:
-        """Add a fresh set (dW = 0) under ``name``; it is not made active.
+    @classmethod
+    def tensor_shapes(
+        cls, slots: Mapping[str, tuple[int, int]], config: ModeApproxConfig
+    ) -> dict[str, tuple[int, ...]]:
+        """The factors' shapes that follow from slots, rank and sharing."""
+        with torch.device("meta"):
+            return {key: tuple(parameter.shape) for key, parameter in FactorSet(slots, config).named_parameters()}
 
-        Raises:
-            AuroraError: the name is taken or cannot be used.
-        """
-        if name in self.sets:
-            raise AuroraError(f"there is an adapter {name!r} already; delete_adapter it, or choose another name")
-        if not re.fullmatch(r"\w[\w-]*", name) or hasattr(self.sets, name) or name == BASE:
-            raise AuroraError(f"an adapter cannot be called {name!r}; use another word of letters, digits, _ and -")
-        self.sets[name] = FactorSet(self.slots, config).to(self.sets_device()).train(self.training)
-        return self.sets[name]
-
-    def sets_device(self) -> torch.device | None:
-        """Where the sets are; None before the first."""
-        return next((parameter.device for parameter in self.sets.parameters()), None)
-
-    @property
-    def names(self) -> list[str]:
-        """The adapters, without sets that a model keeps for its training."""
-        return [name for name in self.sets if name not in INTERNAL]
+    def make_set(self, name: str, config: ModeApproxConfig) -> FactorSet:
+        """Fresh factors (dW = 0)."""
+        device = next((parameter.device for parameter in self.sets.parameters()), None)
+        return FactorSet(self.slots, config).to(device).train(self.training)
 
     def slot_index(self, name: str) -> int:
         """Row of the slot in P and lambda."""
@@ -165,66 +149,12 @@ class ModeFactors(nn.Module):
         except ValueError:
             raise AuroraError(f"no slot {name!r}{near_names(name, self.slots)}") from None
 
-    @property
-    def active_set(self) -> FactorSet | None:
-        """The set that forwards must add now; None while disabled, and while merged into the weights.
-
-        Raises:
-            AuroraError: the model is trained while an adapter is merged.
-        """
-        if self.merged is not None:
-            if self.training and torch.is_grad_enabled():
-                raise AuroraError(
-                    f"the adapter {self.merged!r} is merged into the weights and cannot be trained; call "
-                    f"unmerge_adapter(model) before training, or model.eval() before scoring"
-                )
-            return None
-        return None if self.active is None else self.sets[self.active]
-
-    def check_trained(self) -> None:
-        """Refuse to train while an adapter is active that was loaded beside the trained one.
-
-        Raises:
-            AuroraError: gradients are asked for in training mode, and the active adapter has none.
-        """
-        if self.active in (None, "default", *INTERNAL) or not (self.training and torch.is_grad_enabled()):
-            return
-        if not any(parameter.requires_grad for parameter in self.sets[self.active].parameters()):
-            raise AuroraError(
-                f"the adapter {self.active!r} is frozen, as one beside 'default' is: load_adapter(model, folder) "
-                f"without a name to train it further, or model.eval() to score with it"
-            )
-
-    def check_name(self, name: str) -> None:
-        """Refuse a name that no adapter has."""
-        if name not in self.names:
-            raise AuroraError(f"no adapter {name!r}{near_names(name, self.names)}")
-
-    def check_switch(self, name: str | None) -> None:
-        """Refuse a set that is not there, or any other than the merged one."""
-        if name not in (None, *INTERNAL):
-            self.check_name(name)
-        if self.merged is not None and name != self.merged:
-            raise AuroraError(f"the adapter {self.merged!r} is merged into the weights; unmerge_adapter(model) first")
-
-    @contextmanager
-    def use(self, name: str | None) -> Iterator[None]:
-        """Let forwards inside the block use the set ``name``; None is the plain backbone.
-
-        With gradient checkpointing the backward pass belongs inside the block too: it computes forward again.
-        """
-        self.check_switch(name)
-        before, self.active = self.active, name
-        try:
-            yield
-        finally:
-            self.active = before
-
-    def disabled(self):
-        """Context in which every adapted layer is the plain backbone's."""
-        return self.use(None)
+    def __getitem__(self, name: str) -> FactorSet:
+        found = self.sets[name]
+        assert isinstance(found, FactorSet)
+        return found
 
     def delta_weight(self, slot: str, name: str = "default") -> Tensor:
         """The update of one slot in nn.Linear's layout, shape (d_out, d_in)."""
         index = self.slot_index(slot)
-        return self.sets[name].delta_weight([index], *self.slots[slot])
+        return self[name].delta_weight([index], *self.slots[slot])

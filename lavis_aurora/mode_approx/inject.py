@@ -3,80 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
 from torch import nn
 
-from lavis_aurora.adapters.norms import freeze_norms
-from lavis_aurora.adapters.sets import momentum_copies, persistent_buffers, switch_companions
+from lavis_aurora.adapters.companions import MomentumModel, freeze_norms, momentum_copies
+from lavis_aurora.adapters.sets import TEACHER_SET
+from lavis_aurora.adapters.switching import find_adapters
 from lavis_aurora.common.errors import AuroraError, some
 from lavis_aurora.config.method import ModeApproxConfig
-from lavis_aurora.mode_approx.factors import TEACHER_SET, ModeFactors
-from lavis_aurora.mode_approx.layers import IN_WEIGHTS, AdaptedLayer, ModeApproxLinear, ModeApproxMultiheadAttention
+from lavis_aurora.mode_approx.factors import ModeFactors
+from lavis_aurora.mode_approx.layers import AdaptedLayer, ModeApproxLinear, ModeApproxMultiheadAttention
 from lavis_aurora.mode_approx.presets import ATTENTION, PRESETS, expand_presets
 
-
-def restart_teacher(model: nn.Module, factors: ModeFactors) -> None:
-    """Let the momentum copies of ``model`` start as the adapter ``default``, whichever adapter is active."""
-    if not momentum_copies(model):
-        return
-    switch_companions(factors, "default")
-    model.copy_params()
-    for trained, copy in momentum_copies(model):
-        # LAVIS copies parameters alone.
-        own = persistent_buffers(trained)
-        for name, buffer in persistent_buffers(copy).items():
-            buffer.copy_(own[name])
-    switch_companions(factors, factors.active)
-
-
-@contextmanager
-def resting_teacher(model: nn.Module) -> Iterator[None]:
-    """Inside the block LAVIS's momentum update leaves the copies inside ``model`` as they are."""
-    # Without momentum they are the trained modules themselves.
-    owners = [part for part in model.modules() if "model_pairs" in vars(part) and vars(part).get("momentum")]
-    momenta = [owner.momentum for owner in owners]
-    for owner in owners:
-        owner.momentum = 1.0
-    try:
-        yield
-    finally:
-        for owner, momentum in zip(owners, momenta):
-            owner.momentum = momentum
-
-
-def adapt_copies(model: nn.Module, factors: ModeFactors) -> None:
-    """Let the momentum copies of adapted layers read the moving average of the adapter.
-
-    The copies' layers use the slots of the layers that they are copies of, pinned to the set ``momentum``; that set
-    joins ``model.model_pairs``, so that LAVIS's own update, which zips parameters pair by pair, averages the factors
-    as it averages what else is trained:
-
-        W_m = W0 + dW(U_m, V_m, P_m, lambda_m),   theta_m <- m theta_m + (1 - m) theta  for each factor
-
-    The frozen weights of copy and original are alike, and so is their average. A model without copies stays as it is.
-    """
-    twins: list[tuple[nn.Module, str, AdaptedLayer]] = []
-    for trained, copy in momentum_copies(model):
-        for name, layer in trained.named_modules():
-            if name and isinstance(layer, AdaptedLayer):
-                twins.append((copy, name, layer))
-    if not twins:
-        return
-    for copy, name, layer in twins:
-        parent, _, child = name.rpartition(".")
-        owner = copy.get_submodule(parent)
-        setattr(owner, child, layer.twin(getattr(owner, child), TEACHER_SET))
-    default = factors.sets["default"]
-    average = factors.add_set(TEACHER_SET, default.config)
-    average.load_state_dict(default.state_dict())
-    average.requires_grad_(False)
-    model.model_pairs.append([default, average])
-
-
+# Input weights of nn.MultiheadAttention with the projections in their rows: one for all, or three where the widths
+# of keys or values differ from that of the queries.
+IN_WEIGHTS = {
+    "in_proj_weight": ("query", "key", "value"),
+    "q_proj_weight": ("query",),
+    "k_proj_weight": ("key",),
+    "v_proj_weight": ("value",),
+}
 # Linear layers that hold query, key and value stacked in their rows, by the last part of their name.
 FUSED = {"qkv": ("query", "key", "value")}
 
@@ -144,6 +93,33 @@ def _projections(name: str, layer: nn.Module) -> dict[str, tuple[str, ...]]:
     return {weight: parts for weight, parts in weights.items() if layer._parameters.get(weight) is not None}
 
 
+def adapt_copies(model: nn.Module, factors: ModeFactors) -> None:
+    """Let the momentum copies of adapted layers read the moving average of the adapter.
+
+    The copies' layers use the slots of the layers that they are copies of, pinned to the set ``momentum``; that set
+    joins ``model.model_pairs``, so that LAVIS's own update, which zips parameters pair by pair, averages the factors
+    as it averages what else is trained:
+
+        W_m = W0 + dW(U_m, V_m, P_m, lambda_m),   theta_m <- m theta_m + (1 - m) theta  for each factor
+
+    The frozen weights of copy and original are alike, and so is their average. A model without copies stays as it is.
+    """
+    if not isinstance(model, MomentumModel):
+        return
+    twins: list[tuple[nn.Module, str, AdaptedLayer]] = []
+    for trained, copy in momentum_copies(model):
+        for name, layer in trained.named_modules():
+            if name and isinstance(layer, AdaptedLayer):
+                twins.append((copy, name, layer))
+    if not twins:
+        return
+    for copy, name, layer in twins:
+        parent, _, child = name.rpartition(".")
+        owner = copy.get_submodule(parent)
+        setattr(owner, child, layer.twin(getattr(owner, child), TEACHER_SET))
+    model.model_pairs.append(factors.add_teacher())
+
+
 def inject_mode_approx(
     model: nn.Module,
     config: ModeApproxConfig,
@@ -172,14 +148,14 @@ def inject_mode_approx(
     Raises:
         AuroraError: the model has factors already, a target matches nothing, or a fused layer does not divide.
     """
-    if isinstance(getattr(model, "mode_approx", None), ModeFactors):
+    if find_adapters(model) is not None:
         raise AuroraError("the model has mode_approx factors already; inject them once")
     names = find_targets(model, targets if config.targets is None else config.targets)
     slots, rows = _assign_slots(model, names, slot_name)
     # What was targeted, the slots say.
     factors = ModeFactors(slots, replace(config, targets=None))
     index = {slot: i for i, slot in enumerate(slots)}
-    adapted = {}
+    adapted: dict[int, nn.Module] = {}
     for name in names:
         layer = model.get_submodule(name)
         owned = {weight: [index[slot] for slot in used] for weight, used in rows[name].items()}
@@ -207,7 +183,7 @@ def _assign_slots(
         layer = model.get_submodule(name)
         rows[name] = {}
         for weight, endings in _projections(name, layer).items():
-            parameter = layer._parameters[weight]
+            parameter = layer.get_parameter(weight)
             owned = used.setdefault(id(parameter), [slot_name(name) + ending for ending in endings])
             if len(parameter) % len(owned):
                 parts = ", ".join(ending[1:] for ending in endings)

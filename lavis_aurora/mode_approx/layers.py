@@ -1,36 +1,34 @@
-"""An nn.Linear that also reads the shared factors."""
+"""Layers of torch that also read the shared factors: linear, and multi-head attention."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.adapters.sets import UpdatedLayer
+from lavis_aurora.common.modules import adopt
 from lavis_aurora.mode_approx.factors import FactorSet, ModeFactors, tower_of
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(UpdatedLayer):
     """Mixin in front of a layer whose weights are W0 + dW, with W0 under its old name.
 
     Checkpoints of the backbone load unmodified: parameters keep their names and order, and the factors live in one
     place of the model, outside this module. Whoever reads a weight as an attribute instead of calling the layer
     (torch's attention, the ViT of BLIP-2) gets W0 + dW, so that no way of computing passes the update by; what would
-    change W0 itself takes it from ``adapted_weights()``. While an adapter is merged, state dicts still hold W0.
+    change W0 itself takes it from ``adapted_weights()``.
 
     Attributes:
         factors: the shared factors.
         slots_of: rows of P and lambda by weight. Several of them are several weights stacked in the rows of one.
-        pinned: the factor set this layer always reads; None reads the active one. A momentum copy is pinned.
-        originals: W0 by weight while an adapter is merged into the layer, else empty.
     """
 
     factors: ModeFactors
     slots_of: dict[str, tuple[int, ...]]
-    pinned: str | None
-    originals: dict[str, Tensor]
 
     def take_over(
         self,
@@ -39,8 +37,8 @@ class AdaptedLayer(nn.Module):
         slots: Mapping[str, Sequence[int]],
         pinned: str | None = None,
     ) -> None:
-        """Become ``layer``, whose class this one extends: its very parameters, children, hooks and settings."""
-        self.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in layer.__dict__.items()})
+        """Become ``layer``, whose class this one extends, over the factors."""
+        adopt(self, layer)
         # Not a submodule: the factors are registered once, at the model.
         self.__dict__["factors"] = factors
         self.slots_of = {name: tuple(rows) for name, rows in slots.items()}
@@ -57,91 +55,35 @@ class AdaptedLayer(nn.Module):
     def active_set(self) -> FactorSet | None:
         """The set that forwards must add now; None while the factors are disabled or merged into the weights."""
         if self.pinned is None or self.factors.active is None or self.factors.merged is not None:
-            return self.factors.active_set
-        return self.factors.sets[self.pinned]
+            active: FactorSet | None = self.factors.active_set
+            return active
+        return self.factors[self.pinned]
 
     def effective_weight(self, name: str) -> Tensor | None:
         """What forwards compute with: W0 + dW of the active set, or the parameter itself while there is none."""
         weight, active = self._parameters[name], self.active_set
-        if active is None or name not in self.slots_of:
+        if active is None or weight is None or name not in self.slots_of:
             return weight
         return (weight + self._delta(active, name)).to(weight.dtype)
 
+    def _own(self, name: str) -> nn.Parameter:
+        weight = self._parameters[name]
+        assert weight is not None
+        return weight
+
     def adapted_weights(self) -> dict[str, nn.Parameter]:
         """The parameters that updates are for, by name, the slots stacked in their rows."""
-        return {name: self._parameters[name] for name in self.slots_of}
-
-    def backbone_weights(self) -> dict[str, Tensor]:
-        """W0 by name, merged or not."""
-        return {name: self.originals.get(name, weight.detach()) for name, weight in self.adapted_weights().items()}
+        return {name: self._own(name) for name in self.slots_of}
 
     def delta_weights(self, name: str = "default") -> dict[str, Tensor]:
         """The updates of these weights, of the same shapes, from the set ``name`` (or the pinned one)."""
-        source = self.factors.sets[self.pinned or name]
+        source = self.factors[self.pinned or name]
         return {weight: self._delta(source, weight) for weight in self.slots_of}
 
     def _delta(self, source: FactorSet, weight: str) -> Tensor:
-        rows, d_in = self._parameters[weight].shape
+        rows, d_in = self._own(weight).shape
         slots = self.slots_of[weight]
         return source.delta_weight(slots, d_in, rows // len(slots))
-
-    def merged_weights(self, name: str) -> dict[str, Tensor]:
-        """W0 + dW in the dtype of W0, computed in that of the factors. Changes nothing."""
-        deltas = self.delta_weights(name)
-        return {
-            weight: (original.to(deltas[weight].dtype) + deltas[weight].detach()).to(original.dtype)
-            for weight, original in self.backbone_weights().items()
-        }
-
-    def keep_originals(self) -> None:
-        """Remember W0, before :meth:`merge`."""
-        self.originals = self.backbone_weights()
-
-    def merge(self, merged: Mapping[str, Tensor]) -> None:
-        """Put ``merged`` in the weights' place."""
-        for name, weight in self.adapted_weights().items():
-            weight.data = merged[name]
-
-    def unmerge(self) -> None:
-        """Put W0 back, the very same numbers."""
-        for name, original in self.originals.items():
-            self._parameters[name].data = original
-        self.originals = {}
-
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        self.originals = {name: fn(original) for name, original in self.originals.items()}
-        return self
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: original for name, original in self.originals.items()})
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        if any(prefix + name in state_dict for name in self.originals):
-            raise AuroraError(f"{prefix[:-1]}: an adapter is merged; unmerge_adapter(model) before loading weights")
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
-    """Name and module of every adapted layer, in the model's order; one in several places comes with each name."""
-    modules = model.named_modules(remove_duplicate=False)
-    return ((name, module) for name, module in modules if isinstance(module, AdaptedLayer))
-
-
-def factors_of(model: nn.Module) -> ModeFactors:
-    """``model.mode_approx``.
-
-    Raises:
-        AuroraError: the model has no factors.
-    """
-    factors = getattr(model, "mode_approx", None)
-    if not isinstance(factors, ModeFactors):
-        raise AuroraError(
-            f"{type(model).__name__} has no adapter: build it with model.tuning: aurora, or put one on it with "
-            f"inject_mode_approx(model, ModeApproxConfig(rank=...))"
-        )
-    return factors
 
 
 class FoldedLinear(torch.autograd.Function):
@@ -157,14 +99,16 @@ class FoldedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, w: Tensor, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, w: Tensor, *weights: Tensor
+    ) -> Tensor:
         """x (..., d_in), u (d_in, rank), v (d_out, rank), w (slots, rank); weights, (slots * d_out, d_in) in all."""
         ctx.save_for_backward(x, u, v, w, *weights)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, _folded(x.dtype, u, v, w, *weights), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, u, v and w; weights and bias are frozen."""
         x, u, v, w, *weights = ctx.saved_tensors
         grad_x = grad @ _folded(x.dtype, u, v, w, *weights) if ctx.needs_input_grad[0] else None
@@ -194,29 +138,31 @@ def _folded(dtype: torch.dtype, u: Tensor, v: Tensor, w: Tensor, *weights: Tenso
 
 def linear_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """``layer(x)`` of each layer; those of this module that fold are one product, sharing A = x U."""
-    first = layers[0]
-    together = all(
-        isinstance(layer, ModeApproxLinear)
-        and layer.active_set is first.active_set
-        and (layer.slot_width, layer.tower) == (first.slot_width, first.tower)
-        and layer.folds(x)
-        for layer in layers
-    )
-    if not together:
+    ours = [layer for layer in layers if isinstance(layer, ModeApproxLinear)]
+    first, active = ours[0] if ours else None, ours[0].active_set if ours else None
+    if (
+        first is None
+        or active is None
+        or len(ours) < len(layers)
+        or any(layer.active_set is not active for layer in ours)
+        or any((layer.slot_width, layer.tower) != (first.slot_width, first.tower) for layer in ours)
+        or not all(layer.folds(x) for layer in ours)
+    ):
         return tuple(layer(x) for layer in layers)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    slots: Tensor | list[int]
     if torch.compiler.is_compiling():
         # As numbers they would be part of the code, and every layer would be compiled anew.
-        slots = torch.cat([layer.rows for layer in layers])
+        slots = torch.cat([layer.rows for layer in ours])
     else:
-        slots = [slot for layer in layers for slot in layer.slots]
-    parts = first.active_set.parts(slots, first.in_features, first.slot_width, first.tower)
-    bias = first.bias
-    if len(layers) > 1 and bias is not None:
-        bias = torch.cat([layer.bias for layer in layers])
-    y = FoldedLinear.apply(x, bias, *parts, *(layer.adapted_weight for layer in layers))
-    return y.split([layer.out_features for layer in layers], dim=-1)
+        slots = [slot for layer in ours for slot in layer.slots]
+    parts = active.parts(slots, first.in_features, first.slot_width, first.tower)
+    bias: Tensor | None = first.bias
+    if len(ours) > 1 and bias is not None:
+        bias = torch.cat([layer.bias for layer in ours])
+    y: Tensor = FoldedLinear.apply(x, bias, *parts, *(layer.adapted_weight for layer in ours))
+    return torch.split(y, [layer.out_features for layer in ours], dim=-1)
 
 
 class ModeApproxLinear(AdaptedLayer, nn.Linear):
@@ -229,10 +175,12 @@ class ModeApproxLinear(AdaptedLayer, nn.Linear):
             as q, k and v in LAVIS's ViT.
     """
 
-    def __init__(self, linear: nn.Linear, factors: ModeFactors, slots: Sequence[int]) -> None:
+    rows: Tensor
+
+    def __init__(self, linear: nn.Module, factors: ModeFactors, slots: Sequence[int]) -> None:
         self.take_over(linear, factors, {"weight": slots})
 
-    def take_over(self, *args, **kwargs) -> None:
+    def take_over(self, *args: Any, **kwargs: Any) -> None:
         """As :class:`AdaptedLayer`'s; the slots are there as a tensor too."""
         super().take_over(*args, **kwargs)
         self.tower = tower_of(list(self.factors.slots)[self.slots[0]])
@@ -240,14 +188,16 @@ class ModeApproxLinear(AdaptedLayer, nn.Linear):
         self.register_buffer("rows", torch.tensor(self.slots, device=device), persistent=False)
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """W0 + dW, see :class:`AdaptedLayer`."""
-        return self.effective_weight("weight")
+        weight = self.effective_weight("weight")
+        assert weight is not None
+        return weight
 
     @property
     def adapted_weight(self) -> nn.Parameter:
         """The parameter that the update is for, the slots stacked in its rows."""
-        return self._parameters["weight"]
+        return self._own("weight")
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -286,17 +236,8 @@ class ModeApproxLinear(AdaptedLayer, nn.Linear):
         return tokens * (self.in_features + self.out_features) > self.in_features * self.out_features
 
     def extra_repr(self) -> str:
+        """nn.Linear's, and the slots."""
         return f"{super().extra_repr()}, slots={self.slots}"
-
-
-# Input weights of nn.MultiheadAttention with the projections in their rows: one for all, or three where the widths
-# of keys or values differ from that of the queries.
-IN_WEIGHTS = {
-    "in_proj_weight": ("query", "key", "value"),
-    "q_proj_weight": ("query",),
-    "k_proj_weight": ("key",),
-    "v_proj_weight": ("value",),
-}
 
 
 class ModeApproxMultiheadAttention(AdaptedLayer, nn.MultiheadAttention):
@@ -308,7 +249,7 @@ class ModeApproxMultiheadAttention(AdaptedLayer, nn.MultiheadAttention):
     Args:
         attention: the module to replace; its parameters are taken over, not copied.
         factors: the shared factors.
-        slots: rows of P and lambda for each of ``IN_WEIGHTS`` that the module has.
+        slots: rows of P and lambda for each of ``IN_WEIGHTS`` of ``inject`` that the module has.
     """
 
     def __init__(
@@ -320,21 +261,21 @@ class ModeApproxMultiheadAttention(AdaptedLayer, nn.MultiheadAttention):
         self.take_over(attention, factors, slots)
 
     @property
-    def in_proj_weight(self) -> Tensor | None:
+    def in_proj_weight(self) -> Tensor | None:  # type: ignore[override]
         """Query, key and value, stacked: (3 embed_dim, embed_dim)."""
         return self.effective_weight("in_proj_weight")
 
     @property
-    def q_proj_weight(self) -> Tensor | None:
+    def q_proj_weight(self) -> Tensor | None:  # type: ignore[override]
         """(embed_dim, embed_dim)."""
         return self.effective_weight("q_proj_weight")
 
     @property
-    def k_proj_weight(self) -> Tensor | None:
+    def k_proj_weight(self) -> Tensor | None:  # type: ignore[override]
         """(embed_dim, kdim)."""
         return self.effective_weight("k_proj_weight")
 
     @property
-    def v_proj_weight(self) -> Tensor | None:
+    def v_proj_weight(self) -> Tensor | None:  # type: ignore[override]
         """(embed_dim, vdim)."""
         return self.effective_weight("v_proj_weight")

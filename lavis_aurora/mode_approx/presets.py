@@ -11,6 +11,8 @@ of and are named nowhere. Left out are the models that cannot be tuned so:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 # Attention projections by their usual names, in any model. Layers of other names need a pattern of their own.
 ATTENTION = (r"(.*\.)?(query|key|value|qkv|[qkv]_proj|attn|self_attn|multihead_attn)",)
 
@@ -66,6 +68,6 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 
 
-def expand_presets(targets: tuple[str, ...] | list[str]) -> list[str]:
+def expand_presets(targets: Sequence[str]) -> list[str]:
     """The regular expressions of ``targets``, in which an entry may be the name of a preset."""
     return [pattern for entry in targets for pattern in PRESETS.get(entry, (entry,))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,24 +12,69 @@ from lavis.models.med import BertModel
 from torch import Tensor
 from transformers import BatchEncoding
 
-from lavis_aurora.adapters.sets import (
-    adapter_parameters,
-    bind_companions,
-    keep_base_heads,
-    trainable_parameters_summary,
-)
-from lavis_aurora.baselines import add_baseline
-from lavis_aurora.baselines.lora import LoraSets
+from lavis_aurora.adapters.companions import adapter_parameters
+from lavis_aurora.adapters.sets import AdapterSets
+from lavis_aurora.adapters.switching import bind_companions, trainable_parameters_summary
+from lavis_aurora.baselines.lora import LoraSets, inject_lora
 from lavis_aurora.baselines.uniadapter import UniAdapters
 from lavis_aurora.common.errors import AuroraError, near_names
 from lavis_aurora.config.check import parse_config
-from lavis_aurora.config.models import BlipAuroraConfig
-from lavis_aurora.encoders.fusion import add_gates
+from lavis_aurora.config.models import TUNINGS, BlipAuroraConfig, register_tuning
+from lavis_aurora.encoders.fusion import add_bottlenecks, add_gates
 from lavis_aurora.mode_approx.factors import ModeFactors
 from lavis_aurora.mode_approx.inject import inject_mode_approx
 from lavis_aurora.models.matching import longest_anywhere, to_device
 from lavis_aurora.models.owner import AdapterOwnerMixin, RunState, load_configured_adapter
 from lavis_aurora.models.weights import load_backbone, read_state_dict
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the method goes in a model.
+
+    Attributes:
+        targets: regular expressions of the attention projections' names.
+        gated: the text tower whose cross-attention has the gate.
+        slot_name: the slot that a layer uses, by the layer's name; layers of the same slot share it.
+    """
+
+    targets: Sequence[str]
+    gated: BertModel
+    slot_name: Callable[[str], str] = str
+
+
+@register_tuning("aurora", adapters=True)
+def tune_aurora(model: AuroraBase, cfg: BlipAuroraConfig, places: Places) -> ModeFactors:
+    """The method: mode approximation and the gate."""
+    factors = inject_mode_approx(model, cfg.mode_approx, places.targets, places.slot_name)
+    add_gates(places.gated, cfg.gate, factors)
+    return factors
+
+
+@register_tuning("lora", adapters=True)
+def tune_lora(model: AuroraBase, cfg: BlipAuroraConfig, places: Places) -> LoraSets:
+    """LoRA on the attention projections and feed-forward layers."""
+    return inject_lora(model, cfg.lora, places.targets)
+
+
+@register_tuning("uniadapter", adapters=True)
+def tune_uniadapter(model: AuroraBase, cfg: BlipAuroraConfig, places: Places) -> UniAdapters:
+    """UniAdapter's bottlenecks in all towers."""
+    decoder = getattr(model, "text_decoder", None)
+    texts = [model.text_encoder] if decoder is None else [model.text_encoder, decoder.bert]
+    return add_bottlenecks(model.visual_encoder, texts, lambda depth, dim: UniAdapters(depth, dim, cfg.uniadapter))
+
+
+@register_tuning("frozen", heads=False)
+@register_tuning("heads")
+def tune_nothing(model: AuroraBase, cfg: BlipAuroraConfig, places: Places) -> None:
+    """The heads at most."""
+
+
+@register_tuning("full", backbone=True)
+def tune_all(model: AuroraBase, cfg: BlipAuroraConfig, places: Places) -> None:
+    """The whole model, but for the vision tower if that shall stay."""
+    model.visual_encoder.requires_grad_(not cfg.freeze_vit)
 
 
 class AuroraBase(AdapterOwnerMixin, RunState):
@@ -40,7 +86,8 @@ class AuroraBase(AdapterOwnerMixin, RunState):
     TRAINING_KEYS: tuple[str, ...]
     WITHOUT_TRAINING: str
     mode_approx: ModeFactors | None
-    baseline: LoraSets | UniAdapters | None
+    # Sets of another kind than ModeFactors.
+    baseline: AdapterSets | None
     settings: BlipAuroraConfig
 
     @classmethod
@@ -73,23 +120,26 @@ class AuroraBase(AdapterOwnerMixin, RunState):
         slot_name: Callable[[str], str] = lambda name: name,
     ) -> None:
         """Freeze the backbone and add what ``cfg.tuning`` trains; layers of the same ``slot_name`` share a slot."""
-        self.mode_approx = None
+        self.mode_approx = self.baseline = None
         self.settings = cfg
-        self.baseline = add_baseline(self, cfg, targets)
-        if cfg.tuning == "aurora":
-            inject_mode_approx(self, cfg.mode_approx, targets, slot_name)
-            add_gates(gated, cfg.gate, self.mode_approx)
-        if cfg.tuning == "full":
-            self.visual_encoder.requires_grad_(not cfg.freeze_vit)
-            return
-        self.requires_grad_(False)
+        tuning = TUNINGS[cfg.tuning]
+        if not tuning.backbone:
+            self.requires_grad_(False)
+        sets = tuning.set_up(self, cfg, Places(targets, gated, slot_name))
+        if sets is not self.mode_approx:
+            self.baseline = sets
         for _, parameter in adapter_parameters(self):
             parameter.requires_grad_(True)
-        if cfg.tuning != "frozen" and cfg.train_heads:
+        if tuning.heads and not tuning.backbone and cfg.train_heads:
             for head in self.heads:
                 head.requires_grad_(True)
-        if self.mode_approx is not None:
-            bind_companions(self, self.mode_approx, cfg.train_heads)
+        if sets is not None:
+            bind_companions(self, sets, tuning.heads and cfg.train_heads)
+
+    @property
+    def adapters(self) -> AdapterSets | None:
+        """The sets of adapter parameters, of whatever kind; None for a way of tuning that has none."""
+        return self.mode_approx if self.baseline is None else self.baseline
 
     def check_samples(self, samples: Mapping[str, Any]) -> None:
         """Refuse samples that lack what training needs; models call it in ``forward``."""
@@ -115,15 +165,16 @@ class AuroraBase(AdapterOwnerMixin, RunState):
         """Load backbone weights from a URL or file; see :func:`load_backbone` for what is refused."""
         adapter = {id(parameter) for _, parameter in adapter_parameters(self)}
         new = {name for name, parameter in self.named_parameters() if id(parameter) in adapter}
-        new |= {name for name in self.state_dict() if name.partition(".")[0].endswith(("_m", "mode_approx"))}
+        own = ("mode_approx", "baseline")
+        new |= {name for name in self.state_dict() if name.partition(".")[0].endswith(("_m", *own))}
         source = f"{key} {url_or_filename}"
         state = self.complete_state(read_state_dict(url_or_filename, key), source)
-        if isinstance(self.baseline, LoraSets):
-            state = self.baseline.backbone_state(state)
+        if self.adapters is not None:
+            state = self.adapters.backbone_state(state)
         load_backbone(self, state, source, new)
         self.backbone_source = url_or_filename
-        if self.mode_approx is not None:
-            keep_base_heads(self.mode_approx)
+        if self.adapters is not None:
+            self.adapters.keep_base_heads()
         if hasattr(self, "copy_params"):
             self.copy_params()
 

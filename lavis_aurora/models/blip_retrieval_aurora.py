@@ -15,6 +15,7 @@ from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from torch import Tensor, nn
 
 from lavis_aurora.adapters.merging import merged_weights
+from lavis_aurora.adapters.sets import TEACHER_SET
 from lavis_aurora.alignment.context import enhance_context
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.paths import package_file
@@ -30,7 +31,6 @@ from lavis_aurora.encoders.towers import (
     encode_visual,
     visual_input,
 )
-from lavis_aurora.mode_approx.factors import TEACHER_SET
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.base import AuroraBase
 from lavis_aurora.models.matching import draw_negatives, gather, shared_seed
@@ -100,9 +100,8 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         self.set_up_tuning(cfg, PRESETS["blip_retrieval_aurora"], self.text_encoder)
         if not cfg.train_temp:
             self.temp.requires_grad_(False)
-        if self._adapters is not None:
-            default = self._adapters.sets["default"]
-            self.model_pairs.append([default, self._adapters.add_set(TEACHER_SET, default.config)])
+        if self.adapters is not None:
+            self.model_pairs.append(self.adapters.add_teacher())
         # Besides the two projections.
         self._towers_are_trained = len(self.model_pairs) > 2
         self.copy_params()
@@ -111,11 +110,6 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
     def heads(self) -> list[nn.Module | nn.Parameter]:
         """What ``train_heads`` trains besides the adapter."""
         return [self.vision_proj, self.text_proj, self.itm_head, self.temp]
-
-    @property
-    def _adapters(self) -> nn.Module | None:
-        """What has a momentum copy in the place of a momentum tower."""
-        return self.mode_approx if self.baseline is None else self.baseline
 
     def queues(self) -> dict[str, Tensor]:
         """LAVIS's queues; none if their size is 0."""
@@ -136,7 +130,7 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
 
     def _teacher(self, image: Tensor, text: dict, visual: VisualFeatures, text_embeds: Tensor) -> TeacherFeatures:
         """The momentum towers' features; where a momentum tower is the tower itself, what that has computed."""
-        with nullcontext() if self._adapters is None else self._adapters.use(TEACHER_SET):
+        with nullcontext() if self.adapters is None else self.adapters.use(TEACHER_SET):
             if not self._is_own_teacher(self.visual_encoder):
                 visual = encode_visual(getattr(self, "visual_encoder_m", self.visual_encoder), image)
             if not self._is_own_teacher(self.text_encoder):

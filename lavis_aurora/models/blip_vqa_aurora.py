@@ -64,7 +64,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
     DEFAULT_MODEL_TYPE = "base"
     TRAINING_KEYS = ("text_input", "answer", "n_answers", "weight")
     WITHOUT_TRAINING = "to answer questions use model.predict_answers"
-    ADAPTER_KEYS = ("mode_approx", "gate", "share_decoder")
+    ADAPTER_KEYS = (*AuroraBase.ADAPTER_KEYS, "share_decoder")
     PRETRAINED_MODEL_CONFIG_DICT = {
         name: package_file(f"configs/models/blip_vqa_aurora_{name}.yaml") for name in ("base", "vqav2", "tiny")
     }

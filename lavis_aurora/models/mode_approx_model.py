@@ -14,7 +14,14 @@ from lavis.models.base_model import BaseModel
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from lavis_aurora.adapters.sets import bind_companions, keep_base_heads, trainable_parameters_summary
+from lavis_aurora.adapters.companions import momentum_copies
+from lavis_aurora.adapters.switching import (
+    AdapterOwner,
+    bind_companions,
+    owner_of,
+    restart_teacher,
+    trainable_parameters_summary,
+)
 from lavis_aurora.common.errors import AuroraError, near_names, shown
 from lavis_aurora.common.paths import package_file, use_weights_folder
 from lavis_aurora.config.adapter_settings import portable_settings, type_settings
@@ -22,7 +29,7 @@ from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.method import ModeApproxConfig
 from lavis_aurora.config.models import ModeApproxModelConfig
 from lavis_aurora.mode_approx.factors import ModeFactors
-from lavis_aurora.mode_approx.inject import inject_mode_approx, momentum_copies, restart_teacher
+from lavis_aurora.mode_approx.inject import inject_mode_approx
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.base import AuroraBase
 from lavis_aurora.models.owner import (
@@ -39,7 +46,7 @@ SCORING = ("compute_sim_matrix", "generate", "predict", "predict_answers")
 
 
 @registry.register_model("mode_approx")
-class ModeApproxModel(RunState, BaseModel):
+class ModeApproxModel(AdapterOwner, RunState, BaseModel):
     """A LAVIS model whose attention projections are tuned by mode approximation (paper 3.2), all else frozen.
 
     The model stands at ``base`` as LAVIS built it: ``forward``, ``predict``, ``generate``, ``compute_sim_matrix``,
@@ -186,7 +193,7 @@ class ModeApproxModel(RunState, BaseModel):
     def load_checkpoint(self, url_or_filename: str) -> Any:
         """Load a checkpoint of the base, unmodified, by the base's own rules; the factors stay as they are."""
         message = self.base.load_checkpoint(url_or_filename)
-        keep_base_heads(self.mode_approx)
+        self.mode_approx.keep_base_heads()
         return message
 
     def queues(self) -> dict[str, Tensor]:
@@ -197,8 +204,7 @@ class ModeApproxModel(RunState, BaseModel):
     def complete_merged_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A merged state under the base's own keys, for a plain model of its class."""
         state = {key.removeprefix("base."): value for key, value in state.items()}
-        complete = getattr(self.base, "complete_merged_state", None)
-        return state if complete is None else complete(state)
+        return owner_of(self.base).complete_merged_state(state)
 
     def describe_adapter(self) -> dict[str, Any]:
         """What an adapter folder says of the model: all that builds it again, and the base's preprocessing."""

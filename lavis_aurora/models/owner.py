@@ -18,15 +18,15 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from lavis_aurora.adapters.companions import momentum_copies, resting_teacher, trained_buffers
 from lavis_aurora.adapters.files import load_adapter
-from lavis_aurora.adapters.sets import momentum_copies, trained_buffers
+from lavis_aurora.adapters.sets import AdapterSets
+from lavis_aurora.adapters.switching import AdapterOwner, restart_teacher
 from lavis_aurora.common.errors import AuroraError, some
 from lavis_aurora.config.adapter_settings import portable_settings
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import BlipAuroraConfig, ModeApproxModelConfig
 from lavis_aurora.encoders.towers import compile_layers
-from lavis_aurora.mode_approx.factors import ModeFactors
-from lavis_aurora.mode_approx.inject import restart_teacher, resting_teacher
 from lavis_aurora.models.weights import check_finite
 
 
@@ -113,8 +113,8 @@ def _kind(tensor: Tensor) -> str:
 TEXT_CONFIG = ("hidden_act", "layer_norm_eps", "num_attention_heads", "position_embedding_type")
 
 
-class AdapterOwnerMixin:
-    """The hooks of :class:`lavis_aurora.adapters.files.AdapterOwner`, and no state of its own.
+class AdapterOwnerMixin(AdapterOwner):
+    """What the BLIP models of this package say of their adapters; no state of its own.
 
     Attributes:
         settings: what the model was built from.
@@ -123,15 +123,19 @@ class AdapterOwnerMixin:
     """
 
     settings: BlipAuroraConfig
-    mode_approx: ModeFactors | None
+    adapters: AdapterSets | None
     backbone_source: str | None = None
-    ADAPTER_KEYS = ("mode_approx", "gate")
+    ADAPTER_KEYS: tuple[str, ...] = ("tuning", "mode_approx", "gate", "lora", "uniadapter")
 
     def describe_adapter(self) -> dict[str, Any]:
         """Registered name and type, settings that differ from the type's defaults, and the type's preprocessing."""
         defaults, preprocess = self._type_defaults()
         own = portable_settings(type(self), asdict(self.settings), defaults)
-        settings = {key: value for key, value in own.items() if key in self.ADAPTER_KEYS or value != defaults[key]}
+        settings = {
+            key: value
+            for key, value in own.items()
+            if (key in self.ADAPTER_KEYS and key != "tuning") or value != defaults[key]
+        }
         return {
             "arch": registered_name(self),
             "model_type": self.settings.model_type,
@@ -151,8 +155,8 @@ class AdapterOwnerMixin:
 
     def check_trained(self) -> None:
         """Refuse to train while the active adapter is a frozen one; models call it first in ``forward``."""
-        if self.mode_approx is not None:
-            self.mode_approx.check_trained()
+        if self.adapters is not None:
+            self.adapters.check_trained()
 
     def base_name(self) -> str | None:
         """ARCH/TYPE if the backbone is that of the model's type; None for other weights."""
@@ -179,7 +183,7 @@ class AdapterOwnerMixin:
     def adapter_loaded(self, name: str) -> None:
         """Let the momentum teacher start as the adapter that is trained."""
         if name == "default":
-            restart_teacher(self, self.mode_approx)
+            restart_teacher(self, self.adapters)
 
 
 def describe_text(model: nn.Module) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from lavis_aurora.adapters.config import CONFIG, read_adapter_config
 from lavis_aurora.adapters.files import save_adapter
-from lavis_aurora.adapters.sets import parameter_groups
+from lavis_aurora.adapters.switching import find_adapters, parameter_groups
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.summary import (
     FORMAT,
@@ -144,7 +144,7 @@ def _sizes(datasets: Mapping[str, Mapping[str, Dataset[Any]]]) -> dict[str, dict
 
 
 def save_run_adapter(model: nn.Module, folder: Path, datasets: DictConfig, metrics: Mapping[str, Any]) -> None:
-    """Write the adapter as it is now, on the main process; nothing for a model that is tuned in another way.
+    """Write the adapter as it is now, on the main process; nothing for a model that is tuned without any.
 
     Args:
         model: without a wrapper.
@@ -152,7 +152,7 @@ def save_run_adapter(model: nn.Module, folder: Path, datasets: DictConfig, metri
         datasets: that part of the configuration, for the processors.
         metrics: to add to those that the folder holds of the same epoch; a split's are a section.
     """
-    if getattr(model, "mode_approx", None) is None or not is_main_process():
+    if find_adapters(model) is None or not is_main_process():
         return
     known = _metrics(folder) if (folder / CONFIG).is_file() else {}
     if known.get("epoch") != metrics.get("epoch", known.get("epoch")):

@@ -26,7 +26,7 @@ from lavis_aurora import (
     set_adapter,
 )
 from lavis_aurora.adapters.config import AdapterConfig
-from lavis_aurora.adapters.sets import bind_companions
+from lavis_aurora.adapters.switching import bind_companions
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -8,8 +8,8 @@ from torch import nn
 from toy import adapted_toy, inputs, randomize
 
 from lavis_aurora import AuroraError, ModeApproxConfig, delete_adapter, disable_adapter, list_adapters, set_adapter
-from lavis_aurora.adapters.sets import bind_companions, keep_base_heads
-from lavis_aurora.mode_approx.factors import BASE
+from lavis_aurora.adapters.companions import BASE
+from lavis_aurora.adapters.switching import bind_companions
 
 
 def two_adapters():
@@ -108,7 +108,7 @@ def test_the_backbones_heads_follow_its_weights():
     model = with_heads()
     with torch.no_grad():
         model.head.weight.fill_(3)
-    keep_base_heads(model.mode_approx)
+    model.mode_approx.keep_base_heads()
     set_adapter(model, "bare")
     assert (model.head.weight == 3).all()
 

@@ -21,7 +21,7 @@ from lavis_aurora import (
     save_adapter,
     set_adapter,
 )
-from lavis_aurora.adapters.sets import bind_companions
+from lavis_aurora.adapters.switching import bind_companions
 
 
 def statistics(module: nn.Module) -> dict[str, torch.Tensor]:

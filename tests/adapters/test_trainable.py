@@ -3,7 +3,8 @@ from tiny import med_config, tiny_model
 from torch import nn
 
 from lavis_aurora import ModeApproxConfig, inject_mode_approx, trainable_parameters_summary
-from lavis_aurora.adapters.sets import adapter_parameters, head_parameters, parameter_groups
+from lavis_aurora.adapters.companions import adapter_parameters, head_parameters
+from lavis_aurora.adapters.switching import parameter_groups
 
 
 def formula(layers: int, d: int, rank: int) -> int:

@@ -6,7 +6,7 @@ import pytest
 from tiny import tiny_model
 from tiny_vqa import vqa_model
 
-from lavis_aurora.adapters.sets import parameter_groups
+from lavis_aurora.adapters.switching import parameter_groups
 from lavis_aurora.analysis.paper import aurora_count, label, lora_count, paper_rows, paper_tables, uniadapter_count
 from lavis_aurora.common.errors import AuroraError
 

@@ -13,8 +13,9 @@ from tiny_vqa import vqa_batch, vqa_model
 
 from lavis_aurora import AuroraError
 from lavis_aurora.baselines.lora import LoraSets
-from lavis_aurora.baselines.uniadapter import add_uniadapter
+from lavis_aurora.baselines.uniadapter import UniAdapters
 from lavis_aurora.config.method import UniAdapterConfig
+from lavis_aurora.encoders.fusion import add_bottlenecks
 
 SMALL = {"lora": {"rank": 4, "alpha": 8.0}, "uniadapter": {"rank": 16}, "context": {"form": "none"}}
 VQA = {key: SMALL[key] for key in ("lora", "uniadapter")}
@@ -161,7 +162,9 @@ def test_towers_of_two_widths_cannot_share():
     model = tiny_model(tuning="frozen")
     model.visual_encoder.embed_dim = 64
     with pytest.raises(AuroraError, match="3 layers of width 64, 3 layers of width 128"):
-        add_uniadapter(model.visual_encoder, [model.text_encoder], UniAdapterConfig())
+        add_bottlenecks(
+            model.visual_encoder, [model.text_encoder], lambda depth, dim: UniAdapters(depth, dim, UniAdapterConfig())
+        )
 
 
 @pytest.mark.parametrize(
@@ -189,6 +192,7 @@ def test_a_vqa_model_with_uniadapter_shares_it_with_the_decoder():
 def test_lora_sets_are_not_in_the_state_twice():
     model = tiny_model(tuning="lora", **SMALL)
     assert isinstance(model.baseline, LoraSets)
-    assert not [key for key in model.state_dict() if key.startswith("baseline.")]
+    # The backbone's heads wait there; the matrices are in the layers alone.
+    assert all(key.startswith("baseline.companions.") for key in model.state_dict() if key.startswith("baseline."))
     twin = copy.deepcopy(model)
     assert next(iter(twin.baseline.layers.values())) is twin.get_submodule(next(iter(twin.baseline.layers)))

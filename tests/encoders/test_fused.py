@@ -8,13 +8,13 @@ from lavis.models.med import BertSelfAttention
 from lavis.models.vit import Attention, VisionTransformer
 from tiny import tiny_model
 
+from lavis_aurora.common.modules import retyped
 from lavis_aurora.encoders.fused import (
     CheckpointedBlock,
     FusedTextAttention,
     FusedVisionAttention,
     Packing,
     fuse_vision,
-    retyped,
 )
 
 torch.manual_seed(0)

@@ -14,8 +14,8 @@ from lavis.models.albef_models import compute_sim_matrix
 from tiny import COLORS, SHAPES, SIZES, activate, tiny_model
 from torch.utils.data import DataLoader, Dataset
 
+from lavis_aurora.adapters.companions import adapter_parameters
 from lavis_aurora.adapters.merging import merge_adapter, unmerge_adapter
-from lavis_aurora.adapters.sets import adapter_parameters
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.evaluation import encode, rerank
 from lavis_aurora.evaluation.encode import ImageTokens, broadcast, gather_rows, own_share

@@ -8,8 +8,8 @@ from lavis.models.base_model import MomentumDistilationMixin
 from torch import nn
 
 from lavis_aurora import AuroraError, ModeApproxConfig, inject_mode_approx
-from lavis_aurora.mode_approx.factors import TEACHER_SET
-from lavis_aurora.mode_approx.inject import resting_teacher
+from lavis_aurora.adapters.companions import resting_teacher
+from lavis_aurora.adapters.sets import TEACHER_SET
 
 MOMENTUM = 0.9
 

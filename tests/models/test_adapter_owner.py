@@ -282,8 +282,8 @@ def test_the_base_does_not_depend_on_picture_size_or_queue(tmp_path):
     load_adapter(tiny_model(adapter=str(tmp_path), adapter_check_base=False), tmp_path, check_base=False)
 
 
-def test_the_key_needs_aurora():
-    with pytest.raises(AuroraError, match="model.adapter: needs model.tuning: aurora, not heads"):
+def test_the_key_needs_a_tuning_with_adapters():
+    with pytest.raises(AuroraError, match="needs model.tuning: aurora or lora or uniadapter, not heads"):
         tiny_model(adapter="somewhere", tuning="heads")
 
 

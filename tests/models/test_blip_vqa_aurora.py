@@ -14,7 +14,7 @@ from tiny_vqa import ANSWERS, QUESTIONS, vqa_batch, vqa_config, vqa_model
 from torch import nn
 
 from lavis_aurora import AuroraError, load_model_and_preprocess
-from lavis_aurora.adapters.sets import adapter_parameters
+from lavis_aurora.adapters.companions import adapter_parameters
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import VqaAuroraConfig
 from lavis_aurora.encoders.towers import build_text_encoder, build_tokenizer, build_vision_encoder

@@ -20,7 +20,7 @@ from lavis_aurora import (
     trainable_parameters_summary,
     unmerge_adapter,
 )
-from lavis_aurora.mode_approx.factors import TEACHER_SET
+from lavis_aurora.adapters.sets import TEACHER_SET
 from lavis_aurora.mode_approx.inject import find_targets
 from lavis_aurora.mode_approx.layers import AdaptedLayer
 from lavis_aurora.mode_approx.presets import ATTENTION, PRESETS

@@ -11,7 +11,7 @@ from tiny_vqa import vqa_batch, vqa_model
 from torch.nn.parallel import DistributedDataParallel
 
 from lavis_aurora import disable_adapter, load_adapter, merge_adapter, save_adapter, set_adapter, unmerge_adapter
-from lavis_aurora.adapters.sets import adapter_parameters
+from lavis_aurora.adapters.companions import adapter_parameters
 
 CAPTIONS = ["a red circle", "a big blue square and a small star", "a ring", "a small pink heart"]
 

@@ -49,6 +49,20 @@ def test_without_validation_the_last_one_is_tested(tmp_path):
     assert set(config(folder / "adapter_last")["metrics"]) == {"epoch", "test"}
 
 
+@pytest.mark.parametrize("tuning", ["lora", "uniadapter"])
+def test_baselines_leave_adapters_that_evaluate_alike(tmp_path, tuning):
+    """The folder says how the model was tuned; its YAML need not."""
+    weights = {"pretrained": str(Path(__file__).parents[2] / "lavis_aurora/configs/models/tiny/model.safetensors")}
+    options = (f"model.tuning={tuning}", f"model.{tuning}.rank=4")
+    adapter = run(tmp_path, *options, model=weights, run={"init_lr": 1e-2}) / "adapter_last"
+    written = config(adapter)
+    assert written[tuning]["rank"] == 4 and written["model"]["settings"]["tuning"] == tuning
+    again = run(tmp_path, f"model.adapter={adapter}", model=weights, run={"init_lr": 0.0}) / "adapter_last"
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, again))
+    assert before.keys() == after.keys() and all(torch.equal(after[key], value) for key, value in before.items())
+    assert config(again)["metrics"]["val"] == written["metrics"]["val"]
+
+
 @pytest.mark.parametrize("tuning", ["heads", "full"])
 def test_other_tunings_leave_no_adapter(tmp_path, tuning):
     folder = run(tmp_path, f"model.tuning={tuning}", run={"test_splits": []})

@@ -6,7 +6,7 @@ from tiny import activate, tiny_model
 from toy import adapted_toy, inputs
 
 from lavis_aurora import load_adapter, merge_adapter, save_adapter, set_adapter, unmerge_adapter
-from lavis_aurora.adapters.sets import adapter_parameters
+from lavis_aurora.adapters.companions import adapter_parameters
 
 HALVES = [torch.bfloat16, torch.float16]
 
