@@ -80,12 +80,13 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
     cfg = AuroraConfig(user, argparse.Namespace(cfg_path=cfg_path, options=options))
     if "task" in cfg.config.run:
         _check_registered("run.task", cfg.config.run.task, "task_name_mapping")
-    run = cfg.config.run = parse_run(cfg.config.run)
+    run = parse_run(cfg.config.run)
     run.evaluate = run.evaluate or evaluate
     if run.resume_ckpt_path and not os.path.isfile(run.resume_ckpt_path):
         raise AuroraError(f"run.resume_ckpt_path: no such file: {run.resume_ckpt_path}")
     _check_registered("run.runner", run.runner, "runner_name_mapping")
     _check_registered("run.lr_sched", run.lr_sched, "lr_scheduler_name_mapping")
+    cfg.config.run = run  # a copy
     model_cls = registry.get_model_class(cfg.model_cfg.arch)
     if hasattr(model_cls, "CONFIG_CLASS"):
         parse_config(model_cls.CONFIG_CLASS, cfg.model_cfg, "model")

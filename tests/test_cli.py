@@ -22,7 +22,7 @@ from lavis_aurora_cli import evaluate, main, train
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a run may leave before its first epoch has ended.
-HARMLESS = {"config.yaml", "log.txt", "result"}
+HARMLESS = {"config.yaml", "log.txt", "summary.json", "result"}
 COUNT = 4
 
 
