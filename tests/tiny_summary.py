@@ -9,7 +9,7 @@ from lavis_aurora.common.summary import FORMAT, write_summary
 
 
 def leave_summary(folder: Path, **entries: Any) -> None:
-    """Write the summary of a finished run that trained nothing and was not tested, with ``entries`` in place of these."""
+    """Write the summary of a finished run that was not tested, with ``entries`` in place of these."""
     folder.mkdir(parents=True, exist_ok=True)
     summary = {
         "format": FORMAT,
