@@ -32,7 +32,8 @@ def _checkpoint(folder: Path, kind: str, **overrides) -> tuple[Path, torch.nn.Mo
     cfg = defaults(**{"tuning": "full", **overrides})
     model = cls.from_config(cfg)
     path = folder / "checkpoint_best.pth"
-    rest = dict.fromkeys(KEYS - {"model"})
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).state_dict()
+    rest = {**dict.fromkeys(KEYS), "optimizer": optimizer, "epoch": 0, "step": 0, "best_metric": 0.0}
     config = {"model": OmegaConf.to_container(cfg, resolve=True)}
     write_checkpoint({**rest, "model": model.run_state(), "config": config}, path)
     return path, model
