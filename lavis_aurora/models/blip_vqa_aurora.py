@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from lavis_aurora.common.errors import AuroraError, near_names, shown
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.config.models import VqaAuroraConfig
-from lavis_aurora.config.run import INFERENCE_METHODS
+from lavis_aurora.config.run import INFERENCE_METHODS, AnswerRunConfig
 from lavis_aurora.encoders.fused import fuse_text
 from lavis_aurora.encoders.towers import (
     build_text_encoder,
@@ -171,13 +171,13 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
     def predict_answers(
         self,
         samples: dict,
-        num_beams: int = 3,
-        inference_method: str = "rank",
-        max_len: int = 10,
-        min_len: int = 1,
-        num_ans_candidates: int = 128,
+        num_beams: int = AnswerRunConfig.num_beams,
+        inference_method: str = AnswerRunConfig.inference_method,
+        max_len: int = AnswerRunConfig.max_len,
+        min_len: int = AnswerRunConfig.min_len,
+        num_ans_candidates: int = AnswerRunConfig.num_ans_candidates,
         answer_list: Sequence[str] | None = None,
-        prompt: str = "",
+        prompt: str = AnswerRunConfig.prompt,
         **_kwargs,
     ) -> list[str]:
         """Answers to questions, one each, in eval mode; a model in training stays in training.
