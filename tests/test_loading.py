@@ -239,6 +239,7 @@ WRONG = [
     ({"mode_approx": [1]}, "model.settings.mode_approx: .*list"),
     ({"image_size": {"a": 1}}, "model.settings.image_size: "),
     ({"image_size": 4000, "vit": {"patch_size": 1, "embed_dim": 8192}}, "model.vit: .* fewer than 4 billion weights"),
+    ({"queue_size": 2**24}, "model.queue_size: 16777216 cannot be used; it must be at most"),
     ({"wheight": 1}, "model.settings.wheight: unknown key"),
     ({"mode_approx": {"targets": "(.*)*x"}}, "model.settings.mode_approx.targets: .* repeats too much"),
     ({"mode_approx": {"targets": [".*" * 20 + "x"]}}, "model.settings.mode_approx.targets: .* repeats too much"),

@@ -163,6 +163,8 @@ class RetrievalAuroraConfig(BlipAuroraConfig):
             )
         require(self.queue_size >= 0, "model.queue_size", self.queue_size, "0 (no queue) or more")
         require(self.embed_dim >= 1, "model.embed_dim", self.embed_dim, "1 or more")
+        fits = self.queue_size * self.embed_dim <= 2**28
+        require(fits, "model.queue_size", self.queue_size, "at most 2**28 / model.embed_dim, which takes 2 GB")
         require(0 <= self.alpha <= 1, "model.alpha", self.alpha, "between 0 and 1")
         require(0 <= self.momentum <= 1, "model.momentum", self.momentum, "between 0 and 1")
 
