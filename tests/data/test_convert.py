@@ -17,7 +17,6 @@ from lavis.datasets.datasets.retrieval_datasets import (
 )
 from omegaconf import OmegaConf
 
-from lavis_aurora.data import convert
 from lavis_aurora.data.annotations import check_entries
 from lavis_aurora.data.convert import PUBLISHED, Published, main
 from lavis_aurora.errors import AuroraError
