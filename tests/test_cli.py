@@ -68,7 +68,7 @@ def test_missing_yaml(tmp_path: Path, failing: Callable[..., str]) -> None:
 
 
 def test_folder_in_place_of_the_yaml(tmp_path: Path, failing: Callable[..., str]) -> None:
-    assert f"{tmp_path}: no such file" in failing(tmp_path)
+    assert f"{tmp_path}: it is a folder, not a file" in failing(tmp_path)
 
 
 @pytest.mark.parametrize(
