@@ -41,7 +41,7 @@ def test_an_interrupted_write_leaves_the_older_one_alone(tmp_path, error):
 
 def test_torchs_error_after_the_systems_is_the_systems(tmp_path):
     """Its zip writer, refused a write, ends with a RuntimeError about positions."""
-    with pytest.raises(AuroraError, match=r"cannot write .*a \(\[Errno 28\] No space left\); free some space"):
+    with pytest.raises(AuroraError, match=r"cannot write .*a \(No space left\); free some space"):
         with written_whole(tmp_path / "a"):
             try:
                 raise OSError(28, "No space left")
