@@ -119,8 +119,8 @@ class BlipAuroraConfig:
         )
         if self.vit is not None:
             width, positions = self.vit.embed_dim, (self.image_size // patch) ** 2
-            weights = width * (12 * self.vit.depth * width + positions)
-            require(weights < 2**32, "model.vit", vars(self.vit), "of fewer than 4 billion weights; check the sizes")
+            weights = width * (12 * self.vit.depth * width + positions + 3 * patch**2)
+            require(weights <= 2**30, "model.vit", vars(self.vit), "of at most 1 billion weights; check the sizes")
         if self.load_finetuned and not self.finetuned:
             raise AuroraError(
                 "model.finetuned: missing although model.load_finetuned is true; name a checkpoint, or set "

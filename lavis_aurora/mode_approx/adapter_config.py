@@ -16,7 +16,10 @@ FORMAT = 2
 READABLE = (1, FORMAT)
 
 # The largest number in the settings, by its key: beyond what models have. Nothing is allocated before it is checked.
-SIZES = {"image_size": 2**12, "max_txt_len": 2**12, "n_frms": 2**12, "depth": 2**9, "embed_dim": 2**14}
+SIZES = {
+    **{"image_size": 2**12, "max_txt_len": 2**12, "n_frms": 2**12, "depth": 2**9, "embed_dim": 2**13},
+    "num_classes": 2**16,
+}
 LARGEST = 2**24
 # What a model says of itself, where it says it.
 DESCRIPTION = {"arch": str, "model_type": str, "settings": dict, "preprocess": dict, "text_config": dict}

@@ -40,7 +40,7 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
         raise AuroraError(f"{path} is not a readable safetensors file ({error})") from error
     # The header is valid json: safetensors has read it.
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    bound = header.get("__metadata__", {}).get(METADATA)
+    bound = (header.get("__metadata__") or {}).get(METADATA)
     same = bound is None or bound.encode() == text
     if same:
         try:
