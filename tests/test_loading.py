@@ -258,7 +258,9 @@ def test_settings_of_a_wrong_kind_are_one_line(folder, change, words):
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("targets", [r".*encoder.*layer.*\.(query|key|value)", r"text_encoder(\.bert)?\..*(query|key)"])
+@pytest.mark.parametrize(
+    "targets", [r".*encoder.*layer.*\.(query|key|value)", r"text_encoder(\.bert)?\..*(query|key)"]
+)
 def test_usual_patterns_are_taken_from_an_adapter(folder, targets):
     model = tiny_model(pretrained=WEIGHTS, mode_approx={"rank": 4, "targets": targets})
     save_adapter(activate(model), folder)

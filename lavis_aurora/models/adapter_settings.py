@@ -149,8 +149,9 @@ def _check_patterns(key: str, patterns: Any) -> None:
         ways += _ways(pattern) if countable else MOST_WAYS + 1
         if ways > MOST_WAYS:
             raise AuroraError(
-                f"model.settings.{key}: {shown(pattern)} repeats too much, or has too many alternatives, for a pattern "
-                f"from an adapter; build the model by a YAML without model.adapter, then load_adapter(model, folder)"
+                f"model.settings.{key}: {shown(pattern)} repeats too much, or has too many alternatives, for a "
+                f"pattern from an adapter; build the model by a YAML without model.adapter, then "
+                f"load_adapter(model, folder)"
             )
 
 

@@ -13,6 +13,7 @@ from lavis.common.registry import registry
 from lavis.datasets.data_utils import prepare_sample
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lavis_aurora.data.samples import BROKEN, report_broken
 from lavis_aurora.mode_approx.teacher import resting_teacher
@@ -91,7 +92,7 @@ class AuroraTrainMixin:
             if updates:
                 self._update(optimizer, scaler, losses, samples)
             elif self.finite is not None:
-                self.finite.note(_gradient_norm(optimizer), losses.values(), samples)
+                self.finite.note(get_total_norm(_gradients(optimizer)), losses.values(), samples)
             if (i + 1) % log_freq == 0 or i + 1 == iters_per_epoch:
                 progress.log(i, {key: float(v) for key, v in losses.items()}, optimizer.param_groups[0]["lr"])
             if updates:
@@ -129,7 +130,9 @@ class AuroraTrainMixin:
         """One step of the optimizer, unless its numbers are refused; the scaler learns of them either way."""
         if scaler is not None:
             scaler.unscale_(optimizer)
-        norm = _gradient_norm(optimizer, float(self.cfg.get("grad_clip", 0)) or float("inf"))
+        norm = get_total_norm(_gradients(optimizer))
+        if clip := float(self.cfg.get("grad_clip", 0)):
+            clip_grads_with_norm_(_trained(optimizer), clip, norm)
         if self.finite is None or self.finite.accepts(norm, losses.values(), samples, scaled=scaler is not None):
             if scaler is None:
                 optimizer.step()
@@ -140,10 +143,12 @@ class AuroraTrainMixin:
         optimizer.zero_grad(set_to_none=True)
 
 
-def _gradient_norm(optimizer: torch.optim.Optimizer, clip: float = float("inf")) -> Tensor:
-    """Norm of the gradient, which is then clipped to it."""
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    return torch.nn.utils.clip_grad_norm_(trained, clip)
+def _trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.grad for p in _trained(optimizer) if p.grad is not None]
 
 
 def _means(totals: dict[str, Tensor], steps: int) -> dict[str, float]:
