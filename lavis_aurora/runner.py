@@ -277,8 +277,8 @@ class AuroraRunner(AdapterMixin, SavingMixin, RunnerBase):
             if i == 0 and not math.isfinite(metric[0]):
                 raise AuroraError(
                     f"run.valid_splits: {TRAINING_METRIC} of {split} is {metric[0]} in epoch {epoch + 1}, which "
-                    f"cannot be compared with others; look into its data and lower run.init_lr, or set run.valid_splits: [] "
-                    f"to take the last epoch"
+                    f"cannot be compared with others; look into its data and lower run.init_lr, or set "
+                    f"run.valid_splits: [] to take the last epoch"
                 )
             # An epoch that is validated again, as it was interrupted there, takes its own place.
             if i == 0 and (metric[0] > self.best_metric or epoch == self.best_epoch):

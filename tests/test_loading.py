@@ -268,6 +268,24 @@ def test_usual_patterns_are_taken_from_an_adapter(folder, targets):
     assert again.mode_approx.slots == model.mode_approx.slots
 
 
+def test_what_an_adapter_says_of_itself_is_shown_short_and_quoted(folder):
+    rewrite_adapter(folder, model={**said(folder), "arch": ""})
+    with pytest.raises(AuroraError, match=f"is an adapter of '', not of {NAME}"):
+        load_model_and_preprocess(NAME, adapter=folder)
+    with pytest.raises(AuroraError, match="it is of '', and this is"):
+        load_adapter(tiny_model(pretrained=WEIGHTS, mode_approx={"rank": 4}), folder)
+    long = {"text_config": {"hidden_act": "x" * 10**5}, "settings": {"gate": {"form": "y" * 10**5}}}
+    for key, value in long.items():
+        rewrite_adapter(folder, model={**said(folder), "arch": NAME, key: value})
+        with pytest.raises(AuroraError) as caught:
+            load_adapter(tiny_model(pretrained=WEIGHTS, mode_approx={"rank": 4}), folder)
+        assert len(str(caught.value)) < 2000
+    rewrite_adapter(folder, model={"settings": ["x" * 10**5]})
+    with pytest.raises(AuroraError, match="model.settings: .* is not a dict") as caught:
+        load_model_and_preprocess(NAME, adapter=folder)
+    assert len(str(caught.value)) < 1000
+
+
 def test_sizes_of_a_run_are_not_an_adapters(folder, caplog):
     """They decide nothing of what it answers, and a queue takes the room that it is said to have."""
     assert not {"queue_size", "alpha", "momentum"} & said(folder)["settings"].keys()

@@ -9,7 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Optional, get_type_hints
 
 from lavis_aurora.config import ModeApproxConfig
-from lavis_aurora.errors import AuroraError, near_names
+from lavis_aurora.errors import AuroraError, near_names, shown
 
 # Since 2, the tensors' file holds the text of this one, and tensors_sha256 is of the tensors, not of their file.
 FORMAT = 2
@@ -84,7 +84,7 @@ class AdapterConfig:
                 raise AuroraError(f"slots.{slot}: {shape!r} is not [d_in, d_out] of at most {LARGEST}")
         for key, kind in DESCRIPTION.items():
             if not isinstance(self.model.get(key), (kind, type(None))):
-                raise AuroraError(f"model.{key}: {self.model[key]!r} is not a {kind.__name__}")
+                raise AuroraError(f"model.{key}: {shown(self.model[key])} is not a {kind.__name__}")
         for key, value in _leaves(self.model, "model"):
             largest = SIZES.get(key.rpartition(".")[2], LARGEST)
             if isinstance(value, (int, float)) and not abs(value) <= largest:

@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lavis_aurora.data.samples import BROKEN, report_broken
 from lavis_aurora.mode_approx.teacher import resting_teacher
+from lavis_aurora.mode_approx.trainable import trained_buffers
 from lavis_aurora.training.finite import FiniteGuard
 from lavis_aurora.training.progress import TrainingProgress
 from lavis_aurora.training.task_needs import check_model
@@ -75,6 +76,7 @@ class AuroraTrainMixin:
         if not first:
             self.totals = {}
         broken: list[str] = []
+        self._statistics = list(trained_buffers(getattr(model, "module", model)).values())
         for i, samples in enumerate(data_loader, start=first):
             samples = prepare_sample(samples, cuda_enabled=cuda_enabled)
             broken += samples.pop(BROKEN, [])
@@ -114,6 +116,8 @@ class AuroraTrainMixin:
             begins, updates: whether this is the first of them, and the last.
         """
         self.losses = {}
+        if begins:
+            self._before = [buffer.clone() for buffer in self._statistics]
         with ExitStack() as stack:
             if not begins:
                 # The student has not moved: the teacher follows it once a step.
@@ -138,6 +142,10 @@ class AuroraTrainMixin:
                 optimizer.step()
             else:
                 scaler.step(optimizer)
+        else:
+            # Its batches must not live on in running statistics either.
+            for buffer, before in zip(self._statistics, self._before):
+                buffer.copy_(before)
         if scaler is not None:
             scaler.update()
         optimizer.zero_grad(set_to_none=True)

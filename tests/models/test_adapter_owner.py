@@ -251,8 +251,8 @@ def test_what_the_folder_says_of_the_model(tmp_path):
 
 
 MISFITS = [
-    ({"gate": {"form": "convex"}}, "gate.form is residual there and convex here; set model.gate.form: residual"),
-    ({"gate": {"form": "none"}}, "gate.form is residual there and none here"),
+    ({"gate": {"form": "convex"}}, "gate.form is 'residual' there and 'convex' here; set model.gate.form to it"),
+    ({"gate": {"form": "none"}}, "gate.form is 'residual' there and 'none' here"),
     ({"mode_approx": {"rank": 2}}, "mode_approx.rank is 64 there and 2 here"),
     ({"vit": {"patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 4}}, "27 slots there and 24 here"),
 ]
@@ -267,9 +267,9 @@ def test_misfits(tmp_path, overrides, words):
 
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     save_adapter(vqa_model(mode_approx={"rank": 64}), tmp_path)
-    with pytest.raises(AuroraError, match="it is of blip_vqa_aurora, and this is blip_retrieval_aurora"):
+    with pytest.raises(AuroraError, match="it is of 'blip_vqa_aurora', and this is blip_retrieval_aurora"):
         load_adapter(tiny_model(), tmp_path)
-    with pytest.raises(AuroraError, match="is an adapter of blip_vqa_aurora, not of blip_retrieval_aurora"):
+    with pytest.raises(AuroraError, match="is an adapter of 'blip_vqa_aurora', not of blip_retrieval_aurora"):
         load_model_and_preprocess("blip_retrieval_aurora", adapter=tmp_path)
 
 
