@@ -133,7 +133,8 @@ class RunConfig:
         for field_ in fields(self):
             value = getattr(self, field_.name)
             if isinstance(value, (int, float)):
-                most, need = MOST.get(field_.name, (1e12, "a number below 10^12"))
+                usual = (1e38, "a finite number") if isinstance(value, float) else (10**12, "at most 10^12")
+                most, need = MOST.get(field_.name, usual)
                 require(abs(value) <= most, f"run.{field_.name}", value, need)
         one_of("run.device", self.device, ("auto", "cuda", "cpu"))
         one_of("run.resume", self.resume, ("auto", "none"))

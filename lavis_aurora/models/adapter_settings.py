@@ -7,6 +7,7 @@ from is said by the user, or by the defaults of the registered type, and never b
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -15,7 +16,7 @@ from typing import Any
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
-from lavis_aurora.common.errors import AuroraError, near_names, some
+from lavis_aurora.common.errors import AuroraError, near_names, shown, some
 from lavis_aurora.config.check import check_types
 from lavis_aurora.data.dataset_keys import PROCESSOR_SPLITS, check_processor_keys
 
@@ -24,12 +25,12 @@ BLIP_SETTINGS = (
     *("image_size", "vit_type", "vit", "vit_layer_norm_epsilon", "embed_dim", "max_txt_len"),
     *("vit_drop_path_rate", "vit_grad_ckpt", "vit_ckpt_layer", "train_heads", "train_temp"),
     *("mode_approx", "gate", "context", "share_decoder", "mask_question_padding", "rank_chunk"),
-    *("queue_size", "alpha", "momentum", "negative_all_rank"),
 )
-# Never: where things come from, and what is decided by whoever loads.
+# Never: where things come from, what is decided by whoever loads, and what is of a run.
 LEFT_OUT = (
     *("arch", "model_type", "pretrained", "finetuned", "load_finetuned", "load_pretrained", "tokenizer"),
     *("med_config_path", "adapter", "adapter_check_base", "tuning", "freeze_vit", "lora", "uniadapter"),
+    *("queue_size", "alpha", "momentum", "negative_all_rank"),
 )
 WRAPPER_SETTINGS = ("base", "mode_approx", "modules_to_save")
 # Settings of LAVIS's models and processors that are words, and name neither a file nor anything to fetch.
@@ -37,6 +38,8 @@ WORDS = ("vit_type", "vit_model", "vit_precision", "precision", "vit_layer_norm_
 PROCESSOR_KINDS = ("vis_processor", "text_processor")
 # These fetch a tokenizer when they are made.
 FETCHING_PROCESSORS = ("gpt_dialogue", "gpt_video_ft")
+# Of all patterns of a key together, and letters of one.
+MOST_WAYS, LONGEST_PATTERN = 10**5, 500
 
 
 def portable_settings(cls: type, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,13 +139,26 @@ def _known(cls: type) -> list[str]:
 
 
 def _check_patterns(key: str, patterns: Any) -> None:
-    """Refuse regular expressions of which the search may take for ever."""
+    """Refuse regular expressions of which a search may take for ever: those of a key have few ways to match."""
+    ways = 0
     for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
-        if isinstance(pattern, str) and (re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+?{]", pattern)) > 4):
+        if not isinstance(pattern, str):
+            continue
+        # Of repeated groups the ways cannot be counted so; what begins with (? may hide one.
+        countable = len(pattern) <= LONGEST_PATTERN and not re.search(r"\)[*+{]|\(\?[^:]", pattern)
+        ways += _ways(pattern) if countable else MOST_WAYS + 1
+        if ways > MOST_WAYS:
             raise AuroraError(
-                f"model.settings.{key}: {pattern!r} repeats too much for a pattern from an adapter; build the model "
-                f"by a YAML without model.adapter, then load_adapter(model, folder)"
+                f"model.settings.{key}: {shown(pattern)} repeats too much, or has too many alternatives, for a "
+                f"pattern from an adapter; build the model by a YAML without model.adapter, then "
+                f"load_adapter(model, folder)"
             )
+
+
+def _ways(pattern: str) -> int:
+    """About how many ways a pattern without repeated groups has to match the name of a layer, at most."""
+    alternatives = math.prod(1 + part.count("|") for part in re.split("[()]", pattern))
+    return alternatives * 2 ** pattern.count("?") * 20 ** len(re.findall("[*+{]", pattern))
 
 
 def check_preprocess(preprocess: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lavis_aurora.adapters.config import CONFIG, read_adapter_config
-from lavis_aurora.common.errors import AuroraError, near_names
+from lavis_aurora.common.errors import AuroraError, near_names, shown
 from lavis_aurora.models.adapter_settings import adapter_settings, check_preprocess, type_settings
 
 SOURCES = ("pretrained", "tokenizer", "med_config_path")
@@ -59,7 +59,7 @@ def load_model_and_preprocess(
         raise AuroraError(f"no model {name!r}{near_names(name, registry.list_models())}")
     described = {} if adapter is None else read_adapter_config(adapter).model
     if described.get("arch", name) != name:
-        raise AuroraError(f"{adapter} is an adapter of {described['arch']}, not of {name}")
+        raise AuroraError(f"{adapter} is an adapter of {shown(described['arch'])}, not of {name}")
     model_type = model_type or described.get("model_type") or getattr(cls, "DEFAULT_MODEL_TYPE", None)
     # mode_approx takes the name and type of another model, and checks them itself.
     if name != "mode_approx" and model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:

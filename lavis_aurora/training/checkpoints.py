@@ -109,7 +109,9 @@ def _are_processes(value: list[dict[str, Any]]) -> bool:
 
 # What is right for each entry; those that older versions did not write may be missing.
 ENTRIES: dict[str, Callable[[Any], bool]] = {
-    "model": lambda value: _are_tensors(value) and all(x.is_floating_point() for x in value.values()),
+    # Running statistics come with a count of batches.
+    "model": lambda value: _are_tensors(value)
+    and all(x.is_floating_point() or (x.dtype == torch.int64 and not x.dim()) for x in value.values()),
     "queue": _are_tensors,
     "optimizer": _is_adamw,
     "scaler": _is_scaler,
@@ -193,7 +195,7 @@ def run_to_resume(output_dir: str | Path, config: Mapping[str, Any], evaluate: b
         evaluate: it is to be evaluated, by any number of processes on any splits.
     """
     by_time: Callable[[Path], float] = lambda folder: folder.stat().st_mtime  # noqa: E731
-    folders = {path.parent for name in (LATEST, PREVIOUS) for path in Path(output_dir).glob(f"*/{name}")}
+    folders = {path.parent for name in (LATEST, PREVIOUS, BEST) for path in Path(output_dir).glob(f"*/{name}")}
     for folder in sorted(folders, key=by_time, reverse=True):
         found = read_latest(folder)
         if found is not None and same_run(found[0].get("config", {}), config, evaluate):

@@ -21,7 +21,9 @@ from lavis.tasks.retrieval import RetrievalTask
 from lavis.tasks.vqa_reading_comprehension import VQARCTask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from lavis_aurora.adapters.sets import trained_buffers
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.samples import BROKEN, report_broken
 from lavis_aurora.mode_approx.inject import resting_teacher
@@ -153,6 +155,7 @@ class AuroraTrainMixin:
         if not first:
             self.totals = {}
         broken: list[str] = []
+        self._statistics = list(trained_buffers(getattr(model, "module", model)).values())
         for i, samples in enumerate(data_loader, start=first):
             samples = prepare_sample(samples, cuda_enabled=cuda_enabled)
             broken += samples.pop(BROKEN, [])
@@ -170,7 +173,7 @@ class AuroraTrainMixin:
             if updates:
                 self._update(optimizer, scaler, losses, samples)
             elif self.finite is not None:
-                self.finite.note(_gradient_norm(optimizer), losses.values(), samples)
+                self.finite.note(get_total_norm(_gradients(optimizer)), losses.values(), samples)
             if (i + 1) % log_freq == 0 or i + 1 == iters_per_epoch:
                 progress.log(i, {key: float(v) for key, v in losses.items()}, optimizer.param_groups[0]["lr"])
             if updates:
@@ -192,6 +195,8 @@ class AuroraTrainMixin:
             begins, updates: whether this is the first of them, and the last.
         """
         self.losses = {}
+        if begins:
+            self._before = [buffer.clone() for buffer in self._statistics]
         with ExitStack() as stack:
             if not begins:
                 # The student has not moved: the teacher follows it once a step.
@@ -208,21 +213,29 @@ class AuroraTrainMixin:
         """One step of the optimizer, unless its numbers are refused; the scaler learns of them either way."""
         if scaler is not None:
             scaler.unscale_(optimizer)
-        norm = _gradient_norm(optimizer, float(self.cfg.get("grad_clip", 0)) or float("inf"))
+        norm = get_total_norm(_gradients(optimizer))
+        if clip := float(self.cfg.get("grad_clip", 0)):
+            clip_grads_with_norm_(_trained(optimizer), clip, norm)
         if self.finite is None or self.finite.accepts(norm, losses.values(), samples, scaled=scaler is not None):
             if scaler is None:
                 optimizer.step()
             else:
                 scaler.step(optimizer)
+        else:
+            # Its batches must not live on in running statistics either.
+            for buffer, before in zip(self._statistics, self._before):
+                buffer.copy_(before)
         if scaler is not None:
             scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
 
-def _gradient_norm(optimizer: torch.optim.Optimizer, clip: float = float("inf")) -> Tensor:
-    """Norm of the gradient, which is then clipped to it."""
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    return torch.nn.utils.clip_grad_norm_(trained, clip)
+def _trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.grad for p in _trained(optimizer) if p.grad is not None]
 
 
 def _means(totals: dict[str, Tensor], steps: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ from lavis_aurora import AuroraError
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
-from lavis_aurora.training.checkpoints import KEYS, write_checkpoint
+from lavis_aurora.training.checkpoints import write_checkpoint
 
 KINDS = {"retrieval": (BlipRetrievalAurora, tiny_config), "vqa": (BlipVqaAurora, vqa_config)}
 
@@ -32,7 +32,10 @@ def _checkpoint(folder: Path, kind: str, **overrides) -> tuple[Path, torch.nn.Mo
     cfg = defaults(**{"tuning": "full", **overrides})
     model = cls.from_config(cfg)
     path = folder / "checkpoint_best.pth"
-    rest = dict.fromkeys(KEYS - {"model"})
+    rest = {
+        "optimizer": {"state": {}, "param_groups": [{"params": [0], "lr": 0.1}]},
+        **{"scaler": None, "epoch": 0, "step": 1, "best_metric": 0.0, "best_epoch": None},
+    }
     config = {"model": OmegaConf.to_container(cfg, resolve=True)}
     write_checkpoint({**rest, "model": model.run_state(), "config": config}, path)
     return path, model
