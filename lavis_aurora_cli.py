@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import textwrap
 from collections.abc import Sequence
 from itertools import takewhile
@@ -42,7 +43,9 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
 
 
 def end_with_parent() -> None:
-    """Let Linux kill this process once the thread that started it has ended, however that comes about."""
+    """Let Linux kill this process once the thread that started it has ended, however; other systems cannot."""
+    if sys.platform != "linux":
+        return
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 

@@ -345,8 +345,8 @@ def test_a_full_disk_is_said_of_every_file(project: Path, capsys, monkeypatch, f
     original = io.open
 
     def no_space(path, mode="r", *args, **kwargs):
-        if str(path).removesuffix(".partial").endswith(file) and mode[0] in "wa":
-            path = "/dev/full"
+        if str(path).removesuffix(".partial").endswith(file) and mode[0] in "wax":
+            path, mode = "/dev/full", mode.replace("x", "w")
         return original(path, mode, *args, **kwargs)
 
     monkeypatch.setattr(io, "open", no_space)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import pickle
@@ -18,7 +19,7 @@ from tiny import project_yaml, tiny_model
 
 from lavis_aurora.project import load_config
 from lavis_aurora.training.start import _printable_record
-from lavis_aurora_cli import evaluate, main, train
+from lavis_aurora_cli import end_with_parent, evaluate, main, train
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a run may leave before its first epoch has ended.
@@ -68,7 +69,7 @@ def test_missing_yaml(tmp_path: Path, failing: Callable[..., str]) -> None:
 
 
 def test_folder_in_place_of_the_yaml(tmp_path: Path, failing: Callable[..., str]) -> None:
-    assert f"{tmp_path}: no such file" in failing(tmp_path)
+    assert f"{tmp_path}: it is a folder, not a file" in failing(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -354,6 +355,10 @@ def test_batch_larger_than_the_split(project: Path, failing: Callable[..., str])
     assert f"run.batch_size_train: {COUNT + 1} on 1 processes is more than the {COUNT} samples" in line
 
 
+def test_a_batch_of_training_does_not_matter_to_an_evaluation(project: Path) -> None:
+    evaluate(["--cfg-path", str(project), "--options", f"run.batch_size_train={COUNT + 1}"])
+
+
 def test_batch_larger_than_the_queue(project: Path, failing: Callable[..., str]) -> None:
     line = failing(project, "model.queue_size=3")
     assert "model.queue_size: 3 is less than the 4 samples" in line and "0 for no queue" in line
@@ -410,3 +415,10 @@ def test_lines_of_the_log_do_not_act_on_the_terminal():
     record = logging.LogRecord("x", logging.INFO, "x.py", 1, "skipped %s\n%d in all", ("a\x1b[2J.mp4", 3), None)
     assert _printable_record(record)
     assert record.getMessage() == "skipped a\\x1b[2J.mp4\n3 in all"
+
+
+def test_only_linux_is_asked_to_end_a_process_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere its C library has no such function."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: object())
+    end_with_parent()

@@ -238,10 +238,15 @@ WRONG = [
     ({"gate": {"form": 1e9}}, "gate.form"),
     ({"mode_approx": [1]}, r"model.settings.mode_approx: must be a section of keys, not \[1\]"),
     ({"image_size": {"a": 1}}, "model.settings.image_size: "),
-    ({"image_size": 4000, "vit": {"patch_size": 1, "embed_dim": 8192}}, "model.vit: .* fewer than 4 billion weights"),
+    ({"image_size": 4000, "vit": {"patch_size": 1, "embed_dim": 8192}}, "model.vit: .* at most 1 billion weights"),
+    ({"vit": {"embed_dim": 4096, "depth": 12, "num_heads": 1}}, "model.vit: .* at most 1 billion weights"),
     ({"wheight": 1}, "model.settings.wheight: unknown key"),
     ({"mode_approx": {"targets": "(.*)*x"}}, "model.settings.mode_approx.targets: .* repeats too much"),
     ({"mode_approx": {"targets": [".*" * 20 + "x"]}}, "model.settings.mode_approx.targets: .* repeats too much"),
+    ({"mode_approx": {"targets": "(.|[a-z_.])" * 30 + "!"}}, "targets: .* has too many alternatives"),
+    ({"mode_approx": {"targets": "(?x)(.|..) *!"}}, "targets: .* repeats too much"),
+    ({"mode_approx": {"targets": ["(.*a|.*b)"] * 3000}}, "targets: .* has too many alternatives"),
+    ({"mode_approx": {"targets": "a" * 501}}, "targets: .* repeats too much"),
 ]
 
 
@@ -251,6 +256,43 @@ def test_settings_of_a_wrong_kind_are_one_line(folder, change, words):
     with pytest.raises(AuroraError, match=words) as caught:
         load_model_and_preprocess(NAME, adapter=folder)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "targets", [r".*encoder.*layer.*\.(query|key|value)", r"text_encoder(\.bert)?\..*(query|key)"]
+)
+def test_usual_patterns_are_taken_from_an_adapter(folder, targets):
+    model = tiny_model(pretrained=WEIGHTS, mode_approx={"rank": 4, "targets": targets})
+    save_adapter(activate(model), folder)
+    again, *_ = load_model_and_preprocess(NAME, adapter=folder)
+    assert again.mode_approx.slots == model.mode_approx.slots
+
+
+def test_what_an_adapter_says_of_itself_is_shown_short_and_quoted(folder):
+    rewrite_adapter(folder, model={**said(folder), "arch": ""})
+    with pytest.raises(AuroraError, match=f"is an adapter of '', not of {NAME}"):
+        load_model_and_preprocess(NAME, adapter=folder)
+    with pytest.raises(AuroraError, match="it is of '', and this is"):
+        load_adapter(tiny_model(pretrained=WEIGHTS, mode_approx={"rank": 4}), folder)
+    long = {"text_config": {"hidden_act": "x" * 10**5}, "settings": {"gate": {"form": "y" * 10**5}}}
+    for key, value in long.items():
+        rewrite_adapter(folder, model={**said(folder), "arch": NAME, key: value})
+        with pytest.raises(AuroraError) as caught:
+            load_adapter(tiny_model(pretrained=WEIGHTS, mode_approx={"rank": 4}), folder)
+        assert len(str(caught.value)) < 2000
+    rewrite_adapter(folder, model={"settings": ["x" * 10**5]})
+    with pytest.raises(AuroraError, match="model.settings: .* is not a dict") as caught:
+        load_model_and_preprocess(NAME, adapter=folder)
+    assert len(str(caught.value)) < 1000
+
+
+def test_sizes_of_a_run_are_not_an_adapters(folder, caplog):
+    """They decide nothing of what it answers, and a queue takes the room that it is said to have."""
+    assert not {"queue_size", "alpha", "momentum"} & said(folder)["settings"].keys()
+    change_settings(folder, queue_size=2**18, embed_dim=64)
+    model, *_ = load_model_and_preprocess(NAME, adapter=folder)
+    assert model.settings.queue_size == 512
+    assert "not taken from the adapter, which is data: queue_size" in caplog.text
 
 
 @pytest.mark.parametrize(

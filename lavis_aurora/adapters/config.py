@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lavis_aurora.adapters.sets import KINDS
-from lavis_aurora.common.errors import AuroraError, some
+from lavis_aurora.common.errors import AuroraError, shown, some
 from lavis_aurora.common.parsing import parse
 
 # Since 2, the tensors' file holds the text of this one, and tensors_sha256 is of the tensors, not of their file.
@@ -24,8 +24,11 @@ FORMAT = 2
 READABLE = (1, FORMAT)
 
 # The largest number in the settings, by its key: beyond what models have. Nothing is allocated before it is checked.
-SIZES = {"image_size": 2**12, "max_txt_len": 2**12, "n_frms": 2**12, "depth": 2**9, "embed_dim": 2**14}
-LARGEST = 2**18
+SIZES = {
+    **{"image_size": 2**12, "max_txt_len": 2**12, "n_frms": 2**12, "depth": 2**9, "embed_dim": 2**13},
+    "num_classes": 2**16,
+}
+LARGEST = 2**24
 # What a model says of itself, where it says it.
 DESCRIPTION = {"arch": str, "model_type": str, "settings": dict, "preprocess": dict, "text_config": dict}
 
@@ -91,7 +94,7 @@ class AdapterConfig:
                 raise AuroraError(f"slots.{slot}: {shape!r} is not [d_in, d_out] of at most {LARGEST}")
         for key, kind in DESCRIPTION.items():
             if not isinstance(self.model.get(key), (kind, type(None))):
-                raise AuroraError(f"model.{key}: {self.model[key]!r} is not a {kind.__name__}")
+                raise AuroraError(f"model.{key}: {shown(self.model[key])} is not a {kind.__name__}")
         for key, value in _leaves(self.model, "model"):
             largest = SIZES.get(key.rpartition(".")[2], LARGEST)
             if isinstance(value, (int, float)) and not abs(value) <= largest:
@@ -179,7 +182,7 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
         raise AuroraError(f"{path} is not a readable safetensors file ({error})") from error
     # The header is valid json: safetensors has read it.
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    bound = header.get("__metadata__", {}).get(METADATA)
+    bound = (header.get("__metadata__") or {}).get(METADATA)
     same = bound is None or bound.encode() == text
     if same:
         try:

@@ -91,7 +91,8 @@ def written_whole(path: str | Path, previous: str | Path | None = None) -> Itera
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)  # to open a link would write what it leads to
+        with partial.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -7,6 +7,7 @@ from is said by the user, or by the defaults of the registered type, and never b
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -15,7 +16,7 @@ from typing import Any
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
-from lavis_aurora.common.errors import AuroraError, near_names, some
+from lavis_aurora.common.errors import AuroraError, near_names, shown, some
 from lavis_aurora.config.check import check_types
 from lavis_aurora.config.dataset_keys import (
     PROCESSOR_KINDS,
@@ -33,17 +34,19 @@ BLIP_SETTINGS = (
     *("vit_drop_path_rate", "vit_grad_ckpt", "vit_ckpt_layer", "train_heads", "train_temp"),
     *("tuning", "mode_approx", "gate", "lora", "uniadapter", "context"),
     *("share_decoder", "mask_question_padding", "rank_chunk"),
-    *("queue_size", "alpha", "momentum", "negative_all_rank"),
 )
-# Never: where things come from, and what is decided by whoever loads.
+# Never: where things come from, what is decided by whoever loads, and what is of a run.
 LEFT_OUT = (
     *("arch", "model_type", "pretrained", "finetuned", "load_finetuned", "load_pretrained", "tokenizer"),
     *("med_config_path", "adapter", "adapter_check_base", "freeze_vit"),
+    *("queue_size", "alpha", "momentum", "negative_all_rank"),
 )
 TUNING_SETTINGS = {"aurora": ("mode_approx", "gate"), "lora": ("lora",), "uniadapter": ("uniadapter",)}
 WRAPPER_SETTINGS = ("base", "mode_approx", "modules_to_save")
 # These fetch a tokenizer when they are made.
 FETCHING_PROCESSORS = ("gpt_dialogue", "gpt_video_ft")
+# Of all patterns of a key together, and letters of one.
+MOST_WAYS, LONGEST_PATTERN = 10**5, 500
 
 
 def portable_settings(cls: type[Any], settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,13 +141,26 @@ def _known(cls: type[Any]) -> list[str]:
 
 
 def _check_patterns(key: str, patterns: Any) -> None:
-    """Refuse regular expressions of which the search may take for ever."""
+    """Refuse regular expressions of which a search may take for ever: those of a key have few ways to match."""
+    ways = 0
     for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
-        if isinstance(pattern, str) and (re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+?{]", pattern)) > 4):
+        if not isinstance(pattern, str):
+            continue
+        # Of repeated groups the ways cannot be counted so; what begins with (? may hide one.
+        countable = len(pattern) <= LONGEST_PATTERN and not re.search(r"\)[*+{]|\(\?[^:]", pattern)
+        ways += _ways(pattern) if countable else MOST_WAYS + 1
+        if ways > MOST_WAYS:
             raise AuroraError(
-                f"model.settings.{key}: {pattern!r} repeats too much for a pattern from an adapter; build the model "
-                f"by a YAML without model.adapter, then load_adapter(model, folder)"
+                f"model.settings.{key}: {shown(pattern)} repeats too much, or has too many alternatives, for a "
+                f"pattern from an adapter; build the model by a YAML without model.adapter, then "
+                f"load_adapter(model, folder)"
             )
+
+
+def _ways(pattern: str) -> int:
+    """About how many ways a pattern without repeated groups has to match the name of a layer, at most."""
+    alternatives = math.prod(1 + part.count("|") for part in re.split("[()]", pattern))
+    return alternatives * 2 ** pattern.count("?") * 20 ** len(re.findall("[*+{]", pattern))
 
 
 def check_preprocess(preprocess: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lavis_aurora.common.errors import AuroraError, near_names, shown
+from lavis_aurora.common.errors import AuroraError, near_names, printable, shown
 from lavis_aurora.common.files import regular
 from lavis_aurora.common.parsing import check_section, parse, section_class
 from lavis_aurora.common.paths import package_file
@@ -26,6 +26,7 @@ READING_ERRORS = (OSError, UnicodeError, yaml.YAMLError, OmegaConfBaseException,
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # libyaml's composer calls itself for each level, until the process has no stack left.
 MOST_NESTED = 30
+TAGS = {*yaml.SafeLoader.yaml_constructors, "tag:yaml.org,2002:value", "tag:yaml.org,2002:merge"}
 NULL, TEXT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
 
 
@@ -104,6 +105,8 @@ def _as_written(source: str, key: str) -> str:
 
 
 def _quote(node: yaml.Node, key: str, text_keys: set[str]) -> None:
+    if node.tag not in TAGS:
+        raise yaml.YAMLError(f"{key}: unknown tag {printable(node.tag)}; put a value that begins with ! in quotes")
     if isinstance(node, yaml.ScalarNode):
         if key in text_keys and not node.style and node.tag != NULL:
             node.tag, node.style = TEXT, '"'

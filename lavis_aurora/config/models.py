@@ -159,8 +159,8 @@ class BlipAuroraConfig:
         )
         if self.vit is not None:
             width, positions = self.vit.embed_dim, (self.image_size // patch) ** 2
-            weights = width * (12 * self.vit.depth * width + positions)
-            require(weights < 2**32, "model.vit", vars(self.vit), "of fewer than 4 billion weights; check the sizes")
+            weights = width * (12 * self.vit.depth * width + positions + 3 * patch**2)
+            require(weights <= 2**30, "model.vit", vars(self.vit), "of at most 1 billion weights; check the sizes")
         if self.load_finetuned and not self.finetuned:
             raise AuroraError(
                 "model.finetuned: missing although model.load_finetuned is true; name a checkpoint, or set "
@@ -203,6 +203,8 @@ class RetrievalAuroraConfig(BlipAuroraConfig):
             )
         require(self.queue_size >= 0, "model.queue_size", self.queue_size, "0 (no queue) or more")
         require(self.embed_dim >= 1, "model.embed_dim", self.embed_dim, "1 or more")
+        fits = self.queue_size * self.embed_dim <= 2**28
+        require(fits, "model.queue_size", self.queue_size, "at most 2**28 / model.embed_dim, which takes 2 GB")
         require(0 <= self.alpha <= 1, "model.alpha", self.alpha, "between 0 and 1")
         require(0 <= self.momentum <= 1, "model.momentum", self.momentum, "between 0 and 1")
 

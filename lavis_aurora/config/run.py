@@ -27,7 +27,8 @@ def _check_numbers(keys: Any) -> None:
     for field_ in fields(keys):
         value = getattr(keys, field_.name)
         if isinstance(value, (int, float)):
-            most, need = MOST.get(field_.name, (1e12, "a number below 10^12"))
+            usual = (1e38, "a finite number") if isinstance(value, float) else (10**12, "at most 10^12")
+            most, need = MOST.get(field_.name, usual)
             require(abs(value) <= most, f"run.{field_.name}", value, need)
 
 

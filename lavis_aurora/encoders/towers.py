@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertTokenizer
 
 from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.files import regular
 from lavis_aurora.config.models import BlipAuroraConfig
 from lavis_aurora.encoders.fused import fuse_text, fuse_vision
 
@@ -29,6 +30,10 @@ ONE_WAY = {
     "pruned_heads": (({},), "BLIP's checkpoints hold all heads"),
     "chunk_size_feed_forward": ((0, 1), "texts are of any length, which chunks would have to divide"),
 }
+# What transformers reads in the folder of a tokenizer.
+TOKENIZER_FILES = (
+    *("vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"),
+)
 
 
 def plain_vision_encoder(cfg: BlipAuroraConfig) -> VisionTransformerEncoder:
@@ -64,7 +69,8 @@ def build_text_encoder(cfg: BlipAuroraConfig, vision_width: int) -> XBertEncoder
         AuroraError: the file is no configuration, asks for what these towers do not compute, or does not fit.
     """
     try:
-        _check_computed(cfg.med_config_path, BertConfig.from_json_file(get_abs_path(cfg.med_config_path)))
+        path = regular(get_abs_path(cfg.med_config_path))
+        _check_computed(cfg.med_config_path, BertConfig.from_json_file(path))
         encoder = XBertEncoder.from_config(OmegaConf.structured(cfg))
     except AuroraError:
         raise
@@ -105,9 +111,14 @@ def build_tokenizer(source: str) -> BertTokenizer:
     Args:
         source: hub name, or a folder with vocab.txt.
     """
+    try:
+        for path in (source, *(os.path.join(source, name) for name in TOKENIZER_FILES)):
+            if os.path.exists(path) and not os.path.isdir(path):
+                regular(path)
+    except OSError as error:
+        raise AuroraError(f"model.tokenizer: {path} cannot be read ({error})") from error
     if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "vocab.txt")):
         raise AuroraError(f"model.tokenizer: the folder {source} holds no vocab.txt")
-
     try:
         tokenizer = BertTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:

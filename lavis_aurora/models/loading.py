@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lavis_aurora.adapters.config import CONFIG, read_adapter_config
-from lavis_aurora.common.errors import AuroraError, near_names
+from lavis_aurora.common.errors import AuroraError, near_names, shown
 from lavis_aurora.common.paths import use_weights_folder
 from lavis_aurora.config.adapter_settings import adapter_settings, check_preprocess, type_settings
 
@@ -59,7 +59,7 @@ def load_model_and_preprocess(
     use_weights_folder()
     described = {} if adapter is None else read_adapter_config(adapter).model
     if described.get("arch", name) != name:
-        raise AuroraError(f"{adapter} is an adapter of {described['arch']}, not of {name}")
+        raise AuroraError(f"{adapter} is an adapter of {shown(described['arch'])}, not of {name}")
     cls, model_type = _class_and_type(name, model_type or described.get("model_type"))
     given = {"pretrained": pretrained, "tokenizer": tokenizer, "med_config_path": med_config_path}
     sources = {key: str(value) for key, value in given.items() if value is not None}

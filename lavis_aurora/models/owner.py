@@ -22,7 +22,7 @@ from lavis_aurora.adapters.companions import momentum_copies, resting_teacher, t
 from lavis_aurora.adapters.files import load_adapter
 from lavis_aurora.adapters.sets import AdapterSets
 from lavis_aurora.adapters.switching import AdapterOwner, restart_teacher
-from lavis_aurora.common.errors import AuroraError, some
+from lavis_aurora.common.errors import AuroraError, shown, some
 from lavis_aurora.config.adapter_settings import portable_settings
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import BlipAuroraConfig, ModeApproxModelConfig
@@ -170,13 +170,13 @@ class AdapterOwnerMixin(AdapterOwner):
         here = self.describe_adapter()
         problems = []
         if description.get("arch", here["arch"]) != here["arch"]:
-            problems.append(f"it is of {description['arch']}, and this is {here['arch']}")
+            problems.append(f"it is of {shown(description['arch'])}, and this is {here['arch']}")
         problems += text_differences(self, description)
         gate = (description.get("settings") or {}).get("gate")
         form = gate.get("form", self.settings.gate.form) if isinstance(gate, Mapping) else self.settings.gate.form
         if form != self.settings.gate.form:
             problems.append(
-                f"gate.form is {form} there and {self.settings.gate.form} here; set model.gate.form: {form}"
+                f"gate.form is {shown(form)} there and {self.settings.gate.form!r} here; set model.gate.form to it"
             )
         return problems
 
@@ -206,8 +206,8 @@ def text_differences(model: nn.Module, description: Mapping[str, Any]) -> list[s
         problems.append("it was tuned with another vocabulary; name its tokenizer (tokenizer=, model.tokenizer)")
     there, own = description.get("text_config") or {}, here.get("text_config", {})
     problems += [
-        f"{key} of the text encoder is {there[key]} there and {own[key]} here; name its file (med_config_path=, "
-        f"model.med_config_path)"
+        f"{key} of the text encoder is {shown(there[key])} there and {own[key]!r} here; name its file "
+        f"(med_config_path=, model.med_config_path)"
         for key in own.keys() & there.keys()
         if own[key] != there[key]
     ]

@@ -199,7 +199,7 @@ def run_to_resume(output_dir: str | Path, config: Mapping[str, Any], evaluate: b
         evaluate: it is to be evaluated, by any number of processes on any splits.
     """
     by_time: Callable[[Path], float] = lambda folder: folder.stat().st_mtime  # noqa: E731
-    folders = {path.parent for name in (LATEST, PREVIOUS) for path in Path(output_dir).glob(f"*/{name}")}
+    folders = {path.parent for name in (LATEST, PREVIOUS, BEST) for path in Path(output_dir).glob(f"*/{name}")}
     for folder in sorted(folders, key=by_time, reverse=True):
         found = read_latest(folder)
         if found is not None and same_run(found[0].get("config", {}), config, evaluate):

@@ -18,7 +18,9 @@ from lavis.common.optims import LinearWarmupCosineLRScheduler, LinearWarmupStepL
 from lavis.datasets.data_utils import prepare_sample
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from lavis_aurora.adapters.companions import trained_buffers
 from lavis_aurora.data.samples import BROKEN, report_broken
 from lavis_aurora.training.guards import FiniteGuard
 
@@ -88,6 +90,7 @@ class TrainingState:
         folder: of the run.
         epoch, step: where training stands: the epoch, from 0, and how many batches of it are done.
         totals: of these batches, the sum of each loss on this process.
+        running_stats: buffers that training changes, and their values before the step of the optimizer.
         best_metric, best_epoch: of the best epoch so far.
         best_lost: its file is; the epoch that the run goes on from is the first to be compared with.
     """
@@ -104,6 +107,7 @@ class TrainingState:
     epoch: int = 0
     step: int = 0
     totals: dict[str, Tensor] = field(default_factory=dict)
+    running_stats: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     best_metric: float = float("-inf")
     best_epoch: Optional[int] = None
     best_lost: bool = False
@@ -207,6 +211,7 @@ def train_steps(state: TrainingState) -> Iterator[int]:
     if not first:
         state.totals = {}
     state.guard.start_epoch()
+    state.running_stats = [(buffer, buffer.clone()) for buffer in trained_buffers(state.unwrapped).values()]
     broken: list[str] = []
     # The last batches of an epoch may be fewer than are accumulated.
     rest = steps % accumulated
@@ -225,7 +230,7 @@ def train_steps(state: TrainingState) -> Iterator[int]:
         if updates:
             _update(state, losses, samples)
         else:
-            state.guard.note(_gradient_norm(state.optimizer), losses.values(), samples)
+            state.guard.note(get_total_norm(_gradients(state.optimizer)), losses.values(), samples)
         state.step = i + 1
         if state.step % log_freq == 0 or state.step == steps:
             progress.log(i, {key: float(v) for key, v in losses.items()}, state.optimizer.param_groups[0]["lr"])
@@ -254,6 +259,9 @@ def _backward(state: TrainingState, samples: Samples, parts: int, begins: bool, 
         begins, updates: whether this is the first of them, and the last.
     """
     model, scaler = state.model, state.scaler
+    if begins:
+        for buffer, before in state.running_stats:
+            before.copy_(buffer)
     with ExitStack() as stack:
         if not begins:
             # The student has not moved: the teacher follows it once a step.
@@ -272,21 +280,29 @@ def _update(state: TrainingState, losses: dict[str, Tensor], samples: Samples) -
     optimizer, scaler = state.optimizer, state.scaler
     if scaler is not None:
         scaler.unscale_(optimizer)
-    norm = _gradient_norm(optimizer, float(state.run["grad_clip"]) or float("inf"))
+    norm = get_total_norm(_gradients(optimizer))
+    if clip := float(state.run["grad_clip"]):
+        clip_grads_with_norm_(_trained(optimizer), clip, norm)
     if state.guard.accepts(norm, losses.values(), samples, scaled=scaler is not None):
         if scaler is None:
             optimizer.step()
         else:
             scaler.step(optimizer)
+    else:
+        # Its batches must not live on in running statistics either.
+        for buffer, before in state.running_stats:
+            buffer.copy_(before)
     if scaler is not None:
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
 
-def _gradient_norm(optimizer: torch.optim.Optimizer, clip: float = float("inf")) -> Tensor:
-    """Norm of the gradient, which is then clipped to it."""
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    return torch.nn.utils.clip_grad_norm_(trained, clip)
+def _trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter.grad for parameter in _trained(optimizer) if parameter.grad is not None]
 
 
 def _means(totals: dict[str, Tensor], steps: int) -> dict[str, float]:

@@ -149,8 +149,11 @@ def build_loader(
     is_train: bool,
     shared: bool,
     pin_memory: bool,
+    evaluate: bool = False,
 ) -> DataLoader[Any]:
     """A loader over a dataset; ``shared`` gives each process its part of the samples.
+
+    With ``evaluate``, nothing is trained, and so a train split may be smaller than a batch.
 
     Raises:
         AuroraError: not one batch can be trained on.
@@ -173,7 +176,7 @@ def build_loader(
         # Of its own, so that iterating draws nothing from the global one.
         generator=torch.Generator(),
     )
-    if is_train and len(loader) == 0:
+    if is_train and not evaluate and len(loader) == 0:
         raise AuroraError(
             f"run.batch_size_train: {batch_size} on {get_world_size()} processes is more than the "
             f"{len(cast(Sized, dataset))} samples of the train split"

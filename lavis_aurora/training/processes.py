@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import socket
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 
 from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.files import writing
 
 
 def join_processes(run: DictConfig) -> None:
@@ -60,6 +62,7 @@ def _start(store: Any, rank: int, world: int, limit: timedelta) -> str:
 
 
 NAME = "run.lock"
+TOUCH, STALE = 60.0, 600.0  # seconds
 
 
 class RunLock:
@@ -68,6 +71,9 @@ class RunLock:
     The system gives a lock back when its process ends, however that comes about, and so nobody waits for the dead.
     The file says who holds it, and is removed at an orderly end. Such a lock belongs to the process (``lockf``): one
     of ``flock`` would live on in workers of data loaders, which outlive a killed process by seconds.
+
+    Its owner touches the file each minute: one on another machine, of which the system tells nothing, is taken for
+    dead after ten without.
     """
 
     _file: TextIO | None = None
@@ -77,6 +83,8 @@ class RunLock:
 
     def __exit__(self, *_error: object) -> None:
         if self._file is not None:
+            self._ended.set()
+            self._fresh.join()
             Path(self._file.name).unlink(missing_ok=True)
             self._file.close()
             self._file = None
@@ -100,18 +108,32 @@ class RunLock:
         # One that was killed has left its name. Not every shared file system passes locks on to other hosts.
         before = _owner(file)
         elsewhere = before.get("boot") != own["boot"] and before.get("host") != own["host"]
-        if before and (elsewhere or not certain):
+        age = time.time() - os.fstat(file.fileno()).st_mtime
+        stale = before.get("touched") is True and age > STALE
+        if before and (elsewhere or not certain) and not stale:
             file.close()
             raise AuroraError(
                 f"run.output_dir: {folder} is in use by {_described(before)}, which cannot be seen from here; "
                 f"if it does not run any more, remove {path}"
             )
         if before:
-            logging.info("%s was left behind by %s, which has ended", path, _described(before))
-        file.truncate(0)
-        json.dump(own, file)
-        file.flush()
-        self._file = file
+            reason = f"which has not touched it for {age / 60:.0f} minutes" if elsewhere else "which has ended"
+            logging.info("%s was left behind by %s, %s", path, _described(before), reason)
+        with writing(path):
+            file.truncate(0)
+            os.write(file.fileno(), json.dumps(own).encode())
+        self._file, self._ended = file, threading.Event()
+        self._fresh = threading.Thread(target=_keep_fresh, args=(file.fileno(), self._ended), daemon=True)
+        self._fresh.start()
+
+
+def _keep_fresh(file: int, ended: threading.Event) -> None:
+    """Touch an owner's file until the end."""
+    while not ended.wait(TOUCH):
+        try:
+            os.utime(file)
+        except OSError as error:  # the next time may do
+            logging.warning("%s cannot be touched (%s)", NAME, error)
 
 
 def _open_locked(path: Path) -> tuple[TextIO, bool]:
@@ -145,6 +167,7 @@ def _this_process() -> dict[str, Any]:
         "process": os.getpid(),
         "host": socket.gethostname(),
         "boot": boot.read_text().strip() if boot.is_file() else "",
+        "touched": True,  # once a minute, other than by older versions
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 

@@ -76,7 +76,9 @@ class RunCheckpoints:
         write_checkpoint(content, self.folder / name, previous=self.folder / PREVIOUS if name == LATEST else None)
 
     def load_best(self) -> None:
-        """Put the best epoch's weights back."""
+        """Put the best epoch's weights back; all processes must call it."""
+        if is_dist_avail_and_initialized():
+            dist.barrier()  # the main process may be writing it
         try:
             load_weights(self.state.unwrapped, self.folder / BEST)
         except AuroraError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -157,6 +159,7 @@ class AuroraRunner(RunnerBase):
                 is_train=is_train,
                 shared=is_train or share,
                 pin_memory=self.cuda_enabled,
+                evaluate=self.evaluate_only,
             )
             for dataset, batch_size, is_train, collate in zip(datasets, batch_sizes, is_trains, collate_fns)
         ]
@@ -185,9 +188,21 @@ class AuroraRunner(RunnerBase):
             super().log_config()
 
     def log_stats(self, stats: dict[str, Any], split_name: str) -> None:
-        """LAVIS's, into log.txt; arguments are LAVIS's."""
+        """LAVIS's, into log.txt; arguments are LAVIS's. An epoch that is done again takes its own line's place."""
+        if is_main_process():
+            self._forget(f"{split_name}_epoch", stats.get("epoch"))
         with appended(self.output_dir / LOG):
             super().log_stats(stats, split_name)
+
+    def _forget(self, key: str, epoch: int | str | None) -> None:
+        """Drop the line of an epoch from log.txt, which a run leaves that is killed before its checkpoint."""
+        path = self.output_dir / LOG
+        if not isinstance(epoch, int) or not path.is_file():
+            return
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if not line.startswith(f'{{"{key}": {json.dumps(epoch)},')]
+        if kept != lines:
+            write_text(path, "".join(kept))
 
     def _train(self) -> None:
         start = time.time()
@@ -332,6 +347,12 @@ class AuroraRunner(RunnerBase):
                     f"run.valid_splits: run.task {state.run['task']} reports no {TRAINING_METRIC} on {split} to "
                     f"select the best epoch by; set run.valid_splits: [] to take the last. This one is saved: go on "
                     f"from it by run.resume_ckpt_path={self.output_dir / LATEST}"
+                )
+            if i == 0 and not math.isfinite(metric[0]):
+                raise AuroraError(
+                    f"run.valid_splits: {TRAINING_METRIC} of {split} is {metric[0]} in epoch {epoch + 1}, which "
+                    f"cannot be compared with others; look into its data and lower run.init_lr, or set "
+                    f"run.valid_splits: [] to take the last epoch"
                 )
             # An epoch that is validated again, as it was interrupted there, takes its own place.
             if i == 0 and (metric[0] > state.best_metric or epoch == state.best_epoch):

@@ -149,6 +149,15 @@ def test_tensors_of_odd_types(folder, kind):
         read_adapter(folder)
 
 
+def test_a_header_whose_metadata_are_null(folder):
+    content = (folder / TENSORS).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    text = json.dumps({**json.loads(content[8 : 8 + length]), "__metadata__": None}).encode()
+    (folder / TENSORS).write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(AuroraError, match="is not the file that"):
+        read_adapter(folder)
+
+
 def test_a_header_that_promises_more_than_the_file_holds(folder):
     content = (folder / TENSORS).read_bytes()
     (folder / TENSORS).write_bytes((2**62).to_bytes(8, "little") + content[8:])

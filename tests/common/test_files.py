@@ -18,6 +18,15 @@ def test_a_whole_file_takes_the_place_of_the_older_one(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_what_a_link_of_the_unfinished_files_name_leads_to_is_left_alone(tmp_path):
+    """In a folder from a stranger there may be one."""
+    (tmp_path / "precious").write_text("old")
+    (tmp_path / "a.partial").symlink_to(tmp_path / "precious")
+    write_text(tmp_path / "a", "new")
+    assert ((tmp_path / "precious").read_text(), (tmp_path / "a").read_text()) == ("old", "new")
+    assert not (tmp_path / "a").is_symlink() and not (tmp_path / "a.partial").exists()
+
+
 ERRORS = [
     OSError(28, "No space left"),
     KeyboardInterrupt(),
@@ -41,7 +50,7 @@ def test_an_interrupted_write_leaves_the_older_one_alone(tmp_path, error):
 
 def test_torchs_error_after_the_systems_is_the_systems(tmp_path):
     """Its zip writer, refused a write, ends with a RuntimeError about positions."""
-    with pytest.raises(AuroraError, match=r"cannot write .*a \(\[Errno 28\] No space left\); free some space"):
+    with pytest.raises(AuroraError, match=r"cannot write .*a \(No space left\); free some space"):
         with written_whole(tmp_path / "a"):
             try:
                 raise OSError(28, "No space left")

@@ -65,6 +65,14 @@ def test_nesting_is_bounded(tmp_path: Path, depth: int, opening: str, closing: s
     assert refused(path) == f"{path}: nested more than {MOST_NESTED} deep"
 
 
+@pytest.mark.parametrize(
+    "option", ["run.output_dir=!x", "model.tokenizer=!!python/name:x y", "run.train_splits=[!x a]"]
+)
+def test_a_tag_is_no_value(tmp_path: Path, option: str) -> None:
+    """Of which an empty string would be left."""
+    refused(project_yaml(tmp_path, count=1), "unknown tag ", "begins with ! in quotes", options=[option])
+
+
 def test_nesting_of_options_is_bounded(tmp_path: Path) -> None:
     refused(project_yaml(tmp_path, count=1), "nested more than", options=[f"model.gate={'[' * 60000}"])
 

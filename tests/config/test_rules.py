@@ -56,12 +56,12 @@ OUT_OF_RANGE = [
     ("run.num_beams", "1001", "1000 or fewer"),
     ("run.max_len", "513", "512 or fewer (tokens)"),
     *[
-        (f"run.{key}", value, "a number below 10^12")
+        (f"run.{key}", value, "a finite number")
         for key in ("init_lr", "min_lr", "warmup_lr", "weight_decay", "itc_weight")
-        for value in (".inf", "-.inf", ".nan", "1e30")
+        for value in (".inf", "-.inf", ".nan", "1e39")
     ],
     *[
-        (f"run.{key}", "9" * 30, "a number below 10^12")
+        (f"run.{key}", "9" * 30, "at most 10^12")
         for key in ("batch_size_train", "batch_size_eval", "accum_grad_iters", "k_test", "warmup_steps", "log_freq")
     ],
     *[

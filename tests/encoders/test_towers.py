@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -113,6 +114,24 @@ def test_every_other_key_of_the_configuration_counts_as_in_lavis(tmp_path, key):
 def test_a_folder_without_vocabulary_is_named(tmp_path):
     with pytest.raises(AuroraError, match="holds no vocab.txt"):
         build_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_pipe_in_the_place_of_a_tokenizers_file_is_not_waited_for(tmp_path, name):
+    source = tmp_path / "words"
+    if name:
+        source.mkdir()
+        (source / "vocab.txt").write_text("[PAD]")
+        (source / name).unlink(missing_ok=True)
+    os.mkfifo(source / name)
+    with pytest.raises(AuroraError, match=f"model.tokenizer: {source / name} cannot be read .it is a pipe"):
+        build_tokenizer(str(source))
+
+
+def test_a_pipe_in_the_place_of_the_text_towers_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "med.json")
+    with pytest.raises(AuroraError, match="model.med_config_path: .*med.json is not a readable .* it is a pipe"):
+        tiny_model(med_config_path=str(tmp_path / "med.json"))
 
 
 def test_an_unreachable_hub_name_says_what_to_do():

@@ -226,6 +226,14 @@ def test_the_newest_run_of_the_same_configuration_is_found(tmp_path):
     assert run_to_resume(tmp_path / "nowhere", config) is None
 
 
+def test_a_run_of_which_only_the_best_is_left_is_found(tmp_path):
+    config = {"model": {"arch": "a"}, "run": {"seed": 1}}
+    (tmp_path / "run").mkdir()
+    write_checkpoint({**STATE, "config": config}, tmp_path / "run" / BEST)
+    assert run_to_resume(tmp_path, config).name == "run"
+    assert run_to_resume(tmp_path, config, evaluate=True).name == "run"
+
+
 def of(processes, batch, **model):
     run = {"world_size": processes, "batch_size_train": batch, "distributed": processes > 1, "seed": 1}
     return {"model": {"arch": "blip_retrieval_aurora", **model}, "run": run}

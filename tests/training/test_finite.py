@@ -178,6 +178,26 @@ def test_the_count_in_a_row_goes_on_over_epochs(tmp_path, spoiled, capsys):
     assert [entry["train_skipped_steps"] for entry in counts] == [4, 4]
 
 
+class Normed(Line):
+    """With running statistics, into which a batch that is no number goes too."""
+
+    def __init__(self, bad: set[int]) -> None:
+        super().__init__(bad)
+        self.norm = torch.nn.BatchNorm1d(2)
+
+    def forward(self, samples: dict) -> dict:
+        x = samples["x"].expand(3, 2) * (float("nan") if samples["iters"] in self.bad else 1.0)
+        return {"loss": torch.nn.functional.linear(self.norm(x), self.weight).square().sum()}
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_a_skipped_step_leaves_no_trace_in_running_statistics(tmp_path, each):
+    model = Normed({1})
+    assert epoch(tmp_path, model, batches=4, each=each, skip=True).skipped == 1
+    assert int(model.norm.num_batches_tracked) == 4 - each
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
 # Steps of several batches
 
 

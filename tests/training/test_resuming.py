@@ -195,6 +195,28 @@ def test_a_run_killed_between_its_last_epoch_and_its_last_checkpoint(tmp_path, m
     assert_same(final(tmp_path / "whole"), final(tmp_path / "killed"))
 
 
+@pytest.mark.parametrize("validated", [False, True])
+def test_an_epoch_that_is_done_again_has_one_line(tmp_path, monkeypatch, validated):
+    """Killed after its line was written, and before its checkpoint."""
+    original = RunCheckpoints.save
+
+    def killed(self, epoch, validated=False, name=LATEST):
+        if epoch == 1 and validated == at and name == LATEST:
+            raise KeyboardInterrupt
+        original(self, epoch, validated=validated, name=name)
+
+    at, yaml = validated, image_project(tmp_path, checkpoint_every=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(RunCheckpoints, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(["--cfg-path", str(yaml)])
+    train(["--cfg-path", str(yaml)])
+    log = (only_run(tmp_path) / "log.txt").read_text()
+    for split in ("train", "val"):
+        for epoch in range(2):
+            assert log.count(f'"{split}_epoch": {epoch},') == 1
+
+
 def test_with_accumulated_steps_none_is_passed_over(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(RunCheckpoints, "save", lambda self, epoch, **_: saved.append(self.state.step))

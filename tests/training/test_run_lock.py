@@ -16,6 +16,7 @@ import pytest
 from tiny import project_yaml
 
 from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.training import processes
 from lavis_aurora.training.processes import NAME, RunLock
 from lavis_aurora_cli import train
 
@@ -90,6 +91,39 @@ def test_an_owner_on_another_host_is_not_taken_for_dead(tmp_path):
     assert str(refused.value).endswith(f"if it does not run any more, remove {path}")
     path.unlink()
     with RunLock() as lock:
+        lock.take(tmp_path)
+
+
+def test_one_on_another_host_that_no_longer_touches_it_is(tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = left_behind(tmp_path, host="elsewhere", boot="another")
+    os.utime(path, (time.time() - 3600,) * 2)
+    with RunLock() as lock:
+        lock.take(tmp_path)
+    assert "by process 123456 on elsewhere" in caplog.text and "not touched it for 60 minutes" in caplog.text
+    path = left_behind(tmp_path, host="elsewhere", boot="another", touched="by no older version")
+    os.utime(path, (time.time() - 3600,) * 2)
+    with RunLock() as lock, pytest.raises(AuroraError, match="in use by process 123456 on elsewhere"):
+        lock.take(tmp_path)
+
+
+def test_an_owner_touches_its_file_until_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "TOUCH", 0.01)
+    with RunLock() as lock:
+        lock.take(tmp_path)
+        os.utime(tmp_path / NAME, (0, 0))
+        deadline = time.time() + PATIENCE
+        while (tmp_path / NAME).stat().st_mtime == 0 and time.time() < deadline:
+            time.sleep(0.01)
+        assert time.time() - (tmp_path / NAME).stat().st_mtime < PATIENCE
+
+
+def test_a_full_disk_is_said_of_the_lock(tmp_path, monkeypatch):
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with RunLock() as lock, pytest.raises(AuroraError, match="run.lock .No space left on device"):
         lock.take(tmp_path)
 
 

@@ -77,6 +77,20 @@ def test_the_best_epoch_is_tested_even_when_its_metric_is_zero(tmp_path, monkeyp
     assert (folder / "result" / "test_epoch_best.json").exists()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_metric_that_is_no_number_selects_no_epoch(tmp_path, monkeypatch, capsys, value):
+    from lavis_aurora.training.tasks.retrieval import RetrievalAuroraTask
+
+    original = RetrievalAuroraTask.after_evaluation
+    monkeypatch.setattr(
+        RetrievalAuroraTask, "after_evaluation", lambda *args, **kw: {**original(*args, **kw), "agg_metrics": value}
+    )
+    with pytest.raises(SystemExit):
+        run(project_yaml(tmp_path))
+    assert f"run.valid_splits: agg_metrics of val is {value} in epoch 1" in capsys.readouterr().err
+    assert not (only_run(tmp_path) / "checkpoint_best.pth").exists()
+
+
 def test_evaluation_of_a_checkpoint_repeats_the_test(tmp_path, capsys):
     yaml = project_yaml(tmp_path)
     run(yaml)
