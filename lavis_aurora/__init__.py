@@ -13,8 +13,8 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 
 import lavis_aurora.alignment  # noqa: F401
+from lavis_aurora.common import __version__ as __version__
 from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.common.version import __version__ as __version__
 from lavis_aurora.config import ContextConfig, GateConfig, ModeApproxConfig
 from lavis_aurora.mode_approx import (
     delete_adapter,
@@ -72,7 +72,7 @@ if find_spec("lavis") is not None:
 
     import lavis_aurora.data.builders
     import lavis_aurora.data.demo_builder
-    import lavis_aurora.data.frames
+    import lavis_aurora.data.samples
     import lavis_aurora.models.blip_retrieval_aurora
     import lavis_aurora.models.blip_vqa_aurora
     import lavis_aurora.models.mode_approx_model

@@ -23,14 +23,12 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from lavis_aurora.adapters.config import CONFIG, TENSORS, AdapterConfig, read_adapter, read_adapter_config
-from lavis_aurora.adapters.merging import merged_state_dict
-from lavis_aurora.adapters.switching import adapters_of
+from lavis_aurora.adapters.switching import adapters_of, merged_state_dict
 from lavis_aurora.common.errors import AuroraError, near_names, printable
 from lavis_aurora.common.files import written_whole
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.mode_approx.layers import AdaptedLayer
-from lavis_aurora.models.loading import load_model_and_preprocess
-from lavis_aurora.models.weights import how_to_load, read_state_dict
+from lavis_aurora.models.loading import how_to_load, load_model_and_preprocess, read_state_dict
 from lavis_aurora.project import load_config
 from lavis_aurora.training.guards import Stopped
 

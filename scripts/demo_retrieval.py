@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from demo_tasks import COLORS, COST_TITLES, LABELS, DemoTask, Row, Run, cost_columns, cost_label, gap_closed
 
-from lavis_aurora.data.frames import read_frames, uniform_indices
+from lavis_aurora.data.samples import read_frames, uniform_indices
 
 RECALL_KS = (1, 5, 10)
 CLIPS_SHOWN = 5  # clips of the sheet: the first family

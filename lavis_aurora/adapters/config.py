@@ -135,7 +135,7 @@ class AdapterConfig:
         kind = next((key for key in data if key in KINDS), None)
         if kind is None:
             raise AuroraError(f"there are no settings of a known kind of adapter; known: {', '.join(KINDS)}")
-        settings = parse(KINDS[kind].config_class, data.pop(kind), kind)
+        settings: Any = parse(KINDS[kind].config_class, data.pop(kind), kind)
         return parse(cls, data, given={"kind": kind, "settings": settings})
 
 

@@ -28,9 +28,9 @@ from lavis_aurora.adapters.config import (
 )
 from lavis_aurora.adapters.sets import INTERNAL, KINDS, AdapterSets
 from lavis_aurora.adapters.switching import adapters_of, owner_of
+from lavis_aurora.common import __version__
 from lavis_aurora.common.errors import AuroraError, some
 from lavis_aurora.common.files import written_whole
-from lavis_aurora.common.version import __version__
 
 
 def save_adapter(

@@ -15,8 +15,15 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lavis_aurora.analysis.drawing import Plot, hide_axes, subplots
-from lavis_aurora.analysis.results import read_config, result_file, tuned_model
-from lavis_aurora.analysis.tuned import load_trained, read_visual, split_data, untrained_model
+from lavis_aurora.analysis.results import (
+    load_trained,
+    read_config,
+    read_visual,
+    result_file,
+    split_data,
+    tuned_model,
+    untrained_model,
+)
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json
 from lavis_aurora.encoders.towers import encode_visual

@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from lavis_aurora.analysis.drawing import FULL, OTHER, OURS, PALE, Plot, despine, subplots
-from lavis_aurora.analysis.results import read_config, tuned_model
-from lavis_aurora.analysis.tuned import load_trained, untrained_model
+from lavis_aurora.analysis.results import load_trained, read_config, tuned_model, untrained_model
 from lavis_aurora.common.errors import AuroraError
 
 KINDS = ("query", "key", "value")

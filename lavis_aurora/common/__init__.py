@@ -1,1 +1,6 @@
-"""What every room uses: errors, files written whole or not at all, paths, precision. Standard library and torch."""
+"""What every room uses: errors, checks of values, files written whole or not at all, paths, registries.
+
+Standard library and torch.
+"""
+
+__version__ = "0.1.0"

@@ -13,9 +13,9 @@ from typing import Any, Optional, TypedDict, cast
 
 import torch
 
+from lavis_aurora.common import __version__
 from lavis_aurora.common.errors import AuroraError, shown
 from lavis_aurora.common.files import read_json, write_text
-from lavis_aurora.common.version import __version__
 
 SUMMARY = "summary.json"
 FORMAT = 1

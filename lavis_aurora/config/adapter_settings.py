@@ -160,7 +160,7 @@ def _check_patterns(key: str, patterns: Any) -> None:
 def _ways(pattern: str) -> int:
     """About how many ways a pattern without repeated groups has to match the name of a layer, at most."""
     alternatives = math.prod(1 + part.count("|") for part in re.split("[()]", pattern))
-    return alternatives * 2 ** pattern.count("?") * 20 ** len(re.findall("[*+{]", pattern))
+    return int(alternatives * 2 ** pattern.count("?") * 20 ** len(re.findall("[*+{]", pattern)))
 
 
 def check_preprocess(preprocess: Mapping[str, Any]) -> None:

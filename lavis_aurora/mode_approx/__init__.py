@@ -1,14 +1,16 @@
 """Mode approximation (paper 3.2): the method itself. Knows torch, not LAVIS."""
 
 from lavis_aurora.adapters.files import load_adapter, save_adapter
-from lavis_aurora.adapters.merging import merge_adapter, merged_state_dict, unmerge_adapter
 from lavis_aurora.adapters.switching import (
     bind_companions,
     delete_adapter,
     disable_adapter,
     list_adapters,
+    merge_adapter,
+    merged_state_dict,
     set_adapter,
     trainable_parameters_summary,
+    unmerge_adapter,
 )
 from lavis_aurora.mode_approx.factors import FactorSet, ModeFactors
 from lavis_aurora.mode_approx.inject import inject_mode_approx

@@ -23,9 +23,9 @@ from lavis_aurora.config.models import TUNINGS, BlipAuroraConfig, register_tunin
 from lavis_aurora.encoders.fusion import add_bottlenecks, add_gates
 from lavis_aurora.mode_approx.factors import ModeFactors
 from lavis_aurora.mode_approx.inject import inject_mode_approx
+from lavis_aurora.models.loading import load_backbone, read_state_dict
 from lavis_aurora.models.matching import longest_anywhere, to_device
 from lavis_aurora.models.owner import AdapterOwnerMixin, RunState, load_configured_adapter
-from lavis_aurora.models.weights import load_backbone, read_state_dict
 
 
 @dataclass(frozen=True)

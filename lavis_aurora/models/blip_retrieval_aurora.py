@@ -14,14 +14,13 @@ from lavis.models.blip_models.blip_outputs import BlipIntermediateOutput, BlipOu
 from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from torch import Tensor, nn
 
-from lavis_aurora.adapters.merging import merged_weights
 from lavis_aurora.adapters.sets import TEACHER_SET
+from lavis_aurora.adapters.switching import merged_weights
 from lavis_aurora.alignment.context import enhance_context
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.config.models import RetrievalAuroraConfig
-from lavis_aurora.encoders.fused import drops
-from lavis_aurora.encoders.shared_images import matching_passes, share_images
+from lavis_aurora.encoders.fused import drops, matching_passes, share_images
 from lavis_aurora.encoders.towers import (
     VisualFeatures,
     build_text_encoder,

@@ -27,7 +27,7 @@ from lavis_aurora.config.adapter_settings import portable_settings
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import BlipAuroraConfig, ModeApproxModelConfig
 from lavis_aurora.encoders.towers import compile_layers
-from lavis_aurora.models.weights import check_finite
+from lavis_aurora.models.loading import check_finite
 
 
 class RunState:

@@ -19,8 +19,7 @@ from lavis_aurora.config.models import RetrievalAuroraConfig
 from lavis_aurora.config.run import RetrievalRunConfig
 from lavis_aurora.encoders.fusion import encode_with_image
 from lavis_aurora.encoders.towers import encode_visual, visual_input
-from lavis_aurora.evaluation.match import MatchScores, match_scores
-from lavis_aurora.evaluation.rerank import retrieval_scores
+from lavis_aurora.evaluation.rerank import MatchScores, match_scores, retrieval_scores
 from lavis_aurora.evaluation.scores import RetrievalScores
 
 EVALUATION_KEYS = ("k_test", "itc_weight", "token_budget_gb", "token_dtype", "eval_bf16")

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lavis_aurora.adapters.companions import trained_buffers
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.samples import BROKEN, report_broken
 from lavis_aurora.training.guards import FiniteGuard
 
@@ -51,6 +52,15 @@ class TrainableModel(Protocol):
 
     def compile_layers(self) -> None:
         """Compile the layers of the towers; an AuroraError where they are others than LAVIS's ViT and BERT."""
+
+
+def check_trainable(model: nn.Module, arch: str) -> None:
+    """Refuse a model, registered as ``arch``, that is no :class:`TrainableModel`."""
+    if not isinstance(model, TrainableModel):
+        raise AuroraError(
+            f"model.arch: runner_aurora trains models of this package; to tune {arch}, wrap it: "
+            f"model: {{arch: mode_approx, base: {{arch: {arch}}}}}"
+        )
 
 
 class TrainableTask(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from lavis_aurora.adapters.config import CONFIG, read_adapter_config
 from lavis_aurora.adapters.files import save_adapter
 from lavis_aurora.adapters.switching import find_adapters, parameter_groups
 from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.files import write_text
 from lavis_aurora.common.summary import (
     FORMAT,
     SECONDS,
@@ -186,3 +188,19 @@ def _processors(datasets: DictConfig) -> dict[str, Any]:
                 for kind, splits in plain.items()
             }
     return {}
+
+
+def forget_epoch(log: Path, key: str, epoch: int | str | None) -> None:
+    """Drop the line of an epoch from log.txt, which a run leaves that is killed before its checkpoint.
+
+    Args:
+        log: the file, which need not be there.
+        key: by which the line begins, e.g. ``train_epoch``.
+        epoch: from 0; of a final test, which is none, nothing is dropped.
+    """
+    if not isinstance(epoch, int) or not is_main_process() or not log.is_file():
+        return
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith(f'{{"{key}": {json.dumps(epoch)},')]
+    if kept != lines:
+        write_text(log, "".join(kept))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -25,6 +24,7 @@ from torch.utils.data import ChainDataset
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import appended, write_text
+from lavis_aurora.training import order
 from lavis_aurora.training.checkpoints import BEST, LATEST
 from lavis_aurora.training.guards import FiniteGuard, Stopped, StopRequest
 from lavis_aurora.training.loop import (
@@ -32,19 +32,13 @@ from lavis_aurora.training.loop import (
     LongWarmup,
     TrainableModel,
     TrainingState,
+    check_trainable,
     epoch_stats,
     train_steps,
 )
-from lavis_aurora.training.order import (
-    build_loader,
-    check_splits,
-    loader_errors,
-    random_state,
-    set_random_state,
-    start_epoch,
-)
-from lavis_aurora.training.outputs import RunSummary, save_run_adapter
+from lavis_aurora.training.outputs import RunSummary, forget_epoch, save_run_adapter
 from lavis_aurora.training.resuming import RunCheckpoints, load_weights
+from lavis_aurora.training.start import in_several_processes
 
 TRAINING_METRIC = "agg_metrics"
 LOG = "log.txt"
@@ -91,13 +85,8 @@ class AuroraRunner(RunnerBase):
                 cast(TrainableModel, self._model).compile_layers()
             self._wrapped_model = self._model
             if self.use_distributed and any(p.requires_grad for p in self._model.parameters()):
-                # Queues start alike, are filled alike on all processes, and need not be sent each step.
-                for buffer in self._model.buffers():
-                    dist.broadcast(buffer, src=0)
-                self._wrapped_model = DistributedDataParallel(
-                    self._model,
-                    device_ids=[self.config.run_cfg.gpu] if self.cuda_enabled else None,
-                    broadcast_buffers=False,
+                self._wrapped_model = in_several_processes(
+                    self._model, self.config.run_cfg.gpu if self.cuda_enabled else None
                 )
         return self._wrapped_model
 
@@ -150,7 +139,7 @@ class AuroraRunner(RunnerBase):
             return streams
         share = self.task.shards_evaluation and self.use_distributed
         loaders = [
-            build_loader(
+            order.build_loader(
                 dataset,
                 batch_size,
                 collate,
@@ -169,13 +158,13 @@ class AuroraRunner(RunnerBase):
     def dataloaders(self) -> dict[str, Any]:
         """Loaders by split; the splits that the YAML names must be there."""
         if self._dataloaders is None:
-            check_splits(self.config.run_cfg, self.datasets, self.task.shards_evaluation)
+            order.check_splits(self.config.run_cfg, self.datasets, self.task.shards_evaluation)
         return cast("dict[str, Any]", super().dataloaders)
 
     def train(self) -> None:
         """Train, select the best epoch on the first validation split, and test; or only evaluate."""
         self.summary = RunSummary(self.output_dir, self.config, self._model, self.datasets)
-        with StopRequest() as self.stop, loader_errors():
+        with StopRequest() as self.stop, order.loader_errors():
             try:
                 self._train()
             except BaseException:
@@ -189,29 +178,14 @@ class AuroraRunner(RunnerBase):
 
     def log_stats(self, stats: dict[str, Any], split_name: str) -> None:
         """LAVIS's, into log.txt; arguments are LAVIS's. An epoch that is done again takes its own line's place."""
-        if is_main_process():
-            self._forget(f"{split_name}_epoch", stats.get("epoch"))
+        forget_epoch(self.output_dir / LOG, f"{split_name}_epoch", stats.get("epoch"))
         with appended(self.output_dir / LOG):
             super().log_stats(stats, split_name)
 
-    def _forget(self, key: str, epoch: int | str | None) -> None:
-        """Drop the line of an epoch from log.txt, which a run leaves that is killed before its checkpoint."""
-        path = self.output_dir / LOG
-        if not isinstance(epoch, int) or not path.is_file():
-            return
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if not line.startswith(f'{{"{key}": {json.dumps(epoch)},')]
-        if kept != lines:
-            write_text(path, "".join(kept))
-
     def _train(self) -> None:
         start = time.time()
-        if not isinstance(self._model, TrainableModel) and (self.resume_ckpt_path or not self.evaluate_only):
-            arch = self.config.model_cfg.arch
-            raise AuroraError(
-                f"model.arch: runner_aurora trains models of this package; to tune {arch}, wrap it: "
-                f"model: {{arch: mode_approx, base: {{arch: {arch}}}}}"
-            )
+        if self.resume_ckpt_path or not self.evaluate_only:
+            check_trainable(self._model, self.config.model_cfg.arch)
         self.log_config()
         if self.config.run_cfg.amp and not self.cuda_enabled:
             logging.warning("run.amp: there is no mixed precision on a CPU; computing in single precision")
@@ -279,7 +253,7 @@ class AuroraRunner(RunnerBase):
             The mean of each loss, the last ``lr``, and ``skipped_steps`` if there are any.
         """
         state = self.state
-        start_epoch(state.loader, epoch, state.step)
+        order.start_epoch(state.loader, epoch, state.step)
         state.model.train()
         self.stop.stepping = True
         with self.summary.timed("training", steps=state.steps - state.step):
@@ -368,6 +342,6 @@ class AuroraRunner(RunnerBase):
 
     def _validate_again(self) -> None:
         """Let the epoch that the run goes on from take the place of a lost best one; no random number is drawn."""
-        before = random_state()
+        before = order.random_state()
         self._validate(self.state.epoch - 1)
-        set_random_state(before)
+        order.set_random_state(before)

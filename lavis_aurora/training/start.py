@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import logging
 import os
 import random
 import secrets
+import socket
 import sys
-from datetime import datetime
+import threading
+import time
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -18,12 +24,194 @@ from lavis.common.dist_utils import get_rank
 from lavis.common.logger import setup_logger
 from lavis.common.registry import registry
 from omegaconf import DictConfig
+from torch import nn
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+from torch.nn.parallel import DistributedDataParallel
 
 from lavis_aurora.common.errors import AuroraError, printable
+from lavis_aurora.common.files import writing
 from lavis_aurora.data.fetch import use_data_root
 from lavis_aurora.training.checkpoints import BEST, run_to_resume
-from lavis_aurora.training.processes import RunLock, join_processes
 from lavis_aurora.training.tasks.base import runnable_task
+
+
+def in_several_processes(model: nn.Module, gpu: int | None) -> DistributedDataParallel:
+    """The model, alike in all processes, which exchange its gradients.
+
+    Args:
+        gpu: of this process; None on a CPU.
+    """
+    # Queues start alike, are filled alike on all processes, and need not be sent each step.
+    for buffer in model.buffers():
+        dist.broadcast(buffer, src=0)
+    return DistributedDataParallel(model, device_ids=None if gpu is None else [gpu], broadcast_buffers=False)
+
+
+def join_processes(run: DictConfig) -> None:
+    """Join the other processes of this run, for tensors on the CPU and on its device; one time limit holds for both.
+
+    Args:
+        run: the ``run:`` part of the YAML, with rank and world_size.
+    """
+    limit = timedelta(minutes=run.dist_timeout_minutes)
+    store, rank, world = next(rendezvous(run.dist_url, run.rank, run.world_size, timeout=limit))
+    store.set_timeout(limit)
+    store = PrefixStore(_start(store, rank, world, limit), store)
+    backend = "cpu:gloo,cuda:nccl" if run.device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+
+
+def _start(store: Any, rank: int, world: int, limit: timedelta) -> str:
+    """A name of this start of the processes, the same on all of them.
+
+    Where torch.distributed.run starts processes again, they find the same store, with what those before have left in
+    it. It tells each of them a count of restarts, but agents on several machines may count differently.
+    So the main process makes up a name and hands it to all who ask, each under a key that nobody has used before; it
+    may answer some who are gone, and is done once all who live have thanked for this very name.
+    """
+    name = secrets.token_hex(8)
+    if rank:
+        store.set(f"ask/{rank}", name)
+        name = str(store.get(f"answer/{name}").decode())
+        store.set(f"thanks/{name}/{rank}", "")
+        return name
+    deadline, waiting = time.monotonic() + limit.total_seconds(), list(range(1, world))
+    while waiting:
+        for other in waiting:
+            if store.check([f"ask/{other}"]):
+                store.set(f"answer/{store.get(f'ask/{other}').decode()}", name)
+        waiting = [other for other in waiting if not store.check([f"thanks/{name}/{other}"])]
+        if waiting and time.monotonic() > deadline:
+            raise AuroraError(f"run.dist_timeout_minutes: process {waiting[0]} of {world} did not start in that time")
+        time.sleep(0.02 * bool(waiting))
+    return name
+
+
+NAME = "run.lock"
+TOUCH, STALE = 60.0, 600.0  # seconds
+
+
+class RunLock:
+    """Context that holds the lock of at most one run's folder, to be used by its main process.
+
+    The system gives a lock back when its process ends, however that comes about, and so nobody waits for the dead.
+    The file says who holds it, and is removed at an orderly end. Such a lock belongs to the process (``lockf``): one
+    of ``flock`` would live on in workers of data loaders, which outlive a killed process by seconds.
+
+    Its owner touches the file each minute: one on another machine, of which the system tells nothing, is taken for
+    dead after ten without.
+    """
+
+    _file: TextIO | None = None
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._file is not None:
+            self._ended.set()
+            self._fresh.join()
+            Path(self._file.name).unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+
+    def take(self, folder: Path) -> None:
+        """Lock a folder, unless this one is locked already.
+
+        Raises:
+            AuroraError: another process holds it, or one that cannot be seen from here may do so; or the folder
+                cannot be written to.
+        """
+        if self._file is not None:
+            return
+        path, own = folder / NAME, _this_process()
+        try:
+            file, certain = _open_locked(path)
+        except BlockingIOError as error:
+            raise AuroraError(f"run.output_dir: {folder} is in use by {error}; wait for it, or stop it") from error
+        except OSError as error:
+            raise AuroraError(f"run.output_dir: cannot write to {folder} ({error}); name another folder") from error
+        # One that was killed has left its name. Not every shared file system passes locks on to other hosts.
+        before = _owner(file)
+        elsewhere = before.get("boot") != own["boot"] and before.get("host") != own["host"]
+        age = time.time() - os.fstat(file.fileno()).st_mtime
+        stale = before.get("touched") is True and age > STALE
+        if before and (elsewhere or not certain) and not stale:
+            file.close()
+            raise AuroraError(
+                f"run.output_dir: {folder} is in use by {_described(before)}, which cannot be seen from here; "
+                f"if it does not run any more, remove {path}"
+            )
+        if before:
+            reason = f"which has not touched it for {age / 60:.0f} minutes" if elsewhere else "which has ended"
+            logging.info("%s was left behind by %s, %s", path, _described(before), reason)
+        with writing(path):
+            file.truncate(0)
+            os.write(file.fileno(), json.dumps(own).encode())
+        self._file, self._ended = file, threading.Event()
+        self._fresh = threading.Thread(target=_keep_fresh, args=(file.fileno(), self._ended), daemon=True)
+        self._fresh.start()
+
+
+def _keep_fresh(file: int, ended: threading.Event) -> None:
+    """Touch an owner's file until the end."""
+    while not ended.wait(TOUCH):
+        try:
+            os.utime(file)
+        except OSError as error:  # the next time may do
+            logging.warning("%s cannot be touched (%s)", NAME, error)
+
+
+def _open_locked(path: Path) -> tuple[TextIO, bool]:
+    """The open file, and whether it is locked: a file system may have no locks, which the log says.
+
+    Raises:
+        BlockingIOError: another process has locked it, which the message describes.
+    """
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # systems differ in which
+            with file:
+                raise BlockingIOError(_described(_owner(file))) from error
+        except OSError as error:
+            logging.warning("%s: the file system has no locks (%s); start no second run in that folder", path, error)
+            return file, False
+        try:
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file, True
+        except FileNotFoundError:
+            pass
+        file.close()  # its owner has removed it in between
+
+
+def _this_process() -> dict[str, Any]:
+    # Containers on one machine have hosts' names of their own, and one kernel.
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return {
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "boot": boot.read_text().strip() if boot.is_file() else "",
+        "touched": True,  # once a minute, other than by older versions
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _owner(file: TextIO) -> dict[str, Any]:
+    """What an owner has written; empty if there is none. To close another handle of a locked file would unlock it."""
+    file.seek(0)
+    try:
+        owner = json.load(file)
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _described(owner: dict[str, Any]) -> str:
+    if not owner:
+        return "another process"
+    return f"process {owner.get('process')} on {owner.get('host')} since {owner.get('since')}"
 
 
 def _set_up_processes(run: DictConfig) -> None:

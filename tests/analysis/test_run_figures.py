@@ -13,7 +13,7 @@ from tiny import activate, project_yaml, tiny_model
 from tiny_figures import arguments, with_candidates
 
 from lavis_aurora.analysis.examples import ATTENTION, CASES, word_maps
-from lavis_aurora.analysis.tuned import load_trained, untrained_model
+from lavis_aurora.analysis.results import load_trained, untrained_model
 from lavis_aurora.analysis.weights import DISTRIBUTION, TOWERS, stacked
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora

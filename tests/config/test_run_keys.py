@@ -15,9 +15,15 @@ from runs import logged, only_run
 from tiny import project_yaml, refused
 
 from lavis_aurora import AuroraError
-from lavis_aurora.config import AnswerRunConfig, CaptionRunConfig, RetrievalRunConfig, RunConfig, register_run_keys
 from lavis_aurora.config.check import parse_run, run_keys
-from lavis_aurora.config.run import RUN_KEYS
+from lavis_aurora.config.run import (
+    RUN_KEYS,
+    AnswerRunConfig,
+    CaptionRunConfig,
+    RetrievalRunConfig,
+    RunConfig,
+    register_run_keys,
+)
 from lavis_aurora.project import load_config
 from lavis_aurora.training.checkpoints import same_run
 from lavis_aurora.training.tasks.retrieval import RetrievalAuroraTask

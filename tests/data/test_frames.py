@@ -17,7 +17,7 @@ from PIL import Image
 from tiny_video import BREAKS, break_clip, frame_numbers, write_clip
 
 from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.data.frames import BrokenVideo, random_indices, read_frames, uniform_indices
+from lavis_aurora.data.samples import BrokenVideo, random_indices, read_frames, uniform_indices
 
 COUNTS = st.integers(1, 40)
 LENGTHS = st.integers(1, 400)

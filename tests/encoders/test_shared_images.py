@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lavis_aurora.encoders.shared_images import attend_in_matching
+from lavis_aurora.encoders.fused import attend_in_matching
 
 BATCH, HEADS, LENGTH, KEYS, WIDTH = 4, 2, 3, 5, 4
 

@@ -9,8 +9,8 @@ from tiny_vqa import vqa_model
 from transformers import BatchEncoding, BertConfig
 
 from lavis_aurora import AuroraError
+from lavis_aurora.encoders.fused import matching_passes
 from lavis_aurora.encoders.fusion import encode_with_image
-from lavis_aurora.encoders.shared_images import matching_passes
 from lavis_aurora.encoders.towers import build_tokenizer
 
 

@@ -6,8 +6,10 @@ from models.test_blip_retrieval_aurora import batch, train_steps
 from tiny import activate, tiny_model
 
 from lavis_aurora import AuroraError, ContextConfig, GateConfig, load_adapter, save_adapter
-from lavis_aurora.alignment import AffineGate, Gate, register_context, register_gate
-from lavis_aurora.config import CONTEXT_FORMS, GATE_FORMS, TUNINGS, register_tuning
+from lavis_aurora.alignment.context import register_context
+from lavis_aurora.alignment.gate import AffineGate, Gate, register_gate
+from lavis_aurora.config.method import CONTEXT_FORMS, GATE_FORMS
+from lavis_aurora.config.models import TUNINGS, register_tuning
 from lavis_aurora.encoders.fusion import encode_with_image
 
 LENGTHS = torch.tensor([1, 3, 3, 6, 9])

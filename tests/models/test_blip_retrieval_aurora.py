@@ -10,7 +10,7 @@ from tiny import activate, keys_of_trained, tiny_config, tiny_model
 from lavis_aurora import AuroraError
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import RetrievalAuroraConfig
-from lavis_aurora.encoders import shared_images
+from lavis_aurora.encoders import fused
 from lavis_aurora.encoders.towers import build_text_encoder, build_tokenizer, build_vision_encoder
 from lavis_aurora.mode_approx.layers import ModeApproxLinear
 
@@ -110,7 +110,7 @@ def test_every_path_gives_the_plain_gradients(gate, monkeypatch):
     for plain in (True, False):
         if plain:
             monkeypatch.setattr(ModeApproxLinear, "folds", lambda self, x: False)
-            monkeypatch.setattr(shared_images, "attend_in_matching", repeated_keys)
+            monkeypatch.setattr(fused, "attend_in_matching", repeated_keys)
         model = activate(tiny_model(gate={"form": gate})).train()
         model(batch())["loss"].backward()
         results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})

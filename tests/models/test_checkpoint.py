@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from tiny import tiny_model
 
 from lavis_aurora import AuroraError
-from lavis_aurora.models.weights import is_finite, read_state_dict
+from lavis_aurora.models.loading import is_finite, read_state_dict
 
 
 @pytest.fixture

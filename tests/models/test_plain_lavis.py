@@ -19,7 +19,7 @@ from lavis_aurora.common.paths import package_file
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import ModeApproxModelConfig
 from lavis_aurora.encoders.towers import build_tokenizer
-from lavis_aurora.models.weights import how_to_load
+from lavis_aurora.models.loading import how_to_load
 from lavis_aurora_cli import main
 
 TOKENIZER = package_file("configs/models/tiny")

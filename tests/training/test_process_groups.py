@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.training.guards import StopRequest
-from lavis_aurora.training.processes import _start, join_processes
+from lavis_aurora.training.start import _start, join_processes
 
 
 def start(store: dist.Store, ranks: list[int], seconds: float = 60) -> list[str]:

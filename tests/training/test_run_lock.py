@@ -16,8 +16,8 @@ import pytest
 from tiny import project_yaml
 
 from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.training import processes
-from lavis_aurora.training.processes import NAME, RunLock
+from lavis_aurora.training import start
+from lavis_aurora.training.start import NAME, RunLock
 from lavis_aurora_cli import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ PATIENCE = 600  # seconds that a run may take on a busy machine
 # Holds a lock, with a child that outlives it, as workers of data loaders do.
 HOLDS = """
 import os, pathlib, sys, time
-from lavis_aurora.training.processes import RunLock
+from lavis_aurora.training.start import RunLock
 with RunLock() as lock:
     lock.take(pathlib.Path(sys.argv[1]))
     if os.fork():
@@ -34,7 +34,7 @@ with RunLock() as lock:
 """
 
 
-def start(*command: object) -> subprocess.Popen:
+def launch(*command: object) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
@@ -66,7 +66,7 @@ def test_the_file_says_who_holds_it_and_is_gone_at_the_end(tmp_path):
 
 def test_a_living_owner_is_named_and_a_killed_one_is_no_obstacle(tmp_path, caplog):
     caplog.set_level("INFO")
-    process = start("-c", HOLDS, tmp_path)
+    process = launch("-c", HOLDS, tmp_path)
     try:
         assert process.stdout.readline() == "held\n"
         with RunLock() as lock:
@@ -108,7 +108,7 @@ def test_one_on_another_host_that_no_longer_touches_it_is(tmp_path, caplog):
 
 
 def test_an_owner_touches_its_file_until_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "TOUCH", 0.01)
+    monkeypatch.setattr(start, "TOUCH", 0.01)
     with RunLock() as lock:
         lock.take(tmp_path)
         os.utime(tmp_path / NAME, (0, 0))
@@ -159,7 +159,7 @@ def test_a_run_leaves_no_lock_behind_and_meets_that_of_another_in_one_line(tmp_p
     [run] = (tmp_path / "output").iterdir()
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert run / NAME not in before
-    process = start("-c", HOLDS, run)
+    process = launch("-c", HOLDS, run)
     try:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(SystemExit):
@@ -178,21 +178,21 @@ def test_a_run_leaves_no_lock_behind_and_meets_that_of_another_in_one_line(tmp_p
 def test_of_two_starts_at_once_one_goes_on(tmp_path, processes):
     run = {"max_epoch": 30, "checkpoint_every": 1, "resume": "auto", "num_workers": 1, "batch_size_train": 2}
     yaml = project_yaml(tmp_path, run=run)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes > 1 else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if start > 1 else []
     command = [*launcher, ROOT / "train.py", "--cfg-path", yaml]
-    first, deadline = start(*command), time.time() + PATIENCE
+    first, deadline = launch(*command), time.time() + PATIENCE
     while not list((tmp_path / "output").glob("*/checkpoint_latest.pth")) and time.time() < deadline:
         time.sleep(0.05)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    both = [start(*command) for _ in range(2)]
+    both = [launch(*command) for _ in range(2)]
     outputs = [process.communicate(timeout=PATIENCE)[0] for process in both]
     codes = [process.returncode for process in both]
     assert sorted(codes) == [0, 1], outputs
     refused = outputs[codes.index(1)]
     [line] = [line for line in refused.splitlines() if line.startswith("error")]
     assert " is in use by process " in line
-    assert processes > 1 or "Traceback" not in refused
+    assert start > 1 or "Traceback" not in refused
     [folder] = (tmp_path / "output").iterdir()
     epochs = [
         json.loads(text)["train_epoch"]
