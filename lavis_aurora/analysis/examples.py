@@ -64,9 +64,8 @@ class AttentionPlot(Plot):
             raise AuroraError(f"--picture {args.picture}: the split {args.split} has no picture of this number")
         text = args.text or dataset.text[dataset.img2txt[args.picture][0]]
         image = dataset[args.picture]["image"][None]
-        labels = _run_labels(args)
         rows = []
-        for run, name in zip(args.runs, labels):
+        for run, name in zip(args.runs, _run_labels(args)):
             model = untrained_model(run)
             load_trained(model, run)
             words, maps, layer = word_maps(model, image, text, args.layer)

@@ -1,1 +1,4 @@
-"""What the built-in demo makes for itself: captioned pictures and clips of two domains, and their vocabulary."""
+"""What the demo makes for itself: captioned pictures and clips of two domains, and questions about them.
+
+Everything follows from a seed.
+"""

@@ -1,4 +1,7 @@
-"""Mode approximation (paper 3.2): the method itself. Knows torch, not LAVIS."""
+"""Mode approximation (paper 3.2), the method itself: factors, the layers over them, and their injection into a model.
+
+Knows torch, not LAVIS.
+"""
 
 from lavis_aurora.adapters.files import load_adapter, save_adapter
 from lavis_aurora.adapters.switching import (

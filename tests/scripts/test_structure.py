@@ -78,3 +78,7 @@ def test_what_is_too_long_is_named(tmp_path: Path) -> None:
     found = measure(write(tmp_path, {**TREE, "scripts/helper.py": long}))
     assert beyond(found) == ["longest module: 401, at most 350", "longest function: 401, at most 60"]
     assert found.longest == {"longest module": "scripts.helper", "longest function": "scripts.helper:long"}
+
+
+def test_this_package_is_within_its_limits() -> None:
+    assert beyond(measure()) == []
