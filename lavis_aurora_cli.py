@@ -165,13 +165,13 @@ def configs(names: Sequence[str] = (), folder: str = ".") -> str:
         width = max(map(len, known))
         lines = ((name, textwrap.wrap(_summary(path), 100)) for name, path in known.items())
         return "\n".join(f"{name:<{width}}  " + f"\n{'':<{width}}  ".join(words) for name, words in lines)
-    from lavis_aurora.common.errors import AuroraError, near_names
+    from lavis_aurora.common.errors import AuroraError, did_you_mean
 
     targets = {}
     for name in names:
         stem = name.removesuffix(".yaml")
         if stem not in known:
-            raise AuroraError(f"no project {name!r}{near_names(stem, known)}")
+            raise AuroraError(f"no project {name!r}{did_you_mean(stem, known)}")
         targets[stem] = Path(folder) / f"{stem}.yaml"
     for target in targets.values():
         if target.exists():

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from lavis_aurora.adapters.config import CONFIG, TENSORS, AdapterConfig, read_adapter, read_adapter_config
 from lavis_aurora.adapters.switching import adapters_of, merged_state_dict
-from lavis_aurora.common.errors import AuroraError, near_names, printable
-from lavis_aurora.common.files import written_whole
+from lavis_aurora.common.errors import AuroraError, did_you_mean, printable
+from lavis_aurora.common.files import atomic_write
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.mode_approx.layers import AdaptedLayer
-from lavis_aurora.models.loading import how_to_load, load_model_and_preprocess, read_state_dict
+from lavis_aurora.models.loading import load_model_and_preprocess, loading_instructions, read_state_dict
 from lavis_aurora.project import load_config
 from lavis_aurora.training.guards import Stopped
 
@@ -134,9 +134,9 @@ def merge(
     load: Any = partial(load_model_and_preprocess, arch, is_eval=True, adapter=adapter)
     model, _, _ = load(pretrained=pretrained, tokenizer=tokenizer, med_config_path=med_config_path)
     state = merged_state_dict(model)
-    with written_whole(output) as file:
+    with atomic_write(output) as file:
         torch.save({"model": state}, file)
-    return f"{output}: {len(state)} tensors; {how_to_load(arch, model.settings, Path(output).absolute())}"
+    return f"{output}: {len(state)} tensors; {loading_instructions(arch, model.settings, Path(output).absolute())}"
 
 
 def targets(name: str, model_type: str | None = None) -> str:
@@ -155,7 +155,7 @@ def targets(name: str, model_type: str | None = None) -> str:
             return target_table(registry.get_model_class(model.arch).from_config(model))
     cls = registry.get_model_class(name)
     if cls is None:
-        raise AuroraError(f"no model {name!r}{near_names(name, registry.list_models())}")
+        raise AuroraError(f"no model {name!r}{did_you_mean(name, registry.list_models())}")
     if not hasattr(cls, "CONFIG_CLASS"):
         known = (n for n, c in registry.mapping["model_name_mapping"].items() if hasattr(c, "CONFIG_CLASS"))
         raise AuroraError(

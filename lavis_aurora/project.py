@@ -12,7 +12,7 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lavis_aurora.adapters.config import read_adapter_config
-from lavis_aurora.common.errors import AuroraError, near_names, shown
+from lavis_aurora.common.errors import AuroraError, did_you_mean, shown
 from lavis_aurora.config.adapter_settings import adapter_settings
 from lavis_aurora.config.check import READING_ERRORS, check_kinds, parse_config, parse_run, read_options, read_yaml
 from lavis_aurora.config.dataset_keys import (
@@ -117,7 +117,7 @@ def _sections(part: DictConfig | ListConfig, source: str) -> DictConfig:
     names: Iterable[Any] = part
     for name in names:
         if name not in (*SECTIONS, "preprocess"):
-            raise AuroraError(f"{source}{name}: unknown section{near_names(str(name), SECTIONS)}")
+            raise AuroraError(f"{source}{name}: unknown section{did_you_mean(str(name), SECTIONS)}")
         if part.get(name) is not None and not isinstance(part[name], DictConfig):
             raise AuroraError(f"{source}{name}: must be a section of keys, not {shown(part[name])}")
     return part
@@ -159,12 +159,12 @@ def _take_adapter_settings(user: DictConfig) -> None:
 def _check_registered(key: str, name: Any, kind: str) -> None:
     known = registry.mapping[kind]
     if not isinstance(name, str) or name not in known:
-        raise AuroraError(f"{key}: {shown(name)} is not registered{near_names(str(name), known)}")
+        raise AuroraError(f"{key}: {shown(name)} is not registered{did_you_mean(str(name), known)}")
 
 
 def _check_type(key: str, name: Any, known: Mapping[str, str]) -> None:
     if not isinstance(name, str) or name not in known:
-        raise AuroraError(f"{key}: unknown type {shown(name)}{near_names(str(name), known)}")
+        raise AuroraError(f"{key}: unknown type {shown(name)}{did_you_mean(str(name), known)}")
 
 
 def _named_processors(given: Mapping[str, Any], default: Mapping[str, Any]) -> Any:

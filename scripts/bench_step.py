@@ -88,7 +88,7 @@ def build(task: str, method: str, size: str, checkpointed: int):
     if method == "frozen-flow":
         model.visual_encoder.cls_token.requires_grad_(True)
         model.text_encoder.embeddings.LayerNorm.bias.requires_grad_(True)
-        model._towers_are_trained = True
+        model._momentum_moves = True
     heads = {id(p) for name, p in model.named_parameters() if name.partition(".")[0] in HEADS}
     trained = [p for p in model.parameters() if p.requires_grad and (id(p) not in heads or method.endswith("full"))]
     return model, trained

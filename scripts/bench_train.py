@@ -23,7 +23,7 @@ from bench_step import METHODS, TASKS, measure
 from measuring import measure_in_subprocess
 
 from lavis_aurora.analysis.paper_figures import UNITS, method_name
-from lavis_aurora.common.files import written_whole
+from lavis_aurora.common.files import atomic_write
 
 MB = 1e6
 
@@ -58,7 +58,7 @@ def run_all(args: argparse.Namespace) -> dict:
         )
         medians = {task: {m: summary(rounds) for m, rounds in methods.items()} for task, methods in results.items()}
         if args.out:
-            with written_whole(args.out) as file:
+            with atomic_write(args.out) as file:
                 file.write(json.dumps({"arguments": vars(args), "results": medians}, indent=1).encode())
     return medians
 

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lavis_aurora.common.files import written_whole
+from lavis_aurora.common.files import atomic_write
 from lavis_aurora.demo.pictures import render
 from lavis_aurora.demo.scenes import Scene, domain_of, iter_scenes
 from lavis_aurora.models.loading import load_preprocess
@@ -108,7 +108,7 @@ def main() -> None:
     truth = [classes_of(scenes, words), backgrounds]
     right = train(model.visual_encoder, naming, pictures, truth, args.steps, batch=64)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(args.output) as file:
+    with atomic_write(args.output) as file:
         torch.save(model.state_dict(), file)
     print(f"shapes named in the last batch: {right[0]:.0%} by patches, {right[1]:.0%} by [CLS]; {args.output}")
 

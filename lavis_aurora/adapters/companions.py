@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase as Norm
 
-from lavis_aurora.common.modules import SinglePrecision
+from lavis_aurora.common.modules import KeepFloat32
 
 # Whose the heads of the backbone itself are, see Companions.
 BASE = "base"
@@ -99,7 +99,7 @@ def trained_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def resting_teacher(model: nn.Module) -> Iterator[None]:
+def frozen_teacher(model: nn.Module) -> Iterator[None]:
     """Inside the block LAVIS's momentum update leaves the copies inside ``model`` as they are."""
     # Without momentum they are the trained modules themselves.
     parts: list[Any] = [part for part in model.modules() if "model_pairs" in vars(part)]
@@ -168,7 +168,7 @@ def norms_of(model: nn.Module, head: nn.Module) -> list[NormMode]:
     return found
 
 
-class Companions(SinglePrecision):
+class Companions(KeepFloat32):
     """Parameters of one group, gates or heads, of all adapters, and the buffers of their modules.
 
     Those of one adapter stand in the model, under their own names; those of the others wait here. Switching moves

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lavis_aurora.adapters.sets import KINDS
-from lavis_aurora.common.errors import AuroraError, shown, some
+from lavis_aurora.common.errors import AuroraError, abbreviated, shown
 from lavis_aurora.common.parsing import parse
 
 # Since 2, the tensors' file holds the text of this one, and tensors_sha256 is of the tensors, not of their file.
@@ -198,7 +198,7 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
         )
     problems = _set_differences(config, tensors)
     if problems:
-        raise AuroraError(f"{path} does not fit {CONFIG} beside it: {some(problems, separator='; ')}")
+        raise AuroraError(f"{path} does not fit {CONFIG} beside it: {abbreviated(problems, separator='; ')}")
     return config, tensors
 
 

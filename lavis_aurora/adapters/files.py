@@ -29,8 +29,8 @@ from lavis_aurora.adapters.config import (
 from lavis_aurora.adapters.sets import INTERNAL, KINDS, AdapterSets
 from lavis_aurora.adapters.switching import adapters_of, owner_of
 from lavis_aurora.common import __version__
-from lavis_aurora.common.errors import AuroraError, some
-from lavis_aurora.common.files import written_whole
+from lavis_aurora.common.errors import AuroraError, abbreviated
+from lavis_aurora.common.files import atomic_write
 
 
 def save_adapter(
@@ -81,7 +81,7 @@ def save_adapter(
     except OSError as error:
         raise AuroraError(f"cannot write {folder} ({error}); name another folder") from error
     # Both are on the disk before either takes its place; whoever reads between the two renames sees it by the hash.
-    with written_whole(folder / TENSORS) as tensor_file, written_whole(folder / CONFIG) as config_file:
+    with atomic_write(folder / TENSORS) as tensor_file, atomic_write(folder / CONFIG) as config_file:
         for file, data in ((tensor_file, content), (config_file, text.encode())):
             file.write(data)
             file.flush()
@@ -121,7 +121,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", ch
     if not differences:
         differences = _tensor_differences(sets, tensors)
     if differences:
-        raise AuroraError(f"{folder} does not fit this model: {some(differences, separator='; ')}")
+        raise AuroraError(f"{folder} does not fit this model: {abbreviated(differences, separator='; ')}")
     if config.format == 1:
         logging.warning("%s is of an older version: no checksum covers its settings; save it again", folder)
     if name not in sets.sets:
@@ -146,7 +146,7 @@ def _load_companions(
         logging.warning(
             "%s holds no %s, as older versions wrote it: the backbone's are taken, and results may differ",
             folder,
-            some(lacking),
+            abbreviated(lacking),
         )
     # One without heads of its own replaces one that had some: the backbone's are its.
     if values or name in part:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lavis_aurora.adapters.companions import BASE, Companions
-from lavis_aurora.common.errors import AuroraError, near_names
+from lavis_aurora.common.errors import AuroraError, did_you_mean
 from lavis_aurora.common.registry import Registry
 
 # The set of the momentum teacher's moving average.
-TEACHER_SET = "momentum"
+MOMENTUM_SET = "momentum"
 # Sets that belong to a model's training and are no adapters.
-INTERNAL = (TEACHER_SET,)
+INTERNAL = (MOMENTUM_SET,)
 
 
 class AdapterSet(nn.Module):
@@ -133,7 +133,7 @@ class AdapterSets(nn.Module):
     def add_teacher(self) -> list[nn.Module]:
         """[the set ``default``, its moving average, which starts equal and frozen]: a pair of LAVIS's model_pairs."""
         default = self["default"]
-        average = self.add_set(TEACHER_SET, default.config)
+        average = self.add_set(MOMENTUM_SET, default.config)
         with torch.no_grad():
             for parameter, start in zip(average.parameters(), default.parameters()):
                 parameter.copy_(start)
@@ -192,7 +192,7 @@ class AdapterSets(nn.Module):
     def check_name(self, name: str) -> None:
         """Refuse a name that no adapter has."""
         if name not in self.names:
-            raise AuroraError(f"no adapter {name!r}{near_names(name, self.names)}")
+            raise AuroraError(f"no adapter {name!r}{did_you_mean(name, self.names)}")
 
     def check_switch(self, name: str | None) -> None:
         """Refuse a set that is not there, or any other than the merged one."""
@@ -277,7 +277,7 @@ class UpdatedLayer(nn.Module):
             for weight, original in self.backbone_weights().items()
         }
 
-    def keep_originals(self) -> None:
+    def backup_weights(self) -> None:
         """Remember W0, before :meth:`merge`."""
         self.originals = self.backbone_weights()
 

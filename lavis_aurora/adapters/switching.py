@@ -118,7 +118,7 @@ def bind_companions(model: nn.Module, sets: AdapterSets, train_heads: bool) -> N
     sets.train(sets.training)
 
 
-def restart_teacher(model: nn.Module, sets: AdapterSets) -> None:
+def reset_teacher(model: nn.Module, sets: AdapterSets) -> None:
     """Let the momentum copies of ``model`` start as the adapter ``default``, whichever adapter is active."""
     if not isinstance(model, MomentumModel) or not momentum_copies(model):
         return
@@ -259,7 +259,7 @@ def merge_adapter(model: nn.Module) -> None:
     layers = _layers(model, sets)
     # Layers may share a weight: all of them remember it before one changes it.
     for _, layer in layers:
-        layer.keep_originals()
+        layer.backup_weights()
     for path, layer in layers:
         layer.merge({weight: weights[f"{path}.{weight}"] for weight in layer.adapted_weights()})
     sets.merged = sets.active

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.common.modules import SinglePrecision
+from lavis_aurora.common.modules import KeepFloat32
 from lavis_aurora.config.method import GATE_FORMS, GateConfig
 
 
-class Gate(SinglePrecision):
+class Gate(KeepFloat32):
     """A form of the gate: a module in each cross-attention layer, made of that layer's t and f.
 
     t is the output of the self-attention block, f that of the cross-attention block. Evaluation packs texts without

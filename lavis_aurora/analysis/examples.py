@@ -124,7 +124,7 @@ def word_maps(model, image: torch.Tensor, text: str, layer: int) -> tuple[list[s
     Returns:
         The words, joined from their pieces, maps (words, rows, columns), and the layer's number.
     """
-    tokens = model.tokenize([text], to_longest=True)
+    tokens = model.tokenize([text], pad_to_longest=True)
     pieces = model.tokenizer.convert_ids_to_tokens(tokens.input_ids[0].tolist())
     ids = tokens.input_ids.clone()
     ids[:, 0] = model.tokenizer.enc_token_id

@@ -11,7 +11,7 @@ from typing import Any, Optional
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_aurora.analysis.results import tuned_model
-from lavis_aurora.common.errors import AuroraError, near_names
+from lavis_aurora.common.errors import AuroraError, did_you_mean
 from lavis_aurora.config.method import ModeApproxConfig
 
 # BLIP base: layers of each tower and their width.
@@ -38,12 +38,13 @@ def paper_rows(table: str, benchmark: str) -> list[dict[str, Any]]:
     """
     tables = paper_tables()["tables"]
     if table not in tables:
-        raise AuroraError(f"the paper has no table {table!r}{near_names(table, tables)}")
+        raise AuroraError(f"the paper has no table {table!r}{did_you_mean(table, tables)}")
     rows = [{**row, "values": row["results"].get(benchmark, {})} for row in tables[table]["rows"]]
     rows = [row for row in rows if any(value is not None for value in row["values"].values())]
     if not rows:
         known = sorted({name for row in tables[table]["rows"] for name in row["results"]})
-        raise AuroraError(f"table {table} of the paper has no results on {benchmark!r}{near_names(benchmark, known)}")
+        near = did_you_mean(benchmark, known)
+        raise AuroraError(f"table {table} of the paper has no results on {benchmark!r}{near}")
     return rows
 
 

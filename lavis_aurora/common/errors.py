@@ -9,10 +9,10 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 # Of a value that a message names.
-MOST_SHOWN = 100
+MAX_SHOWN = 100
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 2
-_REPR.maxstring = _REPR.maxother = MOST_SHOWN
+_REPR.maxstring = _REPR.maxother = MAX_SHOWN
 
 
 class AuroraError(ValueError):
@@ -47,10 +47,10 @@ def shown(value: object) -> str:
     "xxxxxxxxy'"
     """
     text = _REPR.repr(value)
-    return text if len(text) <= 2 * MOST_SHOWN else f"{text[: 2 * MOST_SHOWN]}..."
+    return text if len(text) <= 2 * MAX_SHOWN else f"{text[: 2 * MAX_SHOWN]}..."
 
 
-def near_names(name: str, known: Iterable[str], limit: int = 3) -> str:
+def did_you_mean(name: str, known: Iterable[str], limit: int = 3) -> str:
     """'; did you mean 'rank'?' for the known names closest to ``name``, or '; known: ...' if none is near."""
     known = sorted(map(printable, known))
     near = difflib.get_close_matches(name, known, n=limit, cutoff=0.6)
@@ -59,10 +59,10 @@ def near_names(name: str, known: Iterable[str], limit: int = 3) -> str:
     return f"; known: {', '.join(known)}"
 
 
-def some(names: Iterable[str], limit: int = 4, separator: str = ", ") -> str:
+def abbreviated(names: Iterable[str], limit: int = 4, separator: str = ", ") -> str:
     """The first ``limit`` of the names, and how many more there are.
 
-    >>> some("abcdef")
+    >>> abbreviated("abcdef")
     'a, b, c, d and 2 more'
     """
     names = list(map(printable, names))
@@ -79,7 +79,7 @@ def require(ok: bool, key: str, value: object, need: str) -> None:
 def one_of(key: str, value: str, known: Collection[str]) -> None:
     """Refuse a value that is not one of those known, with an AuroraError that names the nearest of them."""
     if value not in known:
-        raise AuroraError(f"{key}: unknown value {shown(value)}{near_names(str(value), known)}")
+        raise AuroraError(f"{key}: unknown value {shown(value)}{did_you_mean(str(value), known)}")
 
 
 def patterns(key: str, value: Any) -> list[str]:

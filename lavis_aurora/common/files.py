@@ -71,13 +71,13 @@ def appended(path: str | Path) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """A text, written whole or not at all; see :func:`written_whole`."""
-    with written_whole(path) as file:
+    """A text, written whole or not at all; see :func:`atomic_write`."""
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 
 @contextmanager
-def written_whole(path: str | Path, previous: str | Path | None = None) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterator[BinaryIO]:
     """A file to write beside ``path``; renamed once it is complete, so that no interrupted write leaves a broken one.
 
     Args:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class SinglePrecision(nn.Module):
+class KeepFloat32(nn.Module):
     """A module whose float32 parameters stay float32 under ``model.half()`` and ``model.to(torch.bfloat16)``.
 
     Steps of training are often smaller than half precision can add to a number. Devices change as usual.

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from lavis_aurora.common.errors import AuroraError, near_names, shown
+from lavis_aurora.common.errors import AuroraError, did_you_mean, shown
 
 T = TypeVar("T")
 # Texts of truth values, and numbers that LAVIS's YAMLs have in their place.
@@ -51,7 +51,7 @@ def check_section(
     declared = {field.name: field for field in fields(cls) if field.name not in given}
     for key in section:
         if key not in declared:
-            raise AuroraError(f"{_join(where, key)}: unknown key{near_names(str(key), declared)}")
+            raise AuroraError(f"{_join(where, key)}: unknown key{did_you_mean(str(key), declared)}")
     for key, field in declared.items():
         if key not in section and field.default is MISSING and field.default_factory is MISSING:
             raise AuroraError(f"{_join(where, key)}: missing")

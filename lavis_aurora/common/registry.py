@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Callable, TypeVar
 
-from lavis_aurora.common.errors import AuroraError, near_names
+from lavis_aurora.common.errors import AuroraError, did_you_mean
 
 Entry = TypeVar("Entry")
 
@@ -44,7 +44,7 @@ class Registry(Mapping[str, Entry]):
     def __getitem__(self, name: str) -> Entry:
         """The entry; an AuroraError with the nearest names if there is none."""
         if name not in self._entries:
-            raise AuroraError(f"{self.key}: unknown value {name!r}{near_names(str(name), self._entries)}")
+            raise AuroraError(f"{self.key}: unknown value {name!r}{did_you_mean(str(name), self._entries)}")
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:

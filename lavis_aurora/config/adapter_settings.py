@@ -16,7 +16,7 @@ from typing import Any
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
-from lavis_aurora.common.errors import AuroraError, near_names, shown, some
+from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, shown
 from lavis_aurora.config.check import check_types
 from lavis_aurora.config.dataset_keys import (
     PROCESSOR_KINDS,
@@ -90,7 +90,7 @@ def adapter_settings(cls: type[Any], described: Mapping[str, Any]) -> dict[str, 
         return {}
     for key in settings:
         if key not in _known(cls):
-            raise AuroraError(f"model.settings.{key}: unknown key{near_names(key, _known(cls))}")
+            raise AuroraError(f"model.settings.{key}: unknown key{did_you_mean(key, _known(cls))}")
     taken = portable_settings(cls, settings, {})
     left = sorted(settings.keys() - taken.keys())
     check_types(cls.CONFIG_CLASS, taken, "model.settings")
@@ -103,7 +103,7 @@ def adapter_settings(cls: type[Any], described: Mapping[str, Any]) -> dict[str, 
         logging.warning(
             "not taken from the adapter, which is data: %s; name yourself what differs from the type's own "
             "(pretrained=, tokenizer=, med_config_path=, or these keys in a YAML)",
-            some(left, limit=8),
+            abbreviated(left, limit=8),
         )
     return taken
 
@@ -186,6 +186,6 @@ def check_preprocess(preprocess: Mapping[str, Any]) -> None:
 
 def _check_section(key: str, name: str, part: Any, known: tuple[str, ...]) -> None:
     if name not in known:
-        raise AuroraError(f"{key}: unknown key{near_names(name, known)}")
+        raise AuroraError(f"{key}: unknown key{did_you_mean(name, known)}")
     if not isinstance(part, (Mapping, type(None))):
         raise AuroraError(f"{key}: must be a section of keys, not {part!r}")

@@ -14,7 +14,7 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lavis_aurora.common.errors import AuroraError, near_names, printable, shown
+from lavis_aurora.common.errors import AuroraError, did_you_mean, printable, shown
 from lavis_aurora.common.files import regular
 from lavis_aurora.common.parsing import check_section, parse, section_class
 from lavis_aurora.common.paths import package_file
@@ -25,7 +25,7 @@ from lavis_aurora.config.run import RUN_KEYS, RunConfig
 READING_ERRORS = (OSError, UnicodeError, yaml.YAMLError, OmegaConfBaseException, RecursionError)
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # libyaml's composer calls itself for each level, until the process has no stack left.
-MOST_NESTED = 30
+MAX_NESTING = 30
 TAGS = {*yaml.SafeLoader.yaml_constructors, "tag:yaml.org,2002:value", "tag:yaml.org,2002:merge"}
 NULL, TEXT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
 
@@ -86,8 +86,8 @@ def _check_nesting(source: str | IO[str]) -> None:
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
-        if depth > MOST_NESTED:
-            raise yaml.YAMLError(f"nested more than {MOST_NESTED} deep")
+        if depth > MAX_NESTING:
+            raise yaml.YAMLError(f"nested more than {MAX_NESTING} deep")
 
 
 def _as_written(source: str, key: str) -> str:
@@ -185,7 +185,7 @@ def parse_run(cfg: DictConfig | Mapping[str, Any]) -> DictConfig:
     owners = {one.name: cls for cls in reversed(classes) for one in fields(cls)}
     for key in given:
         if key not in owners:
-            raise AuroraError(f"run.{key}: unknown key{near_names(key, owners)}")
+            raise AuroraError(f"run.{key}: unknown key{did_you_mean(key, owners)}")
     run: dict[str, Any] = {}
     for cls in classes:
         part = {key: value for key, value in given.items() if owners[key] is cls}

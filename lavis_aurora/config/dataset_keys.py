@@ -9,7 +9,7 @@ from typing import Any
 from lavis.common.registry import registry
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from lavis_aurora.common.errors import AuroraError, near_names, shown
+from lavis_aurora.common.errors import AuroraError, did_you_mean, shown
 from lavis_aurora.config.check import parse_config
 
 # Keys that LAVIS's builders read, by the section that they stand in.
@@ -111,7 +111,7 @@ def section(part: Any, key: str, known: Collection[str] | None) -> Mapping[Any, 
     names: Iterable[Any] = part
     for name in names:
         if known is not None and name not in known:
-            raise AuroraError(f"{key}.{name}: unknown key{near_names(str(name), known)}")
+            raise AuroraError(f"{key}.{name}: unknown key{did_you_mean(str(name), known)}")
     return part
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Optional, TypeVar
 
-from lavis_aurora.common.errors import AuroraError, one_of, require, some
+from lavis_aurora.common.errors import AuroraError, abbreviated, one_of, require
 
 INFERENCE_METHODS = ("rank", "generate")
 TOKEN_DTYPES = ("float32", "bfloat16")
@@ -163,7 +163,7 @@ def register_run_keys(*tasks: str) -> Callable[[type[Keys]], type[Keys]]:
             raise AuroraError(f"{cls.__name__}: keys of a task are the fields of a dataclass; decorate it as one")
         taken = {one.name for one in fields(cls)} & {one.name for one in fields(RunConfig)}
         if taken:
-            names = some(sorted(taken))
+            names = abbreviated(sorted(taken))
             raise AuroraError(f"{cls.__name__}: {names} is the runner's; give the task's key another name")
         RUN_KEYS.update(dict.fromkeys(tasks, cls))
         return cls

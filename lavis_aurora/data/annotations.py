@@ -15,12 +15,12 @@ from lavis.common.utils import get_cache_path
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from omegaconf import DictConfig
 
-from lavis_aurora.common.errors import AuroraError, near_names, shown, some
+from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, shown
 from lavis_aurora.common.files import read_json
 from lavis_aurora.config.dataset_keys import DATA_KINDS, SPLITS
 from lavis_aurora.data.checks import DatasetChecks, Rule, checks_of
 from lavis_aurora.data.fetch import REMEDY, annotation_files, fetch, use_data_root
-from lavis_aurora.data.samples import CheckedDataset, ReplacingDataset
+from lavis_aurora.data.samples import CheckedDataset, ResamplingDataset
 
 
 def read_entries(path: str, key: str) -> list[dict[str, Any]]:
@@ -43,7 +43,8 @@ def check_entries(entries: list[dict[str, Any]], rules: Mapping[str, Rule], path
     for i, entry in enumerate(entries):
         for name, rule in rules.items():
             if name not in entry:
-                raise AuroraError(f"{key}: entry {i} of {path} has no {name!r}; it has {some(map(shown, entry), 10)}")
+                names = abbreviated(map(shown, entry), 10)
+                raise AuroraError(f"{key}: entry {i} of {path} has no {name!r}; it has {names}")
             if not rule.holds(entry[name]):
                 raise AuroraError(
                     f"{key}: the {name} of entry {i} of {path} must be {rule.need}, not {shown(entry[name])}"
@@ -99,7 +100,7 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, CheckedDataset]:
     kinds = [key for key in DATA_KINDS if key in info]
     if data_type not in info:
         raise AuroraError(
-            f"{prefix}.data_type: {shown(data_type)} is no part of build_info{near_names(str(data_type), kinds)}"
+            f"{prefix}.data_type: {shown(data_type)} is no part of build_info{did_you_mean(str(data_type), kinds)}"
         )
     for part in ("annotations", data_type):
         if not info.get(part):
@@ -123,5 +124,5 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, CheckedDataset]:
         raise AuroraError(f"{key}: no such folder: {vis_root}; {REMEDY}")
     checked = {split: CheckedDataset(dataset, f"{name} {split}") for split, dataset in datasets.items()}
     if "train" in datasets and data_type == "videos":
-        checked["train"] = ReplacingDataset(datasets["train"], f"{name} train")
+        checked["train"] = ResamplingDataset(datasets["train"], f"{name} train")
     return checked

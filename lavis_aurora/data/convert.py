@@ -19,8 +19,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from lavis_aurora.common.errors import AuroraError, some
-from lavis_aurora.common.files import writing, written_whole
+from lavis_aurora.common.errors import AuroraError, abbreviated
+from lavis_aurora.common.files import atomic_write, writing
 from lavis_aurora.common.paths import data_root
 from lavis_aurora.data.raw import Entries, didemo, karpathy, msrvtt
 
@@ -98,7 +98,7 @@ def write_entries(files: dict[Path, Entries]) -> None:
         for path, entries in files.items():
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(written_whole(path)).write(json.dumps(entries).encode())
+            stack.enter_context(atomic_write(path)).write(json.dumps(entries).encode())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         name, entries = karpathy(args.annotations)
     if missing:
-        said = f"{len(missing)} videos are not in {args.videos}: {some(missing, SHOWN)}"
+        said = f"{len(missing)} videos are not in {args.videos}: {abbreviated(missing, SHOWN)}"
         if not args.allow_partial:
             raise AuroraError(f"{said}; fetch them, or give --allow-partial to leave them out")
         print(f"left out: {said}")

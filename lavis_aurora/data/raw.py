@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lavis_aurora.common.errors import AuroraError, near_names, shown
+from lavis_aurora.common.errors import AuroraError, did_you_mean, shown
 from lavis_aurora.common.files import read_json, regular
 
 Entries = list[dict[str, Any]]
@@ -16,7 +16,7 @@ Entries = list[dict[str, Any]]
 
 def _get(item: Any, key: str, path: Path, what: str) -> Any:
     if not isinstance(item, dict) or key not in item:
-        near = near_names(key, map(str, item)) if isinstance(item, dict) and item else ""
+        near = did_you_mean(key, map(str, item)) if isinstance(item, dict) and item else ""
         raise AuroraError(f"{path}: {what} has no {key!r}{near}")
     return item[key]
 
@@ -141,7 +141,7 @@ def karpathy(path: Path) -> tuple[str, dict[str, Entries]]:
         part = _get(image, "split", path, what)
         part = "train" if part == "restval" else part
         if part not in parts:
-            raise AuroraError(f"{path}: the split of {what} is {shown(part)}{near_names(str(part), parts)}")
+            raise AuroraError(f"{path}: the split of {what} is {shown(part)}{did_you_mean(str(part), parts)}")
         if part == "train":
             number = image.get("cocoid", image.get("imgid", i))
             parts[part] += [{"image": file, "caption": text, "image_id": f"{name}_{number}"} for text in texts]
@@ -161,12 +161,12 @@ def _read_official(path: str, key: str, form: tuple) -> set:
     content = read_json(path, key)
     for name in (*top, items):
         if not isinstance(content, dict) or name not in content:
-            near = near_names(name, content) if isinstance(content, dict) else ""
+            near = did_you_mean(name, content) if isinstance(content, dict) else ""
             raise AuroraError(f"{key}: {path} has no {name!r}, as VQAv2's own files have{near}")
     for i, item in enumerate(content[items]):
         for name in each:
             if name not in item:
-                raise AuroraError(f"{key}: item {i} of {items!r} in {path} has no {name!r}{near_names(name, item)}")
+                raise AuroraError(f"{key}: item {i} of {items!r} in {path} has no {name!r}{did_you_mean(name, item)}")
     return {item["question_id"] for item in content[items]}
 
 

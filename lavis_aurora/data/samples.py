@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from lavis_aurora.common.errors import AuroraError, some
+from lavis_aurora.common.errors import AuroraError, abbreviated
 from lavis_aurora.common.files import regular, write_text
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.run import VideoProcessorConfig
@@ -203,7 +203,7 @@ class CheckedDataset(Dataset):
         return getattr(self.inner, name)
 
 
-class ReplacingDataset(CheckedDataset):
+class ResamplingDataset(CheckedDataset):
     """A LAVIS dataset of videos to train on: another sample, drawn at random, stands in for one that cannot be read.
 
     Samples name the videos that could not under :data:`BROKEN`.
@@ -239,7 +239,7 @@ def set_ids_apart(train: Mapping[str, CheckedDataset]) -> None:
             dataset.first_id = crc32(name.encode()) << ID_BITS
 
 
-def report_broken(broken: list[str], samples: int, allowed: float, path: Path) -> None:
+def report_undecodable(broken: list[str], samples: int, allowed: float, path: Path) -> None:
     """Say which videos of an epoch could not be read, on all processes together.
 
     Args:
@@ -259,7 +259,7 @@ def report_broken(broken: list[str], samples: int, allowed: float, path: Path) -
     if not videos:
         return
     count, total = sum(map(len, parts)), samples * get_world_size()
-    shown = some(videos, SHOWN, "; ")
+    shown = abbreviated(videos, SHOWN, "; ")
     said = f"videos could not be read {count} times in {total} samples, {len(videos)} different ones: {shown}"
     if is_main_process():
         write_text(path, "\n".join(videos) + os.linesep)

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lavis_aurora.common.files import written_whole
+from lavis_aurora.common.files import atomic_write
 from lavis_aurora.demo.pictures import generate_pictures
 from lavis_aurora.demo.questions import ANSWER_TYPES, DESCRIBE, SHAPE_COUNTS, answers_of, iter_questions
 from lavis_aurora.demo.scenes import DOMAINS, SPLITS, caption_of, domain_of, iter_scenes
@@ -132,7 +132,7 @@ def generate_questions(
         if captions and split == "train":
             contents[0] += captions_of(domain, count, seed)
         for path, content in reversed([*zip(done[split], contents)]):
-            with written_whole(path) as file:
+            with atomic_write(path) as file:
                 file.write(f"{json.dumps(content, indent=1)}\n".encode())
     return done
 

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from lavis_aurora.common.modules import retyped
-from lavis_aurora.mode_approx.layers import ModeApproxLinear, linear_together
+from lavis_aurora.mode_approx.layers import ModeApproxLinear, grouped_linear
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -90,10 +90,10 @@ class FusedTextAttention(BertSelfAttention):
     Texts may be packed: ``attention_mask`` is then their :class:`Packing`.
 
     Attributes:
-        keys_are_padded: whether the keys of a cross-attention have a mask; pictures' tokens have none.
+        mask_keys: whether the keys of a cross-attention have a mask; pictures' tokens have none.
     """
 
-    keys_are_padded = True
+    mask_keys = True
 
     def forward(
         self,
@@ -118,11 +118,11 @@ class FusedTextAttention(BertSelfAttention):
             )
         source, mask = hidden_states, attention_mask
         if encoder_hidden_states is not None:
-            source, mask = encoder_hidden_states, encoder_attention_mask if self.keys_are_padded else None
+            source, mask = encoder_hidden_states, encoder_attention_mask if self.mask_keys else None
         if source is hidden_states:
-            query, key, value = linear_together(source, self.query, self.key, self.value)
+            query, key, value = grouped_linear(source, self.query, self.key, self.value)
         else:
-            query, (key, value) = self.query(hidden_states), linear_together(source, self.key, self.value)
+            query, (key, value) = self.query(hidden_states), grouped_linear(source, self.key, self.value)
         if isinstance(mask, Packing):
             parts = (self._attend(*texts)[0] for texts in mask.unpacked(query, key, value))
             return mask.packed(parts), (key, value)
@@ -161,7 +161,7 @@ def fuse_text(model: BertModel, attends_to_images: bool) -> None:
         layer.attention.self = retyped(FusedTextAttention, layer.attention.self)
         if hasattr(layer, "crossattention"):
             cross = layer.crossattention.self = retyped(FusedTextAttention, layer.crossattention.self)
-            cross.keys_are_padded = not attends_to_images
+            cross.mask_keys = not attends_to_images
 
 
 def drops(module: nn.Module) -> bool:
@@ -210,7 +210,7 @@ def _attend_to(query: Tensor, key: Tensor, value: Tensor, index: Tensor, dropout
 
 
 class MatchingAttention(FusedTextAttention):
-    """Cross-attention that can be told to compute the three passes, see :func:`matching_passes`."""
+    """Cross-attention that can be told to compute the three passes, see :func:`itm_context`."""
 
     in_matching = False
     wrong_image: Tensor | None = None
@@ -227,20 +227,20 @@ class MatchingAttention(FusedTextAttention):
         """As LAVIS's; within the passes ``encoder_hidden_states`` has fewer rows than ``hidden_states``."""
         if not self.in_matching:
             return super().forward(hidden_states, attention_mask, head_mask, encoder_hidden_states, *args, **kwargs)
-        projected = (self.query(hidden_states), *linear_together(encoder_hidden_states, self.key, self.value))
+        projected = (self.query(hidden_states), *grouped_linear(encoder_hidden_states, self.key, self.value))
         query, key, value = (split_heads(x, self.num_attention_heads) for x in projected)
         dropout = self.dropout.p if self.training else 0.0
         return merge_heads(attend_in_matching(query, key, value, self.wrong_image, dropout)), (key, value)
 
 
-def share_images(model: BertModel) -> None:
+def share_image_kv(model: BertModel) -> None:
     """Let the cross-attention of ``model`` compute matching's passes; no key changes."""
     for layer in model.encoder.layer:
         layer.crossattention.self = retyped(MatchingAttention, layer.crossattention.self)
 
 
 @contextmanager
-def matching_passes(model: BertModel, wrong_image: Tensor | None) -> Iterator[None]:
+def itm_context(model: BertModel, wrong_image: Tensor | None) -> Iterator[None]:
     """Inside the block the texts are matching's three passes; arguments as of :func:`attend_in_matching`."""
     attentions = [layer.crossattention.self for layer in model.encoder.layer]
     for attention in attentions:

@@ -45,8 +45,8 @@ class GatedCrossAttention(BertAttention):
         return (apply_gate(self.gate, hidden_states, f, attention_mask), *rest)
 
 
-class RememberedCrossAttention(BertAttention):
-    """Cross-attention that keeps its input t, and the text's mask, for the :class:`RememberingLayer` around it."""
+class QueryCachingCrossAttention(BertAttention):
+    """Cross-attention that keeps its input t, and the text's mask, for the :class:`ParallelLayer` around it."""
 
     query: Tensor | None = None
     mask: Tensor | Packing | None = None
@@ -59,7 +59,7 @@ class RememberedCrossAttention(BertAttention):
         return super().forward(hidden_states, attention_mask, *args, **kwargs)
 
 
-class RememberingLayer(BertLayer):
+class ParallelLayer(BertLayer):
     """A layer that adds something made of t and f to the output of its feed-forward block."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple:
@@ -80,17 +80,17 @@ class RememberingLayer(BertLayer):
         raise NotImplementedError
 
 
-Remembering = TypeVar("Remembering", bound=RememberingLayer)
+Remembering = TypeVar("Remembering", bound=ParallelLayer)
 
 
-def remember_query(layer: BertLayer, cls: type[Remembering]) -> Remembering:
+def make_parallel_layer(layer: BertLayer, cls: type[Remembering]) -> Remembering:
     """``layer`` as a ``cls``, with its parameters under their names."""
     new = retyped(cls, layer)
-    new.crossattention = retyped(RememberedCrossAttention, new.crossattention)
+    new.crossattention = retyped(QueryCachingCrossAttention, new.crossattention)
     return new
 
 
-class GatedLayer(RememberingLayer):
+class GatedLayer(ParallelLayer):
     """A layer whose output is corrected by a :class:`Gate` of t and f, when it attends to an image."""
 
     def beside(self, query: Tensor | None, attention_output: Tensor, mask: Tensor | Packing | None) -> Tensor | None:
@@ -111,7 +111,7 @@ def add_gates(encoder: BertModel, config: GateConfig, adapters: AdapterSets) -> 
     layers = encoder.encoder.layer
     for i, layer in enumerate(layers):
         if form.place == "layer":
-            gated = layers[i] = remember_query(layer, GatedLayer)
+            gated = layers[i] = make_parallel_layer(layer, GatedLayer)
         else:
             gated = layer.crossattention = retyped(GatedCrossAttention, layer.crossattention)
         gated.gate = form(encoder.config.hidden_size, config)
@@ -152,7 +152,7 @@ class VisionBottleneck(Mlp):
         return super().forward(x) if active is None else super().forward(x) + active.vision(self.index, x)
 
 
-class TextBottleneck(RememberingLayer):
+class TextBottleneck(ParallelLayer):
     """Layer of BERT with a bottleneck beside its feed-forward block."""
 
     def beside(self, query: Tensor | None, attention_output: Tensor, mask: Tensor | Packing | None) -> Tensor | None:
@@ -199,7 +199,7 @@ def add_bottlenecks(vision: VisionTransformer, texts: Sequence[BertModel], make:
         block.mlp = attach(retyped(VisionBottleneck, block.mlp), i, block.mlp.fc1, block.mlp.fc2)
     for text in texts:
         for i, layer in enumerate(text.encoder.layer):
-            new = remember_query(layer, TextBottleneck)
+            new = make_parallel_layer(layer, TextBottleneck)
             text.encoder.layer[i] = attach(new, i, new.intermediate.dense, new.output.dense)
     return sets
 

@@ -37,18 +37,18 @@ def vqa_accuracy(results: str | Path, questions: str | Path, annotations: str | 
     }
 
 
-def refuse_nan(scores: Tensor) -> None:
+def check_nan(scores: Tensor) -> None:
     """Raises AuroraError if a score is NaN: the largest of such is any."""
     nans = int(scores.isnan().sum())
     if nans:
         raise AuroraError(f"{nans} scores of answers are NaN; none is chosen")
 
 
-class NoNan(LogitsProcessor):
+class NanCheckLogitsProcessor(LogitsProcessor):
     """Lets a generation stop at the first token whose scores are no numbers."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        refuse_nan(scores)
+        check_nan(scores)
         return scores
 
 
@@ -72,7 +72,7 @@ class CachedDecoder(XBertLMHeadDecoder):
         return super().prepare_inputs_for_generation(input_ids, past=past, attention_mask=attention_mask, **kwargs)
 
 
-IGNORED = -100  # of torch's cross-entropy
+IGNORE_INDEX = -100  # of torch's cross-entropy
 
 
 class AnswerList:
@@ -161,12 +161,12 @@ def rank_answers(
             attention_mask=keep,
             encoder_hidden_states=states[question],
             encoder_attention_mask=mask[question],
-            labels=ids.masked_fill(keep == 0, IGNORED),
+            labels=ids.masked_fill(keep == 0, IGNORE_INDEX),
             return_dict=True,
             reduction="none",
         )
         losses.append(output.loss)
     scores = torch.cat(losses).view(-1, k)
-    refuse_nan(scores)
+    check_nan(scores)
     best = scores.argmin(dim=1, keepdim=True)
     return candidates.gather(1, best)[:, 0].tolist()

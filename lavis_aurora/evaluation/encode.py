@@ -19,7 +19,7 @@ T = TypeVar("T")
 # Texts of 35 tokens that take as much room in their tower as a picture of 384 pixels, 577 tokens, takes in its own.
 TEXTS_PER_PICTURE = 16
 # Work that takes less has no bar.
-BAR_AFTER_SECONDS = 5
+PROGRESS_DELAY_SECONDS = 5
 
 
 class RetrievalModel(Protocol):
@@ -57,12 +57,12 @@ class RetrievalModel(Protocol):
         """ITM logits (no match, match), (texts, 2), of one image, (tokens, d), with texts of rising length."""
 
 
-def own_share(total: int) -> range:
+def rank_indices(total: int) -> range:
     """What of ``total`` things this process takes: every n-th, so that neighbours of unequal cost are shared."""
     return range(get_rank(), total, get_world_size())
 
 
-def gather_rows(places: Tensor, rows: Tensor, total: int) -> Tensor:
+def all_gather_rows(places: Tensor, rows: Tensor, total: int) -> Tensor:
     """The rows of all processes in one tensor, in main memory; a row that no process gave is NaN.
 
     Args:
@@ -91,7 +91,7 @@ def broadcast(value: T) -> T:
 
 def progress(total: int, what: str, unit: str) -> tqdm:
     """A bar with the time left, on the main process."""
-    delay = BAR_AFTER_SECONDS
+    delay = PROGRESS_DELAY_SECONDS
     return tqdm(total=total, desc=what, unit=unit, mininterval=5, delay=delay, disable=get_rank() != 0)
 
 
@@ -116,14 +116,14 @@ def encode_texts(model: RetrievalModel, texts: Sequence[str], at_once: int) -> T
     ids = torch.cat([batch.input_ids for batch in batches])
     mask = torch.cat([batch.attention_mask for batch in batches])
     lengths = mask.sum(dim=1)
-    share = lengths.argsort(stable=True)[own_share(len(texts))]
+    share = lengths.argsort(stable=True)[rank_indices(len(texts))]
     feats = [torch.empty(0, model.feature_size)]
     with progress(len(share), "encoding texts", "text") as bar:
         for part in share.split(at_once) if len(share) else ():
             longest = int(lengths[part].max())
             feats.append(model.text_features(ids[part, :longest], mask[part, :longest]).cpu())
             bar.update(len(part))
-    return Texts(ids[:, : int(lengths.max())].clone(), lengths, gather_rows(share, torch.cat(feats), len(texts)))
+    return Texts(ids[:, : int(lengths.max())].clone(), lengths, all_gather_rows(share, torch.cat(feats), len(texts)))
 
 
 class _Chosen(Sampler[int]):
@@ -201,7 +201,7 @@ class ImageTokens:
     ) -> None:
         self.encoder, self.dtype, self.budget_gb = ImageEncoder(model, data_loader), dtype, budget_gb
         total = len(data_loader.dataset)
-        self.share = list(own_share(total))
+        self.share = list(rank_indices(total))
         self._kept: dict[int, Tensor] = {}
         self._given = torch.float32
         left = budget_gb * 1e9
@@ -213,7 +213,7 @@ class ImageTokens:
             if left >= 0:
                 # A copy: the tokens are a view of the whole batch.
                 self._kept[image] = tokens.to("cpu", dtype, copy=True)
-        self.feats = gather_rows(torch.tensor(self.share, dtype=torch.long), torch.cat(feats), total)
+        self.feats = all_gather_rows(torch.tensor(self.share, dtype=torch.long), torch.cat(feats), total)
 
     def of(self, images: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Each of these images of the share, with its tokens (tokens, d) in the vision tower's dtype.

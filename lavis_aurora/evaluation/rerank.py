@@ -24,16 +24,16 @@ from lavis_aurora.evaluation.encode import (
     ImageTokens,
     RetrievalModel,
     Texts,
+    all_gather_rows,
     broadcast,
     encode_texts,
-    gather_rows,
     progress,
 )
 from lavis_aurora.evaluation.scores import Candidates, RetrievalScores
 
 # Text tokens that are in the fusion encoder at once; bounds its memory.
-TOKENS_AT_ONCE = 4096
-QUERIES_AT_ONCE = 512
+TOKEN_CHUNK = 4096
+QUERY_CHUNK = 512
 
 
 @torch.no_grad()
@@ -69,9 +69,9 @@ def retrieval_scores(
             model, data_loader, token_budget_gb if k_test else 0, torch.bfloat16 if bf16 else token_dtype
         )
         i2t, t2i = broadcast(
-            (_nearest(images.feats, texts.feats, k_test), _nearest(texts.feats, images.feats, k_test))
+            (_top_k(images.feats, texts.feats, k_test), _top_k(texts.feats, images.feats, k_test))
         )
-        own = _pair_keys(i2t.indices, len(texts.feats)), _pair_keys(t2i.indices, len(texts.feats), by_text=True)
+        own = _pair_ids(i2t.indices, len(texts.feats)), _pair_ids(t2i.indices, len(texts.feats), by_text=True)
         keys = torch.cat([one.flatten() for one in own]).unique()
         encoded = time.time()
         _log_start(images, texts, k_test, len(keys), encoded - start)
@@ -97,21 +97,21 @@ def _log_start(images: ImageTokens, texts: Texts, k_test: int, pairs: int, secon
         logging.info("run.k_test: %d is cut to the number of candidates where there are fewer", k_test)
 
 
-class _Nearest(NamedTuple):
+class _TopK(NamedTuple):
     """ITC and index of the best candidates of each query, (queries, k), best first."""
 
     values: Tensor
     indices: Tensor
 
 
-def _nearest(queries: Tensor, candidates: Tensor, k: int) -> _Nearest:
+def _top_k(queries: Tensor, candidates: Tensor, k: int) -> _TopK:
     k = min(k, len(candidates))
     with torch.autocast("cpu", enabled=False):
-        found = [(block @ candidates.t()).topk(k, dim=1) for block in queries.split(QUERIES_AT_ONCE)]
-    return _Nearest(*(torch.cat(parts) for parts in zip(*found)))
+        found = [(block @ candidates.t()).topk(k, dim=1) for block in queries.split(QUERY_CHUNK)]
+    return _TopK(*(torch.cat(parts) for parts in zip(*found)))
 
 
-def _pair_keys(found: Tensor, texts: int, by_text: bool = False) -> Tensor:
+def _pair_ids(found: Tensor, texts: int, by_text: bool = False) -> Tensor:
     """image * texts + text of each query's candidates, (queries, k); the queries are images, or texts."""
     query = torch.arange(len(found)).unsqueeze(1)
     image, text = (found, query) if by_text else (query, found)
@@ -137,18 +137,18 @@ def score_pairs(model: RetrievalModel, images: ImageTokens, texts: Texts, keys: 
             places.append(starts[image] + order)
             logits.append(_match(model, tokens.to(model.device), texts, chosen[order]))
             bar.update(len(chosen))
-    return gather_rows(torch.cat(places), torch.cat(logits), len(keys))
+    return all_gather_rows(torch.cat(places), torch.cat(logits), len(keys))
 
 
 def _match(model: RetrievalModel, image: Tensor, texts: Texts, chosen: Tensor) -> Tensor:
     """ITM logits of one image with the chosen texts, which are of rising length: (chosen, 2)."""
-    parts = -(-int(texts.lengths[chosen].sum()) // TOKENS_AT_ONCE)
+    parts = -(-int(texts.lengths[chosen].sum()) // TOKEN_CHUNK)
     logits = [model.match_logits(texts.ids[part], texts.lengths[part], image) for part in chosen.chunk(parts)]
     return torch.cat(logits).cpu()
 
 
 # Pictures or frames that are in the vision tower at once.
-PICTURES_AT_ONCE = 16
+IMAGE_CHUNK = 16
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class MatchScores:
         return self.itm_logits.softmax(dim=-1)[..., 1]
 
 
-class _Visuals(Dataset):
+class _InMemoryDataset(Dataset):
     """Pictures or videos as :class:`ImageTokens` reads those of a split."""
 
     def __init__(self, visuals: Tensor) -> None:
@@ -197,8 +197,8 @@ def match_scores(model: RetrievalModel, images: Tensor, texts: str | Sequence[st
     texts = _checked_texts(texts)
     _check_images(model, images)
     frames = images.shape[2] if images.dim() == 5 else 1
-    loader = DataLoader(_Visuals(images), batch_size=max(1, PICTURES_AT_ONCE // frames))
-    encoded = encode_texts(model, texts, TEXTS_PER_PICTURE * PICTURES_AT_ONCE)
+    loader = DataLoader(_InMemoryDataset(images), batch_size=max(1, IMAGE_CHUNK // frames))
+    encoded = encode_texts(model, texts, TEXTS_PER_PICTURE * IMAGE_CHUNK)
     tokens = ImageTokens(model, loader, RetrievalRunConfig.token_budget_gb, torch.float32)
     logits = score_pairs(model, tokens, encoded, torch.arange(len(images) * len(texts)))
     return MatchScores(tokens.feats @ encoded.feats.t(), logits.unflatten(0, (len(images), len(texts))))

@@ -66,7 +66,7 @@ def chance_recall(targets: Sequence[Sequence[int]], candidates: int) -> dict[str
 
 # What LAVIS writes for a pair that was not reranked.
 NOT_RERANKED = -100.0
-QUERIES_AT_ONCE = 512
+QUERY_CHUNK = 512
 
 
 @dataclass
@@ -114,8 +114,8 @@ class RetrievalScores:
             direction: image_to_text or text_to_image; video_to_text and text_to_video are the same.
         """
         queries, others, reranked = self._sides(direction)
-        for start in range(0, len(queries), QUERIES_AT_ONCE):
-            rows = slice(start, start + QUERIES_AT_ONCE)
+        for start in range(0, len(queries), QUERY_CHUNK):
+            rows = slice(start, start + QUERY_CHUNK)
             itc = queries[rows] @ others.T
             scores = np.full_like(itc, -np.inf)
             np.put_along_axis(scores, reranked.indices[rows], reranked.scores[rows], axis=1)

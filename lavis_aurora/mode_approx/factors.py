@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lavis_aurora.adapters.sets import AdapterSet, AdapterSets, register_sets
-from lavis_aurora.common.errors import AuroraError, near_names
-from lavis_aurora.common.modules import SinglePrecision
+from lavis_aurora.common.errors import AuroraError, did_you_mean
+from lavis_aurora.common.modules import KeepFloat32
 from lavis_aurora.config.method import ModeApproxConfig
 
 # Deviation of U at the start.
@@ -30,7 +30,7 @@ def tower_of(slot: str) -> str:
     return "_".join(part for part in parts if not part.isdigit())
 
 
-class FactorSet(SinglePrecision, AdapterSet):
+class FactorSet(KeepFloat32, AdapterSet):
     """One adapter: U, V, P and the coefficients lambda for all slots.
 
         dW_k = s * sum_r lambda[k, r] P[k, r] outer(U[:, r], V[:, r]),   s = scale / (0.1 sqrt(d_in * rank))
@@ -147,7 +147,7 @@ class ModeFactors(AdapterSets):
         try:
             return list(self.slots).index(name)
         except ValueError:
-            raise AuroraError(f"no slot {name!r}{near_names(name, self.slots)}") from None
+            raise AuroraError(f"no slot {name!r}{did_you_mean(name, self.slots)}") from None
 
     def __getitem__(self, name: str) -> FactorSet:
         found = self.sets[name]

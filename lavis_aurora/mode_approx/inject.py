@@ -10,9 +10,9 @@ from difflib import get_close_matches
 from torch import nn
 
 from lavis_aurora.adapters.companions import MomentumModel, freeze_norms, momentum_copies
-from lavis_aurora.adapters.sets import TEACHER_SET
+from lavis_aurora.adapters.sets import MOMENTUM_SET
 from lavis_aurora.adapters.switching import find_adapters
-from lavis_aurora.common.errors import AuroraError, some
+from lavis_aurora.common.errors import AuroraError, abbreviated
 from lavis_aurora.config.method import ModeApproxConfig
 from lavis_aurora.mode_approx.factors import ModeFactors
 from lavis_aurora.mode_approx.layers import AdaptedLayer, ModeApproxLinear, ModeApproxMultiheadAttention
@@ -70,7 +70,7 @@ def _near(pattern: str, layers: Sequence[str], limit: int = 5) -> str:
     near = get_close_matches(pattern, kinds)
     if near:
         return f"; did you mean the layers {' or '.join(map(repr, near))}?"
-    return f"; layers are {some(map(repr, kinds), limit)}"
+    return f"; layers are {abbreviated(map(repr, kinds), limit)}"
 
 
 def _check_plain(name: str, layer: nn.Module) -> None:
@@ -116,7 +116,7 @@ def adapt_copies(model: nn.Module, factors: ModeFactors) -> None:
     for copy, name, layer in twins:
         parent, _, child = name.rpartition(".")
         owner = copy.get_submodule(parent)
-        setattr(owner, child, layer.twin(getattr(owner, child), TEACHER_SET))
+        setattr(owner, child, layer.twin(getattr(owner, child), MOMENTUM_SET))
     model.model_pairs.append(factors.add_teacher())
 
 

@@ -136,7 +136,7 @@ def _folded(dtype: torch.dtype, u: Tensor, v: Tensor, w: Tensor, *weights: Tenso
     return torch.addmm(weight.to(v.dtype), _rows(v, w), u.t()).to(dtype)
 
 
-def linear_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+def grouped_linear(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """``layer(x)`` of each layer; those of this module that fold are one product, sharing A = x U."""
     ours = [layer for layer in layers if isinstance(layer, ModeApproxLinear)]
     first, active = ours[0] if ours else None, ours[0].active_set if ours else None
@@ -216,7 +216,7 @@ class ModeApproxLinear(AdaptedLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features)."""
         if self.folds(x):
-            return linear_together(x, self)[0]
+            return grouped_linear(x, self)[0]
         y = F.linear(x, self.adapted_weight, self.bias)
         active = self.active_set
         if active is None:

@@ -17,14 +17,14 @@ from lavis_aurora.adapters.sets import AdapterSets
 from lavis_aurora.adapters.switching import bind_companions, trainable_parameters_summary
 from lavis_aurora.baselines.lora import LoraSets, inject_lora
 from lavis_aurora.baselines.uniadapter import UniAdapters
-from lavis_aurora.common.errors import AuroraError, near_names
+from lavis_aurora.common.errors import AuroraError, did_you_mean
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import TUNINGS, BlipAuroraConfig, register_tuning
 from lavis_aurora.encoders.fusion import add_bottlenecks, add_gates
 from lavis_aurora.mode_approx.factors import ModeFactors
 from lavis_aurora.mode_approx.inject import inject_mode_approx
 from lavis_aurora.models.loading import load_backbone, read_state_dict
-from lavis_aurora.models.matching import longest_anywhere, to_device
+from lavis_aurora.models.matching import all_reduce_max_length, to_device
 from lavis_aurora.models.owner import AdapterOwnerMixin, RunState, load_configured_adapter
 
 
@@ -94,7 +94,7 @@ class AuroraBase(AdapterOwnerMixin, RunState):
     def default_config_path(cls, model_type: str) -> str:
         """Path of the YAML with the defaults of a model type."""
         if model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:
-            near = near_names(str(model_type), cls.PRETRAINED_MODEL_CONFIG_DICT)
+            near = did_you_mean(str(model_type), cls.PRETRAINED_MODEL_CONFIG_DICT)
             raise AuroraError(f"model.model_type: unknown type {model_type!r}{near}")
         return super().default_config_path(model_type)
 
@@ -168,7 +168,7 @@ class AuroraBase(AdapterOwnerMixin, RunState):
         own = ("mode_approx", "baseline")
         new |= {name for name in self.state_dict() if name.partition(".")[0].endswith(("_m", *own))}
         source = f"{key} {url_or_filename}"
-        state = self.complete_state(read_state_dict(url_or_filename, key), source)
+        state = self.fill_missing_weights(read_state_dict(url_or_filename, key), source)
         if self.adapters is not None:
             state = self.adapters.backbone_state(state)
         load_backbone(self, state, source, new)
@@ -180,14 +180,14 @@ class AuroraBase(AdapterOwnerMixin, RunState):
 
     load_checkpoint = load_from_pretrained
 
-    def complete_state(self, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    def fill_missing_weights(self, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
         """The weights of a checkpoint, with those filled in that the model can start without; here there are none."""
         return state
 
     def tokenize(
         self,
         texts: Iterable[str],
-        to_longest: bool = False,
+        pad_to_longest: bool = False,
         everywhere: bool = False,
         device: torch.device | str = "cpu",
     ) -> BatchEncoding:
@@ -195,18 +195,18 @@ class AuroraBase(AdapterOwnerMixin, RunState):
 
         Args:
             texts: what to tokenize.
-            to_longest: pad to the longest text rather than to ``max_txt_len``.
+            pad_to_longest: pad to the longest text rather than to ``max_txt_len``.
             everywhere: pad to the longest text of all processes.
             device: where they shall be; a GPU is not waited for.
         """
         tokens = self.tokenizer(
             list(texts),
-            padding="longest" if to_longest or everywhere else "max_length",
+            padding="longest" if pad_to_longest or everywhere else "max_length",
             truncation=True,
             max_length=self.max_txt_len,
             return_tensors="pt",
         )
         if everywhere:
-            length = longest_anywhere(tokens.input_ids.shape[1])
+            length = all_reduce_max_length(tokens.input_ids.shape[1])
             tokens = self.tokenizer.pad(tokens, padding="max_length", max_length=length, return_tensors="pt")
         return to_device(tokens, device)

@@ -14,13 +14,13 @@ from lavis.models.blip_models.blip_outputs import BlipIntermediateOutput, BlipOu
 from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from torch import Tensor, nn
 
-from lavis_aurora.adapters.sets import TEACHER_SET
+from lavis_aurora.adapters.sets import MOMENTUM_SET
 from lavis_aurora.adapters.switching import merged_weights
 from lavis_aurora.alignment.context import enhance_context
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.config.models import RetrievalAuroraConfig
-from lavis_aurora.encoders.fused import drops, matching_passes, share_images
+from lavis_aurora.encoders.fused import drops, itm_context, share_image_kv
 from lavis_aurora.encoders.towers import (
     VisualFeatures,
     build_text_encoder,
@@ -32,7 +32,7 @@ from lavis_aurora.encoders.towers import (
 )
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.base import AuroraBase
-from lavis_aurora.models.matching import draw_negatives, gather, shared_seed
+from lavis_aurora.models.matching import broadcast_seed, gather, sample_hard_negatives
 from lavis_aurora.models.scoring import RetrievalScoring
 
 
@@ -75,7 +75,7 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
     def __init__(self, cfg: RetrievalAuroraConfig) -> None:
         vision = build_vision_encoder(cfg)
         text = build_text_encoder(cfg, vision.vision_width)
-        share_images(text)
+        share_image_kv(text)
         # LAVIS calls this class method in its constructor, without telling it the tokenizer's name.
         self.init_tokenizer = partial(build_tokenizer, cfg.tokenizer)
         super().__init__(
@@ -102,7 +102,7 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         if self.adapters is not None:
             self.model_pairs.append(self.adapters.add_teacher())
         # Besides the two projections.
-        self._towers_are_trained = len(self.model_pairs) > 2
+        self._momentum_moves = len(self.model_pairs) > 2
         self.copy_params()
 
     @property
@@ -117,7 +117,7 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
 
     def complete_merged_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A merged state with LAVIS's momentum towers: W0 + dW of the teacher's factors."""
-        teacher = {**state, **merged_weights(self, TEACHER_SET)}
+        teacher = {**state, **merged_weights(self, MOMENTUM_SET)}
         towers = ("visual_encoder", "text_encoder")
         copies = {
             f"{tower}_m{key[len(tower) :]}": value
@@ -129,10 +129,10 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
 
     def _teacher(self, image: Tensor, text: dict, visual: VisualFeatures, text_embeds: Tensor) -> TeacherFeatures:
         """The momentum towers' features; where a momentum tower is the tower itself, what that has computed."""
-        with nullcontext() if self.adapters is None else self.adapters.use(TEACHER_SET):
-            if not self._is_own_teacher(self.visual_encoder):
+        with nullcontext() if self.adapters is None else self.adapters.use(MOMENTUM_SET):
+            if not self._teacher_equals_student(self.visual_encoder):
                 visual = encode_visual(getattr(self, "visual_encoder_m", self.visual_encoder), image)
-            if not self._is_own_teacher(self.text_encoder):
+            if not self._teacher_equals_student(self.text_encoder):
                 encoder = getattr(self, "text_encoder_m", self.text_encoder)
                 text_embeds = encoder.forward_text(text).last_hidden_state
         return TeacherFeatures(
@@ -142,9 +142,9 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
             F.normalize(self.text_proj_m(text_embeds[:, 0]), dim=-1),
         )
 
-    def _is_own_teacher(self, tower: nn.Module) -> bool:
+    def _teacher_equals_student(self, tower: nn.Module) -> bool:
         """Whether its momentum copy computes exactly the same: same weights, and nothing dropped at random."""
-        moving = self._towers_are_trained and self.momentum > 0
+        moving = self._momentum_moves and self.momentum > 0
         return not moving and not (tower.training and drops(tower))
 
     @torch.no_grad()
@@ -185,7 +185,8 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
         # Processes exchange texts, which must then be of one length.
-        text = self.tokenize(samples["text_input"], to_longest=True, everywhere=self._gathers, device=image.device)
+        texts = samples["text_input"]
+        text = self.tokenize(texts, pad_to_longest=True, everywhere=self._gathers, device=image.device)
         visual = encode_visual(self.visual_encoder, image)
         image_embeds = visual.tokens
         text_embeds = self.text_encoder.forward_text(text).last_hidden_state
@@ -194,8 +195,8 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         with torch.no_grad():
             self._momentum_update()
             teacher = self._teacher(image, text, visual, text_embeds)
-        loss_itc, sims = self._contrastive(samples, teacher, image_feat, text_feat, idx)
-        loss_itm, matching = self._matching(
+        loss_itc, sims = self._itc_loss(samples, teacher, image_feat, text_feat, idx)
+        loss_itm, matching = self._itm_loss(
             image_embeds, text, text_embeds[:, 0], image_feat, text_feat, idx, self._step(samples)
         )
         return BlipOutput(
@@ -221,7 +222,7 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
     def _step(samples: dict) -> int:
         return samples["epoch"] * samples["num_iters_per_epoch"] + samples["iters"]
 
-    def _contrastive(
+    def _itc_loss(
         self, samples: dict, teacher: TeacherFeatures, image_feat: Tensor, text_feat: Tensor, idx: Tensor
     ) -> tuple[Tensor, BlipSimilarity]:
         """ITC against the teacher's features of the batch over all processes and of the queue.
@@ -256,7 +257,7 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         )
         return sum(losses) / 2, sims
 
-    def _matching(
+    def _itm_loss(
         self,
         image_embeds: Tensor,
         text: dict,
@@ -271,19 +272,20 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         ids, mask = text.input_ids.clone(), text.attention_mask
         ids[:, 0] = self.tokenizer.enc_token_id
         if self._negative_seed is None:
-            self._negative_seed = shared_seed(ids.device)
+            self._negative_seed = broadcast_seed(ids.device)
         generator = torch.Generator(ids.device).manual_seed(self._negative_seed + step)
         with torch.no_grad():
             same = torch.eq(idx, world(idx).t())
-            negative_image, has_image = draw_negatives(text_feat @ world(image_feat).t() / self.temp, same, generator)
-            negative_text, has_text = draw_negatives(image_feat @ world(text_feat).t() / self.temp, same, generator)
+            sim_t2i, sim_i2t = text_feat @ world(image_feat).t(), image_feat @ world(text_feat).t()
+            negative_image, has_image = sample_hard_negatives(sim_t2i / self.temp, same, generator)
+            negative_text, has_text = sample_hard_negatives(sim_i2t / self.temp, same, generator)
         images, wrong_image = image_embeds, negative_image
         if self._gathers:
             images, wrong_image = torch.cat([images, gather(images, with_grad=True)[negative_image]]), None
         # Rows: the pairs as they are; each text with a wrong image; each image with a wrong text.
         pair_ids = torch.cat([ids, ids, world(ids)[negative_text]])
         pair_mask = torch.cat([mask, mask, world(mask)[negative_text]])
-        with matching_passes(self.text_encoder, wrong_image):
+        with itm_context(self.text_encoder, wrong_image):
             output = self.text_encoder(
                 pair_ids,
                 attention_mask=pair_mask,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList
 from transformers.utils import ModelOutput
 
-from lavis_aurora.common.errors import AuroraError, near_names, shown
+from lavis_aurora.common.errors import AuroraError, did_you_mean, shown
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.config.models import VqaAuroraConfig
 from lavis_aurora.config.run import INFERENCE_METHODS, AnswerRunConfig
@@ -28,7 +28,7 @@ from lavis_aurora.encoders.towers import (
     encode_visual,
     visual_input,
 )
-from lavis_aurora.evaluation.answers import AnswerList, CachedDecoder, NoNan, rank_answers
+from lavis_aurora.evaluation.answers import AnswerList, CachedDecoder, NanCheckLogitsProcessor, rank_answers
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.base import AuroraBase
 from lavis_aurora.models.scoring import evaluating
@@ -103,7 +103,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         """Tokens that the decoder has room for."""
         return self.text_decoder.config.max_position_embeddings
 
-    def complete_state(self, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    def fill_missing_weights(self, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
         """A checkpoint without any decoder gets one, if it is to be trained: the encoder, with a new head.
 
         BLIP's pretraining checkpoints hold a decoder, those fine-tuned for retrieval do not.
@@ -133,7 +133,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
             the question encoder's output, and the visual tokens.
         """
         visual = encode_visual(self.visual_encoder, samples["image"]).tokens
-        questions = self.tokenize(samples["text_input"], to_longest=True, device=self.device)
+        questions = self.tokenize(samples["text_input"], pad_to_longest=True, device=self.device)
         questions.input_ids[:, 0] = self.tokenizer.enc_token_id
         samples["tokenized_text"] = questions
         return self.text_encoder.forward_automask(tokenized_text=questions, visual_embeds=visual), visual
@@ -198,7 +198,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
                 answers are NaN.
         """
         if inference_method not in INFERENCE_METHODS:
-            near = near_names(str(inference_method), INFERENCE_METHODS)
+            near = did_you_mean(str(inference_method), INFERENCE_METHODS)
             raise AuroraError(f"inference_method: unknown method {inference_method!r}{near}")
         if inference_method == "rank" and not answer_list:
             raise AuroraError("answer_list: missing; inference_method rank chooses from a list, generate needs none")
@@ -247,7 +247,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
             min_length=min_length,
             eos_token_id=self.tokenizer.sep_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
-            logits_processor=LogitsProcessorList([NoNan()]),
+            logits_processor=LogitsProcessorList([NanCheckLogitsProcessor()]),
         )
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lavis_aurora.adapters.config import CONFIG, read_adapter_config
-from lavis_aurora.common.errors import AuroraError, near_names, shown, some
+from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, shown
 from lavis_aurora.common.files import is_finite, load_torch, why_unreadable
 from lavis_aurora.common.paths import use_weights_folder
 from lavis_aurora.config.adapter_settings import adapter_settings, check_preprocess, type_settings
@@ -75,7 +75,7 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
     """Refuse weights that are no numbers."""
     spoiled = sorted(name for name, x in state.items() if not is_finite(x))
     if spoiled:
-        raise AuroraError(f"{source} holds NaN or infinite weights: {some(spoiled)}; take another checkpoint")
+        raise AuroraError(f"{source} holds NaN or infinite weights: {abbreviated(spoiled)}; take another checkpoint")
 
 
 def load_backbone(model: nn.Module, state: dict[str, Tensor], source: str, new_keys: set[str]) -> None:
@@ -105,22 +105,22 @@ def load_backbone(model: nn.Module, state: dict[str, Tensor], source: str, new_k
     }
     if shapes:
         raise AuroraError(
-            f"{source} does not fit the model: {some(sorted(shapes))}; check vit, image_size, med_config_path"
+            f"{source} does not fit the model: {abbreviated(sorted(shapes))}; check vit, image_size, med_config_path"
         )
     missing = own.keys() - state.keys() - new_keys - transient
     missing = {key for key in missing if not key.endswith("position_ids")}
     if missing:
-        raise AuroraError(f"{source} lacks {len(missing)} weights of the model: {some(sorted(missing))}")
+        raise AuroraError(f"{source} lacks {len(missing)} weights of the model: {abbreviated(sorted(missing))}")
     unknown = state.keys() - own.keys()
     towers = {name for name, _ in model.named_children() if not name.endswith("_m")}
     foreign = {key for key in unknown if key.partition(".")[0] in towers}
     if foreign:
         raise AuroraError(
-            f"{source} has {len(foreign)} weights that the model has no place for: {some(sorted(foreign))}"
+            f"{source} has {len(foreign)} weights that the model has no place for: {abbreviated(sorted(foreign))}"
         )
     model.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
     parts = sorted({key.partition(".")[0] for key in unknown})
-    ignored = f"; not needed here: {some(parts)}" if unknown else ""
+    ignored = f"; not needed here: {abbreviated(parts)}" if unknown else ""
     logging.info("loaded %d weights from %s%s", len(state) - len(unknown), source, ignored)
 
 
@@ -135,7 +135,7 @@ BLIP_KEYS = (
 LOADING_KEYS = ("arch", "model_type", "load_finetuned", "finetuned", "pretrained")
 
 
-def how_to_load(arch: str, settings: BlipAuroraConfig | ModeApproxModelConfig, file: Path) -> str:
+def loading_instructions(arch: str, settings: BlipAuroraConfig | ModeApproxModelConfig, file: Path) -> str:
     """The ``model:`` section with which LAVIS loads a merged checkpoint, or why none does, as text.
 
     Args:
@@ -250,12 +250,12 @@ def _class_and_type(name: str, model_type: str | None) -> tuple[Any, str | None]
     """A registered model's class, and the type asked for or its default one."""
     cls = registry.get_model_class(name)
     if cls is None:
-        raise AuroraError(f"no model {name!r}{near_names(name, registry.list_models())}")
+        raise AuroraError(f"no model {name!r}{did_you_mean(name, registry.list_models())}")
     model_type = model_type or getattr(cls, "DEFAULT_MODEL_TYPE", None)
     # mode_approx takes the name and type of another model, and checks them itself.
     if name != "mode_approx" and model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:
         known = cls.PRETRAINED_MODEL_CONFIG_DICT
-        raise AuroraError(f"{name}: no model type {model_type!r}{near_names(str(model_type), known)}")
+        raise AuroraError(f"{name}: no model type {model_type!r}{did_you_mean(str(model_type), known)}")
     return cls, model_type
 
 

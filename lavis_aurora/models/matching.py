@@ -20,7 +20,7 @@ def to_device(tokens: BatchEncoding, device: torch.device | str) -> BatchEncodin
     return BatchEncoding({key: ids.pin_memory().to(device, non_blocking=True) for key, ids in tokens.items()})
 
 
-def shared_seed(device: torch.device) -> int:
+def broadcast_seed(device: torch.device) -> int:
     """Rank 0's seed, known to every process."""
     seed = torch.tensor([torch.initial_seed() % 2**62], dtype=torch.long, device=device)
     if is_dist_avail_and_initialized():
@@ -29,15 +29,15 @@ def shared_seed(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=1)
-def _host_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+def _gloo_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
     """The processes of ``world``, talking from CPU to CPU."""
     return world if "gloo" in dist.get_backend_config(world) else dist.new_group(backend="gloo")
 
 
-def longest_anywhere(length: int) -> int:
+def all_reduce_max_length(length: int) -> int:
     """The largest of the processes' lengths. It is exchanged between CPUs, so that no GPU is waited for."""
     longest = torch.tensor(length)
-    dist.all_reduce(longest, dist.ReduceOp.MAX, group=_host_group(dist.group.WORLD))
+    dist.all_reduce(longest, dist.ReduceOp.MAX, group=_gloo_group(dist.group.WORLD))
     return int(longest)
 
 
@@ -52,7 +52,7 @@ def gather(tensor: Tensor, with_grad: bool = False) -> Tensor:
     return rows.unflatten(0, (get_world_size(), -1)).transpose(0, 1).flatten(0, 1)
 
 
-def draw_negatives(logits: Tensor, same: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def sample_hard_negatives(logits: Tensor, same: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """For each row a column drawn with probability softmax(logits) among those that are not ``same``.
 
     Drawn by the largest of logits + Gumbel noise: nothing underflows, nothing waits for the GPU. The noise is

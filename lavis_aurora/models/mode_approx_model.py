@@ -19,10 +19,10 @@ from lavis_aurora.adapters.switching import (
     AdapterOwner,
     bind_companions,
     owner_of,
-    restart_teacher,
+    reset_teacher,
     trainable_parameters_summary,
 )
-from lavis_aurora.common.errors import AuroraError, near_names, shown
+from lavis_aurora.common.errors import AuroraError, did_you_mean, shown
 from lavis_aurora.common.paths import package_file, use_weights_folder
 from lavis_aurora.config.adapter_settings import portable_settings, type_settings
 from lavis_aurora.config.check import parse_config
@@ -241,7 +241,7 @@ class ModeApproxModel(AdapterOwner, RunState, BaseModel):
     def adapter_loaded(self, name: str) -> None:
         """Let the momentum teacher start as the adapter that is trained."""
         if name == "default":
-            restart_teacher(self.base, self.mode_approx)
+            reset_teacher(self.base, self.mode_approx)
 
 
 def _base_config_path(arch: str | None, model_type: str | None, prefix: str) -> str:
@@ -251,12 +251,12 @@ def _base_config_path(arch: str | None, model_type: str | None, prefix: str) -> 
         raise AuroraError(f"{prefix}arch: missing; name the registered model to wrap, e.g. blip_retrieval")
     if arch == "mode_approx" or not isinstance(arch, str) or arch not in models:
         known = sorted(name for name in models if name != "mode_approx")
-        raise AuroraError(f"{prefix}arch: {shown(arch)} is no registered model{near_names(str(arch), known)}")
+        raise AuroraError(f"{prefix}arch: {shown(arch)} is no registered model{did_you_mean(str(arch), known)}")
     types = models[arch].PRETRAINED_MODEL_CONFIG_DICT
     model_type = model_type or getattr(models[arch], "DEFAULT_MODEL_TYPE", None)
     if not isinstance(model_type, str) or model_type not in types:
         raise AuroraError(
-            f"{prefix}model_type: {arch} has no type {shown(model_type)}{near_names(str(model_type), types)}"
+            f"{prefix}model_type: {arch} has no type {shown(model_type)}{did_you_mean(str(model_type), types)}"
         )
     return models[arch].default_config_path(model_type)
 
@@ -278,7 +278,7 @@ def _find_modules(model: nn.Module, patterns: list[str]) -> list[nn.Module]:
     for pattern in patterns:
         matches = {name for name in names if re.fullmatch(pattern, name)}
         if not matches:
-            raise AuroraError(f"model.modules_to_save: {pattern!r} matches no module{near_names(pattern, names)}")
+            raise AuroraError(f"model.modules_to_save: {pattern!r} matches no module{did_you_mean(pattern, names)}")
         found |= matches
     # A module brings those inside it.
     outer = [name for name in names if name in found and not any(name.startswith(f"{other}.") for other in found)]

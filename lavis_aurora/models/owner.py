@@ -18,11 +18,11 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from lavis_aurora.adapters.companions import momentum_copies, resting_teacher, trained_buffers
+from lavis_aurora.adapters.companions import frozen_teacher, momentum_copies, trained_buffers
 from lavis_aurora.adapters.files import load_adapter
 from lavis_aurora.adapters.sets import AdapterSets
-from lavis_aurora.adapters.switching import AdapterOwner, restart_teacher
-from lavis_aurora.common.errors import AuroraError, shown, some
+from lavis_aurora.adapters.switching import AdapterOwner, reset_teacher
+from lavis_aurora.common.errors import AuroraError, abbreviated, shown
 from lavis_aurora.config.adapter_settings import portable_settings
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import BlipAuroraConfig, ModeApproxModelConfig
@@ -61,12 +61,14 @@ class RunState:
             or own[name].is_floating_point() != state[name].is_floating_point()
         ]
         if problems:
+            found = abbreviated(sorted(problems), separator="; ")
             raise AuroraError(
-                f"{source} does not fit this model: {some(sorted(problems), separator='; ')}; give the options of "
-                f"its run again (config.yaml beside it holds them)"
+                f"{source} does not fit this model: {found}; give the options of its run again "
+                f"(config.yaml beside it holds them)"
             )
         if lacking:
-            logging.warning("%s holds no %s, which stay as they are; results may differ", source, some(lacking))
+            names = abbreviated(lacking)
+            logging.warning("%s holds no %s, which stay as they are; results may differ", source, names)
         with torch.no_grad():
             for name in own.keys() & state.keys():
                 own[name].copy_(state[name])
@@ -77,9 +79,9 @@ class RunState:
             for buffer in trained_buffers(self).values():
                 dist.broadcast(buffer, src=0)
 
-    def resting_teacher(self) -> AbstractContextManager[None]:
+    def frozen_teacher(self) -> AbstractContextManager[None]:
         """Context in which LAVIS's momentum update leaves the copies as they are."""
-        return resting_teacher(self)
+        return frozen_teacher(self)
 
     def compile_layers(self) -> None:
         """Compile the layers of the towers, see :func:`lavis_aurora.encoders.towers.compile_layers`."""
@@ -183,7 +185,7 @@ class AdapterOwnerMixin(AdapterOwner):
     def adapter_loaded(self, name: str) -> None:
         """Let the momentum teacher start as the adapter that is trained."""
         if name == "default":
-            restart_teacher(self, self.adapters)
+            reset_teacher(self, self.adapters)
 
 
 def describe_text(model: nn.Module) -> dict[str, Any]:

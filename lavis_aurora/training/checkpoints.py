@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lavis_aurora.common.errors import AuroraError, some
-from lavis_aurora.common.files import is_finite, load_torch, why_unreadable, written_whole
+from lavis_aurora.common.errors import AuroraError, abbreviated
+from lavis_aurora.common.files import atomic_write, is_finite, load_torch, why_unreadable
 from lavis_aurora.config.check import run_keys
 from lavis_aurora.config.run import RUN_KEYS
 from lavis_aurora.training.order import is_random_state
@@ -22,8 +22,8 @@ LATEST, PREVIOUS, BEST = "checkpoint_latest.pth", "checkpoint_previous.pth", "ch
 DAMAGED = "checkpoint_damaged.pth"  # a latest one that could not be read, out of the way of the next
 KEYS = {"model", "optimizer", "scaler", "epoch", "step", "best_metric", "best_epoch"}
 # Keys of ``run`` that may differ when a run goes on: they do not change what is computed. Of the number of processes
-# and their batches the product counts, see _essential.
-INCIDENTAL = {
+# and their batches the product counts, see _numeric_config.
+NON_NUMERIC_KEYS = {
     *("resume", "resume_ckpt_path", "evaluate", "output_dir", "rank", "gpu", "dist_url", "dist_backend"),
     *("num_workers", "log_freq", "checkpoint_every", "distributed", "dist_timeout_minutes"),
 }
@@ -43,7 +43,7 @@ def write_checkpoint(state: dict[str, Any], path: str | Path, previous: str | Pa
     Raises:
         AuroraError: the file cannot be written; the older one is still there.
     """
-    with written_whole(path, previous) as file:
+    with atomic_write(path, previous) as file:
         torch.save(state, file)
 
 
@@ -66,9 +66,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     wrong = [key for key, is_right in ENTRIES.items() if key in state and not _holds(is_right, state[key])]
     if wrong or not _holds(_fit_together, state):
         wrong = wrong or ["epoch, step and best epoch together"]
-        raise AuroraError(f"{path} is not a checkpoint of a run: no run writes such {some(wrong)}")
+        raise AuroraError(f"{path} is not a checkpoint of a run: no run writes such {abbreviated(wrong)}")
     if spoiled := [name for key in NUMBERS for name in _not_finite(state.get(key), key)]:
-        raise AuroraError(f"{path} holds NaN or infinite numbers: {some(spoiled)}; take another checkpoint")
+        raise AuroraError(f"{path} holds NaN or infinite numbers: {abbreviated(spoiled)}; take another checkpoint")
     return dict(state)
 
 
@@ -115,7 +115,7 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
     "queue": _are_tensors,
     "optimizer": _is_adamw,
     "scaler": _is_scaler,
-    "config": lambda value: _essential(value) is not None,
+    "config": lambda value: _numeric_config(value) is not None,
     "epoch": _is_count,
     "step": _is_count,
     "steps_per_epoch": _is_count,
@@ -163,12 +163,12 @@ def read_latest(folder: Path) -> tuple[dict[str, Any], Path] | None:
     return None
 
 
-def same_run(config: Mapping[str, Any], other: Mapping[str, Any], evaluate: bool = False) -> bool:
+def same_computation(config: Mapping[str, Any], other: Mapping[str, Any], evaluate: bool = False) -> bool:
     """Whether two resolved configurations compute the same; or one evaluates what the other trains."""
-    return _essential(config, evaluate) == _essential(other, evaluate)
+    return _numeric_config(config, evaluate) == _numeric_config(other, evaluate)
 
 
-def _essential(config: Mapping[str, Any], evaluate: bool = False) -> dict[str, Any]:
+def _numeric_config(config: Mapping[str, Any], evaluate: bool = False) -> dict[str, Any]:
     """What decides the numbers of a run.
 
     A step computes the same in any number of processes with the same global batch: so it is that one which counts.
@@ -179,7 +179,7 @@ def _essential(config: Mapping[str, Any], evaluate: bool = False) -> dict[str, A
     # Older versions wrote the keys of other tasks too.
     own = {one.name for cls in run_keys(section.get("task")) for one in fields(cls)}
     others = {one.name for cls in RUN_KEYS.values() for one in fields(cls)} - own
-    run = {key: value for key, value in section.items() if key not in INCIDENTAL and key not in others}
+    run = {key: value for key, value in section.items() if key not in NON_NUMERIC_KEYS and key not in others}
     if evaluate:
         return {**config, "run": {key: value for key, value in run.items() if key not in OF_NO_EVALUATION}}
     processes, model = run.pop("world_size", 1), config.get("model", {})
@@ -190,7 +190,7 @@ def _essential(config: Mapping[str, Any], evaluate: bool = False) -> dict[str, A
     return {**config, "run": run}
 
 
-def run_to_resume(output_dir: str | Path, config: Mapping[str, Any], evaluate: bool = False) -> Path | None:
+def find_resumable_run(output_dir: str | Path, config: Mapping[str, Any], evaluate: bool = False) -> Path | None:
     """The newest folder under ``output_dir`` with a checkpoint of this very configuration; None if there is none.
 
     Args:
@@ -202,6 +202,6 @@ def run_to_resume(output_dir: str | Path, config: Mapping[str, Any], evaluate: b
     folders = {path.parent for name in (LATEST, PREVIOUS, BEST) for path in Path(output_dir).glob(f"*/{name}")}
     for folder in sorted(folders, key=by_time, reverse=True):
         found = read_latest(folder)
-        if found is not None and same_run(found[0].get("config", {}), config, evaluate):
+        if found is not None and same_computation(found[0].get("config", {}), config, evaluate):
             return folder
     return None

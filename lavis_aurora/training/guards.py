@@ -25,9 +25,9 @@ from lavis_aurora.data.samples import SET
 NAMES = (SET, "instance_id", "image_id", "question_id", "text_input")
 PLACE = ("epoch", "iters")
 # So many in a row are no single bad batch.
-MOST_IN_A_ROW = 10
+MAX_CONSECUTIVE_SKIPS = 10
 # In half precision the scale of the loss is found by halving it, about ten times at the start.
-MOST_OVERFLOWS = 25
+MAX_OVERFLOWS = 25
 
 
 class _Step(NamedTuple):
@@ -62,7 +62,7 @@ class FiniteGuard:
 
     def __init__(self, folder: Path, skip: bool) -> None:
         self.folder, self.skip = folder, skip
-        self.skipped = self._in_a_row = 0
+        self.skipped = self._consecutive = 0
         self._finite: list[Tensor] = []
         self._batches: list[dict[str, Any]] = []
         self._pending: tuple[Tensor, _Step] | None = None
@@ -118,19 +118,19 @@ class FiniteGuard:
 
     def _judge(self, flag: Tensor, step: _Step, scaled: bool = False) -> bool:
         """Whether the step may be taken, ``flag``; too many overflows of scaled losses in a row are no overflows."""
-        most = MOST_OVERFLOWS if scaled else MOST_IN_A_ROW
+        most = MAX_OVERFLOWS if scaled else MAX_CONSECUTIVE_SKIPS
         if flag:
-            self._in_a_row = 0
+            self._consecutive = 0
             return True
         # All processes are here if the gradient is not finite, and only then.
         finite = step.finite if step.finite[-1, 0] else step.agreed()
         overflow = scaled and bool(finite[:, 1].all())
         samples = step.batches[int(finite.all(dim=1).int().argmin())]
         self.skipped += 1
-        self._in_a_row += 1
+        self._consecutive += 1
         epoch, batch = samples["epoch"], samples["iters"]
         place = f"epoch {epoch + 1}, step {batch + 1}"
-        if overflow and self._in_a_row <= most:
+        if overflow and self._consecutive <= most:
             logging.info("%s: the gradient overflows in half precision; the step is skipped", place)
             return False
         path = self.folder / f"not_finite_epoch_{epoch}_step_{batch}_process_{get_rank()}.json"
@@ -139,7 +139,7 @@ class FiniteGuard:
         message = f"{place}: loss or gradient is not finite; the batch is named in {path}"
         if not self.skip and not overflow:
             raise AuroraError(f"{message}; lower run.init_lr, or set run.skip_nonfinite: true")
-        if self._in_a_row > most:
+        if self._consecutive > most:
             remedy = "lower run.init_lr, or set run.amp: false" if scaled else "lower run.init_lr"
             raise AuroraError(f"{message}; so were the {most} before it; {remedy}")
         logging.warning("%s; the step is skipped", message)

@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lavis_aurora.adapters.companions import trained_buffers
 from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.data.samples import BROKEN, report_broken
+from lavis_aurora.data.samples import BROKEN, report_undecodable
 from lavis_aurora.training.guards import FiniteGuard
 
 Samples = dict[str, Any]
@@ -47,7 +47,7 @@ class TrainableModel(Protocol):
     def share_buffers(self) -> None:
         """Let all processes have the main one's buffers of trained modules."""
 
-    def resting_teacher(self) -> AbstractContextManager[None]:
+    def frozen_teacher(self) -> AbstractContextManager[None]:
         """Context in which momentum copies stay as they are."""
 
     def compile_layers(self) -> None:
@@ -249,7 +249,7 @@ def train_steps(state: TrainingState) -> Iterator[int]:
     state.guard.flush()
     count = (steps - first) * int(run["batch_size_train"])
     path = state.folder / f"broken_videos_epoch_{state.epoch}.txt"
-    report_broken(broken, count, float(run["max_broken_share"]), path)
+    report_undecodable(broken, count, float(run["max_broken_share"]), path)
 
 
 def epoch_stats(state: TrainingState) -> dict[str, float]:
@@ -275,7 +275,7 @@ def _backward(state: TrainingState, samples: Samples, parts: int, begins: bool, 
     with ExitStack() as stack:
         if not begins:
             # The student has not moved: the teacher follows it once a step.
-            stack.enter_context(state.unwrapped.resting_teacher())
+            stack.enter_context(state.unwrapped.frozen_teacher())
         if not updates and isinstance(model, DistributedDataParallel):
             stack.enter_context(model.no_sync())
         with torch.autocast(next(model.parameters()).device.type, enabled=scaler is not None):

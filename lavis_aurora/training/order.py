@@ -17,7 +17,7 @@ from lavis.datasets.datasets.dataloader_utils import PrefetchLoader
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lavis_aurora.common.errors import AuroraError, near_names, shown
+from lavis_aurora.common.errors import AuroraError, did_you_mean, shown
 
 
 def random_state() -> dict[str, Any]:
@@ -184,13 +184,13 @@ def build_loader(
     return loader
 
 
-def check_splits(run: DictConfig, datasets: Mapping[str, Mapping[str, Any]], shards_evaluation: bool) -> None:
+def check_splits(run: DictConfig, datasets: Mapping[str, Mapping[str, Any]], shard_evaluation: bool) -> None:
     """Refuse splits that are not there, or with which LAVIS could not train or rank.
 
     Args:
         run: the ``run:`` part of the YAML.
         datasets: by name and split.
-        shards_evaluation: see :class:`lavis_aurora.training.tasks.base.AuroraTaskBase`.
+        shard_evaluation: see :class:`lavis_aurora.training.tasks.base.AuroraTaskBase`.
     """
     for split in ("val", "test"):
         names = [name for name, splits in datasets.items() if split in splits]
@@ -201,7 +201,7 @@ def check_splits(run: DictConfig, datasets: Mapping[str, Mapping[str, Any]], sha
         for split in run[key]:
             if split not in known:
                 raise AuroraError(
-                    f"run.{key}: no split {shown(split)} in the datasets{near_names(split, known)}; [] for none"
+                    f"run.{key}: no split {shown(split)} in the datasets{did_you_mean(split, known)}; [] for none"
                 )
     if not run.evaluate and run.train_dataset_ratios is not None:
         # LAVIS draws by them from streamed datasets alone, and says nothing of others.
@@ -212,5 +212,5 @@ def check_splits(run: DictConfig, datasets: Mapping[str, Mapping[str, Any]], sha
     if not run.evaluate and "train" not in run.train_splits:
         raise AuroraError("run.train_splits: training takes the split train; name it, or use evaluate.py")
     for key in ("valid_splits", "test_splits"):
-        if "train" in run[key] and not shards_evaluation:
+        if "train" in run[key] and not shard_evaluation:
             raise AuroraError(f"run.{key}: the split train holds pairs and cannot be ranked; name val or test")

@@ -137,7 +137,7 @@ class AuroraRunner(RunnerBase):
                 datasets, num_workers, batch_sizes, is_trains, collate_fns, dataset_ratios=dataset_ratios
             )
             return streams
-        share = self.task.shards_evaluation and self.use_distributed
+        share = self.task.shard_evaluation and self.use_distributed
         loaders = [
             order.build_loader(
                 dataset,
@@ -158,7 +158,7 @@ class AuroraRunner(RunnerBase):
     def dataloaders(self) -> dict[str, Any]:
         """Loaders by split; the splits that the YAML names must be there."""
         if self._dataloaders is None:
-            order.check_splits(self.config.run_cfg, self.datasets, self.task.shards_evaluation)
+            order.check_splits(self.config.run_cfg, self.datasets, self.task.shard_evaluation)
         return cast("dict[str, Any]", super().dataloaders)
 
     def train(self) -> None:
@@ -236,7 +236,7 @@ class AuroraRunner(RunnerBase):
                 stats = self.train_epoch(state.epoch)
                 self.log_stats(split_name="train", stats={"epoch": state.epoch, **stats})
                 self.checkpoints.save(state.epoch)
-                self._stop_if_asked(self.stop.signum())
+                self._stop_if_requested(self.stop.signum())
                 self.stop.stepping = False
             logs = self._validate(state.epoch)
             self.summary.write()
@@ -272,9 +272,9 @@ class AuroraRunner(RunnerBase):
         if signum or (every and done // every > before // every):
             self.state.guard.flush()
             self.checkpoints.save(epoch)
-        self._stop_if_asked(signum)
+        self._stop_if_requested(signum)
 
-    def _stop_if_asked(self, signum: int | None) -> None:
+    def _stop_if_requested(self, signum: int | None) -> None:
         if signum:
             raise Stopped(signum, f"go on with --options run.resume=auto; all is in {self.output_dir}")
 

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lavis_aurora.common.errors import AuroraError, printable
 from lavis_aurora.common.files import writing
 from lavis_aurora.data.fetch import use_data_root
-from lavis_aurora.training.checkpoints import BEST, run_to_resume
+from lavis_aurora.training.checkpoints import BEST, find_resumable_run
 from lavis_aurora.training.tasks.base import runnable_task
 
 
@@ -250,7 +250,7 @@ def _choose_run(cfg: Config, lock: RunLock) -> tuple[str, str | None]:
     if run.resume != "auto":
         return name, run.resume_ckpt_path
     try:
-        folder = run_to_resume(Path(run.output_dir).expanduser(), cfg.to_dict(), run.evaluate)
+        folder = find_resumable_run(Path(run.output_dir).expanduser(), cfg.to_dict(), run.evaluate)
     except OSError as error:
         raise AuroraError(f"run.output_dir: cannot look there ({error}); name another folder") from error
     if run.evaluate:

@@ -165,8 +165,8 @@ def test_switching_takes_less_than_a_forward():
     """References move, no numbers: well below a millisecond on an idle machine."""
     model = with_heads()
 
-    def there_and_back():
+    def switch_round_trip():
         set_adapter(model, "other")
         set_adapter(model, "default")
 
-    assert min(timeit.repeat(there_and_back, number=1, repeat=50)) / 2 < 1e-3
+    assert min(timeit.repeat(switch_round_trip, number=1, repeat=50)) / 2 < 1e-3

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from lavis_aurora.common.errors import AuroraError, near_names, printable, shown, some
+from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, printable, shown
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from lavis_aurora.common.errors import AuroraError, near_names, printable, shown
     ],
 )
 def test_some_names_the_first_and_counts_the_rest(names, options, expected):
-    assert some(names, **options) == expected
+    assert abbreviated(names, **options) == expected
 
 
 @pytest.mark.parametrize(
@@ -35,8 +35,8 @@ def test_a_value_is_shown_on_one_short_line(value):
 
 
 def test_near_names_or_else_all_are_named():
-    assert near_names("rnak", ["seed", "rank"]) == "; did you mean 'rank'?"
-    assert near_names("xyz", ["seed", "rank"]) == "; known: rank, seed"
+    assert did_you_mean("rnak", ["seed", "rank"]) == "; did you mean 'rank'?"
+    assert did_you_mean("xyz", ["seed", "rank"]) == "; known: rank, seed"
 
 
 HOSTILE = "a\x1b[2Jb\x07\x9b\u202ec\ud800"
@@ -52,8 +52,8 @@ def test_what_does_not_show_as_it_is_is_escaped():
 def test_names_in_errors_cannot_act_on_the_terminal():
     assert str(AuroraError(f"no such file: {HOSTILE}")) == f"no such file: {SHOWN}"
     assert str(AuroraError("two\nlines")) == "two\nlines"
-    assert some([HOSTILE, "x\ny"]) == SHOWN + r", x\ny"
-    assert near_names("q", [HOSTILE]) == f"; known: {SHOWN}"
+    assert abbreviated([HOSTILE, "x\ny"]) == SHOWN + r", x\ny"
+    assert did_you_mean("q", [HOSTILE]) == f"; known: {SHOWN}"
 
 
 def test_errors_travel_between_processes():

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from lavis_aurora import AuroraError
-from lavis_aurora.common.files import appended, load_torch, read_json, regular, write_text, written_whole
+from lavis_aurora.common.files import appended, atomic_write, load_torch, read_json, regular, write_text
 
 
 def test_a_whole_file_takes_the_place_of_the_older_one(tmp_path):
     path = tmp_path / "a"
     path.write_text("old")
-    with written_whole(path, previous=tmp_path / "before") as file:
+    with atomic_write(path, previous=tmp_path / "before") as file:
         file.write(b"new")
         assert path.read_text() == "old"
     assert (path.read_text(), (tmp_path / "before").read_text()) == ("new", "old")
@@ -41,7 +41,7 @@ def test_an_interrupted_write_leaves_the_older_one_alone(tmp_path, error):
     """Only what the system says of the file is one of the file."""
     path = tmp_path / "a"
     path.write_text("old")
-    with pytest.raises(AuroraError if isinstance(error, OSError) else type(error)), written_whole(path) as file:
+    with pytest.raises(AuroraError if isinstance(error, OSError) else type(error)), atomic_write(path) as file:
         file.write(b"ne")
         raise error
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
@@ -51,7 +51,7 @@ def test_an_interrupted_write_leaves_the_older_one_alone(tmp_path, error):
 def test_torchs_error_after_the_systems_is_the_systems(tmp_path):
     """Its zip writer, refused a write, ends with a RuntimeError about positions."""
     with pytest.raises(AuroraError, match=r"cannot write .*a \(No space left\); free some space"):
-        with written_whole(tmp_path / "a"):
+        with atomic_write(tmp_path / "a"):
             try:
                 raise OSError(28, "No space left")
             finally:

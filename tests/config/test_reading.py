@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from tiny import project_yaml, refused
 
 from lavis_aurora.analysis.results import read_config
-from lavis_aurora.config.check import MOST_NESTED, TEXT_KEYS, read_options, read_yaml
+from lavis_aurora.config.check import MAX_NESTING, TEXT_KEYS, read_options, read_yaml
 from lavis_aurora.project import load_config
 
 # Numbers, truth values and more in YAML 1.1.
@@ -56,13 +56,13 @@ def test_the_projects_read_as_omegaconf_has_them() -> None:
         assert read_yaml(path) == OmegaConf.load(path), path
 
 
-@pytest.mark.parametrize("depth", [MOST_NESTED + 1, 1000, 1_000_000])
+@pytest.mark.parametrize("depth", [MAX_NESTING + 1, 1000, 1_000_000])
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ("- ", ""), ("{a: ", "}")])
 def test_nesting_is_bounded(tmp_path: Path, depth: int, opening: str, closing: str) -> None:
     """libyaml's composer would end the process."""
     path = tmp_path / "project.yaml"
     path.write_text(opening * depth + "1" + closing * depth)
-    assert refused(path) == f"{path}: nested more than {MOST_NESTED} deep"
+    assert refused(path) == f"{path}: nested more than {MAX_NESTING} deep"
 
 
 @pytest.mark.parametrize(
@@ -79,5 +79,5 @@ def test_nesting_of_options_is_bounded(tmp_path: Path) -> None:
 
 def test_yaml_at_the_bound_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
-    path.write_text("[" * MOST_NESTED + "]" * MOST_NESTED)
+    path.write_text("[" * MAX_NESTING + "]" * MAX_NESTING)
     assert read_yaml(path) is not None

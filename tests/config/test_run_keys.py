@@ -25,7 +25,7 @@ from lavis_aurora.config.run import (
     register_run_keys,
 )
 from lavis_aurora.project import load_config
-from lavis_aurora.training.checkpoints import same_run
+from lavis_aurora.training.checkpoints import same_computation
 from lavis_aurora.training.tasks.retrieval import RetrievalAuroraTask
 from lavis_aurora_cli import train
 
@@ -110,8 +110,8 @@ def test_a_run_of_an_older_version_goes_on() -> None:
     """Its configuration holds the keys of every task."""
     new = {"run": OmegaConf.to_container(parse_run({"task": "vqa_aurora"}))}
     old = {"run": {**new["run"], "k_test": 128, "report_metric": True}}
-    assert same_run(old, new)
-    assert not same_run({"run": {**old["run"], "num_beams": 1}}, new)
+    assert same_computation(old, new)
+    assert not same_computation({"run": {**old["run"], "num_beams": 1}}, new)
 
 
 def test_what_is_no_dataclass_or_the_runners_key_is_refused() -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.annotations import build_checked
-from lavis_aurora.data.samples import BROKEN, TRIES, report_broken
+from lavis_aurora.data.samples import BROKEN, TRIES, report_undecodable
 from lavis_aurora.project import load_config
 from lavis_aurora.training.order import SeededDataset, seeded
 
@@ -126,14 +126,14 @@ def test_other_errors_are_not_skipped(paths):
 
 
 def test_without_broken_videos_nothing_is_said(tmp_path, caplog):
-    report_broken([], 10, 0.0, tmp_path / "broken.txt")
+    report_undecodable([], 10, 0.0, tmp_path / "broken.txt")
     assert not caplog.records and not (tmp_path / "broken.txt").exists()
 
 
 def test_report_counts_and_names(tmp_path, caplog):
     broken = [f"/v/{i:02d}.mp4 (no such file)" for i in range(12)]
     with caplog.at_level(logging.WARNING):
-        report_broken([*broken, broken[0]], 2000, 0.01, tmp_path / "broken.txt")
+        report_undecodable([*broken, broken[0]], 2000, 0.01, tmp_path / "broken.txt")
     [record] = caplog.records
     assert "not be read 13 times in 2000 samples, 12 different ones: /v/00.mp4 (no such file); " in record.message
     assert "and 2 more" in record.message and "11.mp4" not in record.message
@@ -141,16 +141,16 @@ def test_report_counts_and_names(tmp_path, caplog):
 
 
 def test_too_many_are_an_error(tmp_path):
-    report_broken(["a"] * 10, 1000, 0.01, tmp_path / "broken.txt")
+    report_undecodable(["a"] * 10, 1000, 0.01, tmp_path / "broken.txt")
     with pytest.raises(
         AuroraError, match=r"^videos could not be read 11 times in 1000 .* run.max_broken_share, 0.01; mend them"
     ):
-        report_broken(["a"] * 11, 1000, 0.01, tmp_path / "broken.txt")
+        report_undecodable(["a"] * 11, 1000, 0.01, tmp_path / "broken.txt")
 
 
 def _report(rank: int, path: Path) -> str:
     try:
-        report_broken([f"{rank}.mp4 (text)"] * (1 + rank), 10, 0.1, path)
+        report_undecodable([f"{rank}.mp4 (text)"] * (1 + rank), 10, 0.1, path)
     except AuroraError as error:
         return str(error)
     return ""

@@ -65,10 +65,10 @@ def test_cross_attention_with_padded_keys_and_without(layers):
     fused = retyped(FusedTextAttention, plain)
     x, image, mask = torch.randn(4, 6, 128), torch.randn(4, 7, 128), torch.zeros(4, 1, 1, 7)
     mask[2, ..., 3:] = -10000.0
-    fused.keys_are_padded = True
+    fused.mask_keys = True
     arguments = {"encoder_hidden_states": image, "encoder_attention_mask": mask}
     torch.testing.assert_close(fused(x, **arguments)[0], plain(x, **arguments)[0])
-    fused.keys_are_padded = False
+    fused.mask_keys = False
     torch.testing.assert_close(fused(x, **arguments)[0], plain(x, encoder_hidden_states=image)[0])
 
 

@@ -9,7 +9,7 @@ from tiny_vqa import vqa_model
 from transformers import BatchEncoding, BertConfig
 
 from lavis_aurora import AuroraError
-from lavis_aurora.encoders.fused import matching_passes
+from lavis_aurora.encoders.fused import itm_context
 from lavis_aurora.encoders.fusion import encode_with_image
 from lavis_aurora.encoders.towers import build_tokenizer
 
@@ -104,7 +104,7 @@ def test_every_other_key_of_the_configuration_counts_as_in_lavis(tmp_path, key):
     torch.testing.assert_close(ours.forward_text(text).last_hidden_state[mask > 0], expected)
     expected = plain.forward_automask(text, images).last_hidden_state[:, 0]
     torch.testing.assert_close(ours.forward_automask(text, images).last_hidden_state[:, 0], expected)
-    with matching_passes(ours, torch.tensor([1, 2, 0])):
+    with itm_context(ours, torch.tensor([1, 2, 0])):
         passes = ours(ids.repeat(3, 1), mask.repeat(3, 1), encoder_hidden_states=images, return_dict=True)
     torch.testing.assert_close(passes.last_hidden_state[:3, 0], expected)
     one = plain.forward_automask(text, images[:1].expand(3, -1, -1)).last_hidden_state[:, 0]

@@ -18,7 +18,7 @@ from lavis_aurora.adapters.companions import adapter_parameters
 from lavis_aurora.adapters.switching import merge_adapter, unmerge_adapter
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.evaluation import encode, rerank
-from lavis_aurora.evaluation.encode import ImageTokens, broadcast, gather_rows, own_share
+from lavis_aurora.evaluation.encode import ImageTokens, all_gather_rows, broadcast, rank_indices
 from lavis_aurora.evaluation.rerank import retrieval_scores
 from lavis_aurora.evaluation.scores import NOT_RERANKED, RetrievalScores
 from lavis_aurora.models import scoring
@@ -280,8 +280,8 @@ def test_parts_do_not_change_scores(model: BlipRetrievalAurora, monkeypatch: pyt
     whole = retrieval_scores(model, DataLoader(data, batch_size=3), k_test=9)
     loader = DataLoader(data, batch_size=1)
     monkeypatch.setattr(rerank, "TEXTS_PER_PICTURE", 2)
-    monkeypatch.setattr(rerank, "TOKENS_AT_ONCE", 20)
-    monkeypatch.setattr(rerank, "QUERIES_AT_ONCE", 2)
+    monkeypatch.setattr(rerank, "TOKEN_CHUNK", 20)
+    monkeypatch.setattr(rerank, "QUERY_CHUNK", 2)
     for parts, one in zip(_matrices(retrieval_scores(model, loader, k_test=9)), _matrices(whole)):
         np.testing.assert_allclose(parts, one, **SAME)
 
@@ -333,7 +333,7 @@ def test_tokens_beyond_the_budget_are_encoded_again(
         return original(encoder, visual)
 
     monkeypatch.setattr(scoring, "encode_visual", counted)
-    monkeypatch.setattr(encode, "BAR_AFTER_SECONDS", 0)
+    monkeypatch.setattr(encode, "PROGRESS_DELAY_SECONDS", 0)
     with caplog.at_level(logging.INFO):
         tight = retrieval_scores(model, loader, k_test=3, token_budget_gb=_gigabytes(2.5, max(1, frames)))
     assert sum(encoded) == 5 + 3
@@ -412,9 +412,9 @@ def _of_two_processes(rank: int) -> tuple[list[RetrievalScores], list[torch.Tens
     ]
     gathered = []
     for total in (5, 1, 0):
-        share = torch.tensor(own_share(total), dtype=torch.long)
-        gathered.append(gather_rows(share, 2.0 * share.unsqueeze(1), total))
-    gathered.append(gather_rows(torch.tensor([rank]), torch.ones(1), 3))
+        share = torch.tensor(rank_indices(total), dtype=torch.long)
+        gathered.append(all_gather_rows(share, 2.0 * share.unsqueeze(1), total))
+    gathered.append(all_gather_rows(torch.tensor([rank]), torch.ones(1), 3))
     return scores, gathered, broadcast(rank)
 
 

@@ -13,7 +13,7 @@ IMAGES, TEXTS = 5, 7
 
 @pytest.fixture(params=[2, 512])
 def scores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> RetrievalScores:
-    monkeypatch.setattr(module, "QUERIES_AT_ONCE", request.param)
+    monkeypatch.setattr(module, "QUERY_CHUNK", request.param)
     return _scores(k=3)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lavis_aurora.config.method import ModeApproxConfig
 from lavis_aurora.mode_approx.factors import ModeFactors
-from lavis_aurora.mode_approx.layers import ModeApproxLinear, linear_together
+from lavis_aurora.mode_approx.layers import ModeApproxLinear, grouped_linear
 
 D_IN, D_OUT, RANK = 5, 4, 3
 
@@ -121,7 +121,7 @@ def test_layers_of_one_input_together_are_the_layers_alone(bias):
     parameters = list(layers[0].factors.parameters())
     x = torch.randn(2, 9, D_IN, dtype=torch.float64, requires_grad=True)
     target = torch.randn(3, 2, 9, D_OUT, dtype=torch.float64)
-    alone, together = [one(x) for one in layers], linear_together(x, *layers)
+    alone, together = [one(x) for one in layers], grouped_linear(x, *layers)
     for a, b in zip(together, alone):
         torch.testing.assert_close(a, b)
     results = [
@@ -137,10 +137,10 @@ def test_layers_that_cannot_be_one_product_are_computed_alone():
     plain = nn.Linear(D_IN, 2).double()
     other = layer(1)  # over other factors
     mixed = [layers[0], plain, other]
-    for one, y in zip(mixed, linear_together(x, *mixed)):
+    for one, y in zip(mixed, grouped_linear(x, *mixed)):
         torch.testing.assert_close(y, one(x))
     with layers[0].factors.disabled():
-        for one, y in zip(layers, linear_together(x, *layers)):
+        for one, y in zip(layers, grouped_linear(x, *layers)):
             assert torch.equal(y, F.linear(x, one.weight, one.bias))
 
 
@@ -152,7 +152,7 @@ def test_autocast_keeps_the_factors_in_single_precision(dtype, path):
     reference = torch.stack([one(x) for one in layers])
     expected = torch.autograd.grad(reference.sin().sum(), [x, *parameters])
     with torch.autocast("cpu", dtype=dtype):
-        ys = torch.stack(linear_together(x, *layers))
+        ys = torch.stack(grouped_linear(x, *layers))
     assert ys.dtype == dtype
     torch.testing.assert_close(ys.float(), reference, atol=0.05, rtol=0.03)
     grads = torch.autograd.grad(ys.float().sin().sum(), [x, *parameters])

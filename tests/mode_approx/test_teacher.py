@@ -8,8 +8,8 @@ from lavis.models.base_model import MomentumDistilationMixin
 from torch import nn
 
 from lavis_aurora import AuroraError, ModeApproxConfig, inject_mode_approx
-from lavis_aurora.adapters.companions import resting_teacher
-from lavis_aurora.adapters.sets import TEACHER_SET
+from lavis_aurora.adapters.companions import frozen_teacher
+from lavis_aurora.adapters.sets import MOMENTUM_SET
 
 MOMENTUM = 0.9
 
@@ -74,7 +74,7 @@ def test_the_teacher_starts_as_the_student_and_is_not_trained(model):
 def test_the_update_is_the_moving_average_of_the_factors(model):
     x = torch.randn(3, 2, 4, dtype=torch.float64)
     frozen = copy.deepcopy({k: v for k, v in model.state_dict().items() if not k.startswith("mode_approx")})
-    average = factors_of(model, TEACHER_SET)
+    average = factors_of(model, MOMENTUM_SET)
     for _ in range(3):
         with torch.no_grad():
             for parameter in model.mode_approx.sets["default"].parameters():
@@ -82,11 +82,11 @@ def test_the_update_is_the_moving_average_of_the_factors(model):
         before = model.tower_m(x)
         model._momentum_update()
         average = [MOMENTUM * a + (1 - MOMENTUM) * p for a, p in zip(average, factors_of(model, "default"))]
-        for ours, expected in zip(factors_of(model, TEACHER_SET), average):
+        for ours, expected in zip(factors_of(model, MOMENTUM_SET), average):
             torch.testing.assert_close(ours, expected)
         assert not torch.allclose(model.tower_m(x), before)
     # The student, told to read the teacher's factors, is the teacher.
-    with model.mode_approx.use(TEACHER_SET):
+    with model.mode_approx.use(MOMENTUM_SET):
         torch.testing.assert_close(model.tower(x), model.tower_m(x))
     assert not torch.allclose(model.tower(x), model.tower_m(x))
     for key, value in frozen.items():
@@ -95,19 +95,19 @@ def test_the_update_is_the_moving_average_of_the_factors(model):
 
 def test_a_resting_teacher_stays_as_it_is(model):
     nn.init.normal_(model.mode_approx.sets["default"].V["4"])
-    before = factors_of(model, TEACHER_SET)
-    with pytest.raises(KeyError), resting_teacher(nn.ModuleList([model])):
+    before = factors_of(model, MOMENTUM_SET)
+    with pytest.raises(KeyError), frozen_teacher(nn.ModuleList([model])):
         model._momentum_update()
-        assert all(map(torch.equal, factors_of(model, TEACHER_SET), before))
+        assert all(map(torch.equal, factors_of(model, MOMENTUM_SET), before))
         raise KeyError
     assert model.momentum == MOMENTUM
     model._momentum_update()
-    assert not all(map(torch.equal, factors_of(model, TEACHER_SET), before))
+    assert not all(map(torch.equal, factors_of(model, MOMENTUM_SET), before))
 
 
 def test_the_teacher_reads_its_own_factors_whichever_are_active(model):
     x = torch.randn(3, 2, 4, dtype=torch.float64)
-    nn.init.normal_(model.mode_approx.sets[TEACHER_SET].V["4"])
+    nn.init.normal_(model.mode_approx.sets[MOMENTUM_SET].V["4"])
     teacher, student = model.tower_m(x), model.tower(x)
     model.mode_approx.add_set("other", ModeApproxConfig(rank=1)).double()
     with model.mode_approx.use("other"):

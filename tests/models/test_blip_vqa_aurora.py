@@ -214,7 +214,7 @@ def test_padding_of_questions_is_masked_when_asked_for():
         )
         model.predict_answers(vqa_batch(), **BEAMS)
         seen[mask] = masks[0]
-    lengths = vqa_model().tokenize(QUESTIONS, to_longest=True).attention_mask
+    lengths = vqa_model().tokenize(QUESTIONS, pad_to_longest=True).attention_mask
     assert torch.equal(seen[True], lengths.repeat_interleave(3, dim=0))
     assert torch.equal(seen[False], torch.ones_like(seen[True]))
 

@@ -20,7 +20,7 @@ from lavis_aurora import (
     trainable_parameters_summary,
     unmerge_adapter,
 )
-from lavis_aurora.adapters.sets import TEACHER_SET
+from lavis_aurora.adapters.sets import MOMENTUM_SET
 from lavis_aurora.mode_approx.inject import find_targets
 from lavis_aurora.mode_approx.layers import AdaptedLayer
 from lavis_aurora.mode_approx.presets import ATTENTION, PRESETS
@@ -126,7 +126,7 @@ def test_a_step_changes_the_adapter_alone(name):
     default = {key for key in before if key.startswith("base.mode_approx.sets.default.")}
     assert default <= changed
     for key in changed - default:
-        if key.startswith(f"base.mode_approx.sets.{TEACHER_SET}.") or "queue" in key:
+        if key.startswith(f"base.mode_approx.sets.{MOMENTUM_SET}.") or "queue" in key:
             continue
         # The average of a frozen weight and itself, in floating point.
         assert key.split(".")[1].endswith("_m"), key
@@ -146,8 +146,8 @@ def test_saved_loaded_and_merged_it_scores_the_same(name, tmp_path: Path):
     save_adapter(model, tmp_path)
     other = wrapped(name)
     load_adapter(other, tmp_path)
-    if TEACHER_SET in other.mode_approx.sets:
-        ours, theirs = (m.mode_approx.sets[TEACHER_SET] for m in (model, other))
+    if MOMENTUM_SET in other.mode_approx.sets:
+        ours, theirs = (m.mode_approx.sets[MOMENTUM_SET] for m in (model, other))
         theirs.load_state_dict(ours.state_dict())
         other.base.momentum = 1.0
     torch.testing.assert_close(loss(name, other), expected, rtol=0, atol=0)
@@ -174,7 +174,7 @@ def test_the_teacher_is_the_moving_average_of_the_tuned_model(name):
         ours, theirs = dict(trained.named_parameters()), dict(teacher.named_parameters())
         assert list(ours) == list(theirs)
         assert all(ours[key].shape == theirs[key].shape for key in ours)
-    default, average = (model.mode_approx.sets[key] for key in ("default", TEACHER_SET))
+    default, average = (model.mode_approx.sets[key] for key in ("default", MOMENTUM_SET))
     assert pairs[-1][0] is default and pairs[-1][1] is average
     expected = {key: value.clone() for key, value in average.state_dict().items()}
     for seed in (7, 8):

@@ -19,7 +19,7 @@ from lavis_aurora.common.paths import package_file
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import ModeApproxModelConfig
 from lavis_aurora.encoders.towers import build_tokenizer
-from lavis_aurora.models.loading import how_to_load
+from lavis_aurora.models.loading import loading_instructions
 from lavis_aurora_cli import main
 
 TOKENIZER = package_file("configs/models/tiny")
@@ -58,7 +58,7 @@ def test_lavis_completes_the_section_to_the_models_own_sizes(
     tmp_path: Path, arch: str, model_type: str, changes: dict, printed: dict
 ) -> None:
     settings = _settings(f"{arch}_aurora", model_type, **changes)
-    said = how_to_load(f"{arch}_aurora", settings, Path("/out/merged.pth"))
+    said = loading_instructions(f"{arch}_aurora", settings, Path("/out/merged.pth"))
     section = OmegaConf.create(said[said.index("\nmodel:") :]).model
     assert section == {"arch": arch, **COMMON, **printed}, "nothing that LAVIS has by itself"
     completed = _read_by_lavis(said, tmp_path)
@@ -68,7 +68,7 @@ def test_lavis_completes_the_section_to_the_models_own_sizes(
 
 def test_around_a_model_of_lavis_its_own_type_is_named(tmp_path: Path) -> None:
     base = {"arch": "blip_vqa", "model_type": "aokvqa", "image_size": 224, "pretrained": "a.pth"}
-    said = how_to_load("mode_approx", ModeApproxModelConfig(base=base), Path("/out/merged.pth"))
+    said = loading_instructions("mode_approx", ModeApproxModelConfig(base=base), Path("/out/merged.pth"))
     completed = _read_by_lavis(said, tmp_path)
     assert (completed.arch, completed.image_size, completed.finetuned) == ("blip_vqa", 224, "/out/merged.pth")
     assert "model_type: aokvqa" in said and "a.pth" not in said
@@ -91,7 +91,7 @@ def test_around_a_model_of_lavis_its_own_type_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_where_no_yaml_loads_it_that_is_said(arch: str, settings: object, words: str) -> None:
-    said = how_to_load(arch, settings, Path("/out/merged.pth"))
+    said = loading_instructions(arch, settings, Path("/out/merged.pth"))
     assert words in said and "model:" not in said
 
 

@@ -10,10 +10,10 @@ from lavis_aurora.training.checkpoints import (
     BEST,
     LATEST,
     PREVIOUS,
+    find_resumable_run,
     read_checkpoint,
     read_latest,
-    run_to_resume,
-    same_run,
+    same_computation,
     write_checkpoint,
 )
 from lavis_aurora.training.order import random_state
@@ -198,7 +198,7 @@ def test_checkpoints_of_another_program_are_passed_over(tmp_path):
     (tmp_path / "run").mkdir()
     write_checkpoint({**STATE, "config": config}, tmp_path / "run" / LATEST)
     os.utime(tmp_path / "run", (1, 1))
-    assert run_to_resume(tmp_path, config).name == "run"
+    assert find_resumable_run(tmp_path, config).name == "run"
 
 
 def test_the_one_before_is_kept_and_used_when_the_newest_is_broken(tmp_path):
@@ -221,17 +221,17 @@ def test_the_newest_run_of_the_same_configuration_is_found(tmp_path):
         folder.mkdir()
         write_checkpoint({**STATE, "config": {**config, "run": {"seed": seed, "num_workers": i}}}, folder / LATEST)
         os.utime(folder, (i, i))
-    assert run_to_resume(tmp_path, config).name == "run1"
-    assert run_to_resume(tmp_path, {**config, "model": {"arch": "b"}}) is None
-    assert run_to_resume(tmp_path / "nowhere", config) is None
+    assert find_resumable_run(tmp_path, config).name == "run1"
+    assert find_resumable_run(tmp_path, {**config, "model": {"arch": "b"}}) is None
+    assert find_resumable_run(tmp_path / "nowhere", config) is None
 
 
 def test_a_run_of_which_only_the_best_is_left_is_found(tmp_path):
     config = {"model": {"arch": "a"}, "run": {"seed": 1}}
     (tmp_path / "run").mkdir()
     write_checkpoint({**STATE, "config": config}, tmp_path / "run" / BEST)
-    assert run_to_resume(tmp_path, config).name == "run"
-    assert run_to_resume(tmp_path, config, evaluate=True).name == "run"
+    assert find_resumable_run(tmp_path, config).name == "run"
+    assert find_resumable_run(tmp_path, config, evaluate=True).name == "run"
 
 
 def of(processes, batch, **model):
@@ -240,14 +240,14 @@ def of(processes, batch, **model):
 
 
 def test_the_global_batch_says_whether_other_processes_go_on_with_a_run():
-    assert same_run(of(8, 16), of(1, 128)) and same_run(of(8, 16), of(4, 32))
-    assert not same_run(of(8, 16), of(1, 16))
+    assert same_computation(of(8, 16), of(1, 128)) and same_computation(of(8, 16), of(4, 32))
+    assert not same_computation(of(8, 16), of(1, 16))
     alone = of(1, 16)
     del alone["run"]["world_size"]  # as LAVIS writes it
-    assert same_run(alone, of(1, 16))
+    assert same_computation(alone, of(1, 16))
 
 
 @pytest.mark.parametrize("model", [{"negative_all_rank": False}, {"arch": "mode_approx"}])
 def test_where_each_process_has_negatives_of_its_own_their_number_counts(model):
-    assert not same_run(of(8, 16, **model), of(1, 128, **model))
-    assert same_run(of(8, 16, **model), of(8, 16, **model))
+    assert not same_computation(of(8, 16, **model), of(1, 128, **model))
+    assert same_computation(of(8, 16, **model), of(8, 16, **model))

@@ -15,7 +15,7 @@ from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.models.owner import RunState
 from lavis_aurora.training.checkpoints import read_checkpoint
-from lavis_aurora.training.guards import MOST_IN_A_ROW, MOST_OVERFLOWS, FiniteGuard
+from lavis_aurora.training.guards import MAX_CONSECUTIVE_SKIPS, MAX_OVERFLOWS, FiniteGuard
 from lavis_aurora_cli import train
 
 SAMPLES = {"image_id": torch.tensor([3, 4]), "text_input": ["a", "b"], "epoch": 0, "iters": 6, "image": torch.ones(2)}
@@ -68,7 +68,7 @@ def test_a_bad_step_is_skipped_and_counted(tmp_path, spoiled):
 
 def test_too_many_in_a_row_are_an_error(tmp_path):
     guard = FiniteGuard(tmp_path, skip=True)
-    for _ in range(MOST_IN_A_ROW):
+    for _ in range(MAX_CONSECUTIVE_SKIPS):
         assert not guard.accepts(NAN, [NAN], SAMPLES)
     with pytest.raises(AuroraError, match="so were the 10 before it"):
         guard.accepts(NAN, [NAN], SAMPLES)
@@ -76,10 +76,10 @@ def test_too_many_in_a_row_are_an_error(tmp_path):
 
 def test_one_good_step_ends_the_row(tmp_path):
     guard = FiniteGuard(tmp_path, skip=True)
-    for _ in range(3 * MOST_IN_A_ROW):
+    for _ in range(3 * MAX_CONSECUTIVE_SKIPS):
         assert guard.accepts(ONE, [ONE], SAMPLES)
         assert not guard.accepts(NAN, [ONE], SAMPLES)
-    assert guard.skipped == 3 * MOST_IN_A_ROW
+    assert guard.skipped == 3 * MAX_CONSECUTIVE_SKIPS
 
 
 def test_a_loss_without_gradient_counts_too(tmp_path):
@@ -94,11 +94,11 @@ def test_a_loss_without_gradient_counts_too(tmp_path):
 def test_overflows_are_left_out_and_counted_but_not_for_ever(tmp_path, skip):
     guard = FiniteGuard(tmp_path, skip=skip)
     for _ in range(2):
-        for _ in range(MOST_OVERFLOWS):
+        for _ in range(MAX_OVERFLOWS):
             assert not guard.accepts(NAN, [ONE], SAMPLES, scaled=True)
         assert guard.accepts(ONE, [ONE], SAMPLES, scaled=True)
-    assert guard.skipped == 2 * MOST_OVERFLOWS and not list(tmp_path.iterdir())
-    for _ in range(MOST_OVERFLOWS):
+    assert guard.skipped == 2 * MAX_OVERFLOWS and not list(tmp_path.iterdir())
+    for _ in range(MAX_OVERFLOWS):
         guard.accepts(NAN, [ONE], SAMPLES, scaled=True)
     with pytest.raises(AuroraError, match="so were the 25 before it; lower run.init_lr, or set run.amp: false"):
         guard.accepts(NAN, [ONE], SAMPLES, scaled=True)
@@ -108,9 +108,9 @@ def test_a_loss_that_is_no_number_stops_in_half_precision_too(tmp_path):
     with pytest.raises(AuroraError, match="epoch 1, step 7.*set run.skip_nonfinite: true"):
         FiniteGuard(tmp_path, skip=False).accepts(NAN, [NAN], SAMPLES, scaled=True)
     guard = FiniteGuard(tmp_path, skip=True)
-    for _ in range(MOST_OVERFLOWS):
+    for _ in range(MAX_OVERFLOWS):
         assert not guard.accepts(NAN, [NAN], SAMPLES, scaled=True)
-    assert guard.skipped == MOST_OVERFLOWS
+    assert guard.skipped == MAX_OVERFLOWS
     with pytest.raises(AuroraError, match="so were the 25 before it"):
         guard.accepts(NAN, [NAN], SAMPLES, scaled=True)
 

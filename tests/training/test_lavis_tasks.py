@@ -81,7 +81,7 @@ def test_lavis_tasks_train_by_our_loop_and_keep_their_own_metrics():
         assert issubclass(task, cls) and task.__name__ == cls.__name__
         assert task.losses is AuroraTaskBase.losses
         assert task.after_evaluation is cls.after_evaluation
-        assert task.shards_evaluation is shards
+        assert task.shard_evaluation is shards
 
 
 def test_lavis_tasks_evaluate_on_the_cpu():

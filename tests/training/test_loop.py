@@ -141,8 +141,8 @@ def test_the_way_of_a_step_is_what_contributing_says(tmp_path, monkeypatch):
     assert len(told) == 10
     losses, steps, after = [], [], []
     monkeypatch.setattr(BlipRetrievalAurora, "check_samples", lambda self, samples: losses.append(frames()))
-    original = AuroraRunner._stop_if_asked
-    monkeypatch.setattr(AuroraRunner, "_stop_if_asked", lambda *args: after.append(frames()) or original(*args))
+    original = AuroraRunner._stop_if_requested
+    monkeypatch.setattr(AuroraRunner, "_stop_if_requested", lambda *args: after.append(frames()) or original(*args))
     hook = register_optimizer_step_pre_hook(lambda *_: steps.append(frames()))
     try:
         train(["--cfg-path", str(project_yaml(tmp_path, run={"valid_splits": [], "test_splits": []}))])

@@ -71,7 +71,7 @@ RUN = {"max_epoch": 2, "resume": "auto", "save_queue": True, "checkpoint_every":
 
 def test_unrelated_pictures_are_never_the_same_one(tmp_path, monkeypatch):
     """In the batch, the queue, the teacher's targets and the matching of a run on two sets."""
-    forward, draw, rows = BlipRetrievalAurora.forward, blip_retrieval_aurora.draw_negatives, []
+    forward, draw, rows = BlipRetrievalAurora.forward, blip_retrieval_aurora.sample_hard_negatives, []
 
     def seen(self, samples):
         output = forward(self, samples)
@@ -84,7 +84,7 @@ def test_unrelated_pictures_are_never_the_same_one(tmp_path, monkeypatch):
         return draw(logits, same, generator)
 
     monkeypatch.setattr(BlipRetrievalAurora, "forward", seen)
-    monkeypatch.setattr(blip_retrieval_aurora, "draw_negatives", drawn)
+    monkeypatch.setattr(blip_retrieval_aurora, "sample_hard_negatives", drawn)
     model = {"alpha": 0.0, "queue_size": 16}
     train(["--cfg-path", str(project_of(tmp_path, *SETS[:2], model=model, run={**RUN, "max_epoch": 1}))])
     assert rows == [1] * 2 * 16

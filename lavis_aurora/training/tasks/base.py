@@ -20,7 +20,7 @@ from lavis_aurora.data.annotations import build_checked
 from lavis_aurora.data.samples import set_ids_apart
 
 # The model's method by which a task of LAVIS evaluates; other tasks need no more than the model's loss.
-EVALUATES_BY = {
+EVALUATION_METHODS = {
     RetrievalTask: "compute_sim_matrix",
     VQATask: "predict_answers",
     CaptionTask: "generate",
@@ -30,9 +30,9 @@ EVALUATES_BY = {
 
 
 def needed_method(task: type[BaseTask]) -> str | None:
-    """The method by which a task evaluates a model: its ``evaluates_by``, or that of the LAVIS task it is one of."""
-    own = getattr(task, "evaluates_by", None)
-    return own or next((EVALUATES_BY[cls] for cls in task.__mro__ if cls in EVALUATES_BY), None)
+    """The method by which a task evaluates a model: its ``evaluation_method``, or that of LAVIS's task it derives."""
+    own = getattr(task, "evaluation_method", None)
+    return own or next((EVALUATION_METHODS[cls] for cls in task.__mro__ if cls in EVALUATION_METHODS), None)
 
 
 def check_model(task: type[BaseTask], model: nn.Module, cfg: Any) -> None:
@@ -69,12 +69,12 @@ class AuroraTaskBase(BaseTask):
 
     Attributes:
         cfg: the ``run:`` part of the YAML.
-        shards_evaluation: whether processes may share an evaluation split by samples; retrieval ranks it as a whole.
-        evaluates_by: the model's method by which the task evaluates, see :func:`needed_method`.
+        shard_evaluation: whether processes may share an evaluation split by samples; retrieval ranks it as a whole.
+        evaluation_method: the model's method by which the task evaluates, see :func:`needed_method`.
     """
 
-    shards_evaluation = True
-    evaluates_by: str | None = None
+    shard_evaluation = True
+    evaluation_method: str | None = None
     cfg: DictConfig
 
     def build_model(self, cfg: Any) -> nn.Module:
@@ -154,4 +154,4 @@ def runnable_task(cls: type[BaseTask]) -> type[BaseTask]:
     if issubclass(cls, AuroraTaskBase):
         return cls
     shards = not issubclass(cls, RetrievalTask)
-    return type(cls.__name__, (LavisTaskMixin, cls, AuroraTaskBase), {"shards_evaluation": shards})
+    return type(cls.__name__, (LavisTaskMixin, cls, AuroraTaskBase), {"shard_evaluation": shards})

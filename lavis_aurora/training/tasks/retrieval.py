@@ -18,15 +18,15 @@ from lavis_aurora.evaluation.scores import chance_recall, recall_metrics
 from lavis_aurora.training.tasks.base import AuroraTaskBase, LavisTaskMixin
 
 # Candidates of each query that a result file holds, best first, with their scores.
-BEST_KEPT = 10
+TOP_K_SAVED = 10
 
 
 @registry.register_task("retrieval_aurora")
 class RetrievalAuroraTask(LavisTaskMixin, RetrievalTask, AuroraTaskBase):
     """LAVIS's retrieval of pictures or videos: R@K and median rank both ways, before and after reranking."""
 
-    shards_evaluation = False
-    evaluates_by = "retrieval_scores"
+    shard_evaluation = False
+    evaluation_method = "retrieval_scores"
 
     def evaluation(self, model: Any, data_loader: Any, **_kwargs: Any) -> dict[str, Any] | None:
         """Metrics, ranks and best candidates of a split, on the main process; None on the others."""
@@ -59,7 +59,7 @@ class RetrievalAuroraTask(LavisTaskMixin, RetrievalTask, AuroraTaskBase):
                 result["ranks"][f"{direction}{name}"] = ranks.tolist()
             chance = chance_recall(right, result["texts" if direction == forth else f"{kind}s"])
             result["metrics"].update({f"{direction}_chance_{key}": value for key, value in chance.items()})
-            ids, values = scores.best(direction, BEST_KEPT)
+            ids, values = scores.best(direction, TOP_K_SAVED)
             result["candidates"][direction] = {"ids": ids.tolist(), "scores": values.astype(float).round(4).tolist()}
         result["seconds"] = {**scores.seconds, "all": time.time() - start}
         return result
