@@ -57,7 +57,9 @@ def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _heads(model: nn.Module) -> Sequence[Head]:
-    return model.heads if isinstance(model, HeadOwner) else ()
+    """A model of somebody else's may call anything heads, such as their number."""
+    heads = model.heads if isinstance(model, HeadOwner) else ()
+    return heads if isinstance(heads, (list, tuple)) else ()
 
 
 def head_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""What differs between the set-up of a run and the paper's (4.1, D.3)."""
+"""The paper's tables, and what differs between the set-up of a run and the paper's (4.1, D.3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one exception that users are meant to see as a single line."""
+"""The one exception that users are meant to see as a single line, how it shows values, and checks that raise it."""
 
 from __future__ import annotations
 

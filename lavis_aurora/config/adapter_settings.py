@@ -41,7 +41,6 @@ LEFT_OUT = (
     *("med_config_path", "adapter", "adapter_check_base", "freeze_vit"),
     *("queue_size", "alpha", "momentum", "negative_all_rank"),
 )
-TUNING_SETTINGS = {"aurora": ("mode_approx", "gate"), "lora": ("lora",), "uniadapter": ("uniadapter",)}
 WRAPPER_SETTINGS = ("base", "mode_approx", "modules_to_save")
 # These fetch a tokenizer when they are made.
 FETCHING_PROCESSORS = ("gpt_dialogue", "gpt_video_ft")
@@ -59,12 +58,14 @@ def portable_settings(cls: type[Any], settings: Mapping[str, Any], defaults: Map
     """
     if hasattr(cls, "CONFIG_CLASS"):
         allowed = set(WRAPPER_SETTINGS if "base" in _known(cls) else BLIP_SETTINGS)
-        # Of the ways of tuning, the one that the adapter is of.
+        # Of the ways of tuning, the one that the adapter is of; one that names no settings may use any.
         tuning = settings.get("tuning", "aurora")
         if tuning not in TUNINGS or not TUNINGS[tuning].adapters:
             allowed.discard("tuning")
             tuning = "aurora"
-        allowed -= {key for one, keys in TUNING_SETTINGS.items() if one != tuning for key in keys}
+        own = set(TUNINGS[tuning].settings)
+        if own:
+            allowed -= {key for one in TUNINGS.values() for key in one.settings} - own
         return {key: value for key, value in settings.items() if key in allowed}
     return {
         key: value

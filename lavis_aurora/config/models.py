@@ -16,6 +16,7 @@ class Tuning:
     """A way of tuning a model, see :func:`register_tuning`."""
 
     set_up: Callable[..., Any]
+    settings: tuple[str, ...]
     adapters: bool
     heads: bool
     backbone: bool
@@ -25,7 +26,11 @@ TUNINGS: Registry[Tuning] = Registry("model.tuning")
 
 
 def register_tuning(
-    name: str, adapters: bool = False, heads: bool = True, backbone: bool = False
+    name: str,
+    settings: tuple[str, ...] = (),
+    adapters: bool = False,
+    heads: bool = True,
+    backbone: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator of a function that puts into a model what ``model.tuning: NAME`` trains.
 
@@ -36,6 +41,7 @@ def register_tuning(
 
     Args:
         name: in the YAML.
+        settings: keys of ``model:`` that are its own: an adapter of another way of tuning holds none of them.
         adapters: it returns sets of adapters, which ``model.adapter`` may be loaded into.
         heads: the heads are trained too, unless ``model.train_heads`` is false.
         backbone: the model is not frozen first.
@@ -45,7 +51,7 @@ def register_tuning(
     """
 
     def register(set_up: Callable[..., Any]) -> Callable[..., Any]:
-        TUNINGS.register(name)(Tuning(set_up, adapters, heads, backbone))
+        TUNINGS.register(name)(Tuning(set_up, settings, adapters, heads, backbone))
         return set_up
 
     return register
@@ -100,7 +106,7 @@ class BlipAuroraConfig:
             always do.
         mode_approx, gate: parts of the method.
         lora, uniadapter: settings of these baselines.
-        adapter: folder of an adapter to start from, see save_adapter; its mode_approx and gate are the defaults then.
+        adapter: folder of an adapter to start from, see save_adapter; its tuning and settings are the defaults then.
         adapter_check_base: refuse an adapter that was tuned on other weights than the model's.
     """
 

@@ -46,12 +46,13 @@ class RunConfig:
         runner: the one that knows these keys.
         lr_sched: linear_warmup_cosine_lr, or linear_warmup_step_lr, which multiplies by lr_decay_rate each epoch.
         init_lr, min_lr: learning rate after the warm-up, and the least one.
-        warmup_steps, warmup_lr: steps of the warm-up, and the rate at which it starts; below 0: at init_lr.
+        warmup_steps: batches in which the rate rises from warmup_lr to init_lr, in as many epochs as they take.
+        warmup_lr: rate at which the warm-up starts; below 0: at init_lr.
         lr_decay_rate: of linear_warmup_step_lr.
         weight_decay, beta2: of AdamW.
         max_epoch: epochs in all.
-        num_workers: processes that load data, for each process that trains.
-        batch_size_train, batch_size_eval: pairs, questions or videos of a step, for each process.
+        num_workers: processes that read data, for each process that computes; with 0 it reads them itself.
+        batch_size_train: pairs, questions or videos of a step, for each process.
         train_splits: splits to train on.
         seed: of everything that is drawn, with the process's rank added.
         world_size, distributed: set from what torch.distributed.run says, whatever the YAML has.
@@ -65,8 +66,6 @@ class RunConfig:
         device: auto (a GPU if there is one), cuda or cpu.
         batch_size_eval: samples of an evaluation that are in the towers at once, pictures or whole videos; of
             retrieval's texts 16 times as many.
-        warmup_steps: batches in which the rate rises from warmup_lr to init_lr, in as many epochs as they take.
-        num_workers: processes that read data, for each process that computes; with 0 it reads them itself.
         use_dist_eval_sampler: without effect: here the task knows whether processes may share a split.
         compile: compile the layers of the towers with torch.compile; the first steps then take minutes.
         grad_clip: largest norm of the gradient; 0 for no clipping.
@@ -155,7 +154,7 @@ def register_run_keys(*tasks: str) -> Callable[[type[Keys]], type[Keys]]:
         tasks: registered names of the tasks that read the keys; tasks derived from these have them too.
 
     Raises:
-        AuroraError: it is no dataclass, or one of its keys is the runner's.
+        AuroraError: it is no dataclass, one of its keys is the runner's, or a task has keys already.
     """
 
     def register(cls: type[Keys]) -> type[Keys]:
@@ -165,7 +164,10 @@ def register_run_keys(*tasks: str) -> Callable[[type[Keys]], type[Keys]]:
         if taken:
             names = abbreviated(sorted(taken))
             raise AuroraError(f"{cls.__name__}: {names} is the runner's; give the task's key another name")
-        RUN_KEYS.update(dict.fromkeys(tasks, cls))
+        for task in tasks:
+            if RUN_KEYS.get(task) is not None:
+                raise AuroraError(f"{cls.__name__}: the task {task} has keys already; derive a task of another name")
+            RUN_KEYS[task] = cls
         return cls
 
     return register

@@ -1,4 +1,4 @@
-"""MSRVTT-QA with open answers: LAVIS's annotation files, read for a model that writes its answers."""
+"""Dataset builders: MSRVTT-QA with open answers, and the user's own pictures, videos and questions."""
 
 from __future__ import annotations
 

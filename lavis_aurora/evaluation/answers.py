@@ -1,4 +1,4 @@
-"""The likeliest answer of a list, with LAVIS's result in bounded memory."""
+"""Answers: the likeliest of a list in bounded memory, cached decoding, and their accuracy."""
 
 from __future__ import annotations
 

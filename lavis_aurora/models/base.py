@@ -43,7 +43,7 @@ class Places:
     slot_name: Callable[[str], str] = str
 
 
-@register_tuning("aurora", adapters=True)
+@register_tuning("aurora", ("mode_approx", "gate"), adapters=True)
 def tune_aurora(model: AuroraBase, cfg: BlipAuroraConfig, places: Places) -> ModeFactors:
     """The method: mode approximation and the gate."""
     factors = inject_mode_approx(model, cfg.mode_approx, places.targets, places.slot_name)
@@ -51,13 +51,13 @@ def tune_aurora(model: AuroraBase, cfg: BlipAuroraConfig, places: Places) -> Mod
     return factors
 
 
-@register_tuning("lora", adapters=True)
+@register_tuning("lora", ("lora",), adapters=True)
 def tune_lora(model: AuroraBase, cfg: BlipAuroraConfig, places: Places) -> LoraSets:
     """LoRA on the attention projections and feed-forward layers."""
     return inject_lora(model, cfg.lora, places.targets)
 
 
-@register_tuning("uniadapter", adapters=True)
+@register_tuning("uniadapter", ("uniadapter",), adapters=True)
 def tune_uniadapter(model: AuroraBase, cfg: BlipAuroraConfig, places: Places) -> UniAdapters:
     """UniAdapter's bottlenecks in all towers."""
     decoder = getattr(model, "text_decoder", None)

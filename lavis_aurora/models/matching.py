@@ -1,4 +1,4 @@
-"""Hard negatives for image-text matching, the same draw for any number of processes."""
+"""What image-text matching exchanges between processes: features, lengths, and the same draw of hard negatives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the BLIP models of this plugin say of themselves in an adapter folder."""
+"""What a model says of itself in an adapter folder, and what a run's checkpoint takes from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses and gradients that are no numbers."""
+"""What ends a step or a run: losses and gradients that are NaN or infinite, Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 

@@ -56,12 +56,12 @@ def join_processes(run: DictConfig) -> None:
     limit = timedelta(minutes=run.dist_timeout_minutes)
     store, rank, world = next(rendezvous(run.dist_url, run.rank, run.world_size, timeout=limit))
     store.set_timeout(limit)
-    store = PrefixStore(_start(store, rank, world, limit), store)
+    store = PrefixStore(_agree_on_name(store, rank, world, limit), store)
     backend = "cpu:gloo,cuda:nccl" if run.device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
 
 
-def _start(store: Any, rank: int, world: int, limit: timedelta) -> str:
+def _agree_on_name(store: Any, rank: int, world: int, limit: timedelta) -> str:
     """A name of this start of the processes, the same on all of them.
 
     Where torch.distributed.run starts processes again, they find the same store, with what those before have left in
@@ -87,7 +87,7 @@ def _start(store: Any, rank: int, world: int, limit: timedelta) -> str:
     return name
 
 
-NAME = "run.lock"
+LOCK = "run.lock"
 TOUCH, STALE = 60.0, 600.0  # seconds
 
 
@@ -124,7 +124,7 @@ class RunLock:
         """
         if self._file is not None:
             return
-        path, own = folder / NAME, _this_process()
+        path, own = folder / LOCK, _this_process()
         try:
             file, certain = _open_locked(path)
         except BlockingIOError as error:
@@ -159,7 +159,7 @@ def _keep_fresh(file: int, ended: threading.Event) -> None:
         try:
             os.utime(file)
         except OSError as error:  # the next time may do
-            logging.warning("%s cannot be touched (%s)", NAME, error)
+            logging.warning("%s cannot be touched (%s)", LOCK, error)
 
 
 def _open_locked(path: Path) -> tuple[TextIO, bool]:

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from models.test_blip_retrieval_aurora import batch, train_steps
 from tiny import activate, tiny_config, tiny_model
+from tiny_retrieval import batch, train_steps
 from tiny_vqa import vqa_batch, vqa_model
 from toy import rewrite_adapter
 

@@ -66,3 +66,10 @@ def test_groups_are_counted_for_programs_too():
     assert sum(count["parameters"] for count in groups.values()) == sum(p.numel() for p in trained)
     assert frozen["parameters"] == sum(p.numel() for p in model.parameters() if not p.requires_grad)
     assert groups["heads"]["parameters"] == sum(p.numel() for p in head_parameters(model))
+
+
+def test_what_a_model_of_somebody_elses_calls_heads_need_not_be_any():
+    model = nn.ModuleDict({"query": nn.Linear(4, 4)})
+    model.heads = 8
+    inject_mode_approx(model, ModeApproxConfig(rank=2), ["query"])
+    assert "heads" not in parameter_groups(model)

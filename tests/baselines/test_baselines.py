@@ -6,9 +6,8 @@ import sys
 import pytest
 import torch
 from distributed import run_processes
-from models.test_blip_retrieval_aurora import batch, train_steps
-from models.test_several_processes import half, model_and_batch, step
 from tiny import activate, keys_of_trained, tiny_model
+from tiny_retrieval import batch, half, model_and_batch, step, train_steps
 from tiny_vqa import vqa_batch, vqa_model
 
 from lavis_aurora import AuroraError

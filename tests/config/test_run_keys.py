@@ -126,6 +126,14 @@ def test_what_is_no_dataclass_or_the_runners_key_is_refused() -> None:
         register_run_keys("x")(Seeded)
     assert "x" not in RUN_KEYS
 
+    @dataclass
+    class Again:
+        k: int = 1
+
+    with pytest.raises(AuroraError, match="Again: the task retrieval_aurora has keys already"):
+        register_run_keys("retrieval_aurora")(Again)
+    assert RUN_KEYS["retrieval_aurora"] is RetrievalRunConfig
+
 
 def test_interpolations_are_resolved() -> None:
     cfg = OmegaConf.create({"size": 8, "run": {"batch_size_train": "${size}", "train_splits": ["${..output_dir}"]}})

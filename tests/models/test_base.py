@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from models.test_blip_retrieval_aurora import batch, train_steps
 from tiny import activate, tiny_model
+from tiny_retrieval import batch, train_steps
 
 from lavis_aurora import AuroraError, ContextConfig, GateConfig, load_adapter, save_adapter
 from lavis_aurora.alignment.context import register_context
@@ -11,6 +11,7 @@ from lavis_aurora.alignment.gate import AffineGate, Gate, register_gate
 from lavis_aurora.config.method import CONTEXT_FORMS, GATE_FORMS
 from lavis_aurora.config.models import TUNINGS, register_tuning
 from lavis_aurora.encoders.fusion import encode_with_image
+from lavis_aurora.models.base import tune_aurora
 
 LENGTHS = torch.tensor([1, 3, 3, 6, 9])
 
@@ -113,3 +114,12 @@ def test_a_way_of_tuning_of_ones_own_trains():
 def test_names_that_are_not_registered_or_taken(make, message):
     with pytest.raises(AuroraError, match=message):
         make()
+
+
+def test_an_adapter_of_a_tuning_from_outside_keeps_its_settings(tmp_path, monkeypatch):
+    """One that names no settings of its own may use any: what its gates mean stands in the folder."""
+    monkeypatch.setattr(TUNINGS, "_entries", dict(TUNINGS))
+    register_tuning("mine", adapters=True)(tune_aurora)
+    save_adapter(tiny_model(tuning="mine", gate={"form": "convex"}, queue_size=0), tmp_path)
+    with pytest.raises(AuroraError, match="gate.form is 'convex' there and 'residual' here"):
+        load_adapter(tiny_model(tuning="mine", queue_size=0), tmp_path)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from tiny import activate, keys_of_trained, tiny_config, tiny_model
+from tiny_retrieval import CAPTIONS, batch, train_steps
 
 from lavis_aurora import AuroraError
 from lavis_aurora.config.check import parse_config
@@ -13,20 +14,6 @@ from lavis_aurora.config.models import RetrievalAuroraConfig
 from lavis_aurora.encoders import fused
 from lavis_aurora.encoders.towers import build_text_encoder, build_tokenizer, build_vision_encoder
 from lavis_aurora.mode_approx.layers import ModeApproxLinear
-
-CAPTIONS = ["a red circle", "a big blue square and a small star", "a ring", "a small pink heart", "a bar"]
-
-
-def batch(size: int = 5, step: int = 0, ids: list[int] | None = None) -> dict:
-    generator = torch.Generator().manual_seed(step)
-    return {
-        "image": torch.randn(size, 3, 48, 48, generator=generator),
-        "text_input": CAPTIONS[:size],
-        "image_id": torch.tensor(ids or list(range(size))),
-        "epoch": 0,
-        "iters": step,
-        "num_iters_per_epoch": 10,
-    }
 
 
 def lavis_twin(model, **overrides) -> BlipRetrieval:
@@ -165,13 +152,6 @@ def test_a_teacher_that_is_the_model_itself_is_not_computed(tuning, momentum, mo
     assert len(passes) == (3 if once else 4)
 
 
-def train_steps(model, steps: int = 3) -> None:
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(steps):
-        optimizer.zero_grad()
-        model(batch(step=step))["loss"].backward()
-        optimizer.step()
 
 
 @pytest.mark.parametrize("gate", ["residual", "convex", "affine", "none"])

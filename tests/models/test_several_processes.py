@@ -1,40 +1,9 @@
 """Law 7: two processes with half the batch each compute what one process computes."""
 
 import pytest
-import torch
 from distributed import run_processes
-from tiny import activate, tiny_model
+from tiny_retrieval import half, model_and_batch, step
 from torch.nn.parallel import DistributedDataParallel
-
-CAPTIONS = ["a red circle", "a big blue square and a small star", "a ring", "a small pink heart"]
-
-
-def model_and_batch(tuning: str, rows: slice, **overrides):
-    torch.manual_seed(0)
-    model = activate(tiny_model(tuning=tuning, queue_size=6, alpha=0.4, **overrides)).train()
-    image = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(5))
-    samples = {
-        "image": image[rows],
-        "text_input": CAPTIONS[rows],
-        "image_id": torch.arange(4)[rows],
-        "epoch": 1,
-        "iters": 3,
-        "num_iters_per_epoch": 10,
-    }
-    return model, samples
-
-
-def step(model, samples, module) -> tuple[dict, dict, torch.Tensor]:
-    output = model(samples)
-    output["loss"].backward()
-    grads = {n: p.grad.numpy() for n, p in module.named_parameters() if p.grad is not None}
-    losses = {k: output[k].item() for k in ("loss_itc", "loss_itm")}
-    return losses, grads, module.idx_queue.numpy()
-
-
-def half(rank: int, tuning: str):
-    model, samples = model_and_batch(tuning, slice(rank, None, 2))
-    return step(DistributedDataParallel(model, broadcast_buffers=False), samples, model)
 
 
 @pytest.mark.parametrize("tuning", ["aurora", "full"])

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from lavis_models import build, hub_folder, samples
-from models.test_blip_retrieval_aurora import batch
 from tiny import activate, tiny_model
+from tiny_retrieval import batch
 
 from lavis_aurora import AuroraError, ModeApproxConfig
 from lavis_aurora.encoders.towers import compile_layers

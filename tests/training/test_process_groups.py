@@ -13,13 +13,13 @@ from omegaconf import OmegaConf
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.training.guards import StopRequest
-from lavis_aurora.training.start import _start, join_processes
+from lavis_aurora.training.start import _agree_on_name, join_processes
 
 
 def start(store: dist.Store, ranks: list[int], seconds: float = 60) -> list[str]:
     """Names that so many of three processes agree on."""
     with ThreadPoolExecutor(3) as pool:
-        return list(pool.map(lambda rank: _start(store, rank, 3, timedelta(seconds=seconds)), ranks))
+        return list(pool.map(lambda rank: _agree_on_name(store, rank, 3, timedelta(seconds=seconds)), ranks))
 
 
 def test_all_agree_on_a_name_that_none_had_before():

@@ -17,7 +17,7 @@ from tiny import project_yaml
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.training import start
-from lavis_aurora.training.start import NAME, RunLock
+from lavis_aurora.training.start import LOCK, RunLock
 from lavis_aurora_cli import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,16 +50,16 @@ def left_behind(folder: Path, **changes: str) -> Path:
     """A lock file of a process that was killed."""
     with RunLock() as lock:
         lock.take(folder)
-        owner = json.loads((folder / NAME).read_text())
-    (folder / NAME).write_text(json.dumps({**owner, "process": 123456, **changes}))
-    return folder / NAME
+        owner = json.loads((folder / LOCK).read_text())
+    (folder / LOCK).write_text(json.dumps({**owner, "process": 123456, **changes}))
+    return folder / LOCK
 
 
 def test_the_file_says_who_holds_it_and_is_gone_at_the_end(tmp_path):
     with RunLock() as lock:
         lock.take(tmp_path)
         lock.take(tmp_path / "another")  # holds one already
-        owner = json.loads((tmp_path / NAME).read_text())
+        owner = json.loads((tmp_path / LOCK).read_text())
         assert owner["process"] == os.getpid() and owner["host"] and owner["since"]
     assert not list(tmp_path.iterdir())
 
@@ -72,12 +72,12 @@ def test_a_living_owner_is_named_and_a_killed_one_is_no_obstacle(tmp_path, caplo
         with RunLock() as lock:
             with pytest.raises(AuroraError, match=f"{tmp_path} is in use by process {process.pid} on .* since "):
                 lock.take(tmp_path)
-        assert (tmp_path / NAME).is_file(), "that one's"
+        assert (tmp_path / LOCK).is_file(), "that one's"
         process.kill()
         process.wait()
         with RunLock() as lock:
             lock.take(tmp_path)
-            assert json.loads((tmp_path / NAME).read_text())["process"] == os.getpid()
+            assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
         assert f"was left behind by process {process.pid} on " in caplog.text
     finally:
         os.killpg(process.pid, signal.SIGKILL)
@@ -111,11 +111,11 @@ def test_an_owner_touches_its_file_until_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(start, "TOUCH", 0.01)
     with RunLock() as lock:
         lock.take(tmp_path)
-        os.utime(tmp_path / NAME, (0, 0))
+        os.utime(tmp_path / LOCK, (0, 0))
         deadline = time.time() + PATIENCE
-        while (tmp_path / NAME).stat().st_mtime == 0 and time.time() < deadline:
+        while (tmp_path / LOCK).stat().st_mtime == 0 and time.time() < deadline:
             time.sleep(0.01)
-        assert time.time() - (tmp_path / NAME).stat().st_mtime < PATIENCE
+        assert time.time() - (tmp_path / LOCK).stat().st_mtime < PATIENCE
 
 
 def test_a_full_disk_is_said_of_the_lock(tmp_path, monkeypatch):
@@ -136,7 +136,7 @@ def test_an_owner_on_this_machine_is(tmp_path, changes):
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "{}"])
 def test_a_file_that_names_nobody_is_no_obstacle(tmp_path, content):
-    (tmp_path / NAME).write_text(content)
+    (tmp_path / LOCK).write_text(content)
     with RunLock() as lock:
         lock.take(tmp_path)
 
@@ -158,7 +158,7 @@ def test_a_run_leaves_no_lock_behind_and_meets_that_of_another_in_one_line(tmp_p
     train(["--cfg-path", str(yaml)])
     [run] = (tmp_path / "output").iterdir()
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    assert run / NAME not in before
+    assert run / LOCK not in before
     process = launch("-c", HOLDS, run)
     try:
         assert process.stdout.readline() == "held\n"
@@ -166,7 +166,7 @@ def test_a_run_leaves_no_lock_behind_and_meets_that_of_another_in_one_line(tmp_p
             train(["--cfg-path", str(yaml)])
         [line] = capsys.readouterr().err.splitlines()
         assert line.startswith(f"error: run.output_dir: {run} is in use by process {process.pid} on ")
-        (run / NAME).unlink()
+        (run / LOCK).unlink()
         assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     finally:
         os.killpg(process.pid, signal.SIGKILL)
@@ -201,4 +201,4 @@ def test_of_two_starts_at_once_one_goes_on(tmp_path, processes):
     ]
     # The first may have been killed once its epoch was logged and not yet saved.
     assert sorted({*epochs}) == list(range(30)) and len(epochs) <= 31
-    assert not (folder / NAME).exists()
+    assert not (folder / LOCK).exists()

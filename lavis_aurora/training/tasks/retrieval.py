@@ -1,4 +1,4 @@
-"""Tasks: LAVIS's, with training on any device and reports that say what was measured."""
+"""Retrieval of images and videos: LAVIS's task, with reports that say what was measured."""
 
 from __future__ import annotations
 

@@ -1,0 +1,58 @@
+"""Batches and steps of the tiny retrieval model, in one process and in two."""
+
+from __future__ import annotations
+
+import torch
+from tiny import activate, tiny_model
+from torch.nn.parallel import DistributedDataParallel
+
+CAPTIONS = ["a red circle", "a big blue square and a small star", "a ring", "a small pink heart", "a bar"]
+
+
+def batch(size: int = 5, step: int = 0, ids: list[int] | None = None) -> dict:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "image": torch.randn(size, 3, 48, 48, generator=generator),
+        "text_input": CAPTIONS[:size],
+        "image_id": torch.tensor(ids or list(range(size))),
+        "epoch": 0,
+        "iters": step,
+        "num_iters_per_epoch": 10,
+    }
+
+
+def train_steps(model, steps: int = 3) -> None:
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(batch(step=step))["loss"].backward()
+        optimizer.step()
+
+
+def model_and_batch(tuning: str, rows: slice, **overrides):
+    torch.manual_seed(0)
+    model = activate(tiny_model(tuning=tuning, queue_size=6, alpha=0.4, **overrides)).train()
+    image = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(5))
+    samples = {
+        "image": image[rows],
+        "text_input": CAPTIONS[:4][rows],
+        "image_id": torch.arange(4)[rows],
+        "epoch": 1,
+        "iters": 3,
+        "num_iters_per_epoch": 10,
+    }
+    return model, samples
+
+
+def step(model, samples, module) -> tuple[dict, dict, torch.Tensor]:
+    output = model(samples)
+    output["loss"].backward()
+    grads = {n: p.grad.numpy() for n, p in module.named_parameters() if p.grad is not None}
+    losses = {k: output[k].item() for k in ("loss_itc", "loss_itm")}
+    return losses, grads, module.idx_queue.numpy()
+
+
+def half(rank: int, tuning: str):
+    model, samples = model_and_batch(tuning, slice(rank, None, 2))
+    return step(DistributedDataParallel(model, broadcast_buffers=False), samples, model)
