@@ -227,6 +227,11 @@ def exit_on_error(action: Callable[[], None]) -> None:
     """Run; an AuroraError becomes one line on stderr and exit code 1, a signal 128 + its number."""
     try:
         action()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has had enough; at its end Python would flush what nobody reads.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (Exception, Stopped) as error:
         code = 1
         if isinstance(error, Stopped):

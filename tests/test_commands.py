@@ -14,6 +14,7 @@ from toy import rewrite_adapter
 
 from lavis_aurora import AuroraError, save_adapter
 from lavis_aurora.cli import inspect, merge, targets
+from lavis_aurora.common.paths import package_file
 from lavis_aurora.models.mode_approx_model import ModeApproxModel
 from lavis_aurora_cli import PROJECTS, configs, main
 
@@ -228,3 +229,11 @@ def test_configs_are_copied_all_or_none(tmp_path, failing, names, message):
     assert message in failing("configs", *names, "--to", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["demo_ret.yaml"]
     assert (tmp_path / "demo_ret.yaml").read_text() == "mine"
+
+
+def test_a_reader_that_has_had_enough_ends_the_command_quietly():
+    weights = package_file("configs/models/tiny/model.safetensors")
+    command = [sys.executable, "-m", "lavis_aurora_cli", "inspect", weights]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read() and process.wait() == 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lavis.common.vqa_tools.vqa import VQA
@@ -35,6 +37,37 @@ def vqa_accuracy(results: str | Path, questions: str | Path, annotations: str | 
         "answer_types": scorer.accuracy["perAnswerType"],
         "question_types": scorer.accuracy["perQuestionType"],
     }
+
+
+# Of MSRVTT-QA (Xu et al., ACM MM 2017), whose questions all begin with one of them.
+QUESTION_WORDS = ("what", "who", "how", "when", "where")
+
+
+def normalise(answer: str, evaluator: VQAEval) -> str:
+    """An answer without case, punctuation and articles, and with digits for numbers, as VQAv2's evaluator has it.
+
+    An answer of which nothing would be left is only put in lower case.
+    """
+    text = " ".join(answer.split())
+    return evaluator.processDigitArticle(evaluator.processPunctuation(text)) or text.lower()
+
+
+def exact_match(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Accuracy in percent of results with ``question``, ``answer`` and ``truth``: overall and by question word.
+
+    Returns:
+        ``agg_metrics`` (overall), a figure for each of :data:`QUESTION_WORDS` that occurs, ``other`` for questions
+        that begin differently.
+    """
+    evaluator = VQAEval()
+    right: dict[str, list[bool]] = defaultdict(list)
+    for result in results:
+        first = (result["question"].lower().split() or [""])[0]
+        word = first if first in QUESTION_WORDS else "other"
+        right[word].append(normalise(result["answer"], evaluator) == normalise(result["truth"], evaluator))
+    words = [word for word in (*QUESTION_WORDS, "other") if word in right]
+    metrics = {"agg_metrics": 100 * sum(sum(right[word]) for word in words) / len(results)}
+    return {**metrics, **{word: 100 * sum(right[word]) / len(right[word]) for word in words}}
 
 
 def check_nan(scores: Tensor) -> None:

@@ -29,7 +29,10 @@ NON_NUMERIC_KEYS = {
 }
 
 # What may differ besides when a run's best epoch is evaluated.
-OF_NO_EVALUATION = ("world_size", "batch_size_train", "batch_size_eval", "test_splits")
+OF_NO_EVALUATION = (
+    *("world_size", "batch_size_train", "batch_size_eval", "test_splits"),
+    *("max_epoch", "save_queue", "skip_nonfinite", "max_broken_share", "compile"),
+)
 
 
 def write_checkpoint(state: dict[str, Any], path: str | Path, previous: str | Path | None = None) -> None:
@@ -198,10 +201,34 @@ def find_resumable_run(output_dir: str | Path, config: Mapping[str, Any], evalua
         config: as resolved.
         evaluate: it is to be evaluated, by any number of processes on any splits.
     """
+    for folder, found in _configurations(output_dir):
+        if same_computation(found, config, evaluate):
+            return folder
+    return None
+
+
+def _configurations(output_dir: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Folders with a checkpoint, the newest first, and the configuration that it holds."""
     by_time: Callable[[Path], float] = lambda folder: folder.stat().st_mtime  # noqa: E731
     folders = {path.parent for name in (LATEST, PREVIOUS, BEST) for path in Path(output_dir).glob(f"*/{name}")}
     for folder in sorted(folders, key=by_time, reverse=True):
         found = read_latest(folder)
-        if found is not None and same_computation(found[0].get("config", {}), config, evaluate):
-            return folder
-    return None
+        if found is not None:
+            yield folder, found[0].get("config", {})
+
+
+def newest_run_differs(output_dir: str | Path, config: Mapping[str, Any]) -> str:
+    """The newest run under ``output_dir``, and the keys that hinder its evaluation, as text; empty without runs."""
+    for folder, found in _configurations(output_dir):
+        here, there = (dict(_leaves(_numeric_config(one, evaluate=True))) for one in (config, found))
+        keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+        return f"; the newest, {folder}, differs in {abbreviated(keys)}"
+    return ""
+
+
+def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

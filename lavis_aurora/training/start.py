@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lavis_aurora.common.errors import AuroraError, printable
 from lavis_aurora.common.files import writing
 from lavis_aurora.data.fetch import use_data_root
-from lavis_aurora.training.checkpoints import BEST, find_resumable_run
+from lavis_aurora.training.checkpoints import BEST, find_resumable_run, newest_run_differs
 from lavis_aurora.training.tasks.base import runnable_task
 
 
@@ -256,8 +256,10 @@ def _choose_run(cfg: Config, lock: RunLock) -> tuple[str, str | None]:
     if run.evaluate:
         if folder is None:
             raise AuroraError(
-                f"run.resume: no run of this configuration under {run.output_dir} to evaluate; name its checkpoint "
-                f"by run.resume_ckpt_path=FILE, or set run.resume=none to evaluate the model as it is before training"
+                f"run.resume: no run of this configuration under {run.output_dir} to evaluate"
+                f"{newest_run_differs(Path(run.output_dir).expanduser(), cfg.to_dict())}; give its options, name its "
+                f"checkpoint by run.resume_ckpt_path=FILE, or set run.resume=none to evaluate the model as it is "
+                f"before training"
             )
         if not (folder / BEST).is_file():
             raise AuroraError(f"run.resume: {folder} has no {BEST}; name a checkpoint by run.resume_ckpt_path=FILE")

@@ -116,16 +116,16 @@ def test_evaluation_with_resume_auto_takes_the_runs_best(tmp_path, capsys):
         assert [path.name for path in tmp_path.rglob("*")] == before
         return line
 
-    nothing = f"error: run.resume: no run of this configuration under {tmp_path / 'output'} to evaluate; name its"
+    nothing = f"error: run.resume: no run of this configuration under {tmp_path / 'output'} to evaluate; "
     assert refused().startswith(nothing)
     run(yaml, "run.seed=3")
     first = only_run(tmp_path)
-    assert refused().startswith(nothing), "it has another seed"
+    assert refused().startswith(f"{nothing}the newest, {first}, differs in run.seed; give its options, name its")
     # The last epoch is another one than the best.
     state = torch.load(first / "checkpoint_latest.pth", weights_only=True)
     torch.save({**state, "model": {key: x + 1 for key, x in state["model"].items()}}, first / "checkpoint_latest.pth")
-    # Another number of processes would have another batch.
-    evaluate([*command, "run.seed=3", "run.batch_size_train=2"])
+    # Another number of processes would have another batch; how long it trained, and what it kept, is the run's own.
+    evaluate([*command, "run.seed=3", "run.batch_size_train=2", "run.max_epoch=7", "run.save_queue=true"])
     [second] = [path for path in (tmp_path / "output").iterdir() if path != first]
     results = [path / "result" / f"test_epoch_{name}.json" for path, name in ((first, "best"), (second, "0"))]
     tested, again = (json.loads(path.read_text())["ranks"] for path in results)

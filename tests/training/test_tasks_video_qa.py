@@ -10,8 +10,8 @@ from lavis.common.vqa_tools.vqa_eval import VQAEval
 from runs import logged, only_run
 from tiny_video import QUESTIONS, video_overrides, write_video_questions
 
+from lavis_aurora.evaluation.answers import exact_match, normalise
 from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
-from lavis_aurora.training.tasks.answers import exact_match, normalise
 from lavis_aurora_cli import evaluate, train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,13 @@ from lavis.common.dist_utils import (
     main_process,
 )
 from lavis.common.registry import registry
-from lavis.common.vqa_tools.vqa_eval import VQAEval
 from lavis.datasets.datasets.vqa_datasets import VQADataset
 from lavis.tasks.vqa import VQATask
 from torch.utils.data import Dataset
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json, write_text
-from lavis_aurora.evaluation.answers import vqa_accuracy
+from lavis_aurora.evaluation.answers import exact_match, vqa_accuracy
 from lavis_aurora.training.tasks.base import AuroraTaskBase, LavisTaskMixin
 
 SHOWN_TYPES = 12  # question types that a report lists; VQAv2 has 65
@@ -164,37 +162,6 @@ def report(split: str, count: int, scores: dict[str, Any] | None) -> str:
     if len(scores["question_types"]) <= SHOWN_TYPES:
         text += f"\n{split}: by question type: {shown('question_types')}"
     return text
-
-
-# Of MSRVTT-QA (Xu et al., ACM MM 2017), whose questions all begin with one of them.
-QUESTION_WORDS = ("what", "who", "how", "when", "where")
-
-
-def normalise(answer: str, evaluator: VQAEval) -> str:
-    """An answer without case, punctuation and articles, and with digits for numbers, as VQAv2's evaluator has it.
-
-    An answer of which nothing would be left is only put in lower case.
-    """
-    text = " ".join(answer.split())
-    return evaluator.processDigitArticle(evaluator.processPunctuation(text)) or text.lower()
-
-
-def exact_match(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Accuracy in percent of results with ``question``, ``answer`` and ``truth``: overall and by question word.
-
-    Returns:
-        ``agg_metrics`` (overall), a figure for each of :data:`QUESTION_WORDS` that occurs, ``other`` for questions
-        that begin differently.
-    """
-    evaluator = VQAEval()
-    right: dict[str, list[bool]] = defaultdict(list)
-    for result in results:
-        first = (result["question"].lower().split() or [""])[0]
-        word = first if first in QUESTION_WORDS else "other"
-        right[word].append(normalise(result["answer"], evaluator) == normalise(result["truth"], evaluator))
-    words = [word for word in (*QUESTION_WORDS, "other") if word in right]
-    metrics = {"agg_metrics": 100 * sum(sum(right[word]) for word in words) / len(results)}
-    return {**metrics, **{word: 100 * sum(right[word]) / len(right[word]) for word in words}}
 
 
 @registry.register_task("video_qa_aurora")

@@ -14,7 +14,8 @@ from lavis.common.registry import registry
 from lavis.tasks.retrieval import RetrievalTask
 
 from lavis_aurora.common.files import write_text
-from lavis_aurora.evaluation.scores import chance_recall, recall_metrics
+from lavis_aurora.config.run import RetrievalRunConfig
+from lavis_aurora.evaluation.scores import TOP, chance_recall, recall_metrics
 from lavis_aurora.training.tasks.base import AuroraTaskBase, LavisTaskMixin
 
 # Candidates of each query that a result file holds, best first, with their scores.
@@ -36,17 +37,17 @@ class RetrievalAuroraTask(LavisTaskMixin, RetrievalTask, AuroraTaskBase):
             return None
         dataset = data_loader.dataset
         kind = "video" if "video" in dataset.annotation[0] else "image"
-        forth, back = directions(kind)
+        i2t, t2i = directions(kind)
         targets = {
-            forth: [dataset.img2txt[i] for i in range(len(dataset.image))],
-            back: [[dataset.txt2img[i]] for i in range(len(dataset.text))],
+            i2t: [dataset.img2txt[i] for i in range(len(dataset.image))],
+            t2i: [[dataset.txt2img[i]] for i in range(len(dataset.text))],
         }
         result: dict[str, Any] = {
             "kind": kind,
             f"{kind}s": len(dataset.image),
             "texts": len(dataset.text),
-            "k_test": {forth: scores.i2t.indices.shape[1], back: scores.t2i.indices.shape[1]},
-            "itc_weight": float(self.cfg.get("itc_weight", 1.0)),
+            "k_test": {i2t: scores.i2t.indices.shape[1], t2i: scores.t2i.indices.shape[1]},
+            "itc_weight": float(self.cfg.get("itc_weight", RetrievalRunConfig.itc_weight)),
             "pairs": scores.pairs,
             "metrics": {},
             "ranks": {},
@@ -57,7 +58,7 @@ class RetrievalAuroraTask(LavisTaskMixin, RetrievalTask, AuroraTaskBase):
                 metrics = recall_metrics(ranks)
                 result["metrics"].update({f"{direction}{name}_{key}": value for key, value in metrics.items()})
                 result["ranks"][f"{direction}{name}"] = ranks.tolist()
-            chance = chance_recall(right, result["texts" if direction == forth else f"{kind}s"])
+            chance = chance_recall(right, result["texts" if direction == i2t else f"{kind}s"])
             result["metrics"].update({f"{direction}_chance_{key}": value for key, value in chance.items()})
             ids, values = scores.best(direction, TOP_K_SAVED)
             result["candidates"][direction] = {"ids": ids.tolist(), "scores": values.astype(float).round(4).tolist()}
@@ -71,7 +72,7 @@ class RetrievalAuroraTask(LavisTaskMixin, RetrievalTask, AuroraTaskBase):
         if val_result is None:
             return None
         metrics = val_result["metrics"]
-        recalls = [metrics[f"{d}_r{k}"] for d in directions(val_result["kind"]) for k in (1, 5, 10)]
+        recalls = [metrics[f"{d}_r{k}"] for d in directions(val_result["kind"]) for k in TOP]
         # LAVIS selects the best epoch by image-to-text alone; both directions count here.
         metrics["agg_metrics"] = float(np.mean(recalls))
         print(report(split_name, val_result), flush=True)
@@ -92,23 +93,23 @@ def directions(kind: str) -> tuple[str, str]:
 def report(split: str, result: dict[str, Any]) -> str:
     """The table of a split: counts, both directions, before and after reranking, chance."""
     metrics, k, kind = result["metrics"], result["k_test"], result["kind"]
-    forth, back = directions(kind)
+    i2t, t2i = directions(kind)
     head = f"{split}: {result[f'{kind}s']} {kind}s, {result['texts']} texts; score = "
-    if k[forth]:
+    if k[i2t]:
         each = {"image": "an image", "video": "a video"}[kind]
         head += (
-            f"ITM + {result['itc_weight']:g} x ITC for the best {k[forth]} texts of {each} and {k[back]} {kind}s of "
+            f"ITM + {result['itc_weight']:g} x ITC for the best {k[i2t]} texts of {each} and {k[t2i]} {kind}s of "
             f"a text by ITC"
         )
     else:
         head += "ITC, not reranked"
     lines = [head, f"{'':<34}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'median rank':>13}"]
-    for direction in (forth, back):
+    for direction in (i2t, t2i):
         for name, label in (("", ""), ("_itc", ", ITC only"), ("_chance", ", chance")):
-            if name == "_itc" and not k[forth]:
+            if name == "_itc" and not k[i2t]:
                 continue
             prefix = f"{direction}{name}"
-            row = "".join(f"{metrics[f'{prefix}_r{n}']:7.1f}" for n in (1, 5, 10))
+            row = "".join(f"{metrics[f'{prefix}_r{n}']:7.1f}" for n in TOP)
             median = f"{metrics[f'{prefix}_median_rank']:13.1f}" if name != "_chance" else ""
             lines.append(f"  {direction.replace('_', '-') + label:<32}{row}{median}")
     return "\n".join(lines)
