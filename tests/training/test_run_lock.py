@@ -178,7 +178,7 @@ def test_a_run_leaves_no_lock_behind_and_meets_that_of_another_in_one_line(tmp_p
 def test_of_two_starts_at_once_one_goes_on(tmp_path, processes):
     run = {"max_epoch": 30, "checkpoint_every": 1, "resume": "auto", "num_workers": 1, "batch_size_train": 2}
     yaml = project_yaml(tmp_path, run=run)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if start > 1 else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes > 1 else []
     command = [*launcher, ROOT / "train.py", "--cfg-path", yaml]
     first, deadline = launch(*command), time.time() + PATIENCE
     while not list((tmp_path / "output").glob("*/checkpoint_latest.pth")) and time.time() < deadline:
@@ -192,7 +192,7 @@ def test_of_two_starts_at_once_one_goes_on(tmp_path, processes):
     refused = outputs[codes.index(1)]
     [line] = [line for line in refused.splitlines() if line.startswith("error")]
     assert " is in use by process " in line
-    assert start > 1 or "Traceback" not in refused
+    assert processes > 1 or "Traceback" not in refused
     [folder] = (tmp_path / "output").iterdir()
     epochs = [
         json.loads(text)["train_epoch"]
