@@ -83,7 +83,7 @@ def update_momentum(trained: nn.Module, average: nn.Module, m: float = 0.995) ->
 
 
 class Gate(nn.Module):
-    """Gives a cross-attention layer's output f some of the text t back that entered it; 2d numbers a layer.
+    """Gives a cross-attention layer's output f some of the text t back that entered it; 2d parameters a layer.
 
         t' = tanh(gamma * t) + beta           g_i = softmax_i( sum_j <f_i, t'_j> )
 

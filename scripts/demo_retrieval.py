@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from demo_tasks import COLORS, COST_TITLES, LABELS, DemoTask, Row, Run, cost_columns, cost_label, gap_closed
 
 from lavis_aurora.data.samples import read_frames, uniform_indices
+from lavis_aurora.evaluation.scores import TOP
 
-RECALL_KS = (1, 5, 10)
 CLIPS_SHOWN = 5  # clips of the sheet: the first family
 
 
@@ -42,7 +42,7 @@ class RetrievalDemo(DemoTask):
         sizes = summary["data"]["test"]
         return {"metrics": summary["metrics"]["test"], **{key: sizes[key] for key in (f"{self.kind}s", "texts")}}
 
-    def _recalls(self, row: Row, suffix: str, top: tuple[int, ...] = RECALL_KS) -> list[float]:
+    def _recalls(self, row: Row, suffix: str, top: tuple[int, ...] = TOP) -> list[float]:
         return [row["metrics"][f"{direction}{suffix}_r{k}"] for direction in self.directions for k in top]
 
     def table(self, rows: list[Row]) -> str:
@@ -54,7 +54,7 @@ class RetrievalDemo(DemoTask):
         i2t, t2i = (direction.replace("_", "-") for direction in self.directions)
         for suffix, title in self.sections.items():
             lines += ["", f"{title:<22}{i2t:>22}{t2i:>24}"]
-            heads = "".join(f"{f'R@{k}':>8}" for k in RECALL_KS)
+            heads = "".join(f"{f'R@{k}':>8}" for k in TOP)
             lines.append(f"{'':<20}{heads}{heads}{COST_TITLES}")
             for row in rows:
                 recalls = "".join(f"{value:8.1f}" for value in self._recalls(row, suffix))
@@ -62,7 +62,7 @@ class RetrievalDemo(DemoTask):
             lines.append(f"{'chance':<20}" + "".join(f"{value:8.1f}" for value in self._recalls(first, "_chance")))
             if suffix in self.no_gap:
                 continue
-            for label, top in (("R@1", (1,)), ("R@1/5/10", RECALL_KS)):
+            for label, top in (("R@1", (1,)), ("R@1/5/10", TOP)):
                 recalls = {row["tuning"]: self._recalls(row, suffix, top) for row in rows}
                 closed = gap_closed({tuning: sum(values) / len(values) for tuning, values in recalls.items()})
                 if closed is not None:
@@ -112,7 +112,7 @@ class VideoDemo(RetrievalDemo):
         [further] = self.extra_evaluations(run)
         one = super().metrics(further)["metrics"]
         for direction in self.directions:
-            row["metrics"].update({f"{direction}_one_frame_r{k}": one[f"{direction}_r{k}"] for k in RECALL_KS})
+            row["metrics"].update({f"{direction}_one_frame_r{k}": one[f"{direction}_r{k}"] for k in TOP})
         return row
 
     def baselines(self, datasets: dict[str, Any], folder: Path) -> Row:

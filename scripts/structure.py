@@ -9,6 +9,7 @@ imported. The exit status is 1 where a figure is beyond its limit or where impor
 from __future__ import annotations
 
 import ast
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -203,4 +204,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as head may leave early
     sys.exit(main())

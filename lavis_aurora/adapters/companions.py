@@ -173,16 +173,16 @@ def norms_of(model: nn.Module, head: nn.Module) -> list[NormMode]:
 class Companions(KeepFloat32):
     """Parameters of one group, gates or heads, of all adapters, and the buffers of their modules.
 
-    Those of one adapter stand in the model, under their own names; those of the others wait here. Switching moves
-    references and copies no number. An adapter that brings no heads uses the backbone's.
+    The active adapter's are the model's own, under their names; those of inactive adapters are kept here. Switching
+    exchanges references and copies no tensor. An adapter that brings no heads uses the backbone's.
 
     Args:
-        model: the model in which they stand.
+        model: the model that has them.
         tensors: they themselves, by their full names there.
         label: what the summary calls them.
-        owner: the adapter whose tensors stand in the model now.
+        active: the adapter whose tensors the model has now.
         single_precision: keep float32 over a backbone in half precision.
-        norms: those among the modules, which train as long as the tensors that stand in the model do.
+        norms: those among the modules, which train as long as the model's tensors do.
     """
 
     def __init__(
@@ -190,77 +190,77 @@ class Companions(KeepFloat32):
         model: nn.Module,
         tensors: dict[str, Tensor],
         label: str,
-        owner: str,
+        active: str,
         single_precision: bool,
         norms: Sequence[NormMode] = (),
     ) -> None:
         super().__init__()
         self.names = list(tensors)
         # In lists modules are not registered a second time.
-        self.places = _places(model, tensors.values())
+        self.locations = _find_locations(model, tensors.values())
         self.label = label
-        self.owner = owner
+        self.active = active
         self.single_precision = single_precision
         self.norms = list(norms)
-        self.waiting = nn.ModuleDict()
+        self.inactive = nn.ModuleDict()
 
     def __contains__(self, name: object) -> bool:
-        return name == self.owner or (isinstance(name, str) and name in self.waiting)
+        return name == self.active or (isinstance(name, str) and name in self.inactive)
 
-    def standing(self) -> dict[str, Tensor]:
-        """The parameters and buffers that stand in the model now, by their names there."""
-        return {name: getattr(*places[0]) for name, places in zip(self.names, self.places)}
+    def active_tensors(self) -> dict[str, Tensor]:
+        """The parameters and buffers that the model has now, by their names there."""
+        return {name: getattr(*locations[0]) for name, locations in zip(self.names, self.locations)}
 
     def tensors_of(self, name: str) -> dict[str, Tensor]:
         """The parameters and buffers of ``name`` by their names in the model; none if it has none of its own."""
         if name not in self:
             return {}
-        if name == self.owner:
-            return self.standing()
-        return {path: getattr(self.waiting[name], str(i)) for i, path in enumerate(self.names)}
+        if name == self.active:
+            return self.active_tensors()
+        return {path: getattr(self.inactive[name], str(i)) for i, path in enumerate(self.names)}
 
     @torch.no_grad()
     def add(self, name: str, values: dict[str, Tensor]) -> None:
         """Let ``name`` have these values, frozen; where it has tensors already, they take the values."""
         if name not in self:
-            shelf = self._shelf(name)
-            for i, tensor in enumerate(self.standing().values()):
-                _put(shelf, str(i), _like(tensor))
+            inactive = self._inactive_module(name)
+            for i, tensor in enumerate(self.active_tensors().values()):
+                _put(inactive, str(i), _like(tensor))
         for path, tensor in self.tensors_of(name).items():
             tensor.copy_(values[path])
 
     def switch(self, name: str | None) -> None:
         """Put the tensors of ``name`` into the model, or the backbone's if it has none (None: the backbone)."""
         target = name if name is not None and name in self else BASE
-        if target == self.owner or target not in self:
+        if target == self.active or target not in self:
             return
         asked = [mode.norm.training if mode.trains else mode.asked for mode in self.norms]
-        outgoing, incoming = self._shelf(self.owner), self.waiting[target]
-        for i, (places, tensor) in enumerate(zip(self.places, self.standing().values())):
+        outgoing, incoming = self._inactive_module(self.active), self.inactive[target]
+        for i, (locations, tensor) in enumerate(zip(self.locations, self.active_tensors().values())):
             _put(outgoing, str(i), tensor)
-            for module, attribute in places:
+            for module, attribute in locations:
                 setattr(module, attribute, getattr(incoming, str(i)))
             setattr(incoming, str(i), None)
-        self.owner = target
+        self.active = target
         for mode, one in zip(self.norms, asked):
             mode(one)
 
-    def _shelf(self, name: str) -> nn.Module:
-        """Where the tensors of ``name`` wait, by number; made once."""
-        if name not in self.waiting:
-            self.waiting[name] = nn.Module().train(self.training)
-        return self.waiting[name]
+    def _inactive_module(self, name: str) -> nn.Module:
+        """Holds the tensors of the inactive adapter ``name`` by their index; made once."""
+        if name not in self.inactive:
+            self.inactive[name] = nn.Module().train(self.training)
+        return self.inactive[name]
 
     def remove(self, name: str) -> None:
-        """Forget the tensors of ``name``, which must not stand in the model."""
-        if name in self.waiting:
-            del self.waiting[name]
+        """Forget the tensors of ``name``, which must not be active."""
+        if name in self.inactive:
+            del self.inactive[name]
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(group, parameter) of what waits here and belongs to an adapter."""
-        for name, shelf in self.waiting.items():
+        """(group, parameter) of the inactive adapters."""
+        for name, module in self.inactive.items():
             if name != BASE:
-                yield from ((self.label, parameter) for parameter in shelf.parameters())
+                yield from ((self.label, parameter) for parameter in module.parameters())
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -269,16 +269,16 @@ def _like(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
-def _put(shelf: nn.Module, key: str, tensor: Tensor) -> None:
+def _put(module: nn.Module, key: str, tensor: Tensor) -> None:
     """Register a parameter or a buffer."""
     if isinstance(tensor, nn.Parameter):
-        shelf.register_parameter(key, tensor)
+        module.register_parameter(key, tensor)
     else:
-        shelf.register_buffer(key, tensor)
+        module.register_buffer(key, tensor)
 
 
-def _places(model: nn.Module, tensors: Iterable[Tensor]) -> list[list[tuple[nn.Module, str]]]:
-    """Module and attribute of every place where each of the tensors stands; tied ones stand in several."""
+def _find_locations(model: nn.Module, tensors: Iterable[Tensor]) -> list[list[tuple[nn.Module, str]]]:
+    """Module and attribute of each of the tensors; tied ones have several."""
     found: dict[int, list[tuple[nn.Module, str]]] = {id(tensor): [] for tensor in tensors}
     for module in model.modules():
         for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):

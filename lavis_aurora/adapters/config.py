@@ -87,7 +87,7 @@ class AdapterConfig:
         if self.format not in READABLE:
             raise AuroraError(f"format: {self.format} is not {FORMAT}, which this version reads; update lavis_aurora")
         if not self.slots:
-            raise AuroraError("slots: there are none; an adapter updates at least one weight")
+            raise AuroraError("slots: empty; an adapter updates at least one weight")
         for slot, shape in self.slots.items():
             sizes = shape if isinstance(shape, list) and len(shape) == 2 else [0]
             if not all(type(n) is int and 0 < n <= LARGEST for n in sizes):

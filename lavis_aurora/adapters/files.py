@@ -91,7 +91,7 @@ def save_adapter(
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", check_base: bool = True) -> None:
     """Load an adapter into a model that has the same layers.
 
-    Under a new name it stands beside the others, frozen, whatever its rank; ``set_adapter`` makes it active. Under a
+    Under a new name it is added to the others, frozen, whatever its rank; ``set_adapter`` makes it active. Under a
     name that is there, e.g. ``default``, its values replace those, and what is trained stays trained. An adapter
     without heads goes with the backbone's.
 
@@ -162,7 +162,7 @@ def adapter_tensors(sets: AdapterSets, name: str) -> dict[str, Tensor]:
 
 
 def base_hash(model: nn.Module) -> str:
-    """sha256 of the weights that adapters update (or stand beside), in the model's order, without any update.
+    """sha256 of the weights that adapters update (or are parallel to), in the model's order, without any update.
 
     It tells backbones apart and does not depend on picture size, queue or heads. It is never kept: nothing but the
     numbers themselves tells of an edit in place of ``weight.data``. BLIP base takes some tenths of a second.
@@ -239,7 +239,7 @@ def _tensor_differences(sets: AdapterSets, tensors: Mapping[str, Tensor]) -> lis
     expected: dict[str, Tensor] = {}
     for group, part in sets.companion_groups().items():
         if group == "gate" or any(key.startswith(f"{group}.") for key in tensors):
-            expected.update((f"{group}.{path}", own) for path, own in part.standing().items())
+            expected.update((f"{group}.{path}", own) for path, own in part.active_tensors().items())
     # Adapters of earlier versions have none.
     buffers = {key for key, own in expected.items() if not isinstance(own, nn.Parameter)}
     problems = [f"{key} is missing there" for key in expected.keys() - tensors.keys() - buffers]

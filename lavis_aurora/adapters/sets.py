@@ -225,10 +225,10 @@ class AdapterSets(nn.Module):
             part.switch(name)
 
     def keep_base_heads(self) -> None:
-        """Remember the heads that stand in the model as the backbone's; called when its weights have been loaded."""
+        """Remember the model's heads as the backbone's; called when its weights have been loaded."""
         heads = self.companion_groups().get("heads")
-        if heads is not None and heads.owner != BASE:
-            heads.add(BASE, heads.tensors_of(heads.owner))
+        if heads is not None and heads.active != BASE:
+            heads.add(BASE, heads.tensors_of(heads.active))
 
 
 KINDS: Registry[type[AdapterSets]] = Registry("kind of adapter")

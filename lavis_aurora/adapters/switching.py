@@ -80,7 +80,7 @@ def adapters_of(model: nn.Module) -> AdapterSets:
 
 
 def bind_companions(model: nn.Module, sets: AdapterSets, train_heads: bool) -> None:
-    """Let gates and heads switch with the sets; called once, when both stand in the model.
+    """Let gates and heads switch with the sets; called once, when the model has both.
 
     Gates are what modules of the model name in ``adapter_parameters``, heads what ``model.heads`` lists.
 
@@ -113,7 +113,7 @@ def bind_companions(model: nn.Module, sets: AdapterSets, train_heads: bool) -> N
         norms = [mode for head in head_modules(model) for mode in norms_of(model, head)] if train_heads else []
         group = sets.companions["heads"] = Companions(model, heads, "heads", BASE, False, norms)
         if train_heads:
-            group.owner = "default"
+            group.active = "default"
             sets.keep_base_heads()
     sets.train(sets.training)
 
@@ -140,7 +140,7 @@ def list_adapters(model: nn.Module) -> list[str]:
 def set_adapter(model: nn.Module, name: str) -> None:
     """Let forwards use the adapter ``name``: its set, its gates and, if it brought any, its heads.
 
-    No number is copied. What is trained stays the same: an adapter that was loaded beside ``default`` is frozen.
+    No tensor is copied. What is trained stays the same: an adapter that was loaded beside ``default`` is frozen.
 
     Raises:
         AuroraError: no such adapter, or another one is merged.

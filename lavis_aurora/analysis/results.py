@@ -21,6 +21,7 @@ from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json, regular, writing
 from lavis_aurora.common.summary import SUMMARY, Summary, read_summary
 from lavis_aurora.config.check import READING_ERRORS, read_yaml
+from lavis_aurora.config.models import BlipAuroraConfig
 from lavis_aurora.data.annotations import build_checked
 from lavis_aurora.data.samples import CheckedDataset, read_frames, uniform_indices
 from lavis_aurora.project import AuroraConfig, load_config
@@ -68,7 +69,7 @@ def tuned_model(config: DictConfig) -> TunedModel:
     model = config.model
     if model.get("arch") == "mode_approx":
         return TunedModel(str(model.base.arch), "mode_approx", model.base)
-    return TunedModel(str(model.get("arch")), model.get("tuning", "aurora"), model)
+    return TunedModel(str(model.get("arch")), model.get("tuning", BlipAuroraConfig.tuning), model)
 
 
 def numbers_of(values: Any) -> dict[str, float]:

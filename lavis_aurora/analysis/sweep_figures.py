@@ -23,6 +23,7 @@ from lavis_aurora.analysis.paper import (
 )
 from lavis_aurora.analysis.results import read_table, series
 from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.evaluation.scores import TOP
 
 RECALLS = ("image_to_text_r1", "text_to_image_r1", "video_to_text_r1", "text_to_video_r1", "agg_metrics")
 MIN_AXIS_SPAN = 6.0  # percent; what differs by less is hardly more than chance, and shall not look like more
@@ -162,7 +163,7 @@ class RankPlot(Plot):
         columns = list(read_table(args.table, RANK_KEY)[0])
         panels = {}
         for direction in DIRECTIONS:
-            names = [f"{args.split}.{direction}_r{k}" for k in (1, 5, 10)]
+            names = [f"{args.split}.{direction}_r{k}" for k in TOP]
             if all(name in columns for name in names):
                 panels[direction] = names
         accuracy = f"{args.split}.agg_metrics"

@@ -1,4 +1,4 @@
-"""UniAdapter (arXiv 2302.06605): bottlenecks beside the feed-forward blocks, partly shared by the modalities."""
+"""UniAdapter (arXiv 2302.06605): bottlenecks parallel to the feed-forward blocks, partly shared by the modalities."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class UniAdapterSet(AdapterSet):
             nn.init.zeros_(up.bias)
 
     def vision(self, i: int, x: Tensor) -> Tensor:
-        """Beside the feed-forward block of layer ``i`` of the vision tower; the shape of x."""
+        """Parallel to the feed-forward block of layer ``i`` of the vision tower; the shape of x."""
         output: Tensor = self.config.scale * self.vision_up[i](F.relu(self.down[i](x)))
         return output
 
@@ -71,7 +71,7 @@ class UniAdapters(AdapterSets):
     """Named sets of bottlenecks, one of them active at a time.
 
     Attributes:
-        beside: the feed-forward blocks with a bottleneck beside them.
+        blocks: the feed-forward blocks with a bottleneck parallel to them.
 
     Args:
         depth, dim: layers and width of the towers.
@@ -81,12 +81,12 @@ class UniAdapters(AdapterSets):
     tuning: ClassVar[str] = "uniadapter"
     prefix: ClassVar[str] = "uniadapter"
     config_class: ClassVar[type] = UniAdapterConfig
-    beside: list[nn.Module]
+    blocks: list[nn.Module]
 
     def __init__(self, depth: int, dim: int, config: UniAdapterConfig) -> None:
         super().__init__({f"layer.{i}": (dim, dim) for i in range(depth)})
         # Not submodules: they belong to the towers.
-        self.__dict__["beside"] = []
+        self.__dict__["blocks"] = []
         self.add_set("default", config)
 
     @classmethod
@@ -104,11 +104,11 @@ class UniAdapters(AdapterSets):
         made = UniAdapterSet(len(self.slots), next(iter(self.slots.values()))[0], config).train(self.training)
         return made if like is None else made.to(like)
 
-    def stand_beside(self, block: nn.Module) -> None:
-        """Called for each feed-forward block with a bottleneck beside it; their weights tell a file the backbone."""
-        self.beside.append(block)
+    def add_block(self, block: nn.Module) -> None:
+        """Called for each feed-forward block with a bottleneck; their weights tell a file the backbone."""
+        self.blocks.append(block)
 
     def backbone_weights(self, model: nn.Module) -> list[Tensor]:
         """The weights of the linear layers of these blocks."""
-        layers = (layer for block in self.beside for layer in block.modules() if isinstance(layer, nn.Linear))
+        layers = (layer for block in self.blocks for layer in block.modules() if isinstance(layer, nn.Linear))
         return [layer.weight.detach() for layer in layers]

@@ -86,7 +86,7 @@ class Summary(TypedDict):
 
 
 def write_summary(folder: str | Path, summary: Summary) -> None:
-    """Write a run's summary, whole or not at all; metrics that are no numbers, or NaN or infinite, are left out.
+    """Write a run's summary, whole or not at all; metrics that are NaN, infinite or of another type are left out.
 
     Raises:
         AuroraError: it cannot be written.
@@ -119,7 +119,8 @@ def read_summary(folder: str | Path) -> Summary:
     return cast(Summary, found)
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number, 0 or more."""
     return type(value) is int and value >= 0
 
 
@@ -132,9 +133,9 @@ def _are_counts(value: Any) -> bool:
     groups = value.get("groups") if isinstance(value, dict) else None
     return (
         isinstance(groups, dict)
-        and all(isinstance(x, dict) and _is_count(x.get("tensors")) for x in groups.values())
-        and all(map(_is_count, (value.get("trainable"), value.get("total"))))
-        and all(_is_count(x.get("parameters")) for x in groups.values())
+        and all(isinstance(x, dict) and is_count(x.get("tensors")) for x in groups.values())
+        and all(map(is_count, (value.get("trainable"), value.get("total"))))
+        and all(is_count(x.get("parameters")) for x in groups.values())
     )
 
 
@@ -145,7 +146,7 @@ def _are_sections(value: Any) -> bool:
 def _are_validations(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(one, dict)
-        and _is_count(one.get("epoch"))
+        and is_count(one.get("epoch"))
         and isinstance(one.get("split"), str)
         and isinstance(one.get("metrics"), dict)
         for one in value
@@ -159,7 +160,7 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
     "model_type": lambda value: value is None or isinstance(value, str),
     "parameters": _are_counts,
     "seconds": _are_seconds,
-    "best_epoch": lambda value: value is None or _is_count(value),
+    "best_epoch": lambda value: value is None or is_count(value),
     "metrics": _are_sections,
     "validation": _are_validations,
     "data": _are_sections,

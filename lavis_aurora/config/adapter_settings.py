@@ -26,7 +26,7 @@ from lavis_aurora.config.dataset_keys import (
     is_portable_processor,
     is_word,
 )
-from lavis_aurora.config.models import TUNINGS
+from lavis_aurora.config.models import TUNINGS, BlipAuroraConfig
 
 # Of this package's own models: what they are and how they were tuned.
 BLIP_SETTINGS = (
@@ -59,10 +59,10 @@ def portable_settings(cls: type[Any], settings: Mapping[str, Any], defaults: Map
     if hasattr(cls, "CONFIG_CLASS"):
         allowed = set(WRAPPER_SETTINGS if "base" in _known(cls) else BLIP_SETTINGS)
         # Of the ways of tuning, the one that the adapter is of; one that names no settings may use any.
-        tuning = settings.get("tuning", "aurora")
+        tuning = settings.get("tuning", BlipAuroraConfig.tuning)
         if tuning not in TUNINGS or not TUNINGS[tuning].adapters:
             allowed.discard("tuning")
-            tuning = "aurora"
+            tuning = BlipAuroraConfig.tuning
         own = set(TUNINGS[tuning].settings)
         if own:
             allowed -= {key for one in TUNINGS.values() for key in one.settings} - own

@@ -46,7 +46,7 @@ class DemoBuilder(BaseDatasetBuilder, ABC):
             if same and missing:
                 self._make_whole(folder, {split: int(info.annotations[split].count) for split in missing}, info)
                 same = self._hold(files, info)  # another run may have made others
-        except (TypeError, ValueError) as error:  # of numbers that are none, and of the generator
+        except (TypeError, ValueError) as error:  # of values of another type, and of the generator
             raise AuroraError(f"build_info: the demo's data cannot be made of its keys ({error})") from error
         if not same:
             raise AuroraError(

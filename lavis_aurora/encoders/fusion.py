@@ -72,18 +72,20 @@ class ParallelLayer(BertLayer):
         output = super().feed_forward_chunk(attention_output)
         cross = self.crossattention
         query, mask, cross.query, cross.mask = cross.query, cross.mask, None, None
-        more = self.beside(query, attention_output, mask)
-        return output if more is None else output + more
+        residual = self.parallel_residual(query, attention_output, mask)
+        return output if residual is None else output + residual
 
-    def beside(self, query: Tensor | None, attention_output: Tensor, mask: Tensor | Packing | None) -> Tensor | None:
+    def parallel_residual(
+        self, query: Tensor | None, attention_output: Tensor, mask: Tensor | Packing | None
+    ) -> Tensor | None:
         """What to add, (batch, length, d), for t (None in a text-only pass) and f; None for nothing."""
         raise NotImplementedError
 
 
-Remembering = TypeVar("Remembering", bound=ParallelLayer)
+Parallel = TypeVar("Parallel", bound=ParallelLayer)
 
 
-def make_parallel_layer(layer: BertLayer, cls: type[Remembering]) -> Remembering:
+def make_parallel_layer(layer: BertLayer, cls: type[Parallel]) -> Parallel:
     """``layer`` as a ``cls``, with its parameters under their names."""
     new = retyped(cls, layer)
     new.crossattention = retyped(QueryCachingCrossAttention, new.crossattention)
@@ -93,7 +95,9 @@ def make_parallel_layer(layer: BertLayer, cls: type[Remembering]) -> Remembering
 class GatedLayer(ParallelLayer):
     """A layer whose output is corrected by a :class:`Gate` of t and f, when it attends to an image."""
 
-    def beside(self, query: Tensor | None, attention_output: Tensor, mask: Tensor | Packing | None) -> Tensor | None:
+    def parallel_residual(
+        self, query: Tensor | None, attention_output: Tensor, mask: Tensor | Packing | None
+    ) -> Tensor | None:
         """The gate's correction, (batch, length, d)."""
         if query is None or self.adapters.active is None:
             return None
@@ -123,13 +127,13 @@ class Bottlenecks(Protocol):
     """One set of bottlenecks, by the number of a tower's layer; x, t and f are (batch, length, d)."""
 
     def vision(self, i: int, x: Tensor) -> Tensor:
-        """Beside the feed-forward block of layer ``i`` of the vision tower."""
+        """Parallel to the feed-forward block of layer ``i`` of the vision tower."""
 
     def text(self, i: int, t: Tensor) -> Tensor:
-        """Beside that of a text tower, for a text alone."""
+        """Parallel to that of a text tower, for a text alone."""
 
     def fusion(self, i: int, t: Tensor, f: Tensor) -> Tensor:
-        """Beside that of a text tower, for a text that attends to an image."""
+        """Parallel to that of a text tower, for a text that attends to an image."""
 
 
 class BottleneckSets(Protocol):
@@ -139,12 +143,12 @@ class BottleneckSets(Protocol):
     def active_set(self) -> Bottlenecks | None:
         """The set that forwards use now; None for the plain backbone."""
 
-    def stand_beside(self, block: nn.Module) -> None:
-        """Called with each feed-forward block beside which bottlenecks stand."""
+    def add_block(self, block: nn.Module) -> None:
+        """Called with each feed-forward block that bottlenecks are parallel to."""
 
 
 class VisionBottleneck(Mlp):
-    """Feed-forward block of the ViT with a bottleneck beside it."""
+    """Feed-forward block of the ViT with a bottleneck parallel to it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, tokens, d) to the same shape."""
@@ -153,9 +157,11 @@ class VisionBottleneck(Mlp):
 
 
 class TextBottleneck(ParallelLayer):
-    """Layer of BERT with a bottleneck beside its feed-forward block."""
+    """Layer of BERT with a bottleneck parallel to its feed-forward block."""
 
-    def beside(self, query: Tensor | None, attention_output: Tensor, mask: Tensor | Packing | None) -> Tensor | None:
+    def parallel_residual(
+        self, query: Tensor | None, attention_output: Tensor, mask: Tensor | Packing | None
+    ) -> Tensor | None:
         """The bottleneck's output for f, or for t itself where no image is attended to; position by position."""
         active = self.adapters.active_set
         if active is None:
@@ -192,7 +198,7 @@ def add_bottlenecks(vision: VisionTransformer, texts: Sequence[BertModel], make:
         # Not a submodule: the sets are registered once, at the model.
         module.__dict__.update(adapters=sets, index=index)
         for block in blocks:
-            sets.stand_beside(block)
+            sets.add_block(block)
         return module
 
     for i, block in enumerate(vision.blocks):

@@ -193,7 +193,7 @@ class ImageTokens:
 
     Attributes:
         feats: normalised ITC features of all images, (images, d), in main memory.
-        share: this process's images.
+        local_indices: this process's images.
     """
 
     def __init__(
@@ -201,29 +201,29 @@ class ImageTokens:
     ) -> None:
         self.encoder, self.dtype, self.budget_gb = ImageEncoder(model, data_loader), dtype, budget_gb
         total = len(data_loader.dataset)
-        self.share = list(rank_indices(total))
-        self._kept: dict[int, Tensor] = {}
-        self._given = torch.float32
+        self.local_indices = list(rank_indices(total))
+        self._cache: dict[int, Tensor] = {}
+        self._tower_dtype = torch.float32
         left = budget_gb * 1e9
         feats = [torch.empty(0, model.feature_size)]
-        for image, tokens, feat in self.encoder.encode(self.share, "encoding"):
+        for image, tokens, feat in self.encoder.encode(self.local_indices, "encoding"):
             feats.append(feat.cpu().unsqueeze(0))
-            self._given = tokens.dtype
+            self._tower_dtype = tokens.dtype
             left -= tokens.numel() * dtype.itemsize
             if left >= 0:
                 # A copy: the tokens are a view of the whole batch.
-                self._kept[image] = tokens.to("cpu", dtype, copy=True)
-        self.feats = all_gather_rows(torch.tensor(self.share, dtype=torch.long), torch.cat(feats), total)
+                self._cache[image] = tokens.to("cpu", dtype, copy=True)
+        self.feats = all_gather_rows(torch.tensor(self.local_indices, dtype=torch.long), torch.cat(feats), total)
 
-    def of(self, images: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """Each of these images of the share, with its tokens (tokens, d) in the vision tower's dtype.
+    def iter_tokens(self, images: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Each of these images of this process, with its tokens (tokens, d) in the vision tower's dtype.
 
-        What is kept is given up on the way.
+        Cached tokens are dropped on the way.
         """
-        again = [image for image in images if image not in self._kept]
+        again = [image for image in images if image not in self._cache]
         for image in images:
-            if image in self._kept:
-                yield image, self._kept.pop(image).to(self._given)
+            if image in self._cache:
+                yield image, self._cache.pop(image).to(self._tower_dtype)
         if again:
             logging.info(
                 "the tokens of %d of %d images or videos are beyond run.token_budget_gb (%g): encoded again",
@@ -232,4 +232,4 @@ class ImageTokens:
                 self.budget_gb,
             )
             for image, tokens, _ in self.encoder.encode(again, "encoding again"):
-                yield image, tokens.to(self.dtype).to(self._given)
+                yield image, tokens.to(self.dtype).to(self._tower_dtype)

@@ -41,8 +41,8 @@ def retrieval_scores(
     model: RetrievalModel,
     data_loader: DataLoader,
     k_test: int,
-    itc_weight: float = 1.0,
-    token_budget_gb: float = 4.0,
+    itc_weight: float = RetrievalRunConfig.itc_weight,
+    token_budget_gb: float = RetrievalRunConfig.token_budget_gb,
     token_dtype: torch.dtype = torch.float32,
     bf16: bool = False,
 ) -> RetrievalScores:
@@ -128,10 +128,10 @@ def score_pairs(model: RetrievalModel, images: ImageTokens, texts: Texts, keys: 
     """
     count = len(texts.feats)
     starts = torch.searchsorted(keys, torch.arange(len(images.feats) + 1) * count).tolist()
-    wanted = [image for image in images.share if starts[image] < starts[image + 1]]
+    wanted = [image for image in images.local_indices if starts[image] < starts[image + 1]]
     places, logits = [torch.empty(0, dtype=torch.long)], [torch.empty(0, 2)]
     with progress(sum(starts[i + 1] - starts[i] for i in wanted), "reranking", "pair") as bar:
-        for image, tokens in images.of(wanted):
+        for image, tokens in images.iter_tokens(wanted):
             chosen = keys[starts[image] : starts[image + 1]] - image * count
             order = texts.lengths[chosen].argsort()
             places.append(starts[image] + order)

@@ -159,7 +159,7 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
                 f"processes; make the queue larger, the batch smaller, or set 0 for no queue"
             )
         places = (self.queue_ptr + torch.arange(count, device=image_feat.device)) % self.queue_size
-        # One batch that is no number must not spoil the steps after it.
+        # One batch with NaN must not spoil the steps after it.
         self.image_queue[:, places] = image_feat.t().to(self.image_queue.dtype).nan_to_num()
         self.text_queue[:, places] = text_feat.t().to(self.text_queue.dtype).nan_to_num()
         self.idx_queue[:, places] = idxs.t()

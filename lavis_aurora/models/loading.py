@@ -72,7 +72,7 @@ def _fit(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:
-    """Refuse weights that are no numbers."""
+    """Refuse weights that are NaN or infinite."""
     spoiled = sorted(name for name, x in state.items() if not is_finite(x))
     if spoiled:
         raise AuroraError(f"{source} holds NaN or infinite weights: {abbreviated(spoiled)}; take another checkpoint")

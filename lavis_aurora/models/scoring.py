@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,6 @@ from lavis_aurora.encoders.fusion import encode_with_image
 from lavis_aurora.encoders.towers import encode_visual, visual_input
 from lavis_aurora.evaluation.rerank import MatchScores, match_scores, retrieval_scores
 from lavis_aurora.evaluation.scores import RetrievalScores
-
-EVALUATION_KEYS = ("k_test", "itc_weight", "token_budget_gb", "token_dtype", "eval_bf16")
 
 
 @contextmanager
@@ -115,18 +114,18 @@ class RetrievalScoring:
 
         Args:
             data_loader: over a split for evaluation.
-            task_cfg: the keys ``k_test``, ``itc_weight``, ``token_budget_gb``, ``token_dtype`` and ``eval_bf16`` of
-                :class:`lavis_aurora.config.RetrievalRunConfig`.
+            task_cfg: holds, among others, the keys of :class:`lavis_aurora.config.RetrievalRunConfig` that differ
+                from the defaults.
         """
-        defaults = RetrievalRunConfig()
-        get = {key: task_cfg.get(key, getattr(defaults, key)) for key in EVALUATION_KEYS}
+        names = [one.name for one in fields(RetrievalRunConfig)]
+        keys = RetrievalRunConfig(**{name: task_cfg[name] for name in names if name in task_cfg})
         with evaluating(self):
             return retrieval_scores(
                 self,
                 data_loader,
-                k_test=get["k_test"],
-                itc_weight=get["itc_weight"],
-                token_budget_gb=get["token_budget_gb"],
-                token_dtype=getattr(torch, get["token_dtype"]),
-                bf16=get["eval_bf16"],
+                k_test=keys.k_test,
+                itc_weight=keys.itc_weight,
+                token_budget_gb=keys.token_budget_gb,
+                token_dtype=getattr(torch, keys.token_dtype),
+                bf16=keys.eval_bf16,
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lavis_aurora.common.errors import AuroraError, abbreviated
 from lavis_aurora.common.files import atomic_write, is_finite, load_torch, why_unreadable
+from lavis_aurora.common.summary import is_count
 from lavis_aurora.config.check import run_keys
 from lavis_aurora.config.run import RUN_KEYS
 from lavis_aurora.training.order import is_random_state
@@ -54,7 +55,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint of :func:`write_checkpoint`; tensors and plain values only are unpickled.
 
     Raises:
-        AuroraError: it is damaged, holds numbers that are none, or what no run writes.
+        AuroraError: it is damaged, holds NaN or infinite values, or what no run writes.
         MemoryError: there is no room for it.
     """
     try:
@@ -83,10 +84,6 @@ def _holds(condition: Callable[[Any], bool], value: Any) -> bool:
         return False
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
 def _are_tensors(value: dict[str, Tensor]) -> bool:
     return all(isinstance(name, str) and isinstance(x, Tensor) for name, x in value.items())
 
@@ -100,7 +97,7 @@ def _is_adamw(value: dict[str, Any]) -> bool:
 
 
 def _is_scaler(value: dict[str, Any] | None) -> bool:
-    return not value or (value["scale"] > 0 and _is_count(value["_growth_tracker"]))
+    return not value or (value["scale"] > 0 and is_count(value["_growth_tracker"]))
 
 
 def _are_processes(value: list[dict[str, Any]]) -> bool:
@@ -119,13 +116,13 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
     "optimizer": _is_adamw,
     "scaler": _is_scaler,
     "config": lambda value: _numeric_config(value) is not None,
-    "epoch": _is_count,
-    "step": _is_count,
-    "steps_per_epoch": _is_count,
+    "epoch": is_count,
+    "step": is_count,
+    "steps_per_epoch": is_count,
     "validated": lambda value: isinstance(value, bool),
     "processes": _are_processes,
     "best_metric": lambda value: isinstance(value, (int, float)) and not math.isnan(value),
-    "best_epoch": lambda value: value is None or _is_count(value),
+    "best_epoch": lambda value: value is None or is_count(value),
 }
 # The others may be infinite: the best metric before the first, a limit in the configuration.
 NUMBERS = ("model", "queue", "optimizer", "scaler", "processes")
@@ -142,7 +139,7 @@ def _fit_together(state: dict[str, Any]) -> bool:
 
 
 def _not_finite(value: Any, name: str) -> Iterator[str]:
-    """Names of the numbers inside of a value that are none."""
+    """Names of the numbers inside of a value that are NaN or infinite."""
     if isinstance(value, (Mapping, list, tuple)):
         for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield from _not_finite(inner, f"{name}.{key}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, get_world_size, is_dist_avail_and_initialized, is_main_process
 
 from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.evaluation.encode import broadcast
 from lavis_aurora.training.checkpoints import (
     BEST,
     DAMAGED,
@@ -22,8 +23,6 @@ from lavis_aurora.training.checkpoints import (
 )
 from lavis_aurora.training.loop import TrainableModel, TrainingState
 from lavis_aurora.training.order import random_state, set_random_state
-
-T = TypeVar("T")
 
 
 def load_weights(model: TrainableModel, path: Path) -> None:
@@ -95,7 +94,7 @@ class RunCheckpoints:
             return None
         # All processes go on from the same one.
         found = read_latest(self.folder) if is_main_process() else None
-        chosen = _of_main_process(found[1] if found else None)
+        chosen = broadcast(found[1] if found else None)
         if chosen is not None:
             self._load(found[0] if found else read_checkpoint(chosen), chosen)
             if is_main_process():
@@ -119,7 +118,7 @@ class RunCheckpoints:
         self._load_position(content)
         if state.epoch >= epochs and path.parent != self.folder:
             raise AuroraError(f"run.max_epoch: {epochs} epochs are done; raise it, or test with evaluate.py")
-        best = _of_main_process(self._keep_best(content, path) if is_main_process() else None)
+        best = broadcast(self._keep_best(content, path) if is_main_process() else None)
         state.best_lost = best is None and content["best_epoch"] is not None and content.get("validated", True)
         state.best_metric, state.best_epoch = best or (float("-inf"), None)
         if state.epoch >= epochs:
@@ -190,11 +189,3 @@ class RunCheckpoints:
 
 def _shapes(content: dict[str, Any]) -> dict[str, torch.Size]:
     return {name: x.shape for name, x in content["model"].items()}
-
-
-def _of_main_process(value: T) -> T:
-    """The main process's, on all."""
-    values = [value]
-    if is_dist_avail_and_initialized():
-        dist.broadcast_object_list(values, src=0)
-    return values[0]

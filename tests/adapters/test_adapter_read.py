@@ -88,7 +88,7 @@ HOSTILE = [
     ({"mode_approx": {"rank": 4, "targets": "("}}, "is no regular expression"),
     ({"mode_approx": {"rank": 4, "targets": "(" * 20_000}}, "is no regular expression"),
     ({"slots": {"query": [10**12, 6]}}, r"slots.query: .* is not \[d_in, d_out\] of at most"),
-    ({"slots": {}}, "slots: there are none"),
+    ({"slots": {}}, "slots: empty"),
     ({"slots": {"${x}": [24, 6]}}, "slots: .* nothing in it is resolved"),
     ({"base": {"sha256": "0" * 64, "name": "${x}"}}, "base.name: .* nothing in it is resolved"),
     ({"base": {"sha256": "no"}}, "base.sha256: 'no' is no hash"),

@@ -117,8 +117,8 @@ def test_state_dicts_hold_each_head_once_and_load_back():
     model = with_heads()
     state = model.state_dict()
     assert sum(key.endswith("head.weight") for key in state) == 1
-    waiting = [key for key in state if ".companions.heads." in key]
-    assert {key.split(".waiting.")[1].split(".")[0] for key in waiting} == {BASE, "other"}
+    inactive = [key for key in state if ".companions.heads." in key]
+    assert {key.split(".inactive.")[1].split(".")[0] for key in inactive} == {BASE, "other"}
     other = with_heads()
     with torch.no_grad():
         other.head.weight.zero_()
@@ -162,7 +162,7 @@ def test_a_set_of_the_training_is_no_adapter():
 
 
 def test_switching_takes_less_than_a_forward():
-    """References move, no numbers: well below a millisecond on an idle machine."""
+    """References are exchanged, no tensor is copied: well below a millisecond on an idle machine."""
     model = with_heads()
 
     def switch_round_trip():

@@ -349,14 +349,14 @@ def test_no_more_memory_is_held_than_the_budget(model: BlipRetrievalAurora, dtyp
     budget = _gigabytes(2.25)
     with torch.no_grad():
         images = ImageTokens(model, _loader(5), budget, dtype)
-        held = {tokens.untyped_storage().data_ptr(): tokens.untyped_storage() for tokens in images._kept.values()}
+        held = {tokens.untyped_storage().data_ptr(): tokens.untyped_storage() for tokens in images._cache.values()}
         assert len(held) == kept
         assert sum(storage.nbytes() for storage in held.values()) <= budget * 1e9
-        tokens = dict(images.of([4, 0, 2]))
+        tokens = dict(images.iter_tokens([4, 0, 2]))
         assert set(tokens) == {0, 2, 4}
         assert all(torch.equal(x, x.to(dtype).float()) for x in tokens.values())
         # Given up once used.
-        assert len(images._kept) == kept - sum(i < kept for i in tokens)
+        assert len(images._cache) == kept - sum(i < kept for i in tokens)
 
 
 def test_tokens_in_bfloat16_score_closely_and_alike_kept_or_not(model: BlipRetrievalAurora) -> None:

@@ -130,7 +130,7 @@ class Line(RunState, torch.nn.Linear):
 
 
 class NoLoss(Line):
-    """A loss that is no number itself."""
+    """A loss that is NaN itself."""
 
     def forward(self, samples: dict) -> dict:
         loss = super().forward(samples)["loss"]
@@ -179,7 +179,7 @@ def test_the_count_in_a_row_goes_on_over_epochs(tmp_path, spoiled, capsys):
 
 
 class Normed(Line):
-    """With running statistics, into which a batch that is no number goes too."""
+    """With running statistics, into which a batch with NaN goes too."""
 
     def __init__(self, bad: set[int]) -> None:
         super().__init__(bad)
@@ -264,7 +264,7 @@ def spoilt_in_one_process(rank: int, folder, scaled: bool) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("scaled", [False, True])
 def test_processes_name_the_same_batch(tmp_path, scaled):
-    """The batch of one of them alone is no number; for the others it is no overflow either."""
+    """The batch of one of them alone is NaN; for the others it is no overflow either."""
     for message in run_processes(2, spoilt_in_one_process, tmp_path, scaled):
         assert message.startswith("epoch 1, step 2: loss or gradient is not finite")
     assert {json.loads(file.read_text())["step"] for file in tmp_path.glob("not_finite*")} == {1}

@@ -102,10 +102,10 @@ def test_a_paragraph_of_didemo_is_one_text(tmp_path, options, capsys):
 @pytest.mark.parametrize("kind", ["image", "video"])
 @pytest.mark.parametrize("k", [0, 3])
 def test_report_names_the_kind(kind, k):
-    forth, back = f"{kind}_to_text", f"text_to_{kind}"
+    i2t, t2i = f"{kind}_to_text", f"text_to_{kind}"
     figures = {"r1": 10.0, "r5": 20.0, "r10": 30.0, "median_rank": 4.0}
-    metrics = {f"{d}{n}_{m}": v for d in (forth, back) for n in ("", "_itc", "_chance") for m, v in figures.items()}
-    result = {"kind": kind, f"{kind}s": 7, "texts": 9, "k_test": {forth: k, back: k}, "itc_weight": 1.0}
+    metrics = {f"{d}{n}_{m}": v for d in (i2t, t2i) for n in ("", "_itc", "_chance") for m, v in figures.items()}
+    result = {"kind": kind, f"{kind}s": 7, "texts": 9, "k_test": {i2t: k, t2i: k}, "itc_weight": 1.0}
     text = report("val", {**result, "metrics": metrics})
     assert text.startswith(f"val: 7 {kind}s, 9 texts; score = ")
     assert ("not reranked" in text) == (k == 0)
