@@ -47,6 +47,7 @@ class RandomTokenEncoder(nn.Module):
     def __init__(self, tokens: int, frames: int) -> None:
         super().__init__()
         self.tokens, self.frames = tokens, frames
+        self.precision = nn.Parameter(torch.zeros(()))  # a model in half precision shows by its parameters
 
     def forward_features(self, pixels: Tensor) -> Tensor:
         """(batch, 3, height, width) to (batch, tokens, 768)."""
