@@ -39,7 +39,7 @@ def test_three_thousand_answers_are_ranked_as_by_lavis(k):
 
 
 @pytest.mark.parametrize(("method", "beams"), [("rank", 1), ("generate", 1), ("generate", 3)])
-def test_scores_that_are_no_numbers_are_refused(method, beams):
+def test_nan_scores_are_refused(method, beams):
     options = dict(answer_list=SHORT, inference_method=method, num_beams=beams)
     model = vqa_model().eval()
     samples = vqa_batch()

@@ -174,7 +174,8 @@ def test_report_says_what_has_to_be_known():
     assert report("val", 4, scores).splitlines()[1:] == [
         "val: VQAv2's evaluator on the result file as it is gives 60.25 %, see docs/evaluation.md#questions",
         "val: LAVIS's evaluator gives 59.00 %, see docs/evaluation.md#questions",
-        "val: 3 questions have fewer than 10 annotators; question 'q-7' has 3, where no answer gets more than 67 %",
+        "val: fewer than 10 annotators answered 3 of 4 questions; question 'q-7' has 3, where no answer gets more "
+        "than 67 %",
         "val: 1 of 4 questions (25.0 %) have no true answer that can be given: 'pink'; "
         "the accuracy is at most 75.00 %",
     ]
@@ -201,7 +202,7 @@ def test_a_run_says_what_the_list_cannot_answer(tmp_path, capsys):
     assert (log["val_unreachable"], log["val_upper_bound"]) == (2, bound)
     assert {"val_official_accuracy", "val_lavis_accuracy"} <= log.keys()
     out = capsys.readouterr().out
-    assert "val: 1 questions have fewer than 10 annotators; question 4000000000 has 1, where no answer gets" in out
+    assert "val: fewer than 10 annotators answered 1 of 6 questions; question 4000000000 has 1, where no" in out
     assert "val: 2 of 6 questions (33.3 %) have no true answer that can be given: '2'" in out
 
 

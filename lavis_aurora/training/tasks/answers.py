@@ -192,7 +192,7 @@ def _reach(scores: dict[str, Any]) -> dict[str, float]:
     return {} if found is None else {"unreachable": found.unreachable, "upper_bound": found.upper_bound}
 
 
-def _caveats(split: str, scores: dict[str, Any]) -> list[str]:
+def _caveats(split: str, count: int, scores: dict[str, Any]) -> list[str]:
     """A line each: other evaluators' figures where they differ, too few annotators, answers that cannot be given."""
     lines = []
     evaluators = {"official": "VQAv2's evaluator on the result file as it is", "lavis": "LAVIS's evaluator"}
@@ -205,7 +205,7 @@ def _caveats(split: str, scores: dict[str, Any]) -> list[str]:
         best = vqa_score(["yes"] * few["annotators"], "yes")
         reached = f", where no answer gets more than {100 * best:.0f} %" if best < 1 else ""
         lines.append(
-            f"{split}: {few['questions']} questions have fewer than {ANNOTATORS} annotators; question "
+            f"{split}: fewer than {ANNOTATORS} annotators answered {few['questions']} of {count} questions; question "
             f"{shown(few['question_id'])} has {few['annotators']}{reached}"
         )
     found = scores.get("unreachable")
@@ -228,7 +228,7 @@ def report(split: str, count: int, scores: dict[str, Any] | None) -> str:
     text = f"{split}: {count} questions, accuracy {scores['accuracy']:.2f} % ({listed('answer_types')})"
     if len(scores["question_types"]) <= SHOWN_TYPES:
         text += f"\n{split}: by question type: {listed('question_types')}"
-    return "\n".join([text, *_caveats(split, scores)])
+    return "\n".join([text, *_caveats(split, count, scores)])
 
 
 @registry.register_task("video_qa_aurora")
@@ -267,4 +267,4 @@ def report_videos(split: str, count: int, scores: dict[str, Any]) -> str:
     words = {name: value for name, value in scores.items() if name not in ("agg_metrics", "unreachable")}
     listed = ", ".join(f"{word} {value:.2f}" for word, value in words.items())
     text = f"{split}: {count} questions, accuracy {scores['agg_metrics']:.2f} % ({listed})"
-    return "\n".join([text, *_caveats(split, scores)])
+    return "\n".join([text, *_caveats(split, count, scores)])
