@@ -167,7 +167,19 @@ def _read_official(path: str, key: str, form: tuple) -> set:
         for name in each:
             if name not in item:
                 raise AuroraError(f"{key}: item {i} of {items!r} in {path} has no {name!r}{did_you_mean(name, item)}")
+        if "answers" in each and not _annotators(item["answers"]):
+            raise AuroraError(
+                f"{key}: the answers of item {i} of {items!r} in {path} must be a list of those of its annotators, "
+                f'e.g. [{{"answer": "red", "answer_id": 1}}]; leave questions out that have none'
+            )
     return {item["question_id"] for item in content[items]}
+
+
+def _annotators(answers: Any) -> bool:
+    """Whether these are the answers to a question of VQAv2, of one annotator or more."""
+    if not isinstance(answers, list) or not answers:
+        return False
+    return all(isinstance(one, dict) and isinstance(one.get("answer"), str) for one in answers)
 
 
 def check_answers(path: str, key: str) -> None:

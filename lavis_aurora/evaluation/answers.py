@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,60 +16,108 @@ from lavis.models.med import XBertLMHeadDecoder
 from torch import Tensor
 from transformers import BertTokenizer, LogitsProcessor
 
+from lavis_aurora.common.answers import ANNOTATORS, normalise, unreachable_answers, vqa_score
 from lavis_aurora.common.errors import AuroraError, shown
 
+Generated = Callable[[Iterable[str]], dict[str, str]]
 
-def vqa_accuracy(results: str | Path, questions: str | Path, annotations: str | Path) -> dict:
-    """Accuracy of answers, percent: min(1, matches / 3) over nine of ten annotators, averaged over the ten choices.
+
+def vqa_accuracy(
+    results: str | Path,
+    questions: str | Path,
+    annotations: str | Path,
+    answer_list: Sequence[str] | None = None,
+    generated: Generated | None = None,
+) -> dict[str, Any]:
+    """VQAv2's accuracy of answers in percent, by the rules of its own evaluator (:func:`vqa_score`).
 
     Args:
         results: json list of ``question_id`` and ``answer``, one for each question.
         questions: VQAv2's questions file.
         annotations: VQAv2's annotations file.
+        answer_list: what was ranked, to count the questions that it has no true answer to.
+        generated: :func:`as_generated` with all but the texts, where answers were generated: true answers are then
+            compared as the model would have them.
 
     Returns:
-        ``accuracy``, and by name ``answer_types`` and ``question_types``, as the annotations name them.
+        ``accuracy``, and by name ``answer_types`` and ``question_types``, as the annotations name them;
+        ``official_accuracy`` and ``lavis_accuracy``, of VQAv2's and of LAVIS's evaluator on the file as it is;
+        ``unreachable`` (see :class:`Unreachable`), if it can be known; ``few_annotators`` (``questions``, and of one
+        with the fewest ``question_id`` and ``annotators``), if a question has fewer than ten.
+
+    Raises:
+        AuroraError: a question has no annotator.
     """
-    truth = VQA(str(annotations), str(questions))
-    scorer = VQAEval(truth, truth.loadRes(str(results), str(questions)), n=2)
-    scorer.evaluate()
-    print()  # after the evaluator's progress bar
-    return {
-        "accuracy": scorer.accuracy["overall"],
-        "answer_types": scorer.accuracy["perAnswerType"],
-        "question_types": scorer.accuracy["perQuestionType"],
-    }
+    with redirect_stdout(StringIO()):  # of LAVIS's evaluator
+        truth = VQA(str(annotations), str(questions))
+        given = truth.loadRes(str(results), str(questions))
+    asked = truth.qa
+    people = {i: [one["answer"] for one in question["answers"]] for i, question in asked.items()}
+    fewest = min(people, key=lambda i: len(people[i]))
+    if not people[fewest]:
+        raise AuroraError(f"{annotations}: question {shown(fewest)} has no answers; VQAv2's accuracy needs ten")
+    official = [vqa_score(people[i], given.qa[i]["answer"]) for i in asked]
+    scores, compared, possible = official, list(people.values()), answer_list
+    if generated is not None:
+        forms = generated(answer for answers in people.values() for answer in answers)
+        compared, possible = [[forms.get(one, one) for one in answers] for answers in compared], [*forms.values()]
+        scores = [vqa_score(answers, given.qa[i]["answer"]) for i, answers in zip(asked, compared)]
+    found: dict[str, Any] = {"accuracy": _percent(scores)}
+    for name in ("answer_type", "question_type"):
+        parts: dict[str, list[float]] = defaultdict(list)
+        for question, score in zip(asked.values(), scores):
+            parts[question[name]].append(score)
+        found[f"{name}s"] = {kind: _percent(part) for kind, part in parts.items()}
+    if possible is not None:
+        found["unreachable"] = unreachable_answers(compared, possible)
+    if len(people[fewest]) < ANNOTATORS:
+        count = sum(len(answers) < ANNOTATORS for answers in people.values())
+        few = {"questions": count, "question_id": fewest, "annotators": len(people[fewest])}
+        found["few_annotators"] = few
+    scorer = VQAEval(truth, given, n=2)
+    with redirect_stdout(StringIO()):
+        scorer.evaluate()  # changes the annotators' answers
+    return {**found, "official_accuracy": _percent(official), "lavis_accuracy": scorer.accuracy["overall"]}
+
+
+def _percent(scores: Sequence[float]) -> float:
+    """Of scores from 0 to 1, with VQAv2's two digits."""
+    return round(100 * sum(scores) / len(scores), 2)
 
 
 # Of MSRVTT-QA (Xu et al., ACM MM 2017), whose questions all begin with one of them.
 QUESTION_WORDS = ("what", "who", "how", "when", "where")
 
 
-def normalise(answer: str, evaluator: VQAEval) -> str:
-    """An answer without case, punctuation and articles, and with digits for numbers, as VQAv2's evaluator has it.
-
-    An answer of which nothing would be left is only put in lower case.
-    """
-    text = " ".join(answer.split())
-    return evaluator.processDigitArticle(evaluator.processPunctuation(text)) or text.lower()
-
-
-def exact_match(results: list[dict[str, Any]]) -> dict[str, float]:
+def exact_match(
+    results: Sequence[dict[str, Any]],
+    answer_list: Sequence[str] | None = None,
+    generated: Generated | None = None,
+) -> dict[str, Any]:
     """Accuracy in percent of results with ``question``, ``answer`` and ``truth``: overall and by question word.
+
+    Args:
+        results: an answer is right if :func:`normalise` makes the same of it and of the truth.
+        answer_list, generated: as of :func:`vqa_accuracy`.
 
     Returns:
         ``agg_metrics`` (overall), a figure for each of :data:`QUESTION_WORDS` that occurs, ``other`` for questions
-        that begin differently.
+        that begin differently; ``unreachable`` (see :class:`Unreachable`), if it can be known.
     """
-    evaluator = VQAEval()
+    truths: list[str] = [result["truth"] for result in results]
+    possible = answer_list
+    if generated is not None:
+        forms = generated(truths)
+        truths, possible = [forms.get(truth, truth) for truth in truths], [*forms.values()]
     right: dict[str, list[bool]] = defaultdict(list)
-    for result in results:
+    for result, truth in zip(results, truths):
         first = (result["question"].lower().split() or [""])[0]
         word = first if first in QUESTION_WORDS else "other"
-        right[word].append(normalise(result["answer"], evaluator) == normalise(result["truth"], evaluator))
+        right[word].append(normalise(result["answer"]) == normalise(truth))
     words = [word for word in (*QUESTION_WORDS, "other") if word in right]
-    metrics = {"agg_metrics": 100 * sum(sum(right[word]) for word in words) / len(results)}
-    return {**metrics, **{word: 100 * sum(right[word]) / len(right[word]) for word in words}}
+    metrics: dict[str, Any] = {"agg_metrics": 100 * sum(sum(right[word]) for word in words) / len(results)}
+    metrics |= {word: 100 * sum(right[word]) / len(right[word]) for word in words}
+    return metrics if possible is None else {**metrics, "unreachable": unreachable_answers(truths, possible)}
 
 
 def check_nan(scores: Tensor) -> None:
@@ -78,7 +128,7 @@ def check_nan(scores: Tensor) -> None:
 
 
 class NanCheckLogitsProcessor(LogitsProcessor):
-    """Lets a generation stop at the first token whose scores are no numbers."""
+    """Stops a generation at the first token with a score that is NaN."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         check_nan(scores)
@@ -160,8 +210,8 @@ def first_token_candidates(
 
 def rank_answers(
     decoder: XBertLMHeadDecoder, states: Tensor, mask: Tensor, answers: AnswerList, k: int, chunk: int
-) -> list[int]:
-    """Index of the likeliest answer to each question.
+) -> tuple[list[int], list[float]]:
+    """The likeliest answer to each question, and its confidence.
 
         argmin_{a in A_q} sum_i CE(p(. | a_<i, q), a_i),   A_q: the k answers with the likeliest first tokens
 
@@ -176,7 +226,8 @@ def rank_answers(
         chunk: pairs of question and answer scored at once.
 
     Returns:
-        An index into the list for each question.
+        For each question an index into the list, and the answer's share among the candidates: exp(-loss) over the sum
+        of all k, as ALBEF has it.
 
     Raises:
         AuroraError: a score is NaN.
@@ -202,4 +253,32 @@ def rank_answers(
     scores = torch.cat(losses).view(-1, k)
     check_nan(scores)
     best = scores.argmin(dim=1, keepdim=True)
-    return candidates.gather(1, best)[:, 0].tolist()
+    shares = (-scores.float()).softmax(dim=1).gather(1, best)
+    return candidates.gather(1, best)[:, 0].tolist(), shares[:, 0].tolist()
+
+
+def sequence_probabilities(
+    decoder: XBertLMHeadDecoder, states: Tensor, mask: Tensor, tokens: Tensor, end: int
+) -> list[float]:
+    """Probability of each generated answer, its [SEP] included, given its question; as if there were no min_len.
+
+        prod_i p(a_i | a_<i, q)
+
+    Args:
+        decoder: the answer decoder.
+        states: of the questions, (questions, length, d).
+        mask: 1 where a position is text, (questions, length).
+        tokens: of the answers, (questions, tokens), [DEC] first; whatever follows an end does not count.
+        end: the token that ends an answer; one without it was cut off.
+    """
+    ended = (tokens == end).cumsum(dim=1)
+    keep = (ended == 0) | ((ended == 1) & (tokens == end))
+    output = decoder(
+        tokens,
+        attention_mask=keep.long(),
+        encoder_hidden_states=states,
+        encoder_attention_mask=mask,
+        return_dict=True,
+    )
+    likely = output.logits[:, :-1].float().log_softmax(dim=-1).gather(2, tokens[:, 1:, None])[..., 0]
+    return likely.masked_fill(~keep[:, 1:], 0).sum(dim=1).exp().tolist()

@@ -28,7 +28,13 @@ from lavis_aurora.encoders.towers import (
     encode_visual,
     visual_input,
 )
-from lavis_aurora.evaluation.answers import AnswerList, CachedDecoder, NanCheckLogitsProcessor, rank_answers
+from lavis_aurora.evaluation.answers import (
+    AnswerList,
+    CachedDecoder,
+    NanCheckLogitsProcessor,
+    rank_answers,
+    sequence_probabilities,
+)
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.base import AuroraBase
 from lavis_aurora.models.scoring import evaluating
@@ -178,8 +184,9 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         num_ans_candidates: int = AnswerRunConfig.num_ans_candidates,
         answer_list: Sequence[str] | None = None,
         prompt: str = AnswerRunConfig.prompt,
+        return_scores: bool = False,
         **_kwargs,
-    ) -> list[str]:
+    ) -> list[str] | tuple[list[str], list[float]]:
         """Answers to questions, one each, in eval mode; a model in training stays in training.
 
         Args:
@@ -192,6 +199,12 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
             num_ans_candidates: answers scored as a whole, those with the likeliest first token.
             answer_list: what to choose from, of any length.
             prompt: wording around the question, ``{}`` in the question's place.
+            return_scores: give confidences too.
+
+        Returns:
+            The answers; with ``return_scores`` also their confidences, from 0 to 1: of a ranked answer its share
+            among the candidates (:func:`rank_answers`), of a generated one its probability
+            (:func:`sequence_probabilities`).
 
         Raises:
             AuroraError: a question is empty, there is not one for each image, there is no list to rank, or scores of
@@ -211,15 +224,12 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         if prompt:
             questions = [prompt.replace("{}", question) for question in questions]
         with evaluating(self):
-            return super().predict_answers(
-                {**samples, "image": visual, "text_input": questions},
-                num_beams=num_beams,
-                inference_method=inference_method,
-                max_len=max_len,
-                min_len=min_len,
-                num_ans_candidates=num_ans_candidates,
-                answer_list=answer_list,
-            )
+            asked = {**samples, "image": visual, "text_input": questions}
+            if inference_method == "rank":
+                answers, confidences = self._rank_answers(asked, answer_list, num_ans_candidates)
+            else:
+                answers, confidences = self._generate_answers(asked, num_beams, max_len, min_len, return_scores)
+        return (answers, confidences) if return_scores else answers
 
     @staticmethod
     def _check_questions(questions: Sequence[str], visual: Tensor) -> None:
@@ -231,9 +241,9 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
                 raise AuroraError(f"samples: question {i} of the batch is {shown(question)}; it must have words")
 
     def _generate_answers(
-        self, samples: dict, num_beams: int = 3, max_length: int = 10, min_length: int = 1
-    ) -> list[str]:
-        """LAVIS's, with the padding of questions masked if so configured."""
+        self, samples: dict, num_beams: int, max_length: int, min_length: int, return_scores: bool
+    ) -> tuple[list[str], list[float]]:
+        """LAVIS's, with the padding of questions masked if so configured; confidences too, if they are asked for."""
         states = self.forward_encoder(samples)[0].last_hidden_state
         mask = samples["tokenized_text"].attention_mask
         if not self.mask_question_padding:
@@ -249,13 +259,20 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
             pad_token_id=self.tokenizer.pad_token_id,
             logits_processor=LogitsProcessorList([NanCheckLogitsProcessor()]),
         )
-        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        answers = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        if not return_scores:
+            return answers, []
+        return answers, sequence_probabilities(self.text_decoder, states, mask, tokens, self.tokenizer.sep_token_id)
 
-    def _rank_answers(self, samples: dict, answer_list: Sequence[str], num_ans_candidates: int) -> list[str]:
-        """LAVIS's, in bounded memory; the list is tokenized once."""
+    def _rank_answers(
+        self, samples: dict, answer_list: Sequence[str], num_ans_candidates: int
+    ) -> tuple[list[str], list[float]]:
+        """LAVIS's, in bounded memory; the list is tokenized once; confidences too."""
         states = self.forward_encoder(samples)[0].last_hidden_state
         mask = samples["tokenized_text"].attention_mask
         if self._answers is None or self._answers.texts != list(answer_list):
             self._answers = AnswerList(answer_list, self.tokenizer, self.positions)
-        best = rank_answers(self.text_decoder, states, mask, self._answers, num_ans_candidates, chunk=self.rank_chunk)
-        return [self._answers.texts[i] for i in best]
+        best, scores = rank_answers(
+            self.text_decoder, states, mask, self._answers, num_ans_candidates, chunk=self.rank_chunk
+        )
+        return [self._answers.texts[i] for i in best], scores

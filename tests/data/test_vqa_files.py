@@ -146,3 +146,9 @@ def test_official_file_of_other_questions(cfg: DictConfig, edit: Callable, file:
     """The official evaluator would stop, after all questions were answered."""
     path = edit(file, lambda content: content[items].pop() and None)
     _refused(cfg, f"{path} and ", "must hold the same questions; 4000000002 is in one of them only")
+
+
+@pytest.mark.parametrize("answers", [[], None, "red", ["red"], [{"answer": 2}], [{"text": "red"}]])
+def test_answers_of_annotators(cfg: DictConfig, edit: Callable, answers: object) -> None:
+    path = edit("truth.json", lambda content: content["annotations"][1].update(answers=answers))
+    _refused(cfg, f"the answers of item 1 of 'annotations' in {path} must be a list of those of its annotators")

@@ -156,7 +156,7 @@ def test_annotators_mostly_agree_and_not_always(domain: str) -> None:
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_the_official_evaluator_leaves_answers_as_they_are(domain: str) -> None:
-    """It drops articles from an answer and turns number words to digits, but not in the annotations."""
+    """It drops articles and turns number words to digits; LAVIS's does so in the answers alone."""
     evaluator = VQAEval(None, None)
     said = {answer for _, _, answers in asked(domain, "train", 1000) for answer in answers}
     for answer in said.union(answers_of(domain)):

@@ -39,7 +39,7 @@ def test_three_thousand_answers_are_ranked_as_by_lavis(k):
 
 
 @pytest.mark.parametrize(("method", "beams"), [("rank", 1), ("generate", 1), ("generate", 3)])
-def test_scores_that_are_no_numbers_are_refused(method, beams):
+def test_nan_scores_are_refused(method, beams):
     options = dict(answer_list=SHORT, inference_method=method, num_beams=beams)
     model = vqa_model().eval()
     samples = vqa_batch()
@@ -77,8 +77,9 @@ def test_all_answers_scored_one_by_one_give_the_same():
         loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum", label_smoothing=0.1)
         losses[i, j] = loss
     listed = AnswerList(answers, model.tokenizer, 64)
-    best = rank_answers(model.text_decoder, states, mask, listed, len(answers), chunk=50)
+    best, confidences = rank_answers(model.text_decoder, states, mask, listed, len(answers), chunk=50)
     assert best == losses.argmin(dim=1).tolist()
+    assert confidences == pytest.approx((-losses).softmax(dim=1).amax(dim=1).tolist(), rel=1e-3)
 
 
 def test_fewer_answers_than_candidates():

@@ -203,6 +203,57 @@ def test_batched_answers_are_those_of_one_by_one(method, mask):
         assert [model.predict_answers(row, **method)[0] for row in rows] == whole
 
 
+@pytest.mark.parametrize("method", [GREEDY, BEAMS, RANK], ids=["greedy", "beams", "rank"])
+def test_confidence_batched_is_that_of_one_by_one(method):
+    model = activate(vqa_model(mask_question_padding=True)).eval()
+    samples = vqa_batch()
+    answers, confidences = model.predict_answers(samples, **method, return_scores=True)
+    assert answers == model.predict_answers(samples, **method)
+    rows = [{"image": samples["image"][i : i + 1], "text_input": samples["text_input"][i]} for i in range(4)]
+    alone = [model.predict_answers(row, **method, return_scores=True) for row in rows]
+    assert [answer for [answer], _ in alone] == answers
+    assert [score for _, [score] in alone] == pytest.approx(confidences, rel=1e-3)
+    assert all(0 < score < 1 for score in confidences) and len({*confidences}) == 4
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@torch.no_grad()
+def test_confidence_of_a_generated_answer_is_its_probability(beams, monkeypatch):
+    """Token by token; with beams also what transformers says, without its division by the length."""
+    model = activate(vqa_model(mask_question_padding=True)).eval()
+    samples, made = vqa_batch(), []
+    generate = model.text_decoder.generate
+
+    def kept(**kwargs):
+        made.append(generate(**kwargs, output_scores=True, return_dict_in_generate=True))
+        return made[0].sequences
+
+    monkeypatch.setattr(model.text_decoder, "generate", kept)
+    options = dict(inference_method="generate", num_beams=beams, max_len=6)
+    _, confidences = model.predict_answers(samples, **options, return_scores=True)
+    states, end = model.forward_encoder(samples)[0].last_hidden_state, model.tokenizer.sep_token_id
+    mask = samples["tokenized_text"].attention_mask
+    for i, sequence in enumerate(made[0].sequences.tolist()):
+        tokens = sequence[: sequence.index(end) + 1] if end in sequence else sequence
+        total = 1.0
+        for place in range(1, len(tokens)):
+            question = dict(encoder_hidden_states=states[i : i + 1], encoder_attention_mask=mask[i : i + 1])
+            logits = model.text_decoder(torch.tensor([tokens[:place]]), return_dict=True, **question).logits
+            total *= float(logits[0, -1].softmax(dim=0)[tokens[place]])
+        assert confidences[i] == pytest.approx(total, rel=1e-3)
+        if beams > 1:
+            length = len(tokens) - (end in tokens)
+            assert confidences[i] == pytest.approx(float((made[0].sequences_scores[i] * length).exp()), rel=1e-3)
+
+
+def test_confidence_of_a_ranked_answer_is_its_share_of_the_candidates():
+    model, samples = activate(vqa_model()).eval(), vqa_batch()
+    assert model.predict_answers(samples, answer_list=["yes"], return_scores=True) == (["yes"] * 4, [1.0] * 4)
+    both = [model.predict_answers(samples, answer_list=a, return_scores=True) for a in (["yes", "no"], ["no", "yes"])]
+    assert both[0][0] == both[1][0] and both[0][1] == pytest.approx(both[1][1])
+    assert all(0.5 < score < 1 for score in both[0][1])
+
+
 def test_padding_of_questions_is_masked_when_asked_for():
     """A longer question beside it changes how LAVIS answers the short one, and not how we do."""
     seen = {}

@@ -18,6 +18,8 @@ from runs import logged, only_run
 from tiny_vqa import KINDS, vqa_project
 
 from lavis_aurora import AuroraError
+from lavis_aurora.common.answers import Unreachable
+from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
 from lavis_aurora.project import load_config
 from lavis_aurora.training.tasks.answers import VqaAuroraTask, report
 from lavis_aurora_cli import evaluate, train
@@ -49,7 +51,8 @@ def test_a_run_trains_scores_and_answers(tmp_path, capsys, string_ids, options):
     ids = [entry["question_id"] for entry in json.loads((data / "test.json").read_text())]
     answers = json.loads((folder / "result" / "test_epoch_best_vqa_result.json").read_text())
     assert [entry["question_id"] for entry in answers] == ids
-    assert all(set(entry) == {"question_id", "answer"} and isinstance(entry["answer"], str) for entry in answers)
+    assert all(set(entry) == {"question_id", "answer", "confidence"} for entry in answers)
+    assert all(isinstance(entry["answer"], str) and 0 < entry["confidence"] <= 1 for entry in answers)
     validated = json.loads((folder / "result" / "val_epoch_0_vqa_result.json").read_text())
     [log] = logged(folder, "val_agg_metrics")
     truth = json.loads((data / "truth.json").read_text())["annotations"]
@@ -156,6 +159,59 @@ def test_report_of_a_split():
     scores["question_types"] = {f"type {i}": 50.0 for i in range(65)}
     assert report("val", 4, scores) == first
     assert "not known here" in report("test", 4, None)
+
+
+def test_report_says_what_has_to_be_known():
+    scores = {
+        "accuracy": 61.5,
+        "official_accuracy": 60.25,
+        "lavis_accuracy": 59.0,
+        "answer_types": {"other": 61.5},
+        "question_types": {f"type {i}": 50.0 for i in range(65)},
+        "few_annotators": {"questions": 3, "question_id": "q-7", "annotators": 3},
+        "unreachable": Unreachable(4, 1, 75.0, ["pink"]),
+    }
+    assert report("val", 4, scores).splitlines()[1:] == [
+        "val: VQAv2's evaluator on the result file as it is gives 60.25 %, see docs/evaluation.md#questions",
+        "val: LAVIS's evaluator gives 59.00 %, see docs/evaluation.md#questions",
+        "val: fewer than 10 annotators answered 3 of 4 questions; question 'q-7' has 3, where no answer gets more "
+        "than 67 %",
+        "val: 1 of 4 questions (25.0 %) have no true answer that can be given: 'pink'; "
+        "the accuracy is at most 75.00 %",
+    ]
+    scores["few_annotators"]["annotators"] = 9
+    assert "question 'q-7' has 9\n" in report("val", 4, scores)
+    same = {"official_accuracy": 61.5, "lavis_accuracy": 61.5, "unreachable": Unreachable(4, 0, 100.0, [])}
+    del scores["few_annotators"]
+    assert len(report("val", 4, {**scores, **same}).splitlines()) == 1
+
+
+def test_a_run_says_what_the_list_cannot_answer(tmp_path, capsys):
+    """One question of three kinds asks for 2; of its annotators one is left."""
+    yaml = vqa_project(tmp_path)
+    (tmp_path / "data" / "answers.json").write_text(json.dumps(["yes", "red", "two"]))
+    truth = json.loads((tmp_path / "data" / "truth.json").read_text())
+    truth["annotations"][0]["answers"] = truth["annotations"][0]["answers"][:1]
+    (tmp_path / "data" / "truth.json").write_text(json.dumps(truth))
+    run(yaml, "run.test_splits=[]")
+    scores = json.loads((only_run(tmp_path) / "result" / "val_epoch_0_accuracy.json").read_text())
+    bound = pytest.approx(100 * 3 / 6)
+    assert scores["unreachable"] == {"questions": 6, "unreachable": 2, "upper_bound": bound, "examples": ["2"]}
+    assert scores["few_annotators"] == {"questions": 1, "question_id": 4_000_000_000, "annotators": 1}
+    [log] = logged(only_run(tmp_path), "val_agg_metrics")
+    assert (log["val_unreachable"], log["val_upper_bound"]) == (2, bound)
+    assert {"val_official_accuracy", "val_lavis_accuracy"} <= log.keys()
+    out = capsys.readouterr().out
+    assert "val: fewer than 10 annotators answered 1 of 6 questions; question 4000000000 has 1, where no" in out
+    assert "val: 2 of 6 questions (33.3 %) have no true answer that can be given: '2'" in out
+
+
+def test_models_that_give_no_confidence(tmp_path, monkeypatch):
+    """LAVIS's give a list of answers."""
+    monkeypatch.setattr(BlipVqaAurora, "predict_answers", lambda self, samples, **_: ["red"] * len(samples["image"]))
+    run(vqa_project(tmp_path), "run.valid_splits=[]", command=evaluate)
+    answers = json.loads((only_run(tmp_path) / "result" / "test_epoch_0_vqa_result.json").read_text())
+    assert all(set(entry) == {"question_id", "answer"} for entry in answers)
 
 
 # Bad input

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from lavis.common.dist_utils import (
 )
 from lavis.common.registry import registry
 from lavis.datasets.datasets.vqa_datasets import VQADataset
+from lavis.models.blip_models.blip_vqa import BlipVQA
 from lavis.tasks.vqa import VQATask
 from torch.utils.data import Dataset
 
-from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.answers import ANNOTATORS, EXAMPLES, Unreachable, as_generated, vqa_score
+from lavis_aurora.common.errors import AuroraError, shown
 from lavis_aurora.common.files import read_json, write_text
-from lavis_aurora.evaluation.answers import exact_match, vqa_accuracy
+from lavis_aurora.evaluation.answers import Generated, exact_match, vqa_accuracy
 from lavis_aurora.training.tasks.base import AuroraTaskBase, LavisTaskMixin
 
 SHOWN_TYPES = 12  # question types that a report lists; VQAv2 has 65
@@ -34,6 +37,7 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
 
     # What a result is known by, when processes have answered a question twice.
     result_key = "question_id"
+    generated: Generated | None = None
 
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
         """Datasets by name and split, their files checked, with what the evaluation of each split needs.
@@ -71,12 +75,28 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
     def evaluation(self, model: Any, data_loader: Any, **_kwargs: Any) -> list[dict[str, Any]]:
         """Answers of this process to its share of the questions."""
         self.answer_list = getattr(data_loader.dataset, "answer_list", None)
+        self.generated = self._as_generated(model)
         answers: list[dict[str, Any]] = super().evaluation(model, data_loader)
         return answers
 
+    def _as_generated(self, model: Any) -> Generated | None:
+        """How the model decodes what it generates; None where it ranks, or is none of BLIP's."""
+        inner = getattr(model, "base", model)  # of mode_approx
+        if self.inference_method != "generate" or not isinstance(inner, BlipVQA):
+            return None
+        return partial(as_generated, tokenizer=inner.tokenizer, min_len=self.min_len, max_len=self.max_len)
+
+    def _possible(self) -> dict[str, Any]:
+        """Which answers there are to choose from, as :func:`vqa_accuracy` and :func:`exact_match` ask for it."""
+        ranked = self.answer_list if self.inference_method == "rank" else None
+        return {"answer_list": ranked, "generated": self.generated}
+
     def valid_step(self, model: Any, samples: dict[str, Any]) -> list[dict[str, Any]]:
-        """``question_id`` and ``answer`` of each question; ids are numbers or strings."""
-        answers = model.predict_answers(
+        """``question_id``, ``answer`` and, if the model has it, ``confidence`` of each question.
+
+        Ids are numbers or strings.
+        """
+        found = model.predict_answers(
             samples=samples,
             answer_list=self.answer_list,
             inference_method=self.inference_method,
@@ -85,15 +105,21 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
             min_len=self.min_len,
             num_ans_candidates=self.num_ans_candidates,
             prompt=self.prompt,
+            return_scores=True,
         )
         ids = samples["question_id"]
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
-        return [{"question_id": i, "answer": answer} for i, answer in zip(ids, answers)]
+        # LAVIS's models give the answers alone.
+        answers, scores = found if isinstance(found, tuple) else (found, None)
+        given = [{"question_id": i, "answer": answer} for i, answer in zip(ids, answers)]
+        if scores is None:
+            return given
+        return [{**one, "confidence": float(f"{score:.4g}")} for one, score in zip(given, scores)]
 
     def after_evaluation(
         self, val_result: list[dict[str, Any]], split_name: str, epoch: int | str, **_kwargs: Any
     ) -> dict[str, Any] | None:
-        """Write ``result/SPLIT_epoch_N_vqa_result.json``, in the official server's format, and score it."""
+        """Write ``result/SPLIT_epoch_N_vqa_result.json``, which VQAv2's evaluator reads, and score it."""
         path = self.save_result(
             val_result,
             result_dir=registry.get_path("result_dir"),
@@ -141,27 +167,68 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
         metrics: dict[str, Any] = {"agg_metrics": None, "questions": count}
         scores = None
         if split in self.anno_files:
-            scores = vqa_accuracy(result_file, self.ques_files[split], self.anno_files[split])
+            files = (result_file, self.ques_files[split], self.anno_files[split])
+            scores = vqa_accuracy(*files, **self._possible())
             path = Path(result_file.replace("_vqa_result.json", "_accuracy.json"))
-            text = json.dumps({"split": split, "questions": count, **scores}, indent=1)
-            write_text(path, text)
+            found = {key: _plain(value) for key, value in scores.items()}
+            write_text(path, json.dumps({"split": split, "questions": count, **found}, indent=1))
             metrics.update(scores["answer_types"], agg_metrics=scores["accuracy"])
+            metrics.update({f"{name}_accuracy": scores[f"{name}_accuracy"] for name in ("official", "lavis")})
+            metrics.update(_reach(scores))
         print(report(split, count, scores), flush=True)
         return metrics
 
 
+def _plain(value: Any) -> Any:
+    """What a JSON file holds of a score."""
+    if not isinstance(value, Unreachable):
+        return value
+    return {**value._asdict(), "examples": value.examples[:EXAMPLES]}
+
+
+def _reach(scores: dict[str, Any]) -> dict[str, float]:
+    """As metrics: questions without a true answer that can be given, and the accuracy that they leave."""
+    found = scores.get("unreachable")
+    return {} if found is None else {"unreachable": found.unreachable, "upper_bound": found.upper_bound}
+
+
+def _caveats(split: str, count: int, scores: dict[str, Any]) -> list[str]:
+    """A line each: other evaluators' figures where they differ, too few annotators, answers that cannot be given."""
+    lines = []
+    evaluators = {"official": "VQAv2's evaluator on the result file as it is", "lavis": "LAVIS's evaluator"}
+    for name, whose in evaluators.items():
+        other = scores.get(f"{name}_accuracy")
+        if other not in (None, scores.get("accuracy")):
+            lines.append(f"{split}: {whose} gives {other:.2f} %, see docs/evaluation.md#questions")
+    few = scores.get("few_annotators")
+    if few is not None:
+        best = vqa_score(["yes"] * few["annotators"], "yes")
+        reached = f", where no answer gets more than {100 * best:.0f} %" if best < 1 else ""
+        lines.append(
+            f"{split}: fewer than {ANNOTATORS} annotators answered {few['questions']} of {count} questions; question "
+            f"{shown(few['question_id'])} has {few['annotators']}{reached}"
+        )
+    found = scores.get("unreachable")
+    if found is not None and found.unreachable:
+        lines.append(f"{split}: {found}")
+    return lines
+
+
 def report(split: str, count: int, scores: dict[str, Any] | None) -> str:
-    """Number of questions, accuracy, accuracy by answer type, and by question type if these are not too many."""
+    """Number of questions, accuracy, accuracy by answer type, and by question type if these are not too many.
+
+    Further lines say what has to be known to read the accuracy.
+    """
     if scores is None:
         return f"{split}: {count} questions answered; their true answers are not known here"
 
-    def shown(kind: str) -> str:
+    def listed(kind: str) -> str:
         return ", ".join(f"{name} {value:.2f}" for name, value in sorted(scores[kind].items()))
 
-    text = f"{split}: {count} questions, accuracy {scores['accuracy']:.2f} % ({shown('answer_types')})"
+    text = f"{split}: {count} questions, accuracy {scores['accuracy']:.2f} % ({listed('answer_types')})"
     if len(scores["question_types"]) <= SHOWN_TYPES:
-        text += f"\n{split}: by question type: {shown('question_types')}"
-    return text
+        text += f"\n{split}: by question type: {listed('question_types')}"
+    return "\n".join([text, *_caveats(split, count, scores)])
 
 
 @registry.register_task("video_qa_aurora")
@@ -177,7 +244,7 @@ class VideoQaAuroraTask(VqaAuroraTask):
         self._check_answers(files, dataset)
 
     def valid_step(self, model: Any, samples: dict[str, Any]) -> list[dict[str, Any]]:
-        """``question_id``, ``answer``, ``instance_id``, ``question`` and the true answer, ``truth``."""
+        """VQA's, with ``instance_id``, ``question`` and the true answer, ``truth``."""
         rest = zip(samples["instance_id"], samples["text_input"], samples["answer"])
         return [
             {**result, "instance_id": instance, "question": question, "truth": truth}
@@ -188,13 +255,16 @@ class VideoQaAuroraTask(VqaAuroraTask):
     def _report_metrics(self, result_file: str, split: str) -> dict[str, Any]:
         """Exact match in percent, and the number of questions."""
         results = read_json(result_file)
-        metrics = exact_match(results)
-        print(report_videos(split, len(results), metrics), flush=True)
+        scores = exact_match(results, **self._possible())
+        print(report_videos(split, len(results), scores), flush=True)
         logging.info("answers written to %s", result_file)
-        return {**metrics, "questions": len(results)}
+        metrics = {name: value for name, value in scores.items() if name != "unreachable"}
+        return {**metrics, **_reach(scores), "questions": len(results)}
 
 
-def report_videos(split: str, count: int, metrics: dict[str, float]) -> str:
-    """One line: number of questions, accuracy, and accuracy by question word."""
-    shown = ", ".join(f"{word} {value:.2f}" for word, value in metrics.items() if word != "agg_metrics")
-    return f"{split}: {count} questions, accuracy {metrics['agg_metrics']:.2f} % ({shown})"
+def report_videos(split: str, count: int, scores: dict[str, Any]) -> str:
+    """Number of questions, accuracy, and accuracy by question word; a second line on answers that cannot be given."""
+    words = {name: value for name, value in scores.items() if name not in ("agg_metrics", "unreachable")}
+    listed = ", ".join(f"{word} {value:.2f}" for word, value in words.items())
+    text = f"{split}: {count} questions, accuracy {scores['agg_metrics']:.2f} % ({listed})"
+    return "\n".join([text, *_caveats(split, count, scores)])
