@@ -258,8 +258,8 @@ RANK = RankPlot()
 class ComparisonPlot(Plot):
     """Methods of scripts/comparison.py: the metric against trained parameters, and against the rate.
 
-    The first panel has the mean and spread of the test split at the best rate, the second the validation score of each
-    rate, where a run that failed stands at the bottom.
+    The first panel has the mean and spread of the test split at the best rate, the second the validation score at
+    each rate, which of a run that failed is drawn as 0.
     """
 
     name = "comparison"
@@ -267,7 +267,7 @@ class ComparisonPlot(Plot):
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("records", metavar="TASK.JSON", help="of scripts/comparison.py")
-        parser.add_argument("--budget", default="25k", help="of the methods whose rates are drawn; default: %(default)s")
+        parser.add_argument("--budget", default="25k", help="whose rates are drawn; default: %(default)s")
 
     def numbers(self, args: argparse.Namespace) -> dict[str, Any]:
         """The methods, their scores the mean over the metrics."""
@@ -284,25 +284,28 @@ class ComparisonPlot(Plot):
     def draw(self, numbers: dict[str, Any]) -> Figure:
         """Two panels."""
         figure, (scores, rates) = subplots(1, 2, 5.6, 4.2)
-        labels = list(dict.fromkeys(one["label"] for one in numbers["methods"]))
-        colors = {label: CYCLE[i % len(CYCLE)] for i, label in enumerate(labels)}
-        for label in labels:
-            points = [one for one in numbers["methods"] if one["label"] == label]
+        names = dict.fromkeys(one["label"] for one in numbers["methods"])
+        methods = sorted(names, key=lambda name: not name.startswith("Aurora"))  # the first color is ours
+        for i, method in enumerate(methods):
+            points = [one for one in numbers["methods"] if one["label"] == method]
+            style: dict[str, Any] = {"color": CYCLE[i % len(CYCLE)], "label": method}
             x, y = [one["parameters"] for one in points], [one["mean"] for one in points]
             if not any(x):  # nothing is trained
-                scores.axhline(y[0], color=colors[label], linestyle=":", label=label)
+                scores.axhline(y[0], linestyle=":", color=PALE, label=method)
                 continue
             spread = [one["spread"] or 0 for one in points]
-            scores.errorbar(x, y, yerr=spread, fmt="o-", capsize=4, color=colors[label], label=label)
+            scores.errorbar(x, y, yerr=spread, fmt="o-", capsize=4, **style)
             for one in points:
                 if one["budget"] in ("", numbers["budget"]) and len(one["rates"]) > 1:
                     tried = sorted((float(rate), score or 0.0) for rate, score in one["rates"].items())
-                    rates.plot(*zip(*tried), "o-", color=colors[label], label=label)
-        names = " and ".join(metric_title(metric, len(numbers["metrics"]) > 1) for metric in numbers["metrics"])
-        scores.set(xscale="log", xlabel="adapter parameters", ylabel=f"test: {names}, percent")
+                    rates.plot(*zip(*tried), "o-", **style)
+        metric = "R@1, mean of both directions" if len(numbers["metrics"]) > 1 else "accuracy"
+        scores.set(xscale="log", xlabel="adapter parameters", ylabel=f"test: {metric}, percent")
         rates.set(xscale="log", xlabel="rate (run.init_lr)", ylabel="validation score, percent")
         rates.set_title(f"rates, at {numbers['budget']} parameters")
         scores.set_title(f"{numbers['task']}: each method at its best rate")
+        scores.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
+        scores.xaxis.set_minor_formatter(lambda x, _: f"{x / 1000:g}k" if f"{x:e}"[0] in "25" else "")
         for axis in (scores, rates):
             despine(axis)
         scores.legend(frameon=False, fontsize=8)

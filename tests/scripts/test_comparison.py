@@ -65,7 +65,8 @@ def test_rates_come_first_then_seeds_at_the_best(results, tmp_path):
     assert lora.scores == dict.fromkeys(METRICS, [40.0, 42.0, 44.0])
     assert lora.rates == {1e-3: 40.0, 1e-2: None}
     assert (frozen.rate, frozen.seeds, frozen.at_end) == (None, 1, False)
-    assert "| small | LoRA | 100 | 0.001 (an end of those tried) | 3 | 42.0 (2.0) | 42.0 (2.0) |" in table(found.records)
+    row = "| small | LoRA | 100 | 0.001 (an end of those tried) | 3 | 42.0 (2.0) | 42.0 (2.0) |"
+    assert row in table(found.records)
 
 
 def test_a_record_of_another_project_gives_way_to_the_new_one(results, tmp_path):
