@@ -217,6 +217,61 @@ def series(path: str | Path, key: str, metrics: Sequence[str]) -> dict[str, dict
     return found
 
 
+@dataclass
+class ComparedMethod:
+    """A way of tuning of one size in a comparison, see scripts/comparison.py.
+
+    Attributes:
+        method, label, budget: its names.
+        parameters: trained scalars without those of heads; of all where there are no adapters.
+        rates: score on the validation split by rate, with one seed; None of a run that failed.
+        rate: the best of these; None where nothing is trained.
+        seeds: runs at that rate.
+        scores: percent on the test split at that rate, of each seed, by metric.
+    """
+
+    method: str
+    label: str
+    budget: str
+    parameters: int
+    rates: dict[float, float | None]
+    rate: float | None
+    seeds: int
+    scores: dict[str, list[float]]
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the best rate is the lowest or the highest of several, so that one beyond might be better."""
+        return len(self.rates) > 1 and self.rate in (min(self.rates), max(self.rates))
+
+
+def compared(records: Sequence[Mapping[str, Any]]) -> list[ComparedMethod]:
+    """The methods of a comparison at their best rates, by budget and parameters.
+
+    Args:
+        records: of its runs, as scripts/comparison.py writes them.
+    """
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for record in records:
+        groups[record["method"], record["budget"]].append(record)
+    found = []
+    for (method, budget), runs in groups.items():
+        first = min(run["seed"] for run in runs)
+        rates = {run["rate"]: run.get("validation") for run in runs if run["seed"] == first}
+        known = {rate: score for rate, score in rates.items() if score is not None}
+        rate = max(known, key=lambda one: known[one], default=None)
+        best = [run for run in runs if run["rate"] == rate and "metrics" in run]
+        if not best:
+            continue
+        counts = {name: group["parameters"] for name, group in best[0]["parameters"].items()}
+        own = sum(counts.values()) - counts.get("heads", 0)
+        metrics = [name for name in best[0]["metrics"] if name.endswith("_r1") and name.count("_") == 3]
+        scores = {name: [run["metrics"][name] for run in best] for name in metrics or ["agg_metrics"]}
+        label, tried = best[0]["label"], {one: score for one, score in rates.items() if one is not None}
+        found.append(ComparedMethod(method, label, budget, own, tried, rate, len(best), scores))
+    return sorted(found, key=lambda one: (one.parameters, one.label))
+
+
 VIDEOS = (".mp4", ".avi", ".mkv", ".webm", ".mov")
 
 

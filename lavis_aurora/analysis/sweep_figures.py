@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -21,8 +23,9 @@ from lavis_aurora.analysis.paper import (
     paper_tables,
     uniadapter_count,
 )
-from lavis_aurora.analysis.results import read_table, series
+from lavis_aurora.analysis.results import ComparedMethod, compared, read_table, series
 from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.files import read_json
 from lavis_aurora.evaluation.scores import TOP
 
 RECALLS = ("image_to_text_r1", "text_to_image_r1", "video_to_text_r1", "text_to_video_r1", "agg_metrics")
@@ -250,3 +253,78 @@ def _rank_axis(axis, ranks: list[int]) -> None:
 
 
 RANK = RankPlot()
+
+
+class ComparisonPlot(Plot):
+    """Methods of scripts/comparison.py: the metric against trained parameters, and against the rate.
+
+    The first panel has the mean and spread of the test split at the best rate, the second the validation score at
+    each rate, which of a run that failed is drawn as 0.
+    """
+
+    name = "comparison"
+    about = "methods by what they train, each at its best rate, and by their rates"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("records", metavar="TASK.JSON", help="of scripts/comparison.py")
+        parser.add_argument("--budget", default="25k", help="whose rates are drawn; default: %(default)s")
+
+    def numbers(self, args: argparse.Namespace) -> dict[str, Any]:
+        """The methods, their scores the mean over the metrics."""
+        found = compared(read_json(args.records))
+        if not found:
+            raise AuroraError(f"{args.records}: no run of it has ended well")
+        return {
+            "task": Path(args.records).stem,
+            "budget": args.budget,
+            "metrics": list(found[0].scores),
+            "methods": [_scored(one) for one in found],
+        }
+
+    def draw(self, numbers: dict[str, Any]) -> Figure:
+        """Two panels."""
+        figure, (scores, rates) = subplots(1, 2, 5.6, 4.2)
+        names = dict.fromkeys(one["label"] for one in numbers["methods"])
+        methods = sorted(names, key=lambda name: not name.startswith("Aurora"))  # the first color is ours
+        for i, method in enumerate(methods):
+            points = [one for one in numbers["methods"] if one["label"] == method]
+            style: dict[str, Any] = {"color": CYCLE[i % len(CYCLE)], "label": method}
+            x, y = [one["parameters"] for one in points], [one["mean"] for one in points]
+            if not any(x):  # nothing is trained
+                scores.axhline(y[0], linestyle=":", color=PALE, label=method)
+                continue
+            spread = [one["spread"] or 0 for one in points]
+            scores.errorbar(x, y, yerr=spread, fmt="o-", capsize=4, **style)
+            for one in points:
+                if one["budget"] in ("", numbers["budget"]) and len(one["rates"]) > 1:
+                    tried = sorted((float(rate), score or 0.0) for rate, score in one["rates"].items())
+                    rates.plot(*zip(*tried), "o-", **style)
+        metric = "R@1, mean of both directions" if len(numbers["metrics"]) > 1 else "accuracy"
+        scores.set(xscale="log", xlabel="adapter parameters", ylabel=f"test: {metric}, percent")
+        rates.set(xscale="log", xlabel="rate (run.init_lr)", ylabel="validation score, percent")
+        rates.set_title(f"rates, at {numbers['budget']} parameters")
+        scores.set_title(f"{numbers['task']}: each method at its best rate")
+        scores.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
+        scores.xaxis.set_minor_formatter(lambda x, _: f"{x / 1000:g}k" if f"{x:e}"[0] in "25" else "")
+        for axis in (scores, rates):
+            despine(axis)
+        scores.legend(frameon=False, fontsize=8)
+        return figure
+
+
+def _scored(method: ComparedMethod) -> dict[str, Any]:
+    """A method as drawn: of each seed the mean over the metrics."""
+    seeds = [mean(values) for values in zip(*method.scores.values())]
+    return {
+        "label": method.label,
+        "budget": method.budget,
+        "parameters": method.parameters,
+        "mean": mean(seeds),
+        "spread": stdev(seeds) if len(seeds) > 1 else None,
+        "seeds": seeds,
+        "rate": method.rate,
+        "rates": {str(rate): score for rate, score in method.rates.items()},
+    }
+
+
+COMPARISON = ComparisonPlot()

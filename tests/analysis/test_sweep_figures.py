@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import json
 import statistics
+from typing import Optional
 
 import pytest
 from tiny_figures import arguments, sweep_table
 
 from lavis_aurora.analysis.paper import metric_title
 from lavis_aurora.analysis.results import series, write_table
-from lavis_aurora.analysis.sweep_figures import CONTEXT, GATE, GATE_INIT, MIN_AXIS_SPAN, RANK, RANK_KEY, SHARING
+from lavis_aurora.analysis.sweep_figures import (
+    COMPARISON,
+    CONTEXT,
+    GATE,
+    GATE_INIT,
+    MIN_AXIS_SPAN,
+    RANK,
+    RANK_KEY,
+    SHARING,
+)
 from lavis_aurora.common.errors import AuroraError
 
 SEEDS = {"none": [40.0, 42.0, 47.0], "attention": [44.0, 44.0, 45.0]}
@@ -118,3 +130,48 @@ def test_titles_of_metrics():
     assert metric_title("test.image_to_text_itc_r5") == "R@5, image to text, ITC only"
     assert metric_title("test.text_to_image_median_rank") == "median_rank, text to image"
     assert metric_title("test.what") == "test.what"
+
+
+def _records() -> list[dict]:
+    """Of two methods at two budgets each, three seeds at the best of two rates, and of the frozen model."""
+    found = []
+
+    def add(method: str, budget: str, rate: Optional[float], seed: int, score: Optional[float], count: int) -> None:
+        one = {"method": method, "label": method, "budget": budget, "rate": rate, "seed": seed}
+        groups = {"own": {"tensors": 1, "parameters": count}, "heads": {"tensors": 1, "parameters": 5}}
+        metrics = {"image_to_text_r1": score, "text_to_image_r1": score, "agg_metrics": 1.0}
+        done = {"parameters": groups, "validation": score, "metrics": metrics}
+        found.append({**one, "error": "no"} if score is None else {**one, **done})
+
+    add("frozen", "", None, 1, 10.0, 0)
+    for method, more in (("Aurora", 10.0), ("LoRA", 0.0)):
+        for budget, parameters in (("6k", 6000), ("25k", 25000)):
+            add(method, budget, 1e-2, 1, None, parameters)
+            for seed in (1, 2, 3):
+                add(method, budget, 1e-3, seed, 60 + more + seed + parameters / 1000, parameters)
+    return found
+
+
+def test_methods_are_drawn_at_their_best_rates(tmp_path):
+    path = tmp_path / "pictures.json"
+    path.write_text(json.dumps(_records()))
+    numbers = COMPARISON.numbers(argparse.Namespace(records=path, budget="25k"))
+    best = {(one["label"], one["budget"]): (one["mean"], one["spread"]) for one in numbers["methods"]}
+    assert best == {
+        ("frozen", ""): (10.0, None),
+        ("LoRA", "6k"): (68.0, 1.0),
+        ("Aurora", "6k"): (78.0, 1.0),
+        ("LoRA", "25k"): (87.0, 1.0),
+        ("Aurora", "25k"): (97.0, 1.0),
+    }
+    figure = COMPARISON.draw(numbers)
+    scores, rates = figure.axes
+    assert [text.get_text() for text in scores.get_legend().get_texts()] == ["frozen", "Aurora", "LoRA"]
+    assert [list(line.get_ydata()) for line in rates.lines] == [[96.0, 0.0], [86.0, 0.0]]
+
+
+def test_a_comparison_without_a_run_that_ended_well_is_refused(tmp_path):
+    path = tmp_path / "pictures.json"
+    path.write_text(json.dumps([one for one in _records() if "error" in one]))
+    with pytest.raises(AuroraError, match="pictures.json: no run of it has ended well"):
+        COMPARISON.numbers(argparse.Namespace(records=path, budget="25k"))

@@ -1,0 +1,122 @@
+"""The comparison of methods: which runs are missing, what is kept of them, and the table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import comparison
+import pytest
+from comparison import METHODS, SEEDS, Comparison, Method, main, read_methods, table
+from tiny import project_yaml
+
+from lavis_aurora.analysis.results import compared
+from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.project import load_config
+
+METRICS = ("image_to_text_r1", "text_to_image_r1")
+LORA = Method("LoRA", ["model.tuning=lora"], "model.lora.rank", {"small": 1, "big": 4}, [1e-3, 1e-2])
+FROZEN = Method("frozen", ["model.tuning=frozen"])
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny project as the task of pictures; the folder of results."""
+    monkeypatch.setitem(comparison.TASKS, "pictures", str(project_yaml(tmp_path)))
+    monkeypatch.setattr(comparison, "RESULTS", tmp_path / "results")
+    return tmp_path / "results"
+
+
+def record(trial: comparison.Trial, score: float | None) -> dict[str, Any]:
+    """Of a run that reached ``score`` everywhere, or failed."""
+    if score is None:
+        return {**trial.key, "error": "error: the loss is NaN"}
+    groups = {"LoRA": {"tensors": 2, "parameters": 100}, "heads": {"tensors": 1, "parameters": 7}}
+    metrics = {**dict.fromkeys(METRICS, score), "image_to_text_itc_r1": 1.0, "agg_metrics": 50.0}
+    return {**trial.key, "parameters": groups, "validation": score, "metrics": metrics}
+
+
+def test_rates_come_first_then_seeds_at_the_best(results, tmp_path):
+    found = Comparison("pictures", {"lora": LORA, "frozen": FROZEN}, ["small"], tmp_path)
+    trials, later = found.missing()
+    assert [(trial.key["method"], trial.key["rate"], trial.key["seed"]) for trial in trials] == [
+        ("lora", 1e-3, SEEDS[0]),
+        ("lora", 1e-2, SEEDS[0]),
+        ("frozen", None, SEEDS[0]),
+    ]
+    assert later == len(SEEDS) - 1
+    assert trials[0].settings == {
+        "model.tuning": "lora",
+        "model.lora.rank": "1",
+        "run.init_lr": "0.001",
+        "run.seed": "1",
+    }
+    found.records = [record(trial, score) for trial, score in zip(trials, (40.0, None, 5.0))]
+    trials, later = found.missing()
+    assert [(trial.key["rate"], trial.key["seed"]) for trial in trials] == [(1e-3, 2), (1e-3, 3)]
+    assert later == 0
+    found.records += [record(trial, score) for trial, score in zip(trials, (42.0, 44.0))]
+    assert found.missing() == ([], 0)
+    # Another project YAML, options, or size: all of it again.
+    assert len(Comparison("pictures", {"lora": LORA}, ["small"], tmp_path, ["run.max_epoch=9"]).missing()[0]) == 2
+    lora, frozen = compared(found.records)
+    assert (lora.rate, lora.seeds, lora.parameters, lora.at_end) == (1e-3, 3, 100, True)
+    assert lora.scores == dict.fromkeys(METRICS, [40.0, 42.0, 44.0])
+    assert lora.rates == {1e-3: 40.0, 1e-2: None}
+    assert (frozen.rate, frozen.seeds, frozen.at_end) == (None, 1, False)
+    row = "| small | LoRA | 100 | 0.001 (an end of those tried) | 3 | 42.0 (2.0) | 42.0 (2.0) |"
+    assert row in table(found.records)
+
+
+def test_a_record_of_another_project_gives_way_to_the_new_one(results, tmp_path):
+    old = Comparison("pictures", {"frozen": FROZEN}, None, tmp_path)
+    new = Comparison("pictures", {"frozen": FROZEN}, None, tmp_path, ["run.max_epoch=9"])
+    [trial], [again] = old.missing()[0], new.missing()[0]
+    new.records = [record(trial, 3.0)]
+    again.result = {"status": "failed", "error": "error: no"}
+    new.keep(again)
+    assert new.records == [{**again.key, "error": "error: no"}]
+    assert json.loads(new.results.read_text()) == new.records
+
+
+def test_unknown_methods_and_keys_are_named(tmp_path, monkeypatch):
+    with pytest.raises(AuroraError, match="--methods lorra: there is no .*lorra.yaml; did you mean 'lora_all'"):
+        read_methods(["lorra"])
+    monkeypatch.setattr(comparison, "METHODS", tmp_path)
+    (tmp_path / "mine.yaml").write_text("label: mine\noptions: []\nrate: [1]\n")
+    with pytest.raises(AuroraError, match="mine.yaml.*rate"):
+        read_methods(None)
+
+
+@pytest.mark.parametrize("task", comparison.TASKS)
+def test_the_runs_of_all_methods_can_be_configured(task, tmp_path):
+    """Each YAML, at each of its sizes, for each task."""
+    found = Comparison(task, read_methods(None), None, tmp_path)
+    for _, method, budget in found.sizes():
+        options = [f"{key}={value}" for key, value in method.options_at(budget).items()]
+        load_config(str(found.project), options)
+
+
+@pytest.mark.slow
+def test_runs_are_made_once_and_kept(results, tmp_path, monkeypatch, capsys):
+    methods = tmp_path / "methods"
+    methods.mkdir()
+    (methods / "heads.yaml").write_text("label: heads\noptions: [model.tuning=heads]\nrates: [1e-3, 1e-2]\n")
+    (methods / "frozen.yaml").write_text("label: frozen\noptions: [model.tuning=frozen]\n")
+    monkeypatch.setattr(comparison, "METHODS", methods)
+    arguments = ["--task", "pictures", "--output", str(tmp_path / "output"), "--jobs", "2"]
+    main(arguments)
+    records = json.loads((results / "pictures.json").read_text())
+    assert [(one["method"], one["seed"]) for one in records].count(("heads", 1)) == 2
+    assert len(records) == 5 and all("error" not in one for one in records)
+    shown = capsys.readouterr().out
+    assert "| heads |" in shown and "| frozen |" in shown
+    before = (results / "pictures.json").stat().st_mtime_ns
+    main(arguments)
+    assert (results / "pictures.json").stat().st_mtime_ns == before
+
+
+def test_methods_of_the_project_say_what_they_are():
+    for path in METHODS.glob("*.yaml"):
+        assert path.read_text().startswith("# ")
