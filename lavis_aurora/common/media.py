@@ -8,21 +8,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import av
 import numpy as np
 import torch
-from av.container import InputContainer
-from av.stream import Disposition
-from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import regular
+
+if TYPE_CHECKING:  # where no video is read, PyAV is not imported
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 # Modes without transparency of which PIL's RGB is what viewers show.
 PLAIN_MODES = ("1", "L", "RGB", "CMYK", "YCbCr")
@@ -153,6 +153,8 @@ def read_frames(path: str, choose: Callable[[int], Tensor]) -> Tensor:
     Raises:
         BrokenVideo: it is missing, cut off, or a chosen frame cannot be decoded.
     """
+    import av
+
     if not os.path.exists(path):
         raise BrokenVideo("no such file")
     try:
@@ -168,6 +170,10 @@ def read_frames(path: str, choose: Callable[[int], Tensor]) -> Tensor:
 @contextmanager
 def _video(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Its container and its stream. A file may not make ffmpeg fetch another one."""
+    import av
+    from av.stream import Disposition
+    from av.video.stream import VideoStream
+
     with av.open(path, container_options={"protocol_whitelist": "file"}, metadata_errors="ignore") as container:
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream) or Disposition.attached_pic in stream.disposition:
@@ -235,7 +241,7 @@ def _packets(container: InputContainer, stream: VideoStream) -> list[tuple[int |
         # An edit list, as a cut without re-encoding leaves it, has frames that others need but that are not shown.
         if packet.size and packet.stream is stream and not packet.is_discard:
             shown.append((packet.pts, packet.is_keyframe))
-    length = (container.duration or 0) / av.time_base
+    length = (container.duration or 0) / 1e6  # microseconds
     if end < (1 - MISSING) * length - 1:
         raise BrokenVideo(f"it is cut off: {end:.1f} of {length:.1f} seconds are there; {REMEDY}")
     return shown
