@@ -178,6 +178,8 @@ def _video(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream) or Disposition.attached_pic in stream.disposition:
             raise BrokenVideo("no video in it")
+        if stream.codec_context is None:
+            raise BrokenVideo(f"ffmpeg cannot decode it; {REMEDY}")
         stream.codec_context.thread_count = 1  # loaders have processes of their own
         yield container, stream
 
@@ -236,8 +238,9 @@ def _packets(container: InputContainer, stream: VideoStream) -> list[tuple[int |
     for packet in container.demux():
         if packet.is_corrupt:
             raise BrokenVideo(f"it is cut off; {REMEDY}")
-        if packet.size and packet.pts is not None:
-            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        time = packet.dts if packet.pts is None else packet.pts
+        if packet.size and time is not None:
+            end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
         # An edit list, as a cut without re-encoding leaves it, has frames that others need but that are not shown.
         if packet.size and packet.stream is stream and not packet.is_discard:
             shown.append((packet.pts, packet.is_keyframe))

@@ -141,15 +141,14 @@ class CheckedDataset(Dataset):
 
         Where a dataset finds its pictures in a way of its own, orientation alone can be.
         """
-        files = self._files(index)
-        is_video = "video" in self.inner.annotation[index]
+        entry, files = self.inner.annotation[index], self._files(index)
         for path in files:
             try:
                 if os.path.exists(path):  # else LAVIS knows better where it should be
                     regular(path)
             except OSError as error:
-                raise (BrokenVideo(error) if is_video else error) from None
-        if is_video:
+                raise (BrokenVideo(error) if "video" in entry else error) from None
+        if not {"image", "images"} & set(entry):
             return self.inner[index]
         opened = iter(files)
         reading, processor = copy(self.inner), self.inner.vis_processor
