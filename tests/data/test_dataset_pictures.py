@@ -170,7 +170,7 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_half_a_file_is_refused_although_lavis_allows_it(project: Path, workers: int) -> None:
-    """A JPEG with only its upper half trained to be grey below."""
+    """LAVIS would fill the lower half of this JPEG with grey."""
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     path = project.parent / "data" / "images" / "train" / "002.jpg"
     Image.effect_noise((200, 200), 90).convert("RGB").save(path)
