@@ -79,7 +79,8 @@ if find_spec("lavis") is not None:
     import lavis_aurora.training.runner
     import lavis_aurora.training.tasks.answers
     import lavis_aurora.training.tasks.retrieval  # noqa: F401
+    from lavis_aurora.common.media import load_picture  # noqa: F401
     from lavis_aurora.models.loading import load_model_and_preprocess  # noqa: F401
 
-    __all__ += ["load_model_and_preprocess"]
+    __all__ += ["load_model_and_preprocess", "load_picture"]
     _import_plugins()

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 from demo_tasks import COLORS, COST_TITLES, LABELS, DemoTask, Row, Run, cost_columns, cost_label, gap_closed
 
-from lavis_aurora.data.samples import read_frames, uniform_indices
+from lavis_aurora.common.media import read_frames
+from lavis_aurora.data.samples import uniform_indices
 from lavis_aurora.evaluation.scores import TOP
 
 CLIPS_SHOWN = 5  # clips of the sheet: the first family

@@ -149,7 +149,7 @@ USABLE = {
     "palette": Image.fromarray(RNG.integers(0, 255, (64, 64, 3), dtype=np.uint8)).quantize(16),
     "black and white": Image.new("1", (64, 64), 1),
     "one pixel": Image.new("RGB", (1, 1), (255, 0, 0)),
-    "one row": Image.new("RGB", (500, 1), (255, 0, 0)),
+    "16 bits": Image.fromarray(np.full((8, 8), 1000, dtype=np.uint16)),
     "CMYK": Image.new("CMYK", (64, 64), (0, 255, 255, 0)),
 }
 
@@ -165,8 +165,8 @@ def test_pictures_of_every_kind_are_read(project: Path) -> None:
     assert all(t.isfinite().all() for t in read_checkpoint(run / "checkpoint_latest.pth")["model"].values())
 
 
-def sixteen_bits(path: Path) -> None:
-    Image.fromarray(np.full((8, 8), 1000, dtype=np.uint16)).save(path)
+def floats(path: Path) -> None:
+    Image.fromarray(np.ones((8, 8), dtype=np.float32)).save(path, format="TIFF")
 
 
 def bomb(path: Path) -> None:
@@ -175,7 +175,7 @@ def bomb(path: Path) -> None:
 
 
 SPOILED = {
-    "16 bits": (sixteen_bits, "its mode is I;16; convert it to 8 bits a channel"),
+    "floats": (floats, "nothing says which value is white in its mode, F; convert it to 8 bits a channel"),
     "bomb": (bomb, "decompression bomb"),
     "html": (lambda path: path.write_text("<html>not found</html>"), "cannot identify image file"),
     "zero bytes": (lambda path: path.write_bytes(b""), "cannot identify image file"),

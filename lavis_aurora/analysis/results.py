@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 from lavis.common.registry import registry
 from omegaconf import DictConfig
-from PIL import Image
 from torch import nn
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json, regular, writing
+from lavis_aurora.common.media import BrokenVideo, load_picture, read_frames
 from lavis_aurora.common.summary import SUMMARY, Summary, read_summary
 from lavis_aurora.config.check import READING_ERRORS, read_yaml
 from lavis_aurora.config.models import BlipAuroraConfig
 from lavis_aurora.data.annotations import build_checked
-from lavis_aurora.data.samples import CheckedDataset, read_frames, uniform_indices
+from lavis_aurora.data.samples import CheckedDataset, uniform_indices
 from lavis_aurora.project import AuroraConfig, load_config
 from lavis_aurora.training.checkpoints import BEST, read_checkpoint, read_latest
 
@@ -330,11 +330,10 @@ def read_visual(path: str | Path) -> np.ndarray:
     Raises:
         AuroraError: it cannot be read.
     """
+    if Path(path).suffix.lower() not in VIDEOS:
+        return np.asarray(load_picture(path))
     try:
-        if Path(path).suffix.lower() in VIDEOS:
-            [frame] = read_frames(str(path), partial(uniform_indices, count=1))
-            return frame.permute(1, 2, 0).numpy()
-        with Image.open(regular(path)) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except Exception as error:  # PIL has errors of its own
-        raise AuroraError(f"{path}: cannot be shown ({error})") from error
+        [frame] = read_frames(str(path), partial(uniform_indices, count=1))
+    except BrokenVideo as error:
+        raise AuroraError(f"cannot read {path} ({error})") from error
+    return frame.permute(1, 2, 0).numpy()

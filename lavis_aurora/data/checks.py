@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -251,8 +252,12 @@ class Videos(DatasetChecks):
     def check_config(self, cfg: DictConfig, key: str) -> None:
         for split in ("train", "eval"):
             processor = (cfg.get("vis_processor") or {}).get(split) or {}
-            if "_image_" in processor.get("name", "_image_"):
+            where, name = f"{key}.vis_processor.{split}", processor.get("name", "_image_")
+            if "_image_" in name:
                 raise AuroraError(
-                    f"{key}.vis_processor.{split}: {processor.get('name')} cannot read videos; they need "
-                    f"aurora_video_{split} with n_frms and image_size, see projects/aurora/msrvtt_ret.yaml"
+                    f"{where}: {processor.get('name')} cannot read videos; they need aurora_video_{split} with "
+                    f"n_frms and image_size, see projects/aurora/msrvtt_ret.yaml"
                 )
+            if name.startswith("alpro_video_"):
+                wrong = "reads by decord, which gives wrong frames of some files (docs/data.md)"
+                logging.warning("%s: %s %s; aurora_video_%s does not", where, name, wrong, split)

@@ -5,33 +5,28 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import decord
 import torch
 import torch.distributed as dist
-from decord import DECORDError, VideoReader
 from lavis.common.dist_utils import get_world_size, is_dist_avail_and_initialized, is_main_process
 from lavis.common.registry import registry
 from lavis.processors.base_processor import BaseProcessor
 from lavis.processors.blip_processors import BlipImageBaseProcessor
 from omegaconf import DictConfig
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from lavis_aurora.common.errors import AuroraError, abbreviated
 from lavis_aurora.common.files import regular, write_text
+from lavis_aurora.common.media import BrokenVideo, as_shown, read_frames, whole_pictures
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.run import VideoProcessorConfig
-
-
-class BrokenVideo(Exception):
-    """A video that is missing or cannot be decoded; the message says why, not which."""
 
 
 def random_indices(length: int, count: int) -> Tensor:
@@ -46,38 +41,6 @@ def random_indices(length: int, count: int) -> Tensor:
 def uniform_indices(length: int, count: int) -> Tensor:
     """The middle frames of ``count`` equal parts of a video of ``length`` frames, floor((i + 1/2) length / count)."""
     return (2 * torch.arange(count) + 1) * length // (2 * count)
-
-
-def read_frames(path: str, choose: Callable[[int], Tensor]) -> Tensor:
-    """Decode some frames of a video.
-
-    Args:
-        path: the video.
-        choose: the frames of a video of a given length.
-
-    Returns:
-        uint8 RGB, (frames, 3, height, width).
-
-    Raises:
-        BrokenVideo: it is missing, or a chosen frame cannot be decoded.
-    """
-    if not os.path.exists(path):
-        raise BrokenVideo("no such file")
-    # What decord and ffmpeg print about broken files says nothing that the exception does not.
-    decord.logging.set_level(decord.logging.QUIET)
-    try:
-        # Loaders have processes of their own: one thread each.
-        reader = VideoReader(str(regular(path)), num_threads=1)
-        if len(reader) == 0:
-            raise BrokenVideo("no frames")
-        with decord.bridge.use_torch():
-            frames = reader.get_batch(choose(len(reader)).tolist())
-    except (DECORDError, OSError, RuntimeError, IndexError) as error:
-        reason = " ".join(str(error).replace(path, "it").split())[:200]
-        # It takes the padding of short lines for a fourth colour.
-        narrow = "decord cannot read videos less than 64 pixels wide: " if "from_size == to_size" in reason else ""
-        raise BrokenVideo(narrow + reason) from error
-    return frames.permute(0, 3, 1, 2)
 
 
 class VideoProcessor(BaseProcessor):
@@ -129,8 +92,6 @@ class VideoEvalProcessor(VideoProcessor):
         super().__init__(cfg, uniform_indices, v2.Resize(size, v2.InterpolationMode.BICUBIC, antialias=True))
 
 
-# PIL's modes of more than 8 bits a channel.
-DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 # Key of samples and batches: one text for each video that could not be read, with its path and the reason.
 BROKEN = "broken"
 # Key of samples where there are several training sets: which of them it is of.
@@ -161,9 +122,9 @@ class CheckedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         try:
-            self._check_file(index)
-            sample = self.inner[index]
-        except Exception as error:  # PIL, decord and the processors each have errors of their own
+            with whole_pictures():
+                sample = self._read(index)
+        except Exception as error:  # PIL, ffmpeg and the processors each have errors of their own
             raise AuroraError(
                 f"{self.name}: cannot read {self.file(index)} ({type(error).__name__}: {error})"
             ) from error
@@ -175,27 +136,36 @@ class CheckedDataset(Dataset):
             sample["image_id"] = self.first_id + int(sample["image_id"])
         return sample
 
-    def _check_file(self, index: int) -> None:
-        """Refuse what is no file, and pictures of more than 8 bits a channel, which PIL would turn white."""
-        path = self.file(index)
+    def _read(self, index: int) -> dict:
+        """LAVIS's sample, of pictures as a viewer shows them: what it hands to its processor is put right.
+
+        Where a dataset finds its pictures in a way of its own, orientation alone can be.
+        """
+        entry, files = self.inner.annotation[index], self._files(index)
+        for path in files:
+            try:
+                if os.path.exists(path):  # else LAVIS knows better where it should be
+                    regular(path)
+            except OSError as error:
+                raise (BrokenVideo(error) if "video" in entry else error) from None
+        if not {"image", "images"} & set(entry):
+            return self.inner[index]
+        opened = iter(files)
+        reading, processor = copy(self.inner), self.inner.vis_processor
+        reading.vis_processor = lambda picture: processor(as_shown(picture, next(opened)))
+        return reading[index]
+
+    def _files(self, index: int) -> list[str]:
+        """Paths of the pictures of a sample, in the order in which LAVIS opens them, or of its video."""
+        entry = self.inner.annotation[index]
+        names = entry.get("images") or [entry.get("image", entry.get("video", "?"))]
+        paths = [os.path.join(self.inner.vis_root, str(name)) for name in names]
         # SNLI-VE's have no ending: LAVIS adds it.
-        path = path if os.path.exists(path) else f"{path}.jpg"
-        if not os.path.exists(path):
-            return  # LAVIS knows better where it should be
-        try:
-            regular(path)
-        except OSError as error:
-            raise (BrokenVideo(error) if "video" in self.inner.annotation[index] else error) from None
-        # A JPEG never has more bits.
-        if "image" in self.inner.annotation[index] and not path.lower().endswith((".jpg", ".jpeg")):
-            with Image.open(path) as opened:
-                if opened.mode in DEEP_MODES:
-                    raise ValueError(f"its mode is {opened.mode}; convert it to 8 bits a channel")
+        return [next(filter(os.path.exists, (path, f"{path}.jpg")), path) for path in paths]
 
     def file(self, index: int) -> str:
-        """Path of the picture or video of a sample."""
-        entry = self.inner.annotation[index]
-        return os.path.join(self.inner.vis_root, str(entry.get("image", entry.get("video", "?"))))
+        """Path of the picture or video of a sample, or of several."""
+        return ", ".join(self._files(index))
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # not there yet while unpickling

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from lavis_aurora.common.media import load_picture
 from lavis_aurora.demo.scenes import (
     DOMAINS,
     RGB,
@@ -254,8 +255,7 @@ def contact_sheet(
         axis.set_axis_off()
     for axis, entry in zip(figure.axes, entries):
         caption = entry["caption"] if isinstance(entry["caption"], str) else entry["caption"][0]
-        with Image.open(Path(images_root) / entry["image"]) as picture:
-            axis.imshow(picture.convert("RGB"))
+        axis.imshow(load_picture(Path(images_root) / entry["image"]))
         axis.set(xticks=[], yticks=[])
         axis.set_axis_on()  # a frame, or a white picture has no edge
         axis.set_title(textwrap.fill(caption, 30), fontsize=8)

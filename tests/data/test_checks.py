@@ -82,3 +82,12 @@ def test_checks_of_the_nearest_class_come_first_and_those_of_the_builder_last() 
     first, last = checks_of("mine", "images", Child)
     assert type(first) is type(last) is Mine and first.entries == inherited.entries
     assert registry.get_builder_class("mine") is None
+
+
+def test_processors_that_read_by_decord_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    path = Path(__file__).resolve().parents[2] / "projects" / "aurora" / "msrvtt_ret.yaml"
+    where = "datasets.msrvtt_retrieval.vis_processor"
+    load_config(str(path), [])
+    assert "decord" not in caplog.text
+    load_config(str(path), [f"{where}.eval.name=alpro_video_eval"])
+    assert f"{where}.eval: alpro_video_eval reads by decord, which gives wrong frames of some files" in caplog.text

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from lavis_aurora.data.samples import read_frames, uniform_indices
+from lavis_aurora.common.media import read_frames
+from lavis_aurora.data.samples import uniform_indices
 from lavis_aurora.demo import clips
 from lavis_aurora.demo.clips import FRAMES, Clip, Part, frames_of, generate_clips, iter_captions, iter_clips
 from lavis_aurora.demo.pictures import SIDE, render
