@@ -303,7 +303,7 @@ def _table(text: str, path: Path) -> list[Any]:
                 table.append(dict(zip(names, cells)))
     except csv.Error as error:
         raise AuroraError(
-            f"{path} is not a readable csv file (line {reader.line_num}: {error}); a text that holds quotes needs quotes "
-            f"around it, and two for each"
+            f"{path} is not a readable csv file (line {reader.line_num}: {error}); a text that holds quotes needs "
+            f"quotes around it, and two for each"
         ) from error
     return table
