@@ -24,7 +24,7 @@ EVALUATE = "evaluate a model on the test splits of a project YAML"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """``lavis-aurora train|evaluate|inspect|merge|targets|configs|compare ...``."""
+    """``lavis-aurora train|evaluate|inspect|merge|targets|configs|compare|convert ...``."""
     args = command_parser().parse_args(argv)
     if args.command == "configs" and not args.names:
         print(configs())
@@ -103,6 +103,12 @@ def command_parser() -> argparse.ArgumentParser:
     one.add_argument("--benchmark", help="compare with this one, whatever the run's data are, e.g. flickr30k")
     one.add_argument("--table", help="table of the paper: 1, 2, 3 or 4 (zero-shot); found by itself")
     one.set_defaults(action=_compare)
+
+    # Its arguments, options too, go on to a parser of its own.
+    what = "published annotations into the files that LAVIS reads"
+    one = commands.add_parser("convert", help=what, add_help=False, prefix_chars="\0")
+    one.add_argument("arguments", nargs="*")
+    one.set_defaults(action=_convert)
     return parser
 
 
@@ -145,6 +151,12 @@ def _compare(args: argparse.Namespace) -> None:
     from lavis_aurora.analysis.compare import compare
 
     _show(compare(args.results, args.benchmark, args.table))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from lavis_aurora.data.convert import main
+
+    main(args.arguments)
 
 
 def _show(text: str) -> None:

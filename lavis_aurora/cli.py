@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lavis_aurora.adapters.config import CONFIG, TENSORS, AdapterConfig, read_adapter, read_adapter_config
 from lavis_aurora.adapters.switching import adapters_of, merged_state_dict
 from lavis_aurora.common.errors import AuroraError, did_you_mean, printable
-from lavis_aurora.common.files import atomic_write
+from lavis_aurora.common.files import atomic_write, use_utf8
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.mode_approx.layers import AdaptedLayer
 from lavis_aurora.models.loading import load_model_and_preprocess, loading_instructions, read_state_dict
@@ -225,6 +225,7 @@ def _line(error: Exception) -> str:
 
 def exit_on_error(action: Callable[[], None]) -> None:
     """Run; an AuroraError becomes one line on stderr and exit code 1, a signal 128 + its number."""
+    use_utf8()
     try:
         action()
         sys.stdout.flush()

@@ -149,7 +149,7 @@ def worker(args: argparse.Namespace) -> None:
         with torch.profiler.profile() as profile:
             run(model, loader, 1)
         table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=40)
-        Path(f"{args.result}.profile").write_text(re.sub(r"(?m)^USDT.*\n|^ERROR.*\n", "", table))
+        Path(f"{args.result}.profile").write_text(re.sub(r"(?m)^USDT.*\n|^ERROR.*\n", "", table), encoding="utf-8")
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -170,7 +170,7 @@ def measure(args: argparse.Namespace) -> dict:
             took[side, kind] = time.time() - start
             found[kind][side].append(torch.load(path, weights_only=False))
             if Path(f"{path}.profile").exists():
-                print(f"{kind}, ours:\n" + Path(f"{path}.profile").read_text(), file=sys.stderr)
+                print(f"{kind}, ours:\n" + Path(f"{path}.profile").read_text(encoding="utf-8"), file=sys.stderr)
     return found
 
 
@@ -261,7 +261,7 @@ def main() -> None:
     print(table(figures), flush=True)
     print(f"{timedelta(seconds=round(time.time() - start))} in all", file=sys.stderr)
     if args.json:
-        Path(args.json).write_text(json.dumps(summary, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     else:
         print(json.dumps(summary))
 

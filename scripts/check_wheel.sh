@@ -57,7 +57,7 @@ import sys
 import sysconfig
 
 [site] = glob.glob(sys.argv[1] + "/lib/python3*/site-packages")
-with open(site + "/dependencies.pth", "w") as file:
+with open(site + "/dependencies.pth", "w", encoding="utf-8") as file:
     file.write(sysconfig.get_path("purelib") + "\n")
 PY
 

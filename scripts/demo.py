@@ -74,8 +74,8 @@ def compare(task: DemoTask, folder: Path, jobs: int, seed: int, options: Sequenc
     execute([further for run in runs.values() for further in task.extra_evaluations(run)], jobs, options)
     rows = rows_of(task, [*runs.values()], task.baselines(datasets, folder))
     text = task.table(rows)
-    (folder / "table.txt").write_text(text + "\n")
-    (folder / "table.json").write_text(json.dumps(rows, indent=1))
+    (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
+    (folder / "table.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     os.environ.setdefault("MPLBACKEND", "Agg")
     task.draw(rows, folder / "table.png")
     print(f"\n{text}\n\ntable: {folder / 'table.txt'} and .json\npicture: {folder / 'table.png'}")
@@ -90,7 +90,7 @@ def search(task: DemoTask, folder: Path, jobs: int, seed: int, options: Sequence
     execute(runs, jobs, ["run.test_splits=[]", *options])
     lines = [f"{'tuning':<20}{'rate':>10}{task.score + ' on val':>22}"]
     lines += [f"{LABELS[run.tuning]:<20}{run.rate:>10g}{validation_score(run):>22.1f}" for run in runs]
-    (folder / "search.txt").write_text("\n".join(lines) + "\n")
+    (folder / "search.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n" + "\n".join(lines))
 
 

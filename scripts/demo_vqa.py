@@ -38,7 +38,7 @@ class VqaDemo(DemoTask):
             for entry in test.annotation
         ]
         path = folder / "guesses.json"
-        path.write_text(json.dumps(guesses))
+        path.write_text(json.dumps(guesses), encoding="utf-8")
         return {"guesses": vqa_accuracy(path, test.coco_fmt_qust_file, test.coco_fmt_anno_file)}
 
     def table(self, rows: list[Row]) -> str:

@@ -30,11 +30,11 @@ def resident_memory(reset: bool = False) -> tuple[int, int]:
     """(resident memory, its peak) of this process in bytes; ``reset`` starts a new peak where Linux lets us."""
     if reset:
         try:
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         except OSError:
             pass
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         values = dict(line.split(":", 1) for line in lines)
         now, peak = (int(values[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
         return now, peak

@@ -56,7 +56,7 @@ class TrainingProcess:
         command = [sys.executable, str(program), "--cfg-path", str(cfg_path), "--options", *options]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.start_time = time.time()
-        with self.log.open("a") as log:
+        with self.log.open("a", encoding="utf-8") as log:
             # Ctrl-C reaches this process alone, which tells its children once: told twice, they would not save.
             # Killed, it can tell them nothing: they end with it, or a restart would meet them.
             self.process = subprocess.Popen(
@@ -83,7 +83,7 @@ class TrainingProcess:
 
     def output(self) -> str:
         """What it has printed."""
-        return self.log.read_text(errors="replace")
+        return self.log.read_text(encoding="utf-8", errors="replace")
 
     def progress(self) -> str:
         """Where it is, from its last progress line."""

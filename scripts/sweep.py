@@ -99,7 +99,7 @@ class Cell(TrainingProcess):
             "parameters": trained_parameters(read_summary(run)),
             "metrics": final_metrics(run),
         }
-        (self.folder / DONE).write_text(json.dumps(self.result, indent=1))
+        (self.folder / DONE).write_text(json.dumps(self.result, indent=1), encoding="utf-8")
         print(f"done: {self.name}, {timedelta(seconds=round(self.seconds))}", flush=True)
         return True
 
@@ -151,7 +151,7 @@ def write_or_check_plan(folder: Path, cfg_path: str, options: Sequence[str]) -> 
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plan, indent=1))
+    path.write_text(json.dumps(plan, indent=1), encoding="utf-8")
 
 
 def check_cells(cells: list[Cell], cfg_path: str, options: Sequence[str], make_data: bool) -> None:

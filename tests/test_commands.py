@@ -1,4 +1,4 @@
-"""The command ``lavis-aurora``: inspect, merge, targets, configs."""
+"""The command ``lavis-aurora``: inspect, merge, targets, configs, convert."""
 
 import json
 import subprocess
@@ -237,3 +237,17 @@ def test_a_reader_that_has_had_enough_ends_the_command_quietly():
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert "Traceback" not in process.stderr.read() and process.wait() == 1
+
+
+# convert
+
+
+def test_convert_has_options_of_its_own(tmp_path, capsys, failing):
+    (tmp_path / "val.csv").write_text("image,caption\na.jpg,a dog\n")
+    main(["convert", "own", str(tmp_path / "val.csv"), "--output", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out" / "val.json").read_text()) == [{"image": "a.jpg", "caption": ["a dog"]}]
+    assert "val: 1 with 1 texts" in capsys.readouterr().out
+    assert failing("convert", "own", "absent.csv").startswith("error: absent.csv is not a readable file")
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    assert "msrvtt_qa" in capsys.readouterr().out

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
+import locale
 import logging
 import os
 import pickle
 import stat
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import BadZipFile, ZipFile
@@ -68,6 +72,19 @@ def appended(path: str | Path) -> Iterator[None]:
         if os.path.isfile(path):
             os.truncate(path, size)
         raise
+
+
+def use_utf8() -> None:
+    """Let ``open`` without an encoding, as LAVIS calls it, take UTF-8 whatever the locale, and print what can be.
+
+    What a terminal cannot show is escaped.
+    """
+    if codecs.lookup(locale.getpreferredencoding(False)).name != "utf-8":
+        with suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -163,6 +180,9 @@ def read_json(path: str | Path, key: str = "") -> Any:
         AuroraError: it cannot be read.
     """
     try:
-        return json.loads(regular(path).read_text(encoding="utf-8"))
+        text = regular(path).read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):  # LAVIS, which may read the file too, does not take it
+            raise ValueError("it begins with a byte order mark; save it as UTF-8 without one")
+        return json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise AuroraError(f"{f'{key}: ' * bool(key)}{path} is not readable json ({error})") from error

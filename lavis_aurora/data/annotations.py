@@ -20,6 +20,7 @@ from lavis_aurora.common.files import read_json
 from lavis_aurora.config.dataset_keys import DATA_KINDS, SPLITS
 from lavis_aurora.data.checks import DatasetChecks, Rule, checks_of
 from lavis_aurora.data.fetch import REMEDY, annotation_files, fetch, use_data_root
+from lavis_aurora.data.raw import advice
 from lavis_aurora.data.samples import CheckedDataset, ResamplingDataset
 
 
@@ -73,13 +74,16 @@ def check_split(files: Sequence[str], checks: Sequence[DatasetChecks], split: st
     first_only = any(one.answers_follow for one in checks)
     first = None
     for path in files[:1] if first_only else files:
-        entries = read_entries(path, key)
-        first = first or entries
-        for one in checks:
-            check_entries(entries, one.entries, path, key)
-            if one.unique:
-                check_unique(entries, one.unique, path, key)
-            one.check_entries(entries, split, path, key)
+        try:
+            entries = read_entries(path, key)
+            first = first or entries
+            for one in checks:
+                check_entries(entries, one.entries, path, key)
+                if one.unique:
+                    check_unique(entries, one.unique, path, key)
+                one.check_entries(entries, split, path, key)
+        except AuroraError as error:
+            raise AuroraError(f"{error}{advice(path, split, ''.join(key.split('.')[1:2]))}") from error
     for one in checks:
         one.check_files(first or [], files, key)
 

@@ -1,14 +1,15 @@
 """What is checked of a dataset beyond the names of its keys: registered for builders, for kinds of data, for classes.
 
-    @register_dataset_checks("my_builder")
-    class MyChecks(DatasetChecks):
-        entries = {"image": FILE, "caption": TEXT}
+@register_dataset_checks("my_builder")
+class MyChecks(DatasetChecks):
+    entries = {"image": FILE, "caption": TEXT}
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from lavis.common.registry import registry
@@ -20,8 +21,8 @@ from lavis.datasets.datasets.video_vqa_datasets import VideoQADataset
 from lavis.datasets.datasets.vqa_datasets import VQAEvalDataset
 from omegaconf import DictConfig
 
-from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.data.raw import check_answers, check_vqa_files
+from lavis_aurora.common.errors import AuroraError, shown
+from lavis_aurora.data.raw import BENCHMARKS, check_answers, check_vqa_files
 
 
 class Rule(NamedTuple):
@@ -179,11 +180,19 @@ class Paragraphs(DatasetChecks):
     """Retrieval of videos by one paragraph each, of all their descriptions (paper, appendix C)."""
 
     def check_entries(self, entries: list[dict[str, Any]], split: str, path: str, key: str) -> None:
-        for i, entry in enumerate(entries if split != "train" else ()):
-            if len(entry["caption"]) > 1:
+        first: dict[str, int] = {}
+        for i, entry in enumerate(entries):
+            if split != "train" and len(entry["caption"]) > 1:
                 raise AuroraError(
                     f"{key}: entry {i} of {path} has {len(entry['caption'])} captions; for paragraph-to-video "
-                    f"retrieval they are one, as python -m lavis_aurora.data.convert didemo joins them"
+                    f"retrieval they are one"
+                )
+            before = first.setdefault(BENCHMARKS["didemo"].key(entry["video"], Path(path)), i)
+            if entries[before]["video"] != entry["video"]:
+                raise AuroraError(
+                    f"{key}: entries {before} and {i} of {path} are one video under two names, "
+                    f"{shown(entries[before]['video'])} and {shown(entry['video'])}; for paragraph-to-video "
+                    f"retrieval their texts are one"
                 )
 
 

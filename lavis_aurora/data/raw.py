@@ -1,153 +1,244 @@
-"""Annotation files as MSR-VTT, DiDeMo and Karpathy publish them, read as entries of LAVIS's datasets."""
+"""Rows of published annotations as entries of LAVIS's datasets, by benchmark; the checks of VQAv2's files."""
 
 from __future__ import annotations
 
-import csv
-from collections import defaultdict
-from collections.abc import Sequence
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lavis_aurora.common.errors import AuroraError, did_you_mean, shown
-from lavis_aurora.common.files import read_json, regular
+from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, shown
+from lavis_aurora.common.files import read_json
+from lavis_aurora.data.layouts import SPLITS, Annotations, Row, read_annotations
 
 Entries = list[dict[str, Any]]
+Groups = dict[str, list[Row]]  # rows of each picture or video, by what all its names have in common
+PARTS = ("train", "val", "test")
+DATASETS = {
+    "coco_retrieval": "coco",
+    "flickr30k": "flickr30k",
+    "msrvtt_retrieval": "msrvtt",
+    "didemo_retrieval": "didemo",
+    "msrvtt_qa": "msrvtt_qa",
+    "msrvtt_qa_aurora": "msrvtt_qa",
+    "own_retrieval": "own",
+    "own_video_retrieval": "own_video",
+}
+COMMAND = "python -m lavis_aurora.data.convert"
 
 
-def _get(item: Any, key: str, path: Path, what: str) -> Any:
-    if not isinstance(item, dict) or key not in item:
-        near = did_you_mean(key, map(str, item)) if isinstance(item, dict) and item else ""
-        raise AuroraError(f"{path}: {what} has no {key!r}{near}")
-    return item[key]
+class Benchmark(NamedTuple):
+    """How the pictures or videos of a benchmark are named.
 
-
-def _list(value: Any, path: Path, what: str) -> list:
-    if not isinstance(value, list):
-        raise AuroraError(f"{path}: {what} must be a list, not {shown(value)}")
-    return value
-
-
-def msrvtt(paths: Sequence[Path], split: str, test_csv: Path | None) -> dict[str, Entries]:
-    """MSR-VTT's videodatainfo files as entries of LAVIS's msrvtt_retrieval.
-
-    Args:
-        paths: with ``videos`` (video_id, split) and ``sentences`` (video_id, caption).
-        split: full (the authors'), 7k or 9k (with the 1,000 videos and sentences of ``test_csv`` as test). The last
-            two have no validation videos: val is test there.
-        test_csv: MSRVTT_JSFUSION_test.csv, with columns video_id and sentence.
+    Attributes:
+        media: image or video.
+        name: pattern of a name; its group is the same for all names of one picture or video.
+        sure: pattern of names that no other benchmark has.
+        file: below LAVIS's folder of pictures or videos, from that group and one of the names.
+        paragraphs: all texts of a video make one.
     """
-    parts: dict[str, str] = {}
-    captions: dict[str, list[str]] = defaultdict(list)
-    for path in paths:
-        content = read_json(path)
-        for i, video in enumerate(_list(_get(content, "videos", path, "the file"), path, "videos")):
-            parts[_get(video, "video_id", path, f"video {i}")] = _get(video, "split", path, f"video {i}")
-        for i, sentence in enumerate(_list(_get(content, "sentences", path, "the file"), path, "sentences")):
-            text = _get(sentence, "caption", path, f"sentence {i}")
-            if text.strip():
-                captions[_get(sentence, "video_id", path, f"sentence {i}")].append(text)
-    without = sorted(parts.keys() - captions.keys())
-    if without:
-        raise AuroraError(f"{paths[0]}: {len(without)} videos have no sentence, among them {without[0]}")
-    if split == "full":
-        names = {"train": "train", "val": "validate", "test": "test"}
-        members = {ours: [v for v, part in parts.items() if part == theirs] for ours, theirs in names.items()}
-        held_out = {ours: [(video, captions[video]) for video in members[ours]] for ours in ("val", "test")}
-        train = members["train"]
-    else:
-        if test_csv is None:
-            raise AuroraError(f"--test-csv: missing; split {split} is tested on MSRVTT_JSFUSION_test.csv")
-        test = _read_test_csv(test_csv, parts)
-        held_out = {"val": test, "test": test}
-        tested = {video for video, _ in test}
-        train = [v for v, part in parts.items() if v not in tested and (split == "9k" or part != "test")]
-    entries = {part: [{"video": f"{v}.mp4", "caption": texts} for v, texts in held_out[part]] for part in held_out}
-    return {"train": [{"video": f"{v}.mp4", "caption": text} for v in train for text in captions[v]], **entries}
+
+    media: str
+    name: str
+    sure: str
+    file: Callable[[str, str], str] = lambda key, item: item
+    paragraphs: bool = False
+
+    def key(self, item: str, path: Path) -> str:
+        """What all names of the same picture or video have in common."""
+        found = re.fullmatch(self.name, item)
+        if found is None:
+            raise AuroraError(f"{path}: {shown(item)} is no name of a {self.media} of this benchmark")
+        return found[1]
 
 
-def _read_test_csv(path: Path, known: dict[str, str]) -> list[tuple[str, list[str]]]:
-    """Videos and their one sentence."""
-    try:
-        with regular(path).open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error) as error:
-        raise AuroraError(f"{path} is not a readable csv file ({error})") from error
-    test = [(_get(row, "video_id", path, "the file"), [_get(row, "sentence", path, "the file")]) for row in rows]
-    unknown = [video for video, _ in test if video not in known]
-    if unknown:
-        raise AuroraError(
-            f"{path}: {len(unknown)} videos are in none of the annotation files, among them {unknown[0]}; give "
-            f"train_val_videodatainfo.json and test_videodatainfo.json both"
-        )
-    return test
+def _coco_file(key: str, item: str) -> str:
+    if "/" in item:
+        return item
+    folder = re.match(r"COCO_((?:train|val)20\d\d)_", item)
+    if folder is None:
+        raise AuroraError(f"coco: {shown(item)} does not say its folder, as COCO_val2014_000000000042.jpg does")
+    return f"{folder[1]}/{item}"
 
 
-def didemo(folder: Path, videos: Path | None) -> tuple[dict[str, Entries], list[str]]:
-    """DiDeMo's train_data.json, val_data.json and test_data.json as entries of LAVIS's didemo_retrieval.
+_NUMBERED = r"(?:video)?(\d+)(?:\.\w+)?"
+_COCO = r"(?:.*/)?(?:COCO_\w+20\d\d_)?0*(\d+)(?:\.jpg)?"
+BENCHMARKS = {
+    "msrvtt": Benchmark("video", _NUMBERED, r"video\d+(\.\w+)?", lambda key, item: f"video{key}.mp4"),
+    "msrvtt_qa": Benchmark("video", _NUMBERED, _NUMBERED, lambda key, item: f"video{key}.mp4"),
+    # The same video has several endings in different annotations, or a dot without one.
+    "didemo": Benchmark("video", r"(.+?)(?:\.\w*)?", r"\d+@N\d\d_\d+.*", paragraphs=True),
+    "coco": Benchmark("image", _COCO, r"(.*/)?COCO_.*|(train|val)20\d\d/.*", _coco_file),
+    "flickr30k": Benchmark(
+        "image",
+        r"(?:.*/)?(\d+)(?:\.jpg)?(?:#\d)?",
+        r"flickr30k.images/.*|\d{4,}\.jpg(#\d)?",
+        lambda key, item: f"flickr30k-images/{key}.jpg",
+    ),
+    "own": Benchmark("image", "(.+)", "(?!)"),
+    "own_video": Benchmark("video", "(.+)", "(?!)"),
+}
 
-    All descriptions of a video, in the file's order, make one paragraph.
 
-    Args:
-        folder: of the three files.
-        videos: folder of the videos; a video is found under its name, or under it with another ending.
+def benchmark_of(annotations: Annotations) -> str:
+    """The benchmark whose names a file has; empty if they are no benchmark's."""
+    rows = annotations.rows[:20]
+    for name, benchmark in BENCHMARKS.items():
+        asked = name == "msrvtt_qa"
+        if all(bool(row.question) == asked and re.fullmatch(benchmark.sure, row.item) for row in rows):
+            return name
+    return ""
 
-    Returns:
-        The entries, and the names of videos that are not in ``videos``, which are left out of them.
+
+def role_of(path: Path) -> str:
+    """The split that the name of a file says, if it says one."""
+    named = {SPLITS[word] for word in re.split("[^a-z]+", path.name.lower()) if word in SPLITS}
+    return named.pop() if len(named) == 1 else ""
+
+
+class Given(NamedTuple):
+    """What files of a benchmark hold.
+
+    Attributes:
+        parts: rows of files, or of rows, that say their split.
+        whole: rows of files that hold any split.
+        lists: the names that lists give to a split.
     """
-    found = None
-    if videos is not None:
-        if not videos.is_dir():
-            raise AuroraError(f"--videos: no such folder: {videos}")
-        names = sorted(file.name for file in videos.iterdir())
-        found = {**{Path(name).stem: name for name in names}, **{name: name for name in names}}
-    result: dict[str, Entries] = {}
-    missing: list[str] = []
-    for part in ("train", "val", "test"):
-        path = folder / f"{part}_data.json"
-        paragraphs: dict[str, list[str]] = defaultdict(list)
-        for i, item in enumerate(_list(read_json(path), path, "the file")):
-            text = _get(item, "description", path, f"entry {i}").strip()
-            if text:
-                paragraphs[_get(item, "video", path, f"entry {i}")].append(text)
-        result[part] = []
-        for video, texts in paragraphs.items():
-            name = video if found is None else found.get(video) or found.get(Path(video).stem)
-            if name is None:
-                missing.append(video)
+
+    parts: dict[str, Groups]
+    whole: Groups
+    lists: dict[str, dict[str, str]]
+
+
+def _gather(name: str, sources: Sequence[tuple[str, Annotations]]) -> Given:
+    given = Given({}, {}, {})
+    files: dict[tuple[str, str], Path] = {}
+    for role, (path, layout, rows) in sources:
+        if layout.kind != "list" and bool(rows[0].question) != (name == "msrvtt_qa"):
+            raise AuroraError(f"{path}: it holds {layout.name}, which {name} has not")
+        named = "" if layout.kind == "whole" else role_of(path)
+        for row in rows:
+            key, split = BENCHMARKS[name].key(row.item, path), role or row.split or named
+            if layout.kind == "list":
+                if not split:
+                    raise AuroraError(f"{path}: the names of which split? Give it as train={path}, or val, or test")
+                given.lists.setdefault(split, {})[key] = row.item
                 continue
-            paragraph = " ".join(texts)
-            result[part].append({"video": name, "caption": paragraph if part == "train" else [paragraph]})
-    return result, missing
+            split = "" if layout.kind == "whole" and not role else split
+            before = files.setdefault((split, key), path)
+            if before != path and not row.question:
+                raise AuroraError(f"{path}: {shown(row.item)} is in {before} too; give one of these files")
+            groups = given.parts.setdefault(split, {}) if split else given.whole
+            groups.setdefault(key, []).append(row)
+    return given
 
 
-def karpathy(path: Path) -> tuple[str, dict[str, Entries]]:
-    """Karpathy's dataset_coco.json or dataset_flickr30k.json as entries of LAVIS's coco_retrieval or flickr30k.
+def splits_of(name: str, sources: Sequence[tuple[str, Annotations]], protocol: str = "") -> dict[str, Groups]:
+    """The pictures or videos of each split, with their rows.
+
+    Args:
+        name: of :data:`BENCHMARKS`.
+        sources: the split that a file holds where its user has said it, else "", and the file.
+        protocol: of MSR-VTT: 9k or 7k, which have no validation videos (val is test there), or full.
+
+    Raises:
+        AuroraError: it cannot be told what belongs to a split, or a list names what no file has.
+    """
+    parts, whole, lists = _gather(name, sources)
+    first = sources[0][1].path
+    for part, keys in lists.items():
+        lost = [item for key, item in keys.items() if key not in whole]
+        if lost and part not in parts:
+            raise AuroraError(
+                f"{name}: of the names listed for {part}, {len(lost)} have captions in none of the files, among them "
+                f"{lost[0]}; give all files of captions"
+            )
+        parts.setdefault(part, {key: rows for key, rows in whole.items() if key in keys})
+    if protocol in ("9k", "7k"):
+        held_out = parts.get("test", parts.get("val"))
+        if held_out is None:
+            raise AuroraError(f"--test-csv: missing; split {protocol} is tested on MSRVTT_JSFUSION_test.csv")
+        unknown = [rows[0].item for key, rows in held_out.items() if key not in whole]
+        if whole and unknown:
+            raise AuroraError(
+                f"{name}: {len(unknown)} videos of the test are in none of the annotation files, among them "
+                f"{unknown[0]}; give train_val_videodatainfo.json and test_videodatainfo.json both"
+            )
+        left = {k: r for k, r in whole.items() if k not in held_out and (protocol == "9k" or r[0].split != "test")}
+        if left:
+            parts.setdefault("train", left)
+        parts = {"val": held_out, "test": held_out} | parts
+    else:
+        for key, rows in whole.items():
+            if rows[0].split and rows[0].split not in lists:
+                parts.setdefault(rows[0].split, {}).setdefault(key, []).extend(rows)
+    if not parts:
+        raise AuroraError(
+            f"{name}: of which split is {first}? Give it as train={first}, or val, or test; or give lists of the "
+            f"names of each split too"
+        )
+    return {part: parts[part] for part in PARTS if part in parts}
+
+
+def entries_of(
+    name: str, part: str, groups: Groups, files: Mapping[str, str] | None = None
+) -> tuple[Entries, list[str]]:
+    """The entries of a split.
+
+    Args:
+        name: of :data:`BENCHMARKS`.
+        part: train, val or test.
+        groups: of :func:`splits_of`.
+        files: names of the files that are there, by name and by name without ending.
 
     Returns:
-        coco or flickr30k, and the entries.
+        Entries as LAVIS reads them, and names of which ``files`` has none, which are left out.
     """
-    content = read_json(path)
-    name = _get(content, "dataset", path, "the file")
-    if name not in ("coco", "flickr30k"):
-        raise AuroraError(f"{path}: holds {shown(name)}; known: coco, flickr30k")
-    parts: dict[str, Entries] = {"train": [], "val": [], "test": []}
-    for i, image in enumerate(_list(_get(content, "images", path, "the file"), path, "images")):
-        what = f"image {i}"
-        # LAVIS's scripts put the pictures there.
-        folder = _get(image, "filepath", path, what) if name == "coco" else "flickr30k-images"
-        file = f"{folder}/{_get(image, 'filename', path, what)}"
-        texts = [_get(sentence, "raw", path, what) for sentence in _get(image, "sentences", path, what)]
-        texts = [text for text in texts if text.strip()]
-        part = _get(image, "split", path, what)
-        part = "train" if part == "restval" else part
-        if part not in parts:
-            raise AuroraError(f"{path}: the split of {what} is {shown(part)}{did_you_mean(str(part), parts)}")
-        if part == "train":
-            number = image.get("cocoid", image.get("imgid", i))
-            parts[part] += [{"image": file, "caption": text, "image_id": f"{name}_{number}"} for text in texts]
-        elif texts:
-            parts[part].append({"image": file, "caption": texts})
-    return name, parts
+    benchmark = BENCHMARKS[name]
+    made: Entries = []
+    missing, silent = [], []
+    for key, rows in groups.items():
+        names = [row.item for row in rows]
+        file = benchmark.file(key, names[0])
+        if files is not None:
+            found = next((files[one] for one in (*names, key) if one in files), None)
+            if found is None:
+                missing.append(names[0])
+                continue
+            file = found
+        texts = [text for row in rows for text in row.texts]
+        if name == "msrvtt_qa":
+            for row in rows:
+                asked = {"question": row.question, "answer": row.answer, "question_id": row.number}
+                made.append({"video": file, **asked})
+        elif not texts:
+            silent.append(names[0])
+        elif part == "train":
+            number = {"image_id": f"{name}_{key}"} if benchmark.media == "image" else {}
+            texts = [" ".join(texts)] if benchmark.paragraphs else texts
+            made += [{benchmark.media: file, "caption": text, **number} for text in texts]
+        else:
+            made.append({benchmark.media: file, "caption": [" ".join(texts)] if benchmark.paragraphs else texts})
+    if silent:
+        raise AuroraError(f"{name}: {len(silent)} {benchmark.media}s of {part} have no text: {abbreviated(silent)}")
+    if name == "msrvtt_qa" and len({entry["question_id"] for entry in made}) < len(made):
+        made = [{**entry, "question_id": i} for i, entry in enumerate(made)]
+    return made, missing
+
+
+def advice(path: str, split: str, dataset: str) -> str:
+    """What to type where LAVIS cannot read a dataset's file that the converter can; else nothing."""
+    try:
+        found = read_annotations(Path(path))
+        name = benchmark_of(found) or DATASETS.get(dataset, "")
+        whole = found.layout.kind == "whole"
+        if not name or not whole and not entries_of(name, split, splits_of(name, [(split, found)])[split])[0]:
+            return ""
+    except (AuroraError, KeyError):
+        return ""
+    command = shlex.join([*COMMAND.split(), name, path if whole else f"{split}={path}"])
+    return f"; `{command}` makes a file of it that LAVIS reads (docs/data.md)"
 
 
 # Of VQAv2's official files: keys of the file, the list it holds, and keys of each item.

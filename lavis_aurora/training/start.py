@@ -192,7 +192,7 @@ def _this_process() -> dict[str, Any]:
     return {
         "process": os.getpid(),
         "host": socket.gethostname(),
-        "boot": boot.read_text().strip() if boot.is_file() else "",
+        "boot": boot.read_text(encoding="utf-8").strip() if boot.is_file() else "",
         "touched": True,  # once a minute, other than by older versions
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }

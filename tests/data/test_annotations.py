@@ -198,7 +198,9 @@ def test_evaluation_takes_a_list_of_strings(cfg: DictConfig, data: Path, split: 
     path = data / f"{split}.json"
     _edit(path, 1, caption=caption)
     message = _refused(cfg, _key(split), f"the caption of entry 1 of {path} must be a list of strings")
-    assert message.endswith(f"not {caption!r}")
+    assert f"not {caption!r}" in message
+    # One caption, not in a list, can be converted; what is no caption cannot.
+    assert (f"`python -m lavis_aurora.data.convert coco {split}={path}`" in message) == (caption == "a cat")
 
 
 @pytest.mark.parametrize("caption", [["a cat"], [], 3])

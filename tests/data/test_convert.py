@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from lavis.common.registry import registry
 from lavis.datasets.datasets.retrieval_datasets import (
     RetrievalDataset,
     RetrievalEvalDataset,
@@ -19,9 +22,10 @@ from lavis.datasets.datasets.retrieval_datasets import (
 from omegaconf import OmegaConf
 
 from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.data.annotations import check_entries
+from lavis_aurora.common.paths import package_file
+from lavis_aurora.data.annotations import check_entries, check_split
 from lavis_aurora.data.checks import checks_of
-from lavis_aurora.data.convert import PUBLISHED, Published, main
+from lavis_aurora.data.convert import PUBLISHED, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,10 +127,10 @@ def test_other_numbers_than_published_are_refused(tmp_path, msrvtt, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: [*a[:2], *a[3:]], "2 videos are in none of the annotation files, among them video9"),
+        (lambda a: [*a[:2], *a[3:]], "2 videos of the test are in none of the annotation files, among them video9"),
         (lambda a: [*a[:3], *a[5:]], "--test-csv: missing; split 9k is tested on"),
-        (lambda a: [a[0], "absent.json", *a[3:]], "absent.json is not readable json"),
-        (lambda a: [*a[:3], "--test-csv", "absent.csv", *a[5:]], "absent.csv is not a readable csv"),
+        (lambda a: [a[0], "absent.json", *a[3:]], "absent.json is not a readable file of annotations"),
+        (lambda a: [*a[:3], "--test-csv", "absent.csv", *a[5:]], "absent.csv is not a readable file of annotations"),
     ],
 )
 def test_msrvtt_files_that_cannot_be_used(tmp_path, msrvtt, change, message):
@@ -142,7 +146,7 @@ def test_msrvtt_files_that_cannot_be_used(tmp_path, msrvtt, change, message):
         (lambda c: c.update(videos={}), "videos must be a list, not {}"),
         (lambda c: c["videos"][1].pop("video_id"), "video 1 has no 'video_id'"),
         (lambda c: c["sentences"][0].pop("caption"), "sentence 0 has no 'caption'"),
-        (lambda c: c["sentences"].clear(), "8 videos have no sentence, among them video0"),
+        (lambda c: c["sentences"].clear(), "8 videos of train have no text: video0, video1"),
     ],
 )
 def test_msrvtt_files_of_another_format(msrvtt, edit, message):
@@ -206,17 +210,126 @@ def test_didemo_without_its_folder_of_videos(didemo_files):
         main(["didemo", str(didemo_files), "--videos", str(didemo_files / "absent")])
 
 
-@pytest.mark.parametrize("content", ["3", '{"video": "a"}', "[3]", '["a"]'])
-def test_didemo_files_of_another_format(didemo_files, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("3", "of the names listed for val, 1 have captions in none of the files, among them 3"),
+        ('["a"]', "of the names listed for val, 1 have captions in none"),
+        ('{"video": "a"}', "val_data.json: no known layout of annotations has 'video'; docs/data.md"),
+        ('[{"video": "a", "text": 3}]', "val_data.json: a text of entry 0 must be a string, not 3"),
+        ('[{"video": "a", "text": "b"}, {}]', "val_data.json: entry 1 has none of video, clip_name"),
+        ("[]", "val_data.json: it is empty"),
+    ],
+)
+def test_didemo_files_of_another_format(didemo_files, content, message):
     (didemo_files / "val_data.json").write_text(content)
-    with pytest.raises(AuroraError, match="val_data.json: (the file must be a list|entry 0 has no 'description')"):
+    with pytest.raises(AuroraError, match=message):
         main(["didemo", str(didemo_files), "--allow-partial"])
+    assert not (didemo_files / "out").exists()
 
 
-def test_empty_split(didemo_files):
-    (didemo_files / "val_data.json").write_text("[]")
-    with pytest.raises(AuroraError, match="didemo: the val split is empty"):
-        main(["didemo", str(didemo_files), "--output", str(didemo_files / "out"), "--allow-partial"])
+def test_one_video_has_several_endings_or_a_dot(tmp_path, published, capsys):
+    """As 29 videos of the published val and 33 of test: their annotations name them .mov here and .mp4 there."""
+    names = ["1@N00_1_a.mov", "2@N00_2_b.", "1@N00_1_a.mp4", "3@N00_3_c.m2ts", "2@N00_2_b."]
+    entries = [
+        {"annotation_id": i, "video": v, "description": f"{i}.", "times": [[0, 1]]} for i, v in enumerate(names)
+    ]
+    for part in ("train", "val", "test"):
+        (tmp_path / f"{part}_data.json").write_text(json.dumps(entries))
+    published("didemo", train=3, val=3, test=3)
+    argv = ["didemo", str(tmp_path), "--output", str(tmp_path / "out")]
+    main(argv)
+    texts = ["0. 2.", "1. 4.", "3."]
+    expected = list(zip(["1@N00_1_a.mov", "2@N00_2_b.", "3@N00_3_c.m2ts"], texts))
+    assert [(e["video"], e["caption"]) for e in read(tmp_path / "out" / "retrieval_train.json")] == expected
+    assert [(e["video"], *e["caption"]) for e in read(tmp_path / "out" / "retrieval_val.json")] == expected
+
+    # Files named by another of their names, as published, and by the name with .mp4 at its end.
+    for files in (
+        ["1@N00_1_a.mp4", "2@N00_2_b.", "3@N00_3_c.m2ts", "3@N00_3_c.txt"],
+        ["1@N00_1_a.mp4", "2@N00_2_b.mp4", "3@N00_3_c.mp4"],
+        ["1@N00_1_a.mov.mp4", "2@N00_2_b..mp4", "3@N00_3_c.mp4"],
+    ):
+        folder = tmp_path / files[1]
+        folder.mkdir()
+        for name in files:
+            (folder / name).touch()
+        main([*argv, "--videos", str(folder), "--overwrite"])
+        assert [e["video"] for e in read(tmp_path / "out" / "retrieval_test.json")] == files[:3]
+
+
+def test_paragraphs_of_one_video_under_two_names_are_refused_with_a_command_that_helps(tmp_path, published, capsys):
+    entries = [{"video": f"1@N00_1_a.{end}", "caption": [f"a {end}"]} for end in ("mov", "mp4")]
+    path = tmp_path / "retrieval_val.json"
+    path.write_text(json.dumps(entries))
+    checks = list(checks_of("didemo_retrieval", "videos", VideoRetrievalEvalDataset))
+    expected = "entries 0 and 1 of .* are one video under two names, '1@N00_1_a.mov' and '1@N00_1_a.mp4'"
+    with pytest.raises(AuroraError, match=expected) as caught:
+        check_split([str(path)], checks, "val", "datasets.didemo_retrieval.build_info.annotations.val.storage")
+    command = re.search("`python -m lavis_aurora.data.convert (.*)`", str(caught.value))[1]
+    published("didemo", val=1)
+    main([*command.split(), "--output", str(tmp_path / "out")])
+    assert read(tmp_path / "out" / "retrieval_val.json") == [{"video": "1@N00_1_a.mov", "caption": ["a mov a mp4"]}]
+    check_split([str(tmp_path / "out" / "retrieval_val.json")], checks, "val", "datasets.didemo_retrieval")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "split", "name", "text", "command"),
+    [
+        (
+            "msrvtt_retrieval",
+            "train",
+            "a.jsonl",
+            '{"clip_name": "video1", "caption": "b"}\n' * 2,
+            "msrvtt train=a.jsonl",
+        ),
+        ("msrvtt_retrieval", "test", "t.csv", "key,video_id,sentence\nr,video2,b\n", "msrvtt test=t.csv"),
+        (
+            "msrvtt_retrieval",
+            "test",
+            "v.json",
+            '{"videos": [{"video_id": "video1", "split": "test"}], "sentences": []}',
+            "msrvtt v.json",
+        ),
+        (
+            "msrvtt_qa_aurora",
+            "train",
+            "q.json",
+            '[{"video_id": 1, "question": "a", "answer": "b", "id": 1}]',
+            "msrvtt_qa train=q.json",
+        ),
+        ("didemo_retrieval", "val", "d.json", '[{"video": "1@N00_1_a.", "description": "b"}]', "didemo val=d.json"),
+        ("flickr30k", "train", "f.csv", 'raw,filename\n"[""a""]",1000092795.jpg\n', "flickr30k train=f.csv"),
+        (
+            "coco_retrieval",
+            "val",
+            "c v.json",
+            '{"images": [], "annotations": [{"image_id": 1, "caption": "a"}]}',
+            "coco 'c v.json'",
+        ),
+        (
+            "own_retrieval",
+            "train",
+            "o.json",
+            '\ufeff[{"image": "a.jpg", "caption": "b", "image_id": 1}]',
+            "own train=o.json",
+        ),
+        ("own_retrieval", "train", "x.json", "not json", None),
+    ],
+)
+def test_a_file_in_the_layout_of_others_names_the_command(tmp_path, monkeypatch, dataset, split, name, text, command):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(text, encoding="utf-8")
+    builder = registry.get_builder_class(dataset)
+    cls = builder.train_dataset_cls if split == "train" else builder.eval_dataset_cls
+    checks = list(checks_of(dataset, None, cls))
+    key = f"datasets.{dataset}.build_info.annotations.{split}.storage"
+    with pytest.raises(AuroraError, match=f"^{key}: ") as caught:
+        check_split([name], checks, split, key)
+    found = re.search(
+        "; `python -m lavis_aurora.data.convert (.*)` makes a file of it that LAVIS reads", str(caught.value)
+    )
+    assert (found and found[1]) == command
 
 
 # Karpathy's
@@ -225,7 +338,7 @@ def test_empty_split(didemo_files):
 def karpathy_file(folder: Path, name: str) -> Path:
     images = [
         {
-            "filename": f"{i}.jpg",
+            "filename": f"COCO_val2014_{70 + i:012}.jpg" if name == "coco" else f"{i}.jpg",
             "split": split,
             "sentences": [{"raw": text, "tokens": []} for text in (f"Sentence 0 of {i}.", "", f"Sentence 1 of {i}.")],
             **(
@@ -251,15 +364,19 @@ def karpathy_file(folder: Path, name: str) -> Path:
 )
 def test_karpathy(tmp_path, published, name, pattern, folders, number):
     published(name, train=2, val=1, test=2)
+
+    def file(i: int) -> str:
+        return f"COCO_val2014_{70 + i:012}.jpg" if name == "coco" else f"{i}.jpg"
+
     main(["karpathy", str(karpathy_file(tmp_path, name)), "--output", str(tmp_path / "out")])
     parts = readable(tmp_path / "out", pattern, RetrievalDataset, RetrievalEvalDataset)
     assert parts["train"] == [
-        {"image": f"{folders[i]}/{i}.jpg", "caption": f"Sentence {s} of {i}.", "image_id": f"{name}_{number + i}"}
+        {"image": f"{folders[i]}/{file(i)}", "caption": f"Sentence {s} of {i}.", "image_id": f"{name}_{number + i}"}
         for i in range(2)
         for s in range(2)
     ]
     texts = [f"Sentence {s} of 2." for s in range(2)]
-    assert parts["val"] == [{"image": f"{folders[1]}/2.jpg", "caption": texts}]
+    assert parts["val"] == [{"image": f"{folders[1]}/{file(2)}", "caption": texts}]
     assert len(parts["test"]) == 2
 
 
@@ -274,7 +391,57 @@ def test_karpathys_other_files_are_refused(tmp_path):
         main(["karpathy", str(tmp_path / "dataset_coco.json")])
 
 
+def test_the_1k_test_has_one_sentence_of_each_video(tmp_path, published):
+    """Frozen-in-time's list alone would make all sentences of a video right, another test."""
+    annotations = [{"image_id": f"video{i}", "caption": f"{i} {s}"} for i in range(3) for s in range(2)]
+    (tmp_path / "MSR_VTT.json").write_text(json.dumps({"annotations": annotations}))
+    (tmp_path / "val_list_jsfusion.txt").write_text("video0\n")
+    published("msrvtt 9k", train=2, test=1)
+    files = [str(tmp_path / name) for name in ("MSR_VTT.json", "val_list_jsfusion.txt")]
+    with pytest.raises(AuroraError, match="test has 2 sentences, not one of each video, as MSRVTT_JSFUSION_test.csv"):
+        main(["msrvtt", *files, "--output", str(tmp_path / "out")])
+
+
+def test_numbers_of_another_split_name_it(tmp_path, msrvtt, published):
+    published("msrvtt 9k", train=9, test=2)
+    published("msrvtt 7k", train=10, test=2)
+    with pytest.raises(
+        AuroraError, match="train has 10, not 9 .*: give --split 7k, whose numbers these are, or give --allow"
+    ):
+        main(msrvtt)
+
+
 # All
+
+
+@pytest.mark.parametrize("encoding", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_any_locale(tmp_path, encoding):
+    (tmp_path / "train.csv").write_text("image;caption\ncafé.jpg;ein großer Hund\n", encoding="utf-8-sig")
+    (tmp_path / "é.jsonl").write_text('{"image": "é.jpg", "caption": "ä"}\n', encoding="utf-8")
+    files = [str(tmp_path / "train.csv"), f"val={tmp_path}/é.jsonl"]
+    command = [sys.executable, "-m", "lavis_aurora.data.convert", "own", *files, "--output", str(tmp_path / "é")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False, env={**os.environ, **encoding})
+    assert done.returncode == 0, done.stderr
+    [entry] = read(tmp_path / "é" / "train.json")
+    assert (entry["image"], entry["caption"]) == ("café.jpg", "ein großer Hund")
+    assert (tmp_path / "é" / "train.json").read_bytes().isascii()
+
+
+def test_what_is_there_stays(tmp_path, msrvtt, published, capsys):
+    published("msrvtt 9k", train=10, test=2)
+    published("msrvtt 7k", train=8, test=2)
+    main(msrvtt)
+    before = read(tmp_path / "out" / "retrieval_train.json")
+    main(msrvtt)  # the same again
+    with pytest.raises(
+        AuroraError, match="retrieval_train.json is there already and holds something else; .*--overwrite"
+    ):
+        main([*msrvtt, "--split", "7k"])
+    assert read(tmp_path / "out" / "retrieval_train.json") == before
+    capsys.readouterr()
+    main([*msrvtt, "--split", "7k", "--overwrite"])
+    assert len(read(tmp_path / "out" / "retrieval_train.json")) == 24 < len(before)
+    assert "  replaced: retrieval_train.json\n" in capsys.readouterr().out
 
 
 def test_files_lie_where_the_yamls_look():
@@ -287,11 +454,18 @@ def test_files_lie_where_the_yamls_look():
         ("didemo", "didemo/defaults_ret.yaml"),
         ("coco", "coco/defaults_ret.yaml"),
         ("flickr30k", "flickr30k/defaults.yaml"),
+        ("msrvtt_qa", "msrvtt/defaults_qa.yaml"),
     ):
         [section] = OmegaConf.load(configs / yaml).datasets.values()
         for part, info in section.build_info.annotations.items():
             assert info.storage == PUBLISHED[name].files.format(part)
-    assert len({split.files for name, split in PUBLISHED.items() if name.startswith("msrvtt")}) == 1
+    for name in ("own_retrieval", "own_video_retrieval"):
+        annotations = (
+            OmegaConf.load(package_file(f"configs/datasets/{name}.yaml")).datasets[name].build_info.annotations
+        )
+        for part, info in annotations.items():
+            assert info.storage == PUBLISHED[name[: -len("_retrieval")]].files.format(part)
+    assert len({split.files for name, split in PUBLISHED.items() if name.startswith("msrvtt ")}) == 1
 
 
 def test_published_numbers():
@@ -299,11 +473,14 @@ def test_published_numbers():
     assert counts["coco"] == {"train": 113_287, "val": 5000, "test": 5000}
     assert sum(counts["msrvtt full"].values()) == sum(counts["msrvtt 9k"].values()) == 10_000
     assert counts["msrvtt full"]["train"] + counts["msrvtt full"]["val"] == counts["msrvtt 7k"]["train"]
-    assert all(isinstance(split, Published) and split.source for split in PUBLISHED.values())
+    assert sum(PUBLISHED["msrvtt_qa"].questions.values()) == 243_680
+    assert counts["msrvtt_qa"] == counts["msrvtt full"]
+    assert all(split.source or name.startswith("own") for name, split in PUBLISHED.items())
 
 
 def test_nothing_is_half_written(tmp_path, msrvtt, published, monkeypatch):
     published("msrvtt 9k", train=10, test=2)
+    published("msrvtt 7k", train=8, test=2)
     main(msrvtt)
     before = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
 
@@ -316,7 +493,7 @@ def test_nothing_is_half_written(tmp_path, msrvtt, published, monkeypatch):
 
     monkeypatch.setattr(io, "open", no_space)
     with pytest.raises(AuroraError, match="cannot write .*retrieval_val.json .No space left"):
-        main(msrvtt)
+        main([*msrvtt, "--split", "7k", "--overwrite"])
     assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == before
 
 
@@ -324,4 +501,4 @@ def test_the_command_reports_an_error_in_one_line(tmp_path):
     command = [sys.executable, "-m", "lavis_aurora.data.convert", "karpathy", str(tmp_path / "absent.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     [line] = done.stderr.splitlines()
-    assert done.returncode == 1 and line.startswith(f"error: {tmp_path}/absent.json is not readable json")
+    assert done.returncode == 1 and line.startswith(f"error: {tmp_path}/absent.json is not a readable file")
