@@ -106,7 +106,7 @@ def test_report_names_the_kind(kind, k):
     figures = {"r1": 10.0, "r5": 20.0, "r10": 30.0, "median_rank": 4.0}
     metrics = {f"{d}{n}_{m}": v for d in (forth, back) for n in ("", "_itc", "_chance") for m, v in figures.items()}
     result = {"kind": kind, f"{kind}s": 7, "texts": 9, "k_test": {forth: k, back: k}, "itc_weight": 1.0}
-    text = report("val", {**result, "metrics": metrics})
+    text = report("val", {**result, "shared_texts": 0, "metrics": metrics})
     assert text.startswith(f"val: 7 {kind}s, 9 texts; score = ")
     assert ("not reranked" in text) == (k == 0)
     for direction in (f"{kind}-to-text", f"text-to-{kind}"):
