@@ -16,13 +16,15 @@ from lavis.common.dist_utils import (
     main_process,
 )
 from lavis.common.registry import registry
+from lavis.common.vqa_tools.vqa_eval import VQAEval
 from lavis.datasets.datasets.vqa_datasets import VQADataset
 from lavis.tasks.vqa import VQATask
 from torch.utils.data import Dataset
 
-from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.errors import AuroraError, abbreviated
 from lavis_aurora.common.files import read_json, write_text
-from lavis_aurora.evaluation.answers import exact_match, vqa_accuracy
+from lavis_aurora.data.report import DataReport
+from lavis_aurora.evaluation.answers import exact_match, normalise, vqa_accuracy
 from lavis_aurora.training.tasks.base import AuroraTaskBase, LavisTaskMixin
 
 SHOWN_TYPES = 12  # question types that a report lists; VQAv2 has 65
@@ -68,6 +70,40 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
                 f"run.inference_method: generate"
             )
 
+    def complete_report(self, report: DataReport, datasets: dict[str, dict[str, Any]]) -> None:
+        """Say how many questions no answer of the list can be right for."""
+        for split in report.splits:
+            dataset = datasets[split.dataset][split.split]
+            answers = getattr(dataset, "answer_list", None)
+            truths = [] if split.train else self._truths(dataset)
+            if self.inference_method != "rank" or not answers or not truths:
+                continue
+            evaluator, known = VQAEval(), {}
+            for answer in {*answers, *(truth for own in truths for truth in own)}:
+                known[answer] = normalise(answer, evaluator)
+            reached = {known[answer] for answer in answers}
+            lost = [own for own in truths if not any(known[truth] in reached for truth in own)]
+            split.counts["unreachable_answers"] = len(lost)
+            if lost:
+                shown = abbreviated(dict.fromkeys(own[0] for own in lost))
+                report.add(
+                    "warning",
+                    split,
+                    f"no answer of the list is right for {len(lost)} of {len(truths)} questions "
+                    f"({100 * len(lost) / len(truths):.1f} %): {shown}; add them to the list, or set "
+                    f"run.inference_method=generate",
+                )
+
+    @staticmethod
+    def _truths(dataset: Any) -> list[list[str]]:
+        """The true answers of each question; none where they are not known."""
+        official = getattr(dataset, "coco_fmt_anno_file", None)
+        if official:
+            annotations = read_json(official)["annotations"]
+            return [[one["answer"] for one in entry["answers"]] for entry in annotations]
+        entries = getattr(dataset, "annotation", None) or []
+        return [[entry["answer"]] for entry in entries if isinstance(entry.get("answer"), str)]
+
     def evaluation(self, model: Any, data_loader: Any, **_kwargs: Any) -> list[dict[str, Any]]:
         """Answers of this process to its share of the questions."""
         self.answer_list = getattr(data_loader.dataset, "answer_list", None)
@@ -101,6 +137,7 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
             remove_duplicate=self.result_key,
         )
         metrics: dict[str, Any] | None = self._report_metrics(result_file=path, split=split_name)
+        self.print_findings(split_name)
         return metrics
 
     @staticmethod

@@ -80,6 +80,7 @@ class RetrievalAuroraTask(LavisTaskMixin, RetrievalTask, AuroraTaskBase):
         # LAVIS selects the best epoch by image-to-text alone; both directions count here.
         metrics["agg_metrics"] = float(np.mean(recalls))
         print(report(split_name, val_result), flush=True)
+        self.print_findings(split_name)
         path = Path(registry.get_path("result_dir")) / f"{split_name}_epoch_{epoch}.json"
         # A line for each part: with one for each number, nobody would find the metrics.
         parts = {"split": split_name, "epoch": epoch, **val_result}
