@@ -24,7 +24,7 @@ EVALUATE = "evaluate a model on the test splits of a project YAML"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """``lavis-aurora train|evaluate|inspect|merge|targets|configs|compare|convert ...``."""
+    """``lavis-aurora train|evaluate|check|inspect|merge|targets|configs|compare|convert ...``."""
     args = command_parser().parse_args(argv)
     if args.command == "configs" and not args.names:
         print(configs())
@@ -72,6 +72,11 @@ def command_parser() -> argparse.ArgumentParser:
     _add_run_arguments(commands.add_parser("train", help=TRAIN), evaluate=False)
     _add_run_arguments(commands.add_parser("evaluate", help=EVALUATE), evaluate=True)
 
+    one = commands.add_parser("check", help="report what is in the data of a project YAML, without training")
+    one.add_argument("path", metavar="YAML", help="project YAML; run.evaluate=true for what an evaluation reads")
+    _add_options(one)
+    one.set_defaults(action=_check)
+
     one = commands.add_parser("inspect", help="what is in an adapter folder, or in a file of weights")
     one.add_argument("path", metavar="FOLDER_OR_FILE")
     one.set_defaults(action=_inspect)
@@ -115,10 +120,14 @@ def command_parser() -> argparse.ArgumentParser:
 def _add_run_arguments(parser: argparse.ArgumentParser, evaluate: bool) -> None:
     """The arguments of train and evaluate, and what is done with them."""
     parser.add_argument("--cfg-path", required=True, help="project YAML, e.g. projects/aurora/flickr_ret.yaml")
+    _add_options(parser)
+    parser.set_defaults(action=_run, evaluate=evaluate)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--options", nargs="+", metavar="KEY=VALUE", help="override keys of the YAML, e.g. run.max_epoch=2"
     )
-    parser.set_defaults(action=_run, evaluate=evaluate)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -126,6 +135,13 @@ def _run(args: argparse.Namespace) -> None:
     from lavis_aurora.training.start import run_config
 
     run_config(load_config(args.cfg_path, args.options, args.evaluate))
+
+
+def _check(args: argparse.Namespace) -> None:
+    from lavis_aurora.project import load_config
+    from lavis_aurora.training.data import check_data
+
+    check_data(load_config(args.path, args.options))
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -67,7 +67,7 @@ def _describe(config: AdapterConfig) -> list[str]:
     for key, value in config.metrics.items():
         shown = value if isinstance(value, dict) else {"": value}
         numbers = (f"{k} {v:.4g}".strip() if isinstance(v, (int, float)) else f"{k} {v}" for k, v in shown.items())
-        lines[f"metrics: {key}"] = ", ".join(text for text in numbers if not re.search("chance|_itc_", text))
+        lines[f"metrics: {key}"] = ", ".join(text for text in numbers if not re.search("chance|_itc_|_lavis_", text))
     lines["written by"] = ", ".join(f"{key} {value}" for key, value in config.versions.items())
     if config.format == 1:
         lines["checksum"] = "of the tensors alone (an older version's); load and save the adapter to cover all"

@@ -178,7 +178,7 @@ SPOILED = {
     "floats": (floats, "nothing says which value is white in its mode, F; convert it to 8 bits a channel"),
     "bomb": (bomb, "decompression bomb"),
     "html": (lambda path: path.write_text("<html>not found</html>"), "cannot identify image file"),
-    "zero bytes": (lambda path: path.write_bytes(b""), "cannot identify image file"),
+    "zero bytes": (lambda path: path.write_bytes(b""), "it is empty"),
     "truncated": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00"), "cannot identify image file"),
     "missing": (lambda path: None, "No such file"),
     "pipe": (os.mkfifo, "it is a pipe, not a file"),
@@ -194,7 +194,7 @@ def test_pictures_that_cannot_be_used(project: Path, capsys, split: str, kind: s
     path = replace(project, split, 1, "odd.png")
     make(path)
     line = refused(capsys, project)
-    assert f"coco_retrieval {split}: cannot read {path}" in line and problem in line
+    assert f"coco_retrieval {split}: cannot read " in line and str(path) in line and problem in line
 
 
 # Captions and entries
@@ -215,7 +215,7 @@ ODD_TEXTS = [
     "x" * 5000,
     "a\tcat\nsits",
     "[ENC] [CLS] [MASK]",
-    "!!!",
+    "?!",
 ]
 
 

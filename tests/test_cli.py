@@ -23,7 +23,7 @@ from lavis_aurora_cli import end_with_parent, evaluate, main, train
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a run may leave before its first epoch has ended.
-HARMLESS = {"config.yaml", "log.txt", "summary.json", "result"}
+HARMLESS = {"config.yaml", "data.json", "log.txt", "summary.json", "result"}
 COUNT = 4
 
 
@@ -296,7 +296,7 @@ def test_caption_string_at_evaluation(project: Path, data: Path, failing: Callab
     entries[1]["caption"] = "a cat"
     (data / "val.json").write_text(json.dumps(entries))
     expected = (
-        f"the caption of entry 1 of {data / 'val.json'} must be a list of strings, none empty, "
+        f"the caption of entry 1 of {data / 'val.json'} must be a list of strings, each with words, "
         f"e.g. [\"a cat\"], not 'a cat'"
     )
     assert expected in failing(project)

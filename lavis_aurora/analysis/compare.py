@@ -27,6 +27,8 @@ METHODS = {
 }
 RANKS = {"aurora": "mode_approx", "mode_approx": "mode_approx", "lora": "lora", "uniadapter": "uniadapter"}
 ZERO_SHOT = {"aurora": "BLIP + Aurora", "lora": "BLIP + LoRA", "uniadapter": "BLIP + UniAdapter", "frozen": "BLIP"}
+# Metrics that stand beside others.
+BESIDE = re.compile("chance|_itc_|_lavis_")
 QUESTIONS = ("coco_vqa", "msrvtt_qa_aurora")
 COLUMN_TITLES = {"test_dev": "test-dev", "test_std": "test-std", "accuracy": "accuracy"}
 
@@ -146,7 +148,10 @@ def run_values(measured: Measured, benchmark: str, rows: Sequence[dict[str, Any]
         name = "accuracy" if benchmark == "msrvtt_qa_aurora" and measured.split == "test" else measured.split
         return {name: measured.metrics["agg_metrics"]}
     names = list(dict.fromkeys(name for row in rows for name in row["values"]))
-    return {name: measured.metrics[name] for name in names if name in measured.metrics}
+    # Of texts that several images share, the paper counts as LAVIS does.
+    counted = {name: "_lavis_r".join(name.rsplit("_r", 1)) for name in names}
+    known = ((name, measured.metrics.get(lavis, measured.metrics.get(name))) for name, lavis in counted.items())
+    return {name: value for name, value in known if value is not None}
 
 
 def comparison(measured: Measured, benchmark: Optional[str] = None, table: Optional[str] = None) -> dict[str, Any]:
@@ -165,7 +170,7 @@ def comparison(measured: Measured, benchmark: Optional[str] = None, table: Optio
     own = {"method": run_label(measured.config), "path": str(measured.path), "split": measured.split}
     own["data"] = ", ".join(measured.config.get("datasets", {}))
     if benchmark is None:
-        values = {key: value for key, value in measured.metrics.items() if "chance" not in key and "itc" not in key}
+        values = {key: value for key, value in measured.metrics.items() if not BESIDE.search(key)}
         return {**own, "benchmark": None, "table": None, "columns": list(values), "rows": [], "values": values}
     if benchmark not in paper_tables()["benchmarks"]:
         raise AuroraError(f"--benchmark {benchmark}: known: {', '.join(paper_tables()['benchmarks'])}")

@@ -27,6 +27,7 @@ from lavis_aurora.analysis.results import (
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json
 from lavis_aurora.encoders.towers import encode_visual
+from lavis_aurora.evaluation.scores import right_targets
 
 COLUMNS = 8  # of pictures
 SPECIAL = ("[CLS]", "[SEP]", "[PAD]", "[ENC]", "[DEC]")
@@ -241,10 +242,9 @@ def _ranked(args: argparse.Namespace) -> dict[str, Any]:
     if direction is None:
         raise AuroraError(f"{run}: its result file holds no ranked candidates; evaluate the run again")
     ids = result["candidates"][direction]["ids"]
-    cases = []
+    right, cases = right_targets(dataset.text, dataset.img2txt, dataset.txt2img)[1], []
     for item in _selected(args, list(range(len(ids))), len(ids)):
-        right = dataset.txt2img[item]
-        shown = [{"file": dataset.file(i), "right": i == right} for i in ids[item][: args.top]]
+        shown = [{"file": dataset.file(i), "right": i in right[item]} for i in ids[item][: args.top]]
         rank = result["ranks"][direction][item] + 1
         cases.append({"item": item, "text": dataset.text[item], "rank": rank, "candidates": shown})
     return {"kind": "retrieval", "run": str(run), "cases": cases}

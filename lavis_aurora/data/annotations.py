@@ -56,7 +56,7 @@ def check_unique(entries: list[dict[str, Any]], kind: str, path: str, key: str) 
     """Refuse a picture or video that is to be ranked twice: each of its captions would have one right entry only."""
     first: dict[Any, int] = {}
     for i, entry in enumerate(entries):
-        before = first.setdefault(entry[kind], i)
+        before = first.setdefault(os.path.normpath(entry[kind]), i)  # ./0.png is 0.png
         if before != i:
             raise AuroraError(
                 f"{key}: entries {before} and {i} of {path} have the same {kind}, {shown(entry[kind])}; make them "

@@ -1,13 +1,14 @@
 """What is checked of a dataset beyond the names of its keys: registered for builders, for kinds of data, for classes.
 
-@register_dataset_checks("my_builder")
-class MyChecks(DatasetChecks):
-    entries = {"image": FILE, "caption": TEXT}
+    @register_dataset_checks("my_builder")
+    class MyChecks(DatasetChecks):
+        entries = {"image": FILE, "caption": CAPTION}
 """
 
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -32,18 +33,33 @@ class Rule(NamedTuple):
     need: str
 
 
+# BLIP's text processors drop these of captions and questions.
+PUNCTUATION = '.!"()*#:;~'
+
+
+def _reads(character: str) -> bool:
+    """Whether BERT's tokenizer keeps a character: neither blank nor invisible (a zero-width space), nor an accent."""
+    kind = unicodedata.category(character)
+    return kind[0] not in "CZ" and kind != "Mn" and character != "\ufffd"
+
+
 def _text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, str) and any(map(_reads, value))
 
 
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_text, value))
+def _words(value: Any) -> bool:
+    return isinstance(value, str) and any(c not in PUNCTUATION and _reads(c) for c in value)
+
+
+def _each(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and bool(value) and all(map(rule, value))
 
 
 TEXT = Rule(_text, "one string, not empty")
-TEXTS = Rule(_texts, 'a list of strings, none empty, e.g. ["a cat"]')
-# Of a question, LAVIS's processor drops these.
-QUESTION = Rule(lambda value: isinstance(value, str) and bool(value.strip(' .!"()*#:;~')), "a string with words")
+TEXTS = Rule(_each(_text), 'a list of strings, none empty, e.g. ["a cat"]')
+CAPTION = Rule(_words, "one string with words")
+CAPTIONS = Rule(_each(_words), 'a list of strings, each with words, e.g. ["a cat"]')
+QUESTION = Rule(_words, "a string with words")
 # A list, null or NaN in its place would be no key, or the same one for all samples.
 NUMBER_OR_TEXT = Rule(
     lambda value: isinstance(value, str) or type(value) is int and abs(value) < 2**63, "a whole number or a string"
@@ -145,7 +161,7 @@ def check_dataset_config(name: str, cfg: DictConfig) -> None:
 class Captions(DatasetChecks):
     """Pictures to train on, a caption each."""
 
-    entries = {"image": FILE, "caption": TEXT, "image_id": NUMBER_OR_TEXT}
+    entries = {"image": FILE, "caption": CAPTION, "image_id": NUMBER_OR_TEXT}
     example = {"image": "beach/1.jpg", "caption": "two dogs on a beach", "image_id": 1}
 
 
@@ -153,7 +169,7 @@ class Captions(DatasetChecks):
 class RankedImages(DatasetChecks):
     """Pictures to rank, each with all its captions."""
 
-    entries = {"image": FILE, "caption": TEXTS}
+    entries = {"image": FILE, "caption": CAPTIONS}
     example = {"image": "beach/2.jpg", "caption": ["a dog in the sand", "a dog sleeps"]}
     unique = "image"
 
@@ -162,7 +178,7 @@ class RankedImages(DatasetChecks):
 class VideoCaptions(DatasetChecks):
     """Videos to train on, a caption each."""
 
-    entries = {"video": FILE, "caption": TEXT}
+    entries = {"video": FILE, "caption": CAPTION}
     example = {"video": "beach/1.mp4", "caption": "two dogs run along a beach"}
 
 
@@ -170,7 +186,7 @@ class VideoCaptions(DatasetChecks):
 class RankedVideos(DatasetChecks):
     """Videos to rank, each with all its captions."""
 
-    entries = {"video": FILE, "caption": TEXTS}
+    entries = {"video": FILE, "caption": CAPTIONS}
     example = {"video": "beach/2.mp4", "caption": ["a dog digs", "a dog in the sand"]}
     unique = "video"
 

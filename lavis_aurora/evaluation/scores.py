@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import comb
 
@@ -11,9 +12,43 @@ import numpy as np
 from lavis_aurora.common.errors import AuroraError
 
 TOP = (1, 5, 10)
+Targets = Sequence[Sequence[int]]
 
 
-def target_ranks(scores: np.ndarray, targets: Sequence[Sequence[int]], fallback: np.ndarray) -> np.ndarray:
+def own_targets(img2txt: Mapping[int, Sequence[int]], txt2img: Mapping[int, int]) -> tuple[Targets, Targets]:
+    """The right texts of each image and the right image of each text as LAVIS's dataset names them."""
+    return [img2txt[i] for i in range(len(img2txt))], [[txt2img[i]] for i in range(len(txt2img))]
+
+
+def right_targets(
+    texts: Sequence[str], img2txt: Mapping[int, Sequence[int]], txt2img: Mapping[int, int]
+) -> tuple[Targets, Targets]:
+    """The right candidates of each image and of each text, where a text that equals a right one is right.
+
+    Args:
+        texts: as the model reads them, after the text processor.
+        img2txt, txt2img: of LAVIS's dataset, which knows a text as right for the image of its own entry alone.
+
+    Returns:
+        texts of each image, and images of each text. Without texts that several images share they are those of
+        :func:`own_targets`.
+    """
+    alike: dict[str, list[int]] = defaultdict(list)
+    for i, text in enumerate(texts):
+        alike[text].append(i)
+    images = {text: list(dict.fromkeys(txt2img[i] for i in same)) for text, same in alike.items()}
+    shared = {text for text, own in images.items() if len(own) > 1}
+    i2t, t2i = map(list, own_targets(img2txt, txt2img))
+    for image in {image for text in shared for image in images[text]}:
+        equal = (alike[text] for text in dict.fromkeys(texts[i] for i in img2txt[image]))
+        i2t[image] = sorted({i for same in equal for i in same})
+    for text in shared:
+        for i in alike[text]:
+            t2i[i] = images[text]
+    return i2t, t2i
+
+
+def target_ranks(scores: np.ndarray, targets: Targets, fallback: np.ndarray) -> np.ndarray:
     """Rank of the best target of each query, 0 is first.
 
     Wrong candidates that score like the target stand before it: a constant score is worth nothing.
@@ -34,15 +69,30 @@ def target_ranks(scores: np.ndarray, targets: Sequence[Sequence[int]], fallback:
         raise AuroraError(f"{nans} scores are NaN; nothing is ranked")
     ranks = np.empty(len(scores), dtype=np.int64)
     for query, right in enumerate(targets):
-        right = list(right)
-        if not right:
+        if not len(right):
             raise AuroraError(f"query {query} has no target")
-        row, second = scores[query], fallback[query]
-        best = max(right, key=lambda i: (row[i], second[i]))
+        row, second, right = scores[query], fallback[query], np.asarray(right)
+        best = right[np.lexsort((second[right], row[right]))[-1]]
         scored = row > -np.inf
         before = row >= row[best] if scored[best] else scored | (second >= second[best])
         before[right] = False
         ranks[query] = before.sum()
+    return ranks
+
+
+def lavis_ranks(matrix: np.ndarray, targets: Targets) -> np.ndarray:
+    """Ranks as LAVIS's RetrievalTask counts them: what scores like the target is in the order of numpy's sort.
+
+    Args:
+        matrix: LAVIS's scores, (queries, candidates).
+        targets: the right candidates of each query.
+    """
+    ranks = np.empty(len(matrix), dtype=np.int64)
+    for query, (row, right) in enumerate(zip(matrix, targets)):
+        best = row[np.asarray(right)].max()
+        alone = int((row == best).sum()) == 1
+        # Sorting takes long, and is needed for ties alone.
+        ranks[query] = (row > best).sum() if alone else np.isin(np.argsort(row)[::-1], right).argmax()
     return ranks
 
 
@@ -53,7 +103,7 @@ def recall_metrics(ranks: np.ndarray) -> dict[str, float]:
     return metrics
 
 
-def chance_recall(targets: Sequence[Sequence[int]], candidates: int) -> dict[str, float]:
+def chance_recall(targets: Targets, candidates: int) -> dict[str, float]:
     """R@1, R@5, R@10 in percent of a random ranking."""
     counts = np.bincount([len(right) for right in targets])
     result = {}
@@ -121,7 +171,7 @@ class RetrievalScores:
             np.put_along_axis(scores, reranked.indices[rows], reranked.scores[rows], axis=1)
             yield rows, scores, itc
 
-    def ranks(self, direction: str, targets: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    def ranks(self, direction: str, targets: Targets) -> tuple[np.ndarray, np.ndarray]:
         """Ranks of the best target of each query, reranked and by ITC alone; see :func:`target_ranks`."""
         parts = [
             (target_ranks(scores, targets[rows], fallback=itc), target_ranks(itc, targets[rows], fallback=itc))
@@ -145,12 +195,15 @@ class RetrievalScores:
             found.append((order, np.take_along_axis(itc, order, axis=1)))
         return tuple(np.concatenate(parts) for parts in zip(*found))
 
+    def lavis_ranks(self, direction: str, targets: Targets) -> np.ndarray:
+        """Ranks of the first target of each query by LAVIS's matrix; see :func:`lavis_ranks`."""
+        blocks = self.blocks(direction)
+        return np.concatenate([lavis_ranks(self._lavis(direction, *block), targets[rows]) for rows, *block in blocks])
+
     def matrix(self, direction: str) -> np.ndarray:
         """LAVIS's score matrix, (queries, candidates): -100 where not reranked; ITC if nothing was."""
+        return np.concatenate([self._lavis(direction, *block) for _, *block in self.blocks(direction)])
+
+    def _lavis(self, direction: str, scores: np.ndarray, itc: np.ndarray) -> np.ndarray:
         reranked = self._sides(direction)[2].indices.shape[1] > 0
-        return np.concatenate(
-            [
-                np.where(np.isneginf(scores), np.float32(NOT_RERANKED), scores) if reranked else itc
-                for _, scores, itc in self.blocks(direction)
-            ]
-        )
+        return np.where(np.isneginf(scores), np.float32(NOT_RERANKED), scores) if reranked else itc

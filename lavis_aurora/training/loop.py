@@ -28,6 +28,18 @@ from lavis_aurora.training.guards import FiniteGuard
 Samples = dict[str, Any]
 
 
+def in_several_processes(model: nn.Module, gpu: int | None) -> DistributedDataParallel:
+    """The model, alike in all processes, which exchange its gradients.
+
+    Args:
+        gpu: of this process; None on a CPU.
+    """
+    # Queues start alike, are filled alike on all processes, and need not be sent each step.
+    for buffer in model.buffers():
+        dist.broadcast(buffer, src=0)
+    return DistributedDataParallel(model, device_ids=None if gpu is None else [gpu], broadcast_buffers=False)
+
+
 @runtime_checkable
 class TrainableModel(Protocol):
     """What a run asks of a model, an ``nn.Module``, besides its loss."""

@@ -176,12 +176,19 @@ def build_loader(
         # Of its own, so that iterating draws nothing from the global one.
         generator=torch.Generator(),
     )
-    if is_train and not evaluate and len(loader) == 0:
-        raise AuroraError(
-            f"run.batch_size_train: {batch_size} on {get_world_size()} processes is more than the "
-            f"{len(cast(Sized, dataset))} samples of the train split"
-        )
+    if is_train and not evaluate:
+        check_batch(batch_size, len(cast(Sized, dataset)))
     return loader
+
+
+def check_batch(batch_size: int, samples: int) -> None:
+    """Refuse a train split that is smaller than a batch over all processes."""
+    processes = get_world_size()
+    if samples < batch_size * processes:
+        raise AuroraError(
+            f"run.batch_size_train: {batch_size} on {processes} processes is more than the {samples} samples of the "
+            f"train split"
+        )
 
 
 def check_splits(run: DictConfig, datasets: Mapping[str, Mapping[str, Any]], shard_evaluation: bool) -> None:

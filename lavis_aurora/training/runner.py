@@ -34,11 +34,11 @@ from lavis_aurora.training.loop import (
     TrainingState,
     check_trainable,
     epoch_stats,
+    in_several_processes,
     train_steps,
 )
 from lavis_aurora.training.outputs import RunSummary, forget_epoch, save_run_adapter
 from lavis_aurora.training.resuming import RunCheckpoints, load_weights
-from lavis_aurora.training.start import in_several_processes
 
 TRAINING_METRIC = "agg_metrics"
 LOG = "log.txt"

@@ -24,27 +24,14 @@ from lavis.common.dist_utils import get_rank
 from lavis.common.logger import setup_logger
 from lavis.common.registry import registry
 from omegaconf import DictConfig
-from torch import nn
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
-from torch.nn.parallel import DistributedDataParallel
 
 from lavis_aurora.common.errors import AuroraError, printable
 from lavis_aurora.common.files import writing
 from lavis_aurora.data.fetch import use_data_root
+from lavis_aurora.data.report import LOOK_SECONDS
 from lavis_aurora.training.checkpoints import BEST, find_resumable_run, newest_run_differs
-from lavis_aurora.training.tasks.base import runnable_task
-
-
-def in_several_processes(model: nn.Module, gpu: int | None) -> DistributedDataParallel:
-    """The model, alike in all processes, which exchange its gradients.
-
-    Args:
-        gpu: of this process; None on a CPU.
-    """
-    # Queues start alike, are filled alike on all processes, and need not be sent each step.
-    for buffer in model.buffers():
-        dist.broadcast(buffer, src=0)
-    return DistributedDataParallel(model, device_ids=None if gpu is None else [gpu], broadcast_buffers=False)
+from lavis_aurora.training.data import log, read_data
 
 
 def join_processes(run: DictConfig) -> None:
@@ -306,13 +293,13 @@ def run_config(cfg: Config) -> None:
     with RunLock() as lock:
         job_id = _agree_on_run(cfg, lock)
         _set_seeds(run.seed + get_rank())
-        task = runnable_task(registry.get_task_class(run.task)).setup_task(cfg=cfg)
-        datasets = task.build_datasets(cfg)
+        task, datasets = read_data(cfg, LOOK_SECONDS, log)
         model = task.build_model(cfg)
         runner_cls = registry.get_runner_class(run.runner)
         runner = runner_cls(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
         if get_rank() == 0:
             lock.take(runner.output_dir)
+            task.data_report.write(runner.output_dir)
         runner.train()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -176,6 +176,13 @@ def test_scores_of_answers_are_in_the_summary_of_their_run(tmp_path):
         text_of(str(run))
 
 
+def test_what_lavis_counts_is_compared_where_captions_are_shared(tmp_path):
+    metrics = {"image_to_text_r1": 60.0, "image_to_text_lavis_r1": 50.0, "text_to_image_r1": 40.0}
+    run = write_run(tmp_path, "coco_retrieval", {"arch": "blip_retrieval_aurora"}, {}, {}, metrics)
+    [measured] = read_measured(run)
+    assert comparison(measured)["values"] == {"image_to_text_r1": 50.0, "text_to_image_r1": 40.0}
+
+
 def test_what_real_runs_write_is_read(tmp_path):
     for folder, make in ((tmp_path / "ret", project_yaml), (tmp_path / "vqa", vqa_project)):
         folder.mkdir()

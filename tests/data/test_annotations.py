@@ -187,13 +187,31 @@ def test_missing_key_comes_with_those_that_are_there(
     _refused(cfg, _key(split), f"entry 2 of {path} has no {key!r}; it has ", repr(wrong))
 
 
+@pytest.mark.parametrize("image_id", [float("nan"), 1.5, [1]])
+def test_an_id_that_is_none_would_make_all_pictures_one(cfg: DictConfig, data: Path, image_id: object) -> None:
+    _edit(data / "train.json", 1, image_id=image_id)
+    _refused(cfg, _key("train"), f"the image_id of entry 1 of {data / 'train.json'} must be a whole number or a")
+
+
+def test_an_id_that_is_null(cfg: DictConfig, data: Path) -> None:
+    path = data / "train.json"
+    entries = [{**entry, "image_id": None} for entry in json.loads(path.read_text())]
+    path.write_text(json.dumps(entries))
+    _refused(cfg, _key("train"), f"the image_id of entry 0 of {path} must be", "not None")
+
+
+def test_a_picture_is_ranked_once_however_it_is_named(cfg: DictConfig, data: Path) -> None:
+    _edit(data / "val.json", 2, image="./val//000.jpg")
+    _refused(cfg, _key("val"), f"entries 0 and 2 of {data / 'val.json'} have the same image, './val//000.jpg'")
+
+
 def test_evaluation_needs_no_image_id(cfg: DictConfig, data: Path) -> None:
     assert "image_id" not in json.loads((data / "val.json").read_text())[0]
     assert len(build_checked(NAME, cfg)["val"]) == COUNT
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-@pytest.mark.parametrize("caption", ["a cat", [], ["a cat", 3], {"0": "a cat"}, 3])
+@pytest.mark.parametrize("caption", ["a cat", [], ["a cat", 3], {"0": "a cat"}, 3, ["a cat", "..."], ["\u200b"]])
 def test_evaluation_takes_a_list_of_strings(cfg: DictConfig, data: Path, split: str, caption: object) -> None:
     path = data / f"{split}.json"
     _edit(path, 1, caption=caption)
@@ -203,10 +221,10 @@ def test_evaluation_takes_a_list_of_strings(cfg: DictConfig, data: Path, split: 
     assert (f"`python -m lavis_aurora.data.convert coco {split}={path}`" in message) == (caption == "a cat")
 
 
-@pytest.mark.parametrize("caption", [["a cat"], [], 3])
+@pytest.mark.parametrize("caption", [["a cat"], [], 3, "", " \n", "...", '"*"', "\u200b", "\u0301", "\ufeff. "])
 def test_training_takes_one_string(cfg: DictConfig, data: Path, caption: object) -> None:
     _edit(data / "train.json", 4, caption=caption)
-    expected = f"the caption of entry 4 of {data / 'train.json'} must be one string, not empty, not {caption!r}"
+    expected = f"the caption of entry 4 of {data / 'train.json'} must be one string with words, not {caption!r}"
     _refused(cfg, _key("train"), expected)
 
 

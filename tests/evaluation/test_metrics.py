@@ -14,7 +14,15 @@ from lavis.common.registry import registry
 from lavis.tasks.retrieval import RetrievalTask
 
 from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.evaluation.scores import TOP, chance_recall, recall_metrics, target_ranks
+from lavis_aurora.evaluation.scores import (
+    TOP,
+    chance_recall,
+    lavis_ranks,
+    own_targets,
+    recall_metrics,
+    right_targets,
+    target_ranks,
+)
 
 UNSCORED = float("-inf")
 
@@ -96,6 +104,35 @@ def test_recalls_equal_lavis_without_ties(output_dir: Path, seed: int, captions:
         assert metrics["r10"] > 0 and metrics["r1"] < 100
         for k in TOP:
             assert metrics[f"r{k}"] == pytest.approx(theirs[f"{direction}_r{k}"])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ranks_as_lavis_counts_equal_lavis_with_ties(output_dir: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    img2txt, txt2img = {i: [2 * i, 2 * i + 1] for i in range(20)}, {i: i // 2 for i in range(40)}
+    i2t = rng.integers(-2, 12, (20, 40)).astype(np.float32)
+    t2i = rng.integers(-2, 12, (40, 20)).astype(np.float32)
+    theirs = RetrievalTask._report_metrics(i2t, t2i, txt2img, img2txt)
+    for matrix, targets, direction in zip((i2t, t2i), own_targets(img2txt, txt2img), ("txt", "img")):
+        ours = recall_metrics(lavis_ranks(matrix, targets))
+        for k in TOP:
+            assert ours[f"r{k}"] == pytest.approx(theirs[f"{direction}_r{k}"])
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=3), min_size=1, max_size=5))
+def test_what_equals_a_right_text_is_right(captions: list[list[str]]) -> None:
+    texts = [text for own in captions for text in own]
+    owner = [image for image, own in enumerate(captions) for _ in own]
+    img2txt = {i: [t for t in range(len(texts)) if owner[t] == i] for i in range(len(captions))}
+    txt2img = dict(enumerate(owner))
+    i2t, t2i = right_targets(texts, img2txt, txt2img)
+    for image, own in enumerate(captions):
+        assert sorted(i2t[image]) == [t for t, text in enumerate(texts) if text in own]
+    for text, images in zip(texts, t2i):
+        assert sorted(images) == [image for image, own in enumerate(captions) if text in own]
+    if len({(text, image) for text, image in zip(texts, owner)}) == len(set(texts)):
+        assert (i2t, t2i) == own_targets(img2txt, txt2img), "nothing is shared: LAVIS's own"
 
 
 @pytest.mark.parametrize("value", [0.0, -3.0, UNSCORED])

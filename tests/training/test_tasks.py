@@ -55,17 +55,27 @@ def test_broken_videos_are_skipped_counted_and_named(tmp_path, options, caplog):
 
 def test_too_many_broken_videos_stop_the_run(tmp_path, options, capsys):
     broken = tmp_path / "data/videos/train_1.mp4"
+    break_clip(broken, "text")
+    with pytest.raises(SystemExit):
+        run(options)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "run.max_broken_share, 0.01" in line and f"{broken} (" in line
+    assert not list(only_run(tmp_path).glob("*.pth"))
+
+
+def test_too_many_missing_videos_start_no_run(tmp_path, options, capsys):
+    broken = tmp_path / "data/videos/train_1.mp4"
     broken.unlink()
     with pytest.raises(SystemExit):
         run(options)
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "run.max_broken_share, 0.01" in line and f"{broken} (no such file)" in line
-    assert not list(only_run(tmp_path).glob("*.pth"))
+    assert "run.max_broken_share, 0.01" in line and f"{broken} (No such file or directory)" in line
+    assert not (tmp_path / "output").exists()
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_a_broken_video_stops_the_evaluation(tmp_path, options, capsys, split):
-    break_clip(tmp_path / f"data/videos/{split}_3.mp4", "empty")
+    break_clip(tmp_path / f"data/videos/{split}_3.mp4", "text")
     with pytest.raises(SystemExit):
         run(options, f"run.test_splits=[{split}]", command=evaluate)
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -106,7 +116,7 @@ def test_report_names_the_kind(kind, k):
     figures = {"r1": 10.0, "r5": 20.0, "r10": 30.0, "median_rank": 4.0}
     metrics = {f"{d}{n}_{m}": v for d in (i2t, t2i) for n in ("", "_itc", "_chance") for m, v in figures.items()}
     result = {"kind": kind, f"{kind}s": 7, "texts": 9, "k_test": {i2t: k, t2i: k}, "itc_weight": 1.0}
-    text = report("val", {**result, "metrics": metrics})
+    text = report("val", {**result, "shared_texts": 0, "metrics": metrics})
     assert text.startswith(f"val: 7 {kind}s, 9 texts; score = ")
     assert ("not reranked" in text) == (k == 0)
     for direction in (f"{kind}-to-text", f"text-to-{kind}"):

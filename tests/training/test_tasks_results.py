@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import project_yaml
+from tiny import project_yaml, write_pictures
 
 from lavis_aurora_cli import evaluate
 
@@ -56,3 +56,45 @@ def test_bfloat16_and_itc_alone(tmp_path: Path) -> None:
         assert alone["ranks"][direction] == alone["ranks"][f"{direction}_itc"]
         assert sorted(alone["candidates"][direction]["ids"][0]) == list(range(8))
         assert len(half["ranks"][direction]) == 8
+
+
+def _share_captions(tmp_path: Path, text: str, images: int) -> None:
+    """The first images of the test get the caption ``text`` too."""
+    path = write_pictures(tmp_path / "data", 8)["test"]
+    entries = json.loads(path.read_text())
+    for entry in entries[:images]:
+        entry["caption"].append(text)
+    path.write_text(json.dumps(entries))
+
+
+def test_a_text_that_equals_a_right_one_is_right(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of one caption for all images, any is right; wrong ones that score alike would come first otherwise."""
+    path = write_pictures(tmp_path / "data", 8)["test"]
+    entries = [{**entry, "caption": ["A red circle."]} for entry in json.loads(path.read_text())]
+    path.write_text(json.dumps(entries))
+    result = _evaluated(tmp_path)
+    assert result["shared_texts"] == 8
+    for direction in DIRECTIONS:
+        assert result["metrics"][f"{direction}_chance_r1"] == result["metrics"][f"{direction}_r1"] == 100
+        assert result["metrics"][f"{direction}_lavis_r1"] <= 25
+    out = capsys.readouterr().out
+    assert "8 texts are those of other images too" in out and "image-to-text, as LAVIS counts" in out
+
+
+def test_lavis_own_figures_are_beside_those_of_shared_captions(tmp_path: Path) -> None:
+    _share_captions(tmp_path, "a red circle", 5)
+    metrics = _evaluated(tmp_path)["metrics"]
+    yaml = project_yaml(tmp_path)
+    before = set((tmp_path / "output").glob("*"))
+    evaluate(["--cfg-path", str(yaml), "--options", "run.task=retrieval"])
+    [folder] = set((tmp_path / "output").glob("*")) - before
+    theirs = json.loads((folder / "summary.json").read_text())["metrics"]["test"]
+    for k in (1, 5, 10):
+        assert metrics[f"image_to_text_lavis_r{k}"] == pytest.approx(theirs[f"txt_r{k}"])
+        assert metrics[f"text_to_image_lavis_r{k}"] == pytest.approx(theirs[f"img_r{k}"])
+
+
+def test_without_shared_captions_nothing_is_beside(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    result = _evaluated(tmp_path, captions_each=2)
+    assert result["shared_texts"] == 0 and not any("lavis" in key for key in result["metrics"])
+    assert "LAVIS" not in capsys.readouterr().out.split("score = ")[1]

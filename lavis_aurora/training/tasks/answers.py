@@ -22,9 +22,18 @@ from lavis.models.blip_models.blip_vqa import BlipVQA
 from lavis.tasks.vqa import VQATask
 from torch.utils.data import Dataset
 
-from lavis_aurora.common.answers import ANNOTATORS, EXAMPLES, Unreachable, as_generated, vqa_score
+from lavis_aurora.common.answers import (
+    ANNOTATORS,
+    EXAMPLES,
+    Truth,
+    Unreachable,
+    as_generated,
+    unreachable_answers,
+    vqa_score,
+)
 from lavis_aurora.common.errors import AuroraError, shown
 from lavis_aurora.common.files import read_json, write_text
+from lavis_aurora.data.report import DataReport, Finding
 from lavis_aurora.evaluation.answers import Generated, exact_match, vqa_accuracy
 from lavis_aurora.training.tasks.base import AuroraTaskBase, LavisTaskMixin
 
@@ -71,6 +80,31 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
                 f"{files}: run.inference_method rank needs a list of answers, the second file; name it, or set "
                 f"run.inference_method: generate"
             )
+
+    def complete_report(self, report: DataReport, datasets: dict[str, dict[str, Any]]) -> None:
+        """Say how many questions no answer of the list can be right for."""
+        for split in report.splits:
+            dataset = datasets[split.dataset][split.split]
+            answers = getattr(dataset, "answer_list", None)
+            truths = [] if split.train else self._truths(dataset)
+            if self.inference_method != "rank" or not answers or not truths:
+                continue
+            found = unreachable_answers(truths, answers)
+            split.counts["unreachable_answers"] = found.unreachable
+            if found.unreachable:
+                # Of no split: an evaluation prints it by itself.
+                remedy = "add them to the list, or set run.inference_method=generate"
+                report.findings.append(Finding("warning", "", f"{split.name}: {found}; {remedy}"))
+
+    @staticmethod
+    def _truths(dataset: Any) -> list[Truth]:
+        """The true answers of each question; none where they are not known."""
+        official = getattr(dataset, "coco_fmt_anno_file", None)
+        if official:
+            annotations = read_json(official)["annotations"]
+            return [[one["answer"] for one in entry["answers"]] for entry in annotations]
+        entries = getattr(dataset, "annotation", None) or []
+        return [entry["answer"] for entry in entries if isinstance(entry.get("answer"), str)]
 
     def evaluation(self, model: Any, data_loader: Any, **_kwargs: Any) -> list[dict[str, Any]]:
         """Answers of this process to its share of the questions."""
@@ -127,6 +161,7 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
             remove_duplicate=self.result_key,
         )
         metrics: dict[str, Any] | None = self._report_metrics(result_file=path, split=split_name)
+        self.print_findings(split_name)
         return metrics
 
     @staticmethod

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.annotations import build_checked
+from lavis_aurora.data.report import DataReport
 from lavis_aurora.data.samples import set_ids_apart
 
 # The model's method by which a task of LAVIS evaluates; other tasks need no more than the model's loss.
@@ -71,10 +72,12 @@ class AuroraTaskBase(BaseTask):
         cfg: the ``run:`` part of the YAML.
         shard_evaluation: whether processes may share an evaluation split by samples; retrieval ranks it as a whole.
         evaluation_method: the model's method by which the task evaluates, see :func:`needed_method`.
+        data_report: of the data, on the main process of a run.
     """
 
     shard_evaluation = True
     evaluation_method: str | None = None
+    data_report: DataReport | None = None
     cfg: DictConfig
 
     def build_model(self, cfg: Any) -> nn.Module:
@@ -90,6 +93,14 @@ class AuroraTaskBase(BaseTask):
         }
         set_ids_apart({name: splits["train"] for name, splits in datasets.items() if "train" in splits})
         return datasets
+
+    def complete_report(self, report: DataReport, datasets: dict[str, dict[str, Any]]) -> None:
+        """Hook: add to the report of the data what the task alone knows; here nothing."""
+
+    def print_findings(self, split: str) -> None:
+        """Print what the report of the data says of a split, below its figures."""
+        for line in self.data_report.beside(split) if self.data_report is not None else ():
+            print(f"  {line}", flush=True)
 
     def losses(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Tensor]:
         """Losses of a batch: ``loss``, of :meth:`train_step`, and what the model's output holds under such names."""

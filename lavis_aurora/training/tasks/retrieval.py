@@ -15,7 +15,7 @@ from lavis.tasks.retrieval import RetrievalTask
 
 from lavis_aurora.common.files import write_text
 from lavis_aurora.config.run import RetrievalRunConfig
-from lavis_aurora.evaluation.scores import TOP, chance_recall, recall_metrics
+from lavis_aurora.evaluation.scores import TOP, chance_recall, own_targets, recall_metrics, right_targets
 from lavis_aurora.training.tasks.base import AuroraTaskBase, LavisTaskMixin
 
 # Candidates of each query that a result file holds, best first, with their scores.
@@ -38,14 +38,14 @@ class RetrievalAuroraTask(LavisTaskMixin, RetrievalTask, AuroraTaskBase):
         dataset = data_loader.dataset
         kind = "video" if "video" in dataset.annotation[0] else "image"
         i2t, t2i = directions(kind)
-        targets = {
-            i2t: [dataset.img2txt[i] for i in range(len(dataset.image))],
-            t2i: [[dataset.txt2img[i]] for i in range(len(dataset.text))],
-        }
+        own = own_targets(dataset.img2txt, dataset.txt2img)
+        right = right_targets(dataset.text, dataset.img2txt, dataset.txt2img)
+        shared = sum(len(images) > 1 for images in right[1])
         result: dict[str, Any] = {
             "kind": kind,
             f"{kind}s": len(dataset.image),
             "texts": len(dataset.text),
+            "shared_texts": shared,
             "k_test": {i2t: scores.i2t.indices.shape[1], t2i: scores.t2i.indices.shape[1]},
             "itc_weight": float(self.cfg.get("itc_weight", RetrievalRunConfig.itc_weight)),
             "pairs": scores.pairs,
@@ -53,13 +53,17 @@ class RetrievalAuroraTask(LavisTaskMixin, RetrievalTask, AuroraTaskBase):
             "ranks": {},
             "candidates": {},
         }
-        for direction, right in targets.items():
-            for name, ranks in zip(("", "_itc"), scores.ranks(direction, right)):
-                metrics = recall_metrics(ranks)
-                result["metrics"].update({f"{direction}{name}_{key}": value for key, value in metrics.items()})
+        for direction, targets, lavis_targets in zip((i2t, t2i), right, own):
+            found = {}
+            for name, ranks in zip(("", "_itc"), scores.ranks(direction, targets)):
+                found[name] = recall_metrics(ranks)
                 result["ranks"][f"{direction}{name}"] = ranks.tolist()
-            chance = chance_recall(right, result["texts" if direction == i2t else f"{kind}s"])
-            result["metrics"].update({f"{direction}_chance_{key}": value for key, value in chance.items()})
+            if shared:
+                lavis = recall_metrics(scores.lavis_ranks(direction, lavis_targets))
+                found["_lavis"] = {f"r{k}": lavis[f"r{k}"] for k in TOP}
+            found["_chance"] = chance_recall(targets, result["texts" if direction == i2t else f"{kind}s"])
+            for name, metrics in found.items():
+                result["metrics"].update({f"{direction}{name}_{key}": value for key, value in metrics.items()})
             ids, values = scores.best(direction, TOP_K_SAVED)
             result["candidates"][direction] = {"ids": ids.tolist(), "scores": values.astype(float).round(4).tolist()}
         result["seconds"] = {**scores.seconds, "all": time.time() - start}
@@ -76,6 +80,7 @@ class RetrievalAuroraTask(LavisTaskMixin, RetrievalTask, AuroraTaskBase):
         # LAVIS selects the best epoch by image-to-text alone; both directions count here.
         metrics["agg_metrics"] = float(np.mean(recalls))
         print(report(split_name, val_result), flush=True)
+        self.print_findings(split_name)
         path = Path(registry.get_path("result_dir")) / f"{split_name}_epoch_{epoch}.json"
         # A line for each part: with one for each number, nobody would find the metrics.
         parts = {"split": split_name, "epoch": epoch, **val_result}
@@ -83,6 +88,10 @@ class RetrievalAuroraTask(LavisTaskMixin, RetrievalTask, AuroraTaskBase):
         write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
         logging.info("metrics, ranks and best candidates written to %s", path)
         return dict(metrics)
+
+
+# Rows of the table for each direction.
+ROWS = {"": "", "_lavis": ", as LAVIS counts", "_itc": ", ITC only", "_chance": ", chance"}
 
 
 def directions(kind: str) -> tuple[str, str]:
@@ -103,13 +112,19 @@ def report(split: str, result: dict[str, Any]) -> str:
         )
     else:
         head += "ITC, not reranked"
-    lines = [head, f"{'':<34}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'median rank':>13}"]
+    lines = [head]
+    if result["shared_texts"]:
+        lines.append(
+            f"  {result['shared_texts']} texts are those of other {kind}s too: a text that equals a right one is "
+            f"right; for LAVIS, and in published figures, it is wrong"
+        )
+    lines += [f"{'':<34}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'median rank':>13}"]
     for direction in (i2t, t2i):
-        for name, label in (("", ""), ("_itc", ", ITC only"), ("_chance", ", chance")):
-            if name == "_itc" and not k[i2t]:
+        for name, label in ROWS.items():
+            if (name == "_itc" and not k[i2t]) or (name == "_lavis" and not result["shared_texts"]):
                 continue
             prefix = f"{direction}{name}"
             row = "".join(f"{metrics[f'{prefix}_r{n}']:7.1f}" for n in TOP)
-            median = f"{metrics[f'{prefix}_median_rank']:13.1f}" if name != "_chance" else ""
+            median = f"{metrics[f'{prefix}_median_rank']:13.1f}" if f"{prefix}_median_rank" in metrics else ""
             lines.append(f"  {direction.replace('_', '-') + label:<32}{row}{median}")
     return "\n".join(lines)

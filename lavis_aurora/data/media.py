@@ -1,0 +1,147 @@
+"""Pictures and videos on disk: which are there, and which are the same, without reading all of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from hashlib import blake2b
+from typing import NamedTuple, Optional
+
+from tqdm import tqdm
+
+from lavis_aurora.common.files import regular
+
+# Of a larger file, the first, the middle and the last block are compared.
+WHOLE, BLOCK = 2**20, 2**18
+# Work that takes less has no bar.
+PROGRESS_DELAY_SECONDS = 5
+
+
+class _Found(NamedTuple):
+    """A file: where it is read, its bytes, and what links to it share."""
+
+    place: str
+    size: int
+    identity: tuple[int, int]
+
+
+class MediaFiles:
+    """Files, each looked at once; the content is compared of those of equal size alone.
+
+    Args:
+        paths: all that may be asked about; those that come first are looked at first.
+        seconds: for how long to look and compare, at most; None: as long as it takes.
+
+    Attributes:
+        total: different paths.
+        cut_short: whether time was up.
+    """
+
+    def __init__(self, paths: Iterable[str], seconds: Optional[float]) -> None:
+        self.deadline = float("inf") if seconds is None else time.monotonic() + seconds
+        self.cut_short = False
+        unique = dict.fromkeys(paths)
+        self.total = len(unique)
+        self._found: dict[str, _Found] = {}
+        self._why: dict[str, str] = {}
+        for path in self._until(unique, "looking at files"):
+            try:
+                self._found[path] = _look(path)
+            except OSError as error:
+                self._why[path] = error.strerror or str(error)
+        self._digests: dict[str, Optional[bytes]] = {}
+
+    @property
+    def looked(self) -> int:
+        """How many were looked at."""
+        return len(self._found) + len(self._why)
+
+    @property
+    def compared(self) -> int:
+        """How many were read."""
+        return len(self._digests)
+
+    def missing(self, paths: Iterable[str]) -> dict[str, str]:
+        """Those of the paths at which there is no file, or an empty one; and why."""
+        return {path: self._why[path] for path in paths if path in self._why}
+
+    def shared(self, ones: Iterable[str], others: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+        """What of ``ones`` is among ``others``.
+
+        Returns:
+            the path there of each that is the same file, linked or not; and that of each of the same content.
+        """
+        there: dict[object, str] = {}
+        sizes: dict[int, list[str]] = defaultdict(list)
+        for path in others:
+            found = self._found.get(path)
+            there[found.identity if found else path] = path
+            if found:
+                sizes[found.size].append(path)
+        files: dict[str, str] = {}
+        rest: dict[str, list[str]] = {}
+        for path in ones:
+            found = self._found.get(path)
+            identity: object = found.identity if found else path
+            if identity in there:
+                files[path] = there[identity]
+            elif found and found.size in sizes:
+                rest[path] = sizes[found.size]
+        self._read([*rest, *(path for paths in rest.values() for path in paths)])
+        contents = {self._digests.get(path): path for paths in rest.values() for path in paths}
+        contents.pop(None, None)
+        found_there = ((path, contents.get(self._digests.get(path))) for path in rest)
+        return files, {path: other for path, other in found_there if other is not None}
+
+    def repeated(self, paths: Iterable[str]) -> dict[str, str]:
+        """Those of the paths that are one before them, linked or of the same content; and which."""
+        sizes: dict[int, list[str]] = defaultdict(list)
+        for path in paths:
+            found = self._found.get(path)
+            if found:
+                sizes[found.size].append(path)
+        several = [group for group in sizes.values() if len(group) > 1]
+        self._read([path for group in several for path in group])
+        first: dict[Optional[bytes], str] = {}
+        pairs = ((path, self._digests.get(path)) for group in several for path in group)
+        return {path: first[digest] for path, digest in pairs if digest and first.setdefault(digest, path) != path}
+
+    def _read(self, paths: Iterable[str]) -> None:
+        new = dict.fromkeys(path for path in paths if path not in self._digests)
+        for path in self._until(new, "comparing files"):
+            self._digests[path] = _digest(self._found[path])
+
+    def _until(self, paths: Collection[str], what: str) -> Iterator[str]:
+        with tqdm(total=len(paths), desc=what, unit="file", mininterval=1, delay=PROGRESS_DELAY_SECONDS) as bar:
+            for path in paths:
+                if time.monotonic() > self.deadline:
+                    self.cut_short = True
+                    return
+                yield path
+                bar.update()
+
+
+def _look(path: str) -> _Found:
+    """Raises OSError if there is no file, or an empty one."""
+    # SNLI-VE's have no ending: LAVIS adds it.
+    place = path if os.path.exists(path) or not os.path.exists(f"{path}.jpg") else f"{path}.jpg"
+    found = regular(place).stat()
+    if not found.st_size:
+        raise OSError("it is empty")
+    return _Found(place, found.st_size, (found.st_dev, found.st_ino))
+
+
+def _digest(file: _Found) -> Optional[bytes]:
+    """Of the content; None if it cannot be read."""
+    starts = (0,) if file.size <= WHOLE else (0, (file.size - BLOCK) // 2, file.size - BLOCK)
+    digest = blake2b(str(file.size).encode())
+    try:
+        with open(file.place, "rb") as content:
+            for start in starts:
+                content.seek(start)
+                digest.update(content.read(WHOLE if len(starts) == 1 else BLOCK))
+    except OSError:
+        return None
+    return digest.digest()

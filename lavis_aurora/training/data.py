@@ -1,0 +1,87 @@
+"""What a run reads: its task, its datasets, and the report of them, by which bad data end it before training."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from lavis.common.config import Config
+from lavis.common.dist_utils import get_rank
+from lavis.common.registry import registry
+from omegaconf import DictConfig
+
+from lavis_aurora.config.check import parse_config
+from lavis_aurora.config.models import BlipAuroraConfig
+from lavis_aurora.data.fetch import use_data_root
+from lavis_aurora.data.report import Level, report_data
+from lavis_aurora.data.texts import TokenLimit
+from lavis_aurora.encoders.towers import build_tokenizer
+from lavis_aurora.training import order
+from lavis_aurora.training.tasks.base import runnable_task
+
+
+def _token_limit(model: DictConfig) -> TokenLimit | None:
+    """Where the model cuts texts; None if it is not of this package."""
+    part = "model.base" if "base" in model else "model"
+    section: Any = model.get("base", model)
+    settings_cls = getattr(registry.get_model_class(section.arch), "CONFIG_CLASS", None)
+    if settings_cls is None or not issubclass(settings_cls, BlipAuroraConfig):
+        return None
+    settings = parse_config(settings_cls, section, part)
+    tokenizer = build_tokenizer(settings.tokenizer)
+    return TokenLimit(tokenizer.tokenize, settings.max_txt_len - 2, f"{part}.max_txt_len", tokenizer.unk_token)
+
+
+Say = Callable[[Level, str], None]
+
+
+def read_data(cfg: Config, seconds: float | None, say: Say) -> tuple[Any, dict[str, Any]]:
+    """The task, which keeps the report of the data on the main process, and its datasets.
+
+    Args:
+        cfg: LAVIS's configuration.
+        seconds: for how long to look at pictures and videos, at most; None: at all of them.
+        say: is given the lines of the report.
+
+    Raises:
+        AuroraError: the run would stop at something that the report names; other processes end without a word.
+    """
+    task = runnable_task(registry.get_task_class(cfg.run_cfg.task)).setup_task(cfg=cfg)
+    datasets = task.build_datasets(cfg)
+    order.check_splits(cfg.run_cfg, datasets, task.shard_evaluation)
+    good = [False]
+    try:
+        if get_rank() == 0:
+            report = task.data_report = report_data(datasets, cfg, _token_limit(cfg.model_cfg), seconds)
+            task.complete_report(report, datasets)
+            for level, line in report.lines():
+                say(level, line)
+            report.check()
+            good = [True]
+    finally:
+        if dist.is_initialized():
+            dist.broadcast_object_list(good, src=0)
+    if not good[0]:
+        sys.exit(1)  # the main process says why
+    return task, datasets
+
+
+def log(level: Level, line: str) -> None:
+    """For a run; what is refused, its error says."""
+    logging.log({"warning": logging.WARNING, "note": logging.INFO, "refused": logging.DEBUG}[level], "%s", line)
+
+
+def check_data(cfg: Config) -> None:
+    """Print the report of the data that a run would read; no model is built.
+
+    Raises:
+        AuroraError: the run would be refused.
+    """
+    use_data_root()
+    _, datasets = read_data(cfg, None, lambda level, line: print(f"{level}: " * (level != "note") + line, flush=True))
+    run, train = cfg.run_cfg, [splits["train"] for splits in datasets.values() if "train" in splits]
+    if not run.evaluate and train:
+        order.check_batch(run.batch_size_train, sum(map(len, train)))

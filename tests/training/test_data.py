@@ -1,0 +1,96 @@
+"""The report of the data in a run and in ``lavis-aurora check``: what is said, written and refused, and by whom."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from runs import only_run
+from tiny import project_yaml
+from tiny_vqa import vqa_project
+
+from lavis_aurora_cli import main, train
+
+COUNT = 4
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return project_yaml(tmp_path, count=COUNT)
+
+
+@pytest.fixture
+def data(tmp_path: Path, project: Path) -> Path:
+    return tmp_path / "data"
+
+
+def _caption(path: Path, text: str) -> None:
+    entries = json.loads(path.read_text())
+    entries[0]["caption"] = [text]
+    path.write_text(json.dumps(entries))
+
+
+def test_check_prints_the_report_and_leaves_nothing(project: Path, data: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.copy(data / "images/train/000.jpg", data / "images/test/001.jpg")
+    main(["check", str(project), "--options", "run.valid_splits=[]", "model.pretrained=absent.pth"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"coco_retrieval {split}: 4 images, 4 texts (1 of each)" for split in ("train", "test")]
+    assert len(lines) == 3 and lines[2].startswith("warning: coco_retrieval test: 1 of 4 images are in coco_retr")
+    assert not (data.parent / "output").exists()
+
+
+@pytest.mark.parametrize("how", ["missing", "batch", "split", "entry"])
+def test_check_fails_where_a_run_would(project: Path, data: Path, capsys: pytest.CaptureFixture, how: str) -> None:
+    options = ["run.num_workers=0"]
+    if how == "missing":
+        (data / "images/train/002.jpg").unlink()
+    elif how == "entry":
+        _caption(data / "val.json", "\u200b")
+    else:
+        options += [{"batch": "run.batch_size_train=5", "split": "run.test_splits=[tset]"}[how]]
+    said = {
+        "missing": f"coco_retrieval train: cannot read 1 of 4 images, which 1 of 4 entries name: {data}",
+        "batch": "run.batch_size_train: 5 on 1 processes",
+        "split": "run.test_splits: no split 'tset'",
+        "entry": f"the caption of entry 0 of {data / 'val.json'} must be a list of strings, each with words",
+    }[how]
+    errors = []
+    for argv in (["check", str(project)], ["train", "--cfg-path", str(project)]):
+        with pytest.raises(SystemExit) as caught:
+            main([*argv, "--options", *options])
+        assert caught.value.code == 1
+        output = capsys.readouterr()
+        errors.append(output.err.splitlines()[-1])
+        assert ("refused: " in output.out) == (how == "missing" and argv[0] == "check")
+    assert errors[0] == errors[1] and said in errors[0]
+
+
+def test_a_run_says_and_writes_it(
+    project: Path, data: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    _caption(data / "test.json", "a star " * 20)
+    shutil.copy(data / "images/train/000.jpg", data / "images/test/001.jpg")
+    train(["--cfg-path", str(project)])
+    found = json.loads((only_run(data.parent) / "data.json").read_text())
+    assert [finding["level"] for finding in found["findings"]] == ["note", "warning"]
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert found["findings"][1]["text"] in warned
+    # Below the figures of the test, not of the validation.
+    table = capsys.readouterr().out
+    for finding in found["findings"]:
+        assert table.count(f"  {finding['text']}\n") == 1
+        assert table.index(finding["text"]) > table.index("\ntest: ")
+    assert "1 of 4 texts are cut at 35 tokens; raise model.max_txt_len" in found["findings"][0]["text"]
+
+
+def test_questions_that_no_answer_is_right_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    yaml = vqa_project(tmp_path)
+    main(["check", str(yaml)])
+    assert "no answer of the list" not in capsys.readouterr().out
+    (tmp_path / "data" / "answers.json").write_text('["yes", "Red."]')
+    main(["check", str(yaml)])
+    assert "val: no answer of the list is right for 2 of 6 questions (33.3 %): 2; add them" in capsys.readouterr().out
+    main(["check", str(yaml), "--options", "run.inference_method=generate"])
+    assert "no answer of the list" not in capsys.readouterr().out
