@@ -33,7 +33,7 @@ class Places:
     """Where the method goes in a model.
 
     Attributes:
-        targets: regular expressions of the attention projections' names.
+        targets: names of presets, or regular expressions, of the attention projections.
         gated: the text tower whose cross-attention has the gate.
         slot_name: the slot that a layer uses, by the layer's name; layers of the same slot share it.
     """
@@ -53,8 +53,8 @@ def tune_aurora(model: AuroraBase, cfg: BlipAuroraConfig, places: Places) -> Mod
 
 @register_tuning("lora", ("lora",), adapters=True)
 def tune_lora(model: AuroraBase, cfg: BlipAuroraConfig, places: Places) -> LoraSets:
-    """LoRA on the attention projections and feed-forward layers."""
-    return inject_lora(model, cfg.lora, places.targets)
+    """LoRA on linear layers."""
+    return inject_lora(model, cfg.lora)
 
 
 @register_tuning("uniadapter", ("uniadapter",), adapters=True)
