@@ -33,7 +33,7 @@ class Places:
     """Where the method goes in a model.
 
     Attributes:
-        targets: names of presets, or regular expressions, of the attention projections.
+        targets: regular expressions of the attention projections' names.
         gated: the text tower whose cross-attention has the gate.
         slot_name: the slot that a layer uses, by the layer's name; layers of the same slot share it.
     """

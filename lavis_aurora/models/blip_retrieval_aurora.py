@@ -30,6 +30,7 @@ from lavis_aurora.encoders.towers import (
     encode_visual,
     visual_input,
 )
+from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.base import AuroraBase
 from lavis_aurora.models.matching import broadcast_seed, gather, sample_hard_negatives
 from lavis_aurora.models.scoring import RetrievalScoring
@@ -95,7 +96,7 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
             # The backbone is frozen: its moving average is itself.
             del self.visual_encoder_m, self.text_encoder_m
             self.model_pairs = [[self.vision_proj, self.vision_proj_m], [self.text_proj, self.text_proj_m]]
-        self.set_up_tuning(cfg, ["blip_retrieval_aurora"], self.text_encoder)
+        self.set_up_tuning(cfg, PRESETS["blip_retrieval_aurora"], self.text_encoder)
         if not cfg.train_temp:
             self.temp.requires_grad_(False)
         if self.adapters is not None:

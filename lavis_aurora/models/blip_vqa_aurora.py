@@ -29,6 +29,7 @@ from lavis_aurora.encoders.towers import (
     visual_input,
 )
 from lavis_aurora.evaluation.answers import AnswerList, CachedDecoder, NanCheckLogitsProcessor, rank_answers
+from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.base import AuroraBase
 from lavis_aurora.models.scoring import evaluating
 
@@ -90,7 +91,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         self.tuning = cfg.tuning
         self._answers: AnswerList | None = None
         slot_name = {"slot_name": encoder_slot} if cfg.share_decoder else {}
-        self.set_up_tuning(cfg, ["blip_vqa_aurora"], self.text_encoder, **slot_name)
+        self.set_up_tuning(cfg, PRESETS["blip_vqa_aurora"], self.text_encoder, **slot_name)
 
     @property
     def heads(self) -> list[nn.Module]:
