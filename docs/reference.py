@@ -50,15 +50,19 @@ class Factors(nn.Module):
 
 
 class AdaptedLinear(nn.Module):
-    """H = X W_0 + b + X dW_k (eq. 4). A layer with q, k and v side by side, as in LAVIS's ViT, has three slots."""
+    """H = X W_0 + b + X dW_k (eq. 4). A layer with q, k and v side by side, as in LAVIS's ViT, has three slots.
+
+    Beyond the paper, so has a feed-forward layer d to 4d four slots d x d, for d outputs each; 4d to d, for d inputs.
+    """
 
     def __init__(self, linear: nn.Linear, factors: Factors, slots: list[int]) -> None:
         super().__init__()
         self.linear, self.factors, self.slots = linear.requires_grad_(False), factors, slots
 
     def forward(self, X: Tensor) -> Tensor:
-        """(..., d_in) to (..., d_out of all slots)."""
-        return self.linear(X) + X @ torch.cat([self.factors.delta(k) for k in self.slots], dim=1)
+        """(..., d_in) to (..., d_out of all slots), or (..., d_in of all slots) to (..., d_out)."""
+        deltas = [self.factors.delta(k) for k in self.slots]
+        return self.linear(X) + X @ torch.cat(deltas, dim=0 if len(deltas[0]) < X.shape[-1] else 1)
 
 
 def use(model: nn.Module, factors: Factors) -> None:

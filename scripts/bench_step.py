@@ -39,6 +39,7 @@ METHODS = {
     "uniadapter-128": ("ours", {"tuning": "uniadapter", "uniadapter": {"rank": 128}}),
     "aurora-128": ("ours", {"tuning": "aurora", "mode_approx": {"rank": 128}}),
     "aurora-64": ("ours", {"tuning": "aurora", "mode_approx": {"rank": 64}}),
+    "aurora-all-64": ("ours", {"tuning": "aurora", "mode_approx": {"rank": 64, "targets": "all_linear"}}),
     # A frozen backbone through which gradients flow: only the inputs of the towers are trained (the ViT's [CLS]
     # and the bias of the word embeddings' normalisation), so that every layer passes a gradient on and no weight
     # of a layer has one; with a teacher pass, as the methods have.

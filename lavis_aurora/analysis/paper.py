@@ -53,15 +53,23 @@ def label(row: dict[str, Any]) -> str:
     return f"{row['method']} (r={row['rank']})" if "rank" in row else row["method"]
 
 
-def aurora_count(rank: int, layers: int = LAYERS, width: int = WIDTH, separate: int = 1) -> int:
-    """Aurora: L (3 + 6) 2r + 2dr + 2Ld, where 2Ld is the gate.
+# Slots of a layer, in all towers together: query, key and value of three attentions; with ``targets: all_linear``
+# their output projections too, and the feed-forward matrices of both towers in blocks.
+ATTENTION_SLOTS, ALL_SLOTS = 9, 9 + 3 + 2 * 8
+
+
+def aurora_count(
+    rank: int, layers: int = LAYERS, width: int = WIDTH, separate: int = 1, slots: int = ATTENTION_SLOTS
+) -> int:
+    """Aurora: L (3 + 6) 2r + 2dr + 2Ld, where 2Ld is the gate; L (3 + 6 + 3 + 16) 2r with ``ALL_SLOTS``.
 
     Args:
         rank: R.
         layers, width: L and d.
         separate: pairs of U and V: one for all towers (``sharing: global``), or one each for three (``tower``).
+        slots: of a layer.
     """
-    return layers * 9 * 2 * rank + separate * 2 * width * rank + 2 * layers * width
+    return layers * slots * 2 * rank + separate * 2 * width * rank + 2 * layers * width
 
 
 def lora_count(rank: int, layers: int = LAYERS, width: int = WIDTH) -> int:

@@ -36,7 +36,7 @@ PAPER_MARKER = {"color": "black", "markerfacecolor": "none", "markersize": 8}
 KEYS = {"seconds": ("time", "time of a step"), "memory": ("memory", "memory above the model")}
 # The paper's unit of cost. In LAVIS's own model first: that is how its UniAdapter ran.
 UNITS = ("lavis-uniadapter-512", "uniadapter-512")
-NAMES = {"uniadapter": "UniAdapter", "aurora": "Aurora", "lora": "LoRA"}
+NAMES = {"uniadapter": "UniAdapter", "aurora": "Aurora", "aurora-all": "Aurora, all linear", "lora": "LoRA"}
 
 
 class BubblesPlot(Plot):

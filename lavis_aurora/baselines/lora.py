@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
@@ -12,11 +12,6 @@ from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.modules import retyped
 from lavis_aurora.config.method import LoraConfig
 from lavis_aurora.mode_approx.inject import find_targets
-
-FEED_FORWARD = (
-    r"visual_encoder\.blocks\.\d+\.mlp\.fc[12]",
-    r"text_(encoder|decoder\.bert)\.encoder\.layer\.\d+\.(intermediate|output)\.dense",
-)
 
 
 class LoraSet(AdapterSet):
@@ -140,16 +135,15 @@ class LoraSets(AdapterSets):
         return {moved.get(key, key): value for key, value in state.items()}
 
 
-def inject_lora(model: nn.Module, config: LoraConfig, attention: Sequence[str]) -> LoraSets:
+def inject_lora(model: nn.Module, config: LoraConfig) -> LoraSets:
     """Put LoRA on linear layers of ``model``, in place.
 
     Args:
         model: a BLIP.
         config: rank, alpha, dropout and which layers.
-        attention: regular expressions of the attention projections' names.
 
     Raises:
-        AuroraError: peft is not installed.
+        AuroraError: peft is not installed, or a target matches nothing.
     """
     try:
         from peft import LoraConfig as PeftConfig  # type: ignore[attr-defined]
@@ -158,8 +152,7 @@ def inject_lora(model: nn.Module, config: LoraConfig, attention: Sequence[str]) 
         raise AuroraError(
             f"model.tuning: lora needs the library peft ({error}); pip install 'lavis_aurora[baselines]'"
         ) from error
-    patterns = {"attention": attention, "feed_forward": FEED_FORWARD}
-    names = find_targets(model, [pattern for target in config.targets for pattern in patterns[target]])
+    names = find_targets(model, config.targets)
     alpha: Any = config.alpha  # which may be a fraction here
     settings = PeftConfig(r=config.rank, lora_alpha=alpha, lora_dropout=config.dropout, target_modules=names)
     inject_adapter_in_model(settings, model)

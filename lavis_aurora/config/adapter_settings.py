@@ -98,7 +98,8 @@ def adapter_settings(cls: type[Any], described: Mapping[str, Any]) -> dict[str, 
     if "base" in taken:
         taken["base"], more = _base_settings(taken["base"])
         left += more
-    _check_patterns("mode_approx.targets", (taken.get("mode_approx") or {}).get("targets"))
+    for kind in ("mode_approx", "lora"):
+        _check_patterns(f"{kind}.targets", (taken.get(kind) or {}).get("targets"))
     _check_patterns("modules_to_save", taken.get("modules_to_save"))
     if left:
         logging.warning(

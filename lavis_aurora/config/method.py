@@ -24,11 +24,15 @@ class ModeApproxConfig:
         scale: factor on the whole update; the rest of the scaling follows rank and width by itself. With 8, the
             learning rate that suits the heads suits the factors.
         sharing: global (one U and V for all towers, the paper) or tower (one for each, the paper's comparison in 4.4,
-            with 2dr more parameters for each tower beyond the first).
+            with 2dr more parameters for each tower beyond the first; of targets beyond attention, one for each module
+            of a layer).
         dropout: probability of dropping a feature that the update of a linear layer reads, in training. The update
             is then computed beside the layer, which costs time and memory.
-        targets: which layers are adapted: regular expressions over their whole names, or names of presets, one or a
-            list; null for those that the model is meant for.
+        targets: which layers are adapted: attention (query, key, value), attention_output (the projections after
+            it), feed_forward (both matrices), all_linear (all of these), each also of one model's towers as
+            blip2_opt/all_linear, or regular expressions over whole names; one or a list. null is the paper's:
+            attention. Output and feed-forward matrices of these names, nd x d or d x nd, are n slots of d x d; of
+            other widths, or named by a regular expression, a matrix is one slot.
     """
 
     rank: int = 64
@@ -80,9 +84,6 @@ class ContextConfig:
             one_of("context.form", self.form, CONTEXT_FORMS)
 
 
-LORA_TARGETS = ("attention", "feed_forward")
-
-
 @dataclass
 class LoraConfig:
     """LoRA, a baseline (arXiv 2106.09685; the Aurora paper's tables have rank 32).
@@ -91,21 +92,19 @@ class LoraConfig:
         rank: of the update of each weight.
         alpha: the update is multiplied by alpha / rank.
         dropout: probability of dropping a feature that the update reads, in training.
-        targets: attention (query, key, value), feed_forward, or both, which gives the paper's 10.6M parameters.
+        targets: as of mode_approx; attention and feed_forward give the paper's 10.6M parameters.
     """
 
     rank: int = 32
     alpha: float = 32.0
     dropout: float = 0.0
-    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
+    targets: Any = field(default_factory=lambda: ["attention", "feed_forward"])
 
     def __post_init__(self) -> None:
         require(1 <= self.rank <= 2**14, "lora.rank", self.rank, "1 or more, and at most 16384")
         require(self.alpha > 0, "lora.alpha", self.alpha, "above 0")
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "0 or more and below 1")
-        require(bool(self.targets), "lora.targets", self.targets, f"some of {', '.join(LORA_TARGETS)}")
-        for target in self.targets:
-            one_of("lora.targets", target, LORA_TARGETS)
+        self.targets = patterns("lora.targets", self.targets)
 
 
 @dataclass

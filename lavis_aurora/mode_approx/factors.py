@@ -19,9 +19,9 @@ U_DEVIATION = 0.1
 
 
 def tower_of(slot: str) -> str:
-    """The tower whose U and V a slot has if they are not global: its attention module, whatever the layer.
+    """The tower whose U and V a slot has if they are not global: its module in a layer, whatever the layer.
 
-    BLIP has three: self-attention of the vision and of the text encoder, and cross-attention.
+    BLIP's attention has three: self-attention of the vision and of the text encoder, and cross-attention.
 
     >>> tower_of("text_encoder.encoder.layer.3.crossattention.self.query")
     'text_encoder_encoder_layer_crossattention_self'
@@ -85,16 +85,15 @@ class FactorSet(KeepFloat32, AdapterSet):
         owner = self.owners[slots[0]] if tower is None else self.owner(tower)
         return self.U[f"{owner}{d_in}"], self.V[f"{owner}{d_out}"], self.slot_weights(slots, d_in)
 
-    def delta_weight(self, slots: Sequence[int], d_in: int, d_out: int) -> Tensor:
-        """The update in nn.Linear's layout, the slots stacked in rows: shape (len(slots) * d_out, d_in)."""
-        u, v, w = self.parts(slots, d_in, d_out)
-        return torch.einsum("nr,or,ir->noi", w, v, u).flatten(0, 1)
+    def delta_weight(self, slots: Sequence[int], d_in: int, d_out: int, columns: bool = False) -> Tensor:
+        """The update in nn.Linear's layout, the slots stacked in rows: shape (len(slots) * d_out, d_in).
 
-    def project(self, x: Tensor, slots: Sequence[int] | Tensor, d_out: int, tower: str | None = None) -> Tensor:
-        """x dW for the slots side by side: x (..., d_in) gives (..., len(slots) * d_out)."""
-        u, v, w = (part.to(x.dtype) for part in self.parts(slots, x.shape[-1], d_out, tower))
-        inner = (x @ u).unsqueeze(-2) * w
-        return (inner @ v.t()).flatten(-2)
+        In ``columns`` they stand side by side: shape (d_out, len(slots) * d_in).
+        """
+        u, v, w = self.parts(slots, d_in, d_out)
+        if columns:
+            return torch.einsum("nr,or,ir->oni", w, v, u).flatten(1)
+        return torch.einsum("nr,or,ir->noi", w, v, u).flatten(0, 1)
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(group, parameter) of everything this module trains."""

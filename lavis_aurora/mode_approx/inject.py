@@ -1,9 +1,9 @@
-"""Find the attention projections of a model and put them over shared factors."""
+"""Find the layers of a model, by default its attention projections, and put them over shared factors."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
@@ -16,7 +16,7 @@ from lavis_aurora.common.errors import AuroraError, abbreviated
 from lavis_aurora.config.method import ModeApproxConfig
 from lavis_aurora.mode_approx.factors import ModeFactors
 from lavis_aurora.mode_approx.layers import AdaptedLayer, ModeApproxLinear, ModeApproxMultiheadAttention
-from lavis_aurora.mode_approx.presets import ATTENTION, PRESETS, expand_presets
+from lavis_aurora.mode_approx.presets import ATTENTION, PRESETS, expand_presets, is_attention
 
 # Input weights of nn.MultiheadAttention with the projections in their rows: one for all, or three where the widths
 # of keys or values differ from that of the queries.
@@ -46,15 +46,16 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
     modules = {name: module for name, module in model.named_modules() if name and id(module) not in copies}
     layers = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.MultiheadAttention))]
     found: set[str] = set()
-    for pattern in expand_presets(targets):
-        matches = {name for name in layers if re.fullmatch(pattern, name)}
-        if not matches:
-            other = next((name for name in modules if re.fullmatch(pattern, name)), None)
-            which = f", but {other}, a {type(modules[other]).__name__}" if other else ""
-            raise AuroraError(
-                f"target {pattern!r} matches no linear or nn.MultiheadAttention layer{which}{_near(pattern, layers)}"
-            )
-        found |= matches
+    for entry in targets:
+        for pattern in expand_presets([entry]):
+            matches = {name for name in layers if re.fullmatch(pattern, name)}
+            if not matches:
+                other = next((name for name in modules if re.fullmatch(pattern, name)), None)
+                which = f", but {other}, a {type(modules[other]).__name__}" if other else ""
+                raise AuroraError(
+                    f"target {entry!r} matches no linear or nn.MultiheadAttention layer{which}{_near(entry, layers)}"
+                )
+            found |= matches
     names = [name for name in layers if name in found]
     for name in names:
         _check_plain(name, modules[name])
@@ -80,17 +81,39 @@ def _check_plain(name: str, layer: nn.Module) -> None:
         raise AuroraError(
             f"target {name} is a {type(layer).__name__} with a forward of its own; it cannot be adapted"
         )
-    if not _projections(name, layer):
+    if not _weights(layer):
         raise AuroraError(f"target {name}: its weight is computed from others (parametrized); remove that first")
 
 
-def _projections(name: str, layer: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Weights of a layer, and the endings of the slots in their rows."""
-    if isinstance(layer, nn.MultiheadAttention):
-        weights = {weight: tuple(f".{part}" for part in parts) for weight, parts in IN_WEIGHTS.items()}
-    else:
-        weights = {"weight": tuple(f".{part}" for part in FUSED.get(name.rpartition(".")[2], ())) or ("",)}
-    return {weight: parts for weight, parts in weights.items() if layer._parameters.get(weight) is not None}
+def _weights(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that updates are for, by name."""
+    names = IN_WEIGHTS if isinstance(layer, nn.MultiheadAttention) else ("weight",)
+    weights = {name: layer._parameters.get(name) for name in names}
+    return {name: weight for name, weight in weights.items() if weight is not None}
+
+
+def _slots(layer: str, weight: str, shape: Sequence[int], in_blocks: bool) -> tuple[tuple[str, ...], tuple[int, int]]:
+    """The slots of a weight: endings of their names, one below the other or side by side, and their (d_in, d_out).
+
+    Args:
+        layer: its name.
+        weight: its name in the layer.
+        shape: of the weight, (d_out, d_in).
+        in_blocks: the longer side is divided into blocks as long as the shorter one, if it is a multiple of that.
+
+    Raises:
+        AuroraError: projections that are stacked in the rows are not of one size.
+    """
+    d_out, d_in = shape
+    parts = IN_WEIGHTS.get(weight) or FUSED.get(layer.rpartition(".")[2], ())
+    if parts:
+        if d_out % len(parts):
+            raise AuroraError(f"{layer}: {d_out} rows do not divide into {', '.join(parts)}")
+        return tuple(f".{part}" for part in parts), (d_in, d_out // len(parts))
+    short, long = sorted(shape)
+    if in_blocks and long > short and long % short == 0:
+        return tuple(f".block{i}" for i in range(long // short)), (short, short)
+    return ("",), (d_in, d_out)
 
 
 def adapt_copies(model: nn.Module, factors: ModeFactors) -> None:
@@ -138,7 +161,8 @@ def inject_mode_approx(
         model: any module; changed in place.
         config: rank, scale and, if set, the targets.
         targets: which layers, unless the configuration says it, see :func:`find_targets`; by default the attention
-            projections by their usual names.
+            projections by their usual names. What a preset names besides those, d x nd or nd x d, is n slots of
+            d x d; what a regular expression names is one slot.
         slot_name: the slot that a layer uses, by the layer's name. Layers of the same slot share it; layers that
             share a weight always do.
 
@@ -150,8 +174,12 @@ def inject_mode_approx(
     """
     if find_adapters(model) is not None:
         raise AuroraError("the model has mode_approx factors already; inject them once")
-    names = find_targets(model, targets if config.targets is None else config.targets)
-    slots, rows = _assign_slots(model, names, slot_name)
+    targets = targets if config.targets is None else config.targets
+    names = find_targets(model, targets)
+    # What a regular expression names is one slot, as it is.
+    by_presets = find_targets(model, [entry for entry in targets if entry in PRESETS])
+    in_blocks = {name for name in by_presets if not is_attention(name)}
+    slots, rows = _assign_slots(model, names, in_blocks, slot_name)
     # What was targeted, the slots say.
     factors = ModeFactors(slots, replace(config, targets=None))
     index = {slot: i for i, slot in enumerate(slots)}
@@ -172,7 +200,7 @@ def inject_mode_approx(
 
 
 def _assign_slots(
-    model: nn.Module, names: Sequence[str], slot_name: Callable[[str], str]
+    model: nn.Module, names: Sequence[str], in_blocks: Collection[str], slot_name: Callable[[str], str]
 ) -> tuple[dict[str, tuple[int, int]], dict[str, dict[str, list[str]]]]:
     """Shape of each slot, in order, and the slots of each layer by weight."""
     slots: dict[str, tuple[int, int]] = {}
@@ -180,19 +208,15 @@ def _assign_slots(
     # One weight in several layers has one update, which can be merged into it.
     used: dict[int, list[str]] = {}
     for name in names:
-        layer = model.get_submodule(name)
         rows[name] = {}
-        for weight, endings in _projections(name, layer).items():
-            parameter = layer.get_parameter(weight)
-            owned = used.setdefault(id(parameter), [slot_name(name) + ending for ending in endings])
-            if len(parameter) % len(owned):
-                parts = ", ".join(ending[1:] for ending in endings)
-                raise AuroraError(f"{name}: {len(parameter)} rows do not divide into {parts}")
-            shape = (parameter.shape[1], len(parameter) // len(owned))
-            for slot in owned:
-                if slots.setdefault(slot, shape) != shape:
-                    raise AuroraError(f"{name}: cannot share slot {slot!r} of shape {slots[slot]} with {shape}")
-            rows[name][weight] = owned
+        for weight, parameter in _weights(model.get_submodule(name)).items():
+            if id(parameter) not in used:
+                endings, shape = _slots(name, weight, parameter.shape, name in in_blocks)
+                owned = used[id(parameter)] = [slot_name(name) + ending for ending in endings]
+                for slot in owned:
+                    if slots.setdefault(slot, shape) != shape:
+                        raise AuroraError(f"{name}: cannot share slot {slot!r} of shape {slots[slot]} with {shape}")
+            rows[name][weight] = used[id(parameter)]
     return slots, rows
 
 

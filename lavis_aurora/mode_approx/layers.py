@@ -24,7 +24,8 @@ class AdaptedLayer(UpdatedLayer):
 
     Attributes:
         factors: the shared factors.
-        slots_of: rows of P and lambda by weight. Several of them are several weights stacked in the rows of one.
+        slots_of: rows of P and lambda by weight. Several of them are several weights stacked in the rows of one, or
+            standing side by side in its columns.
     """
 
     factors: ModeFactors
@@ -72,7 +73,7 @@ class AdaptedLayer(UpdatedLayer):
         return weight
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
-        """The parameters that updates are for, by name, the slots stacked in their rows."""
+        """The parameters that updates are for, by name."""
         return {name: self._own(name) for name in self.slots_of}
 
     def delta_weights(self, name: str = "default") -> dict[str, Tensor]:
@@ -80,10 +81,13 @@ class AdaptedLayer(UpdatedLayer):
         source = self.factors[self.pinned or name]
         return {weight: self._delta(source, weight) for weight in self.slots_of}
 
+    def slot_shape(self, weight: str) -> tuple[int, int]:
+        """(d_in, d_out) of each slot of a weight."""
+        return list(self.factors.slots.values())[self.slots_of[weight][0]]
+
     def _delta(self, source: FactorSet, weight: str) -> Tensor:
-        rows, d_in = self._own(weight).shape
-        slots = self.slots_of[weight]
-        return source.delta_weight(slots, d_in, rows // len(slots))
+        d_in, d_out = self.slot_shape(weight)
+        return source.delta_weight(self.slots_of[weight], d_in, d_out, columns=d_in < self._own(weight).shape[1])
 
 
 class FoldedLinear(torch.autograd.Function):
@@ -94,46 +98,76 @@ class FoldedLinear(torch.autograd.Function):
 
         C_k = A^T g_k,   dV^T = sum_k diag(w_k) C_k,   dw_k = diag(C_k V),   dU = x^T sum_k g_k V diag(w_k)
 
+    That is for slots stacked in the rows of the weight, which share U and the input. For slots side by side in its
+    columns, which share V and the output, input and gradient change places, and so do U and V.
+
     The weight is folded in the factors' precision and then rounded to that of x, as a trained weight is in mixed
     precision.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, w: Tensor, *weights: Tensor
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        columns: bool,
+        shared: Tensor,
+        stacked: Tensor,
+        w: Tensor,
+        *weights: Tensor,
     ) -> Tensor:
-        """x (..., d_in), u (d_in, rank), v (d_out, rank), w (slots, rank); weights, (slots * d_out, d_in) in all."""
-        ctx.save_for_backward(x, u, v, w, *weights)
+        """x (..., d_in) to (..., d_out).
+
+        Args:
+            ctx: torch's.
+            x: input.
+            bias: (d_out,) or None.
+            columns: the slots stand in the columns of the weight, and not in its rows.
+            shared, stacked: U (d_in, rank) and V (d_out / slots, rank) of slots in rows, V (d_out, rank) and
+                U (d_in / slots, rank) of slots in columns.
+            w: (slots, rank).
+            weights: stacked in rows (d_out, d_in).
+        """
+        ctx.save_for_backward(x, shared, stacked, w, *weights)
+        ctx.columns = columns
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, _folded(x.dtype, u, v, w, *weights), None if bias is None else bias.to(x.dtype))
+            weight = _folded(x.dtype, columns, shared, stacked, w, *weights)
+            return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, u, v and w; weights and bias are frozen."""
-        x, u, v, w, *weights = ctx.saved_tensors
-        grad_x = grad @ _folded(x.dtype, u, v, w, *weights) if ctx.needs_input_grad[0] else None
+        """Gradients of x, shared, stacked and w; weights and bias are frozen."""
+        x, shared, stacked, w, *weights = ctx.saved_tensors
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ _folded(x.dtype, ctx.columns, shared, stacked, w, *weights)
         frozen = (None,) * len(weights)
-        if not any(ctx.needs_input_grad[2:5]):
-            return grad_x, None, None, None, None, *frozen
+        if not any(ctx.needs_input_grad[3:6]):
+            return grad_x, None, None, None, None, None, *frozen
         x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+        # What is as wide as one slot, and as all of them.
+        one, every = (grad, x) if ctx.columns else (x, grad)
         # Written with the long side last: as transposed products these are markedly slower on a CPU.
-        grad_u = ((grad @ _rows(v, w).to(x.dtype)).t() @ x).t()
-        # A^T g of each slot, (rank, slots, d_out): both other gradients follow from it.
-        c = ((x @ u.to(x.dtype)).t() @ grad).to(v.dtype).unflatten(1, (len(w), -1))
-        grad_v = (c * w.t().unsqueeze(2)).sum(dim=1).t()
-        grad_w = (c * v.t().unsqueeze(1)).sum(dim=2).t()
-        return grad_x, None, grad_u.to(u.dtype), grad_v, grad_w, *frozen
+        grad_shared = ((every @ _rows(stacked, w).to(x.dtype)).t() @ one).t()
+        # C of each slot, (rank, slots, width): both other gradients follow from it.
+        c = ((one @ shared.to(x.dtype)).t() @ every).to(stacked.dtype).unflatten(1, (len(w), -1))
+        grad_stacked = (c * w.t().unsqueeze(2)).sum(dim=1).t()
+        grad_w = (c * stacked.t().unsqueeze(1)).sum(dim=2).t()
+        return grad_x, None, None, grad_shared.to(shared.dtype), grad_stacked, grad_w, *frozen
 
 
-def _rows(v: Tensor, w: Tensor) -> Tensor:
-    """V diag(w) of the slots one below the other, (slots * d_out, rank)."""
-    return (w.unsqueeze(1) * v).flatten(0, 1)
+def _rows(stacked: Tensor, w: Tensor) -> Tensor:
+    """V diag(w) (or U diag(w)) of the slots one below the other, (slots * width, rank)."""
+    return (w.unsqueeze(1) * stacked).flatten(0, 1)
 
 
-def _folded(dtype: torch.dtype, u: Tensor, v: Tensor, w: Tensor, *weights: Tensor) -> Tensor:
-    """W0 + dW of layers whose weights are stacked in rows."""
+def _folded(
+    dtype: torch.dtype, columns: bool, shared: Tensor, stacked: Tensor, w: Tensor, *weights: Tensor
+) -> Tensor:
+    """W0 + dW of layers whose weights are stacked in rows; arguments as of :class:`FoldedLinear`."""
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-    return torch.addmm(weight.to(v.dtype), _rows(v, w), u.t()).to(dtype)
+    left, right = (shared, _rows(stacked, w)) if columns else (_rows(stacked, w), shared)
+    return torch.addmm(weight.to(stacked.dtype), left, right.t()).to(dtype)
 
 
 def grouped_linear(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
@@ -145,7 +179,8 @@ def grouped_linear(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
         or active is None
         or len(ours) < len(layers)
         or any(layer.active_set is not active for layer in ours)
-        or any((layer.slot_width, layer.tower) != (first.slot_width, first.tower) for layer in ours)
+        or any((layer.shape, layer.tower) != (first.shape, first.tower) for layer in ours)
+        or (len(ours) > 1 and any(layer.columns for layer in ours))
         or not all(layer.folds(x) for layer in ours)
     ):
         return tuple(layer(x) for layer in layers)
@@ -157,11 +192,13 @@ def grouped_linear(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
         slots = torch.cat([layer.rows for layer in ours])
     else:
         slots = [slot for layer in ours for slot in layer.slots]
-    parts = active.parts(slots, first.in_features, first.slot_width, first.tower)
+    u, v, w = active.parts(slots, *first.shape, first.tower)
+    shared, stacked = (v, u) if first.columns else (u, v)
     bias: Tensor | None = first.bias
     if len(ours) > 1 and bias is not None:
         bias = torch.cat([layer.bias for layer in ours])
-    y: Tensor = FoldedLinear.apply(x, bias, *parts, *(layer.adapted_weight for layer in ours))
+    weights = (layer.adapted_weight for layer in ours)
+    y: Tensor = FoldedLinear.apply(x, bias, first.columns, shared, stacked, w, *weights)
     return torch.split(y, [layer.out_features for layer in ours], dim=-1)
 
 
@@ -172,17 +209,28 @@ class ModeApproxLinear(AdaptedLayer, nn.Linear):
         linear: the layer to replace; its parameters are taken over, not copied.
         factors: the shared factors.
         slots: consecutive rows of P and lambda. Several slots are several weights stacked in the rows of this one,
-            as q, k and v in LAVIS's ViT.
+            as q, k and v in LAVIS's ViT, or side by side in its columns, where a slot reads less than the layer.
+
+    Attributes:
+        rows: the slots as a tensor.
+        shape: (d_in, d_out) of each slot.
+        columns: they stand in the columns.
+        tower: whose U and V they have.
     """
 
     rows: Tensor
+    shape: tuple[int, int]
+    columns: bool
+    tower: str
 
     def __init__(self, linear: nn.Module, factors: ModeFactors, slots: Sequence[int]) -> None:
         self.take_over(linear, factors, {"weight": slots})
 
     def take_over(self, *args: Any, **kwargs: Any) -> None:
-        """As :class:`AdaptedLayer`'s; the slots are there as a tensor too."""
+        """As :class:`AdaptedLayer`'s; what forwards need of the slots is there too."""
         super().take_over(*args, **kwargs)
+        self.shape = self.slot_shape("weight")
+        self.columns = self.shape[0] < self.in_features
         self.tower = tower_of(list(self.factors.slots)[self.slots[0]])
         device = self.adapted_weight.device
         self.register_buffer("rows", torch.tensor(self.slots, device=device), persistent=False)
@@ -196,18 +244,13 @@ class ModeApproxLinear(AdaptedLayer, nn.Linear):
 
     @property
     def adapted_weight(self) -> nn.Parameter:
-        """The parameter that the update is for, the slots stacked in its rows."""
+        """The parameter that the update is for."""
         return self._own("weight")
 
     @property
     def slots(self) -> tuple[int, ...]:
         """Rows of P and lambda."""
         return self.slots_of["weight"]
-
-    @property
-    def slot_width(self) -> int:
-        """d_out of each slot."""
-        return self.out_features // len(self.rows)
 
     def delta_weight(self, name: str = "default") -> Tensor:
         """The whole update of this layer, shape (out_features, in_features)."""
@@ -223,7 +266,14 @@ class ModeApproxLinear(AdaptedLayer, nn.Linear):
             return y
         x = F.dropout(x, active.config.dropout, self.training)
         slots = self.rows if torch.compiler.is_compiling() else self.slots
-        return y + active.project(x, slots, self.slot_width, self.tower).to(y.dtype)
+        return y + self._update(x, *active.parts(slots, *self.shape, self.tower)).to(y.dtype)
+
+    def _update(self, x: Tensor, u: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        """x dW, computed beside the layer: x (..., in_features) to (..., out_features)."""
+        u, v, w = u.to(x.dtype), v.to(x.dtype), w.to(x.dtype)
+        if self.columns:
+            return x @ _rows(u, w) @ v.t()
+        return (((x @ u).unsqueeze(-2) * w) @ v.t()).flatten(-2)
 
     def folds(self, x: Tensor) -> bool:
         """Whether the update is folded into the weight: where that is the cheaper way, and the layer is frozen."""

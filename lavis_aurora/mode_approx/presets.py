@@ -1,7 +1,7 @@
-"""Which layers are adapted, by the registered name of a LAVIS model: the attention projections of its towers.
+"""Which layers are adapted: words for kinds of linear layers, and the towers of LAVIS's models by registered name.
 
-Each entry is a list of regular expressions over layer names. Momentum copies follow the layers that they are copies
-of and are named nowhere. Left out are the models that cannot be tuned so:
+A preset is a list of regular expressions over layer names. Momentum copies follow the layers that they are copies of
+and are named nowhere. Left out are the models that cannot be tuned so:
 
 - ``pnp_vqa``, ``img2prompt_vqa``: pipelines of finished models without a training loss; tune their parts,
   ``blip_image_text_matching`` and ``blip_caption``.
@@ -11,63 +11,75 @@ of and are named nowhere. Left out are the models that cannot be tuned so:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-# Attention projections by their usual names, in any model. Layers of other names need a pattern of their own.
-ATTENTION = (r"(.*\.)?(query|key|value|qkv|[qkv]_proj|attn|self_attn|multihead_attn)",)
+# Linear layers of a transformer, and its nn.MultiheadAttention, by their usual names. Layers of other names need a
+# pattern of their own.
+LAYERS = {
+    # Query, key and value.
+    "attention": r"query|key|value|qkv|[qkv]_proj|attn|self_attn|multihead_attn",
+    # What follows an attention. NLVR has one for each image and, in upper layers, one that merges both.
+    "attention_output": (
+        r"(out|o)_proj|(temporal_)?attn\.proj|temporal_fc|attnpool\.c_proj"
+        r"|(cross)?attention\.output\.(dense\d?|merge_layer)"
+    ),
+    # Both matrices; the Q-Former has a pair for queries.
+    "feed_forward": r"fc[12]|linear[12]|mlp\.c_(fc|proj)|layer\.\d+\.(intermediate|output)(_query)?\.dense",
+}
+LAYERS["all_linear"] = "|".join(LAYERS.values())
 
-VIT = r"visual_encoder\.blocks\.\d+\.attn\.qkv"
-TIMESFORMER = r"visual_encoder\.model\.blocks\.\d+\.(attn|temporal_attn)\.qkv"
-QFORMER = (
-    r"Qformer\.bert\.encoder\.layer\.\d+\.attention\.self\.(query|key|value)",
-    r"Qformer\.bert\.encoder\.layer\.\d+\.crossattention\.self\.(query|key|value)",
-)
-# The image tower of CLIP is a transformer, or a ResNet with attention pooling.
-CLIP = (
-    r"visual\.(transformer\.resblocks\.\d+\.attn|attnpool\.[qkv]_proj)",
-    r"transformer\.resblocks\.\d+\.attn",
-)
-
-
-def _bert(tower: str, cross: str = "crossattention") -> tuple[str, ...]:
-    """Self- and cross-attention of LAVIS's BERT under ``tower``; NLVR's cross-attention holds one part an image."""
-    layers = rf"{tower}\.(bert\.)?encoder\.layer\.\d+"
-    projections = (rf"{layers}\.attention\.self\.(query|key|value)",)
-    return projections + ((rf"{layers}\.{cross}\.self\d?\.(query|key|value)",) if cross else ())
-
-
-TEXT, DECODER = _bert("text_encoder"), _bert("text_decoder")
-
-PRESETS: dict[str, tuple[str, ...]] = {
-    "attention": ATTENTION,
-    "albef_classification": (VIT, *TEXT),
-    "albef_feature_extractor": (VIT, *TEXT),
-    "albef_nlvr": (VIT, *TEXT),
-    "albef_pretrain": (VIT, *TEXT),
-    "albef_retrieval": (VIT, *TEXT),
-    "albef_vqa": (VIT, *TEXT, *DECODER),
-    "alpro_qa": (TIMESFORMER, *_bert("text_encoder", cross="")),
-    "alpro_retrieval": (TIMESFORMER, *_bert("text_encoder", cross="")),
+VISION, TEXT, DECODER = "visual_encoder", "text_encoder", "text_decoder"
+# In BLIP-2 the other towers are left as they are.
+QFORMER = ("Qformer",)
+# The image tower of CLIP is a transformer, or a ResNet with attention pooling, which has no feed-forward layers.
+CLIP = ("(visual|transformer)",)
+TOWERS: dict[str, tuple[str, ...]] = {
+    "albef_classification": (VISION, TEXT),
+    "albef_feature_extractor": (VISION, TEXT),
+    "albef_nlvr": (VISION, TEXT),
+    "albef_pretrain": (VISION, TEXT),
+    "albef_retrieval": (VISION, TEXT),
+    "albef_vqa": (VISION, TEXT, DECODER),
+    "alpro_qa": (VISION, TEXT),
+    "alpro_retrieval": (VISION, TEXT),
     "blip2": QFORMER,
     "blip2_feature_extractor": QFORMER,
     "blip2_image_text_matching": QFORMER,
     "blip2_opt": QFORMER,
     "blip2_t5": QFORMER,
-    "blip_caption": (VIT, *DECODER),
-    "blip_classification": (VIT, *TEXT),
-    "blip_feature_extractor": (VIT, *TEXT),
-    "blip_image_text_matching": (VIT, *TEXT),
-    "blip_nlvr": (VIT, *TEXT),
-    "blip_pretrain": (VIT, *TEXT, *DECODER),
-    "blip_retrieval": (VIT, *TEXT),
-    "blip_retrieval_aurora": (VIT, *TEXT),
-    "blip_vqa": (VIT, *TEXT, *DECODER),
-    "blip_vqa_aurora": (VIT, *TEXT, *DECODER),
+    "blip_caption": (VISION, DECODER),
+    "blip_classification": (VISION, TEXT),
+    "blip_feature_extractor": (VISION, TEXT),
+    "blip_image_text_matching": (VISION, TEXT),
+    "blip_nlvr": (VISION, TEXT),
+    "blip_pretrain": (VISION, TEXT, DECODER),
+    "blip_retrieval": (VISION, TEXT),
+    "blip_retrieval_aurora": (VISION, TEXT),
+    "blip_vqa": (VISION, TEXT, DECODER),
+    "blip_vqa_aurora": (VISION, TEXT, DECODER),
     "clip": CLIP,
     "clip_feature_extractor": CLIP,
 }
+
+# WORD: such layers of any model. MODEL/WORD: those of the model's towers. MODEL: its attention, as in the paper.
+PRESETS: dict[str, tuple[str, ...]] = {
+    **{word: (rf"(.*\.)?({names})",) for word, names in LAYERS.items()},
+    **{
+        f"{model}/{word}": tuple(rf"{tower}\.(.*\.)?({names})" for tower in towers)
+        for model, towers in TOWERS.items()
+        for word, names in LAYERS.items()
+    },
+}
+PRESETS.update({model: PRESETS[f"{model}/attention"] for model in TOWERS})
+ATTENTION = PRESETS["attention"]
 
 
 def expand_presets(targets: Sequence[str]) -> list[str]:
     """The regular expressions of ``targets``, in which an entry may be the name of a preset."""
     return [pattern for entry in targets for pattern in PRESETS.get(entry, (entry,))]
+
+
+def is_attention(name: str) -> bool:
+    """Whether a layer holds query, key or value, by its name."""
+    return re.fullmatch(ATTENTION[0], name) is not None

@@ -53,8 +53,8 @@ def tune_aurora(model: AuroraBase, cfg: BlipAuroraConfig, places: Places) -> Mod
 
 @register_tuning("lora", ("lora",), adapters=True)
 def tune_lora(model: AuroraBase, cfg: BlipAuroraConfig, places: Places) -> LoraSets:
-    """LoRA on the attention projections and feed-forward layers."""
-    return inject_lora(model, cfg.lora, places.targets)
+    """LoRA on linear layers."""
+    return inject_lora(model, cfg.lora)
 
 
 @register_tuning("uniadapter", ("uniadapter",), adapters=True)

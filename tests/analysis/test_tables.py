@@ -7,7 +7,16 @@ from tiny import tiny_model
 from tiny_vqa import vqa_model
 
 from lavis_aurora.adapters.switching import parameter_groups
-from lavis_aurora.analysis.paper import aurora_count, label, lora_count, paper_rows, paper_tables, uniadapter_count
+from lavis_aurora.analysis.paper import (
+    ALL_SLOTS,
+    ATTENTION_SLOTS,
+    aurora_count,
+    label,
+    lora_count,
+    paper_rows,
+    paper_tables,
+    uniadapter_count,
+)
 from lavis_aurora.common.errors import AuroraError
 
 TABLES = paper_tables()["tables"]
@@ -64,15 +73,25 @@ def test_rows_without_results_on_a_benchmark_are_left_out():
 
 def test_counts_are_those_of_appendix_e():
     assert (aurora_count(64), aurora_count(128)) == (130_560, 242_688)
+    assert aurora_count(64, slots=ALL_SLOTS) == 159_744
     assert aurora_count(128, separate=3) - aurora_count(128) == 393_216  # the paper's 0.4M
     assert uniadapter_count(512) == 18_874_368 and uniadapter_count(128) == 4_718_592
     assert lora_count(32) == 12 * 9 * 2 * 768 * 32
 
 
-@pytest.mark.parametrize(("sharing", "separate"), [("global", 1), ("tower", 3)])
+@pytest.mark.parametrize(
+    ("sharing", "targets", "separate", "slots"),
+    [
+        ("global", None, 1, ATTENTION_SLOTS),
+        ("tower", None, 3, ATTENTION_SLOTS),
+        ("global", "all_linear", 1, ALL_SLOTS),
+        # Three attentions with a projection each, and two feed-forward layers in each of two towers.
+        ("tower", "all_linear", 3 * 2 + 2 * 2, ALL_SLOTS),
+    ],
+)
 @pytest.mark.parametrize("make", [tiny_model, vqa_model])
-def test_counts_are_those_of_the_models(make, sharing, separate):
+def test_counts_are_those_of_the_models(make, sharing, targets, separate, slots):
     """L (3 + 6) 2r + 2dr + 2Ld, and 2dr more for each tower beyond the first; VQA's decoder adds none."""
-    groups = parameter_groups(make(mode_approx={"rank": 5, "sharing": sharing}))
+    groups = parameter_groups(make(mode_approx={"rank": 5, "sharing": sharing, "targets": targets}))
     trained = sum(count["parameters"] for group, count in groups.items() if group not in ("heads", "frozen"))
-    assert trained == aurora_count(5, layers=3, width=128, separate=separate)
+    assert trained == aurora_count(5, layers=3, width=128, separate=separate, slots=slots)

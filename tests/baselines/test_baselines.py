@@ -15,6 +15,7 @@ from lavis_aurora.baselines.lora import LoraSets
 from lavis_aurora.baselines.uniadapter import UniAdapters
 from lavis_aurora.config.method import UniAdapterConfig
 from lavis_aurora.encoders.fusion import add_bottlenecks
+from lavis_aurora.mode_approx.presets import LAYERS
 
 SMALL = {"lora": {"rank": 4, "alpha": 8.0}, "uniadapter": {"rank": 16}, "context": {"form": "none"}}
 VQA = {key: SMALL[key] for key in ("lora", "uniadapter")}
@@ -139,6 +140,8 @@ def test_lora_is_the_layer_with_the_updated_weight():
         # Query, key, value (one layer in the ViT) and the feed-forward layers of both towers: the paper's 10.6M.
         ({"lora": {"rank": 32}}, lambda layers, d, r: 36 * layers * d * r, 10_616_832),
         ({"lora": {"rank": 32, "targets": ["attention"]}}, lambda layers, d, r: 16 * layers * d * r, 4_718_592),
+        # 2dr more for each of three output projections.
+        ({"lora": {"rank": 32, "targets": "all_linear"}}, lambda layers, d, r: 42 * layers * d * r, 12_386_304),
         # With biases; the Aurora paper has 4.6M and 18.8M.
         ({"uniadapter": {"rank": 128}}, lambda layers, d, r: layers * (4 * d * r + r + 3 * d), 4_747_776),
         ({"uniadapter": {"rank": 512}}, lambda layers, d, r: layers * (4 * d * r + r + 3 * d), 18_908_160),
@@ -149,6 +152,17 @@ def test_counts(settings, count, base):
     model = tiny_model(tuning=tuning, train_heads=False, **settings)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count(3, 128, section["rank"])
     assert count(12, 768, section["rank"]) == base
+
+
+@pytest.mark.parametrize("targets", [*LAYERS, ["attention", "feed_forward"]])
+@pytest.mark.parametrize("make", [tiny_model, vqa_model])
+def test_lora_and_aurora_name_the_same_layers_by_the_same_words(make, targets):
+    ours, theirs = (
+        make(tuning=tuning, **{key: {"rank": 2, "targets": targets}})
+        for tuning, key in (("aurora", "mode_approx"), ("lora", "lora"))
+    )
+    names = [[name for name, _ in model.adapters.updated_layers(model)] for model in (ours, theirs)]
+    assert names[0] == names[1]
 
 
 def test_lora_without_peft_says_what_to_install(monkeypatch):
@@ -169,7 +183,8 @@ def test_towers_of_two_widths_cannot_share():
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"lora": {"targets": ["ffn"]}}, "lora.targets: unknown value 'ffn'"),
+        ({"lora": {"targets": []}}, "lora.targets: .* cannot be used"),
+        ({"tuning": "lora", "lora": {"targets": "feed_forwad"}}, "did you mean the preset 'feed_forward'"),
         ({"lora": {"rank": 0}}, "lora.rank: 0"),
         ({"uniadapter": {"rank": 0}}, "uniadapter.rank: 0"),
     ],

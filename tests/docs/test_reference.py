@@ -72,14 +72,22 @@ def test_start_is_the_reference():
         assert torch.equal(value, product.state_dict()[key.replace("lambda_", "coefficients")])
 
 
-def test_a_linear_layer_with_several_slots_is_the_reference():
-    model = activate(tiny_model())
-    slots = list(model.mode_approx.slots)
-    layer, name = model.visual_encoder.blocks[1].attn.qkv, "visual_encoder.blocks.1.attn.qkv"
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("attn.qkv", ("query", "key", "value")),
+        ("mlp.fc1", [f"block{i}" for i in range(4)]),
+        ("mlp.fc2", [f"block{i}" for i in range(4)]),
+    ],
+)
+def test_a_linear_layer_with_several_slots_is_the_reference(name, parts):
+    model = activate(tiny_model(mode_approx={"rank": 8, "targets": "all_linear"}))
+    slots, name = list(model.mode_approx.slots), f"visual_encoder.blocks.1.{name}"
+    layer = model.get_submodule(name)
     factors = reference_factors(model.mode_approx.sets["default"], list(model.mode_approx.slots.values()))
     plain = nn.Linear(layer.in_features, layer.out_features)
     plain.load_state_dict({key: layer.state_dict()[key] for key in ("weight", "bias")})
-    rows = [slots.index(f"{name}.{part}") for part in ("query", "key", "value")]
+    rows = [slots.index(f"{name}.{part}") for part in parts]
     adapted = reference.AdaptedLinear(plain, factors, rows)
     x = torch.randn(2, 7, layer.in_features)
     torch.testing.assert_close(layer(x), adapted(x), atol=1e-5, rtol=1e-5)
@@ -238,20 +246,22 @@ def both_losses(product: BlipRetrievalAurora, plain: PlainModel, queue: list[Ten
 
 
 @pytest.mark.parametrize(
-    ("gate", "context", "perturbed"),
+    ("gate", "context", "perturbed", "targets"),
     [
-        ("residual", "attention", False),
-        ("residual", "attention", True),
-        ("convex", "mean", True),
-        ("affine", "random", True),
-        ("none", "none", True),
+        ("residual", "attention", False, None),
+        ("residual", "attention", True, None),
+        ("residual", "attention", True, "all_linear"),
+        ("convex", "mean", True, None),
+        ("affine", "random", True, None),
+        ("none", "none", True, None),
     ],
 )
-def test_losses_are_the_reference(gate, context, perturbed):
+def test_losses_are_the_reference(gate, context, perturbed, targets):
     """In training mode, over steps whose queue wraps around; the tiny model drops nothing at random."""
-    product = tiny_model(queue_size=7, momentum=0.8, gate={"form": gate}, context={"form": context}).train()
+    method = {"mode_approx": {"targets": targets}, "gate": {"form": gate}, "context": {"form": context}}
+    product = tiny_model(queue_size=7, momentum=0.8, **method).train()
     if perturbed:
-        activate(product)
+        activate(product, std=0.1 if targets else 0.2)
     plain = plain_model(product).train()
     queue = [product.image_queue.t().clone(), product.text_queue.t().clone(), product.idx_queue[0].clone()]
     for step, ids in enumerate([[0, 1, 2, 2, 4], [5, 6, 7], [0, 1, 1, 3]]):
@@ -259,8 +269,10 @@ def test_losses_are_the_reference(gate, context, perturbed):
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
-def test_gradients_are_the_reference():
-    product = activate(tiny_model(queue_size=7)).train()
+@pytest.mark.parametrize("targets", [None, "all_linear"])
+def test_gradients_are_the_reference(targets):
+    model = tiny_model(queue_size=7, mode_approx={"targets": targets})
+    product = activate(model, std=0.1 if targets else 0.2).train()
     plain = plain_model(product).train()
     queue = [product.image_queue.t().clone(), product.text_queue.t().clone(), product.idx_queue[0].clone()]
     for losses in both_losses(product, plain, queue, step=0, ids=[0, 1, 2, 2, 4]):

@@ -1,10 +1,12 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from lavis_aurora import AuroraError, ModeApproxConfig, inject_mode_approx, merge_adapter
+from lavis_aurora import AuroraError, ModeApproxConfig, inject_mode_approx, merge_adapter, unmerge_adapter
 from lavis_aurora.mode_approx.inject import find_targets
-from lavis_aurora.mode_approx.layers import ModeApproxLinear
+from lavis_aurora.mode_approx.layers import AdaptedLayer, ModeApproxLinear
 
 
 class Tower(nn.Module):
@@ -188,3 +190,119 @@ def test_a_model_that_was_in_eval_mode_scores_with_a_merged_adapter():
     inject_mode_approx(model, ModeApproxConfig(rank=2))
     merge_adapter(model)
     model(torch.ones(1, 8), torch.ones(1, 6))
+
+
+class Block(nn.Module):
+    """A layer of a transformer with the usual names; its feed-forward width is ``hidden``."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.self_attn = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
+        self.fc1, self.fc2 = nn.Linear(4, hidden), nn.Linear(hidden, 4)
+        self.head = nn.Linear(4, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.self_attn["out_proj"](sum(self.self_attn[name](x) for name in ("q_proj", "k_proj", "v_proj")))
+        return self.head(self.fc2(torch.tanh(self.fc1(x))))
+
+
+OUTPUT = {"self_attn.out_proj": (4, 4)}
+PROJECTIONS = {f"self_attn.{part}_proj": (4, 4) for part in "qkv"}
+
+
+@pytest.mark.parametrize("hidden", [4, 8, 12])
+def test_feed_forward_layers_are_square_blocks(hidden):
+    layer = Block(hidden).double()
+    factors = inject_mode_approx(layer, ModeApproxConfig(rank=2, scale=0.1, targets="all_linear")).double()
+    count = hidden // 4
+    blocks = [f"{name}.block{i}" if count > 1 else name for name in ("fc1", "fc2") for i in range(count)]
+    assert factors.slots == {**PROJECTIONS, **OUTPUT, **dict.fromkeys(blocks, (4, 4))}
+    assert set(factors.sets["default"].U) == set(factors.sets["default"].V) == {"4"}
+    for parameter in factors.parameters():
+        nn.init.normal_(parameter)
+    up, down = (torch.zeros(*getattr(layer, name).adapted_weight.shape).double() for name in ("fc1", "fc2"))
+    for i in range(count):
+        one, two = (factors.delta_weight(blocks[i + start]) for start in (0, count))
+        # Outputs 4i to 4i + 3 of the first matrix are inputs of the second.
+        for row in range(4):
+            up[4 * i + row], down[:, 4 * i + row] = one[row], two[:, row]
+    x = torch.randn(3, 50, hidden, dtype=torch.float64)
+    for part in (x[:1, :1], x):  # beside the layers, and folded
+        for linear, delta in ((layer.fc1, up), (layer.fc2, down)):
+            few = part[..., : linear.in_features]
+            weight = linear.adapted_weight + delta
+            torch.testing.assert_close(linear(few), nn.functional.linear(few, weight, linear.bias))
+
+
+def test_feed_forward_layers_of_another_width_are_one_slot_each():
+    factors = inject_mode_approx(Block(10), ModeApproxConfig(rank=2, targets="all_linear"))
+    assert factors.slots == {**PROJECTIONS, **OUTPUT, "fc1": (4, 10), "fc2": (10, 4)}
+
+
+def test_words_add_up_and_regular_expressions_name_one_slot():
+    def slots(*targets: str) -> dict[str, tuple[int, int]]:
+        return inject_mode_approx(Block(8), ModeApproxConfig(rank=2, targets=list(targets))).slots
+
+    assert slots("attention") == PROJECTIONS
+    assert slots("attention", "attention_output") == {**PROJECTIONS, **OUTPUT}
+    assert slots("attention", "attention_output", "feed_forward") == slots("all_linear")
+    # As they always were, so that adapters of such targets load.
+    assert slots("fc[12]") == {"fc1": (4, 8), "fc2": (8, 4)}
+    assert slots("attention", "head") == {**PROJECTIONS, "head": (4, 8)}
+
+
+def test_projections_are_never_in_blocks():
+    """Keys of an image that is twice as wide as the text."""
+    model = nn.ModuleDict({"key": nn.Linear(8, 4), "fc1": nn.Linear(4, 8)})
+    factors = inject_mode_approx(model, ModeApproxConfig(rank=2, targets="all_linear"))
+    assert factors.slots == {"key": (8, 4), "fc1.block0": (4, 4), "fc1.block1": (4, 4)}
+
+
+def test_a_word_for_what_the_model_does_not_have_is_named():
+    with pytest.raises(AuroraError, match="target 'feed_forward' matches no linear"):
+        inject_mode_approx(Tower(), ModeApproxConfig(targets="feed_forward"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_merge_and_unmerge_bit_for_bit(dtype):
+    layer = Block(16)
+    factors = inject_mode_approx(layer, ModeApproxConfig(rank=2, targets="all_linear"))
+    layer.to(dtype).eval()
+    for parameter in factors.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    x = torch.randn(50, 4, dtype=dtype)
+    expected = layer(x)
+    merge_adapter(layer)
+    assert not torch.equal(layer.fc2.adapted_weight, before["fc2.weight"])
+    torch.testing.assert_close(layer(x), expected)
+    unmerge_adapter(layer)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_torchs_transformer_layers_are_adapted_whole():
+    """nn.MultiheadAttention with its output projection, and both feed-forward layers."""
+    plain = nn.TransformerEncoderLayer(8, 2, 32, batch_first=True, dropout=0.0).eval()
+    layer = copy.deepcopy(plain)
+    factors = inject_mode_approx(layer, ModeApproxConfig(rank=2, targets="all_linear"))
+    assert [slot for slot in factors.slots if "block" not in slot] == [
+        *(f"self_attn.{part}" for part in ("query", "key", "value")),
+        "self_attn.out_proj",
+    ]
+    assert len(factors.slots) == 4 + 4 + 4
+    for parameter in factors.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(2, 50, 8)
+    with torch.no_grad():
+        fast = layer(x)  # torch's fused kernel, which takes the weights as they are
+        for name, delta in (
+            (f"{path}.{weight}", delta)
+            for path, module in layer.named_modules()
+            if isinstance(module, AdaptedLayer)
+            for weight, delta in module.delta_weights().items()
+        ):
+            plain.get_parameter(name).add_(delta)
+        torch.testing.assert_close(fast, plain(x))
+    torch.testing.assert_close(layer(x), fast)
+    layer(x).sin().sum().backward()
+    assert all(row.abs().max() > 0 for row in factors.sets["default"].P.grad)

@@ -13,16 +13,34 @@ from lavis_aurora.mode_approx.layers import ModeApproxLinear, grouped_linear
 D_IN, D_OUT, RANK = 5, 4, 3
 
 
-def layer(slots: int, dtype: torch.dtype = torch.float64) -> ModeApproxLinear:
-    """A layer over ``slots`` stacked slots in which every number is random."""
+def layer(slots: int, dtype: torch.dtype = torch.float64, columns: bool = False) -> ModeApproxLinear:
+    """A layer over ``slots`` slots, stacked in its rows or side by side in its columns; every number is random."""
     torch.manual_seed(0)
     factors = ModeFactors({f"s{i}": (D_IN, D_OUT) for i in range(slots)}, ModeApproxConfig(rank=RANK, scale=0.1)).to(
         dtype
     )
     for parameter in factors.parameters():
         nn.init.normal_(parameter)
-    linear = nn.Linear(D_IN, slots * D_OUT).to(dtype).requires_grad_(False)
+    wide = (slots * D_IN, D_OUT) if columns else (D_IN, slots * D_OUT)
+    linear = nn.Linear(*wide).to(dtype).requires_grad_(False)
     return ModeApproxLinear(linear, factors, range(slots))
+
+
+def cp_loops(module: ModeApproxLinear) -> torch.Tensor:
+    """The whole update entry by entry (eq. 3), in nn.Linear's layout."""
+    one, config = module.factors.sets["default"], module.factors.sets["default"].config
+    delta = torch.zeros(module.out_features, module.in_features, dtype=torch.float64)
+    for j in range(module.out_features):
+        for i in range(module.in_features):
+            # The slot that the entry belongs to, and its place there.
+            k = i // D_IN if module.columns else j // D_OUT
+            for r in range(RANK):
+                u, v = one.U[str(D_IN)][i % D_IN, r], one.V[str(D_OUT)][j % D_OUT, r]
+                delta[j, i] += one.coefficients[k, r] * one.P[k, r] * u * v
+    return delta * config.scale / (0.1 * (D_IN * RANK) ** 0.5)
+
+
+layouts = pytest.mark.parametrize(("slots", "columns"), [(1, False), (3, False), (3, True)])
 
 
 @pytest.fixture(params=["folded", "beside"], autouse=True)
@@ -37,42 +55,46 @@ def choose(monkeypatch, folded: bool) -> None:
     monkeypatch.setattr(ModeApproxLinear, "folds", lambda self, x: folded and self.factors.active_set is not None)
 
 
-@pytest.mark.parametrize("slots", [1, 3])
+@layouts
 @pytest.mark.parametrize("shape", [(7,), (2, 7)])
-def test_forward_is_the_linear_layer_with_the_updated_weight(slots, shape):
-    module = layer(slots)
-    x = torch.randn(*shape, D_IN, dtype=torch.float64)
-    delta = torch.cat([module.factors.delta_weight(f"s{i}") for i in range(slots)])
+def test_forward_is_the_linear_layer_with_the_updated_weight(slots, columns, shape):
+    module = layer(slots, columns=columns)
+    x = torch.randn(*shape, module.in_features, dtype=torch.float64)
+    parts = [module.factors.delta_weight(f"s{i}") for i in range(slots)]
+    delta = torch.cat(parts, dim=1 if columns else 0)
     torch.testing.assert_close(module(x), F.linear(x, module.adapted_weight + delta, module.bias))
     torch.testing.assert_close(module.delta_weight(), delta)
+    torch.testing.assert_close(delta, cp_loops(module))
 
 
-@pytest.mark.parametrize("slots", [1, 3])
-def test_gradients_are_those_of_the_explicit_weight(slots):
-    module = layer(slots)
+@layouts
+def test_gradients_are_those_of_the_explicit_weight(slots, columns):
+    module = layer(slots, columns=columns)
     parameters = list(module.factors.parameters())
-    x = torch.randn(6, D_IN, dtype=torch.float64, requires_grad=True)
-    target = torch.randn(6, slots * D_OUT, dtype=torch.float64)
+    x = torch.randn(6, module.in_features, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(6, module.out_features, dtype=torch.float64)
     ours = torch.autograd.grad((module(x) * target).sum(), [x, *parameters])
-    explicit = F.linear(x, module.adapted_weight + module.delta_weight(), module.bias)
+    explicit = F.linear(x, module.adapted_weight + cp_loops(module), module.bias)
     theirs = torch.autograd.grad((explicit * target).sum(), [x, *parameters])
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b)
 
 
-def test_gradcheck():
-    module = layer(3)
+@pytest.mark.parametrize("columns", [False, True])
+def test_gradcheck(columns):
+    module = layer(3, columns=columns)
     one = module.factors.sets["default"]
     inputs = [one.U[str(D_IN)], one.V[str(D_OUT)], one.P, one.coefficients]
-    x = torch.randn(3, D_IN, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, module.in_features, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: module(x), (x, *inputs))
 
 
-def test_gradients_of_the_folded_and_the_plain_path_are_the_same_for_many_tokens(monkeypatch):
-    module = layer(3)
+@pytest.mark.parametrize("columns", [False, True])
+def test_gradients_of_the_folded_and_the_plain_path_are_the_same_for_many_tokens(monkeypatch, columns):
+    module = layer(3, columns=columns)
     parameters = list(module.factors.parameters())
-    x = torch.randn(4, 9, D_IN, dtype=torch.float64, requires_grad=True)
-    target = torch.randn(4, 9, 3 * D_OUT, dtype=torch.float64)
+    x = torch.randn(4, 9, module.in_features, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(4, 9, module.out_features, dtype=torch.float64)
     results = []
     for folds in (True, False):
         choose(monkeypatch, folds)
@@ -139,6 +161,15 @@ def test_layers_that_cannot_be_one_product_are_computed_alone():
     mixed = [layers[0], plain, other]
     for one, y in zip(mixed, grouped_linear(x, *mixed)):
         torch.testing.assert_close(y, one(x))
+    factors = layers[0].factors
+    wide = [
+        ModeApproxLinear(nn.Linear(2 * D_IN, D_OUT).double().requires_grad_(False), factors, slots)
+        for slots in ([0, 1], [1, 2])
+    ]
+    z = torch.randn(9, 2 * D_IN, dtype=torch.float64)
+    for one, y in zip(wide, grouped_linear(z, *wide)):
+        assert one.columns
+        torch.testing.assert_close(y, one(z))
     with layers[0].factors.disabled():
         for one, y in zip(layers, grouped_linear(x, *layers)):
             assert torch.equal(y, F.linear(x, one.weight, one.bias))
@@ -177,11 +208,12 @@ def test_keys_and_parameters_are_those_of_the_layer_it_replaces():
     assert module.bias is linear.bias
 
 
+@pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_fp32_factors_over_a_half_precision_layer(dtype):
-    module = layer(3, torch.float32)
-    reference = module(x := torch.randn(6, D_IN))
-    half = ModeApproxLinear(copy.deepcopy(nn.Linear(D_IN, 3 * D_OUT)), module.factors, range(3))
+def test_fp32_factors_over_a_half_precision_layer(dtype, columns):
+    module = layer(3, torch.float32, columns)
+    reference = module(x := torch.randn(6, module.in_features))
+    half = ModeApproxLinear(nn.Linear(module.in_features, module.out_features), module.factors, range(3))
     half.weight, half.bias = (nn.Parameter(p.to(dtype)) for p in (module.adapted_weight, module.bias))
     y = half(x.to(dtype))
     assert y.dtype == dtype

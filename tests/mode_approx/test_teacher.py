@@ -124,3 +124,33 @@ def test_copies_of_the_model_keep_their_own_teacher(model):
     assert not torch.allclose(twin.tower_m(x), twin.tower(x))
     assert torch.equal(model.tower_m(x), model.tower(x))
     assert not torch.allclose(twin.tower_m(x), model.tower_m(x))
+
+
+def test_blocks_and_output_projections_have_a_teacher_too():
+    class Whole(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            for tower in (self.tower, self.tower_m):
+                tower.mlp = nn.ModuleDict({"c_fc": nn.Linear(4, 8), "c_proj": nn.Linear(8, 4)})
+            self.copy_params()
+
+    torch.manual_seed(0)
+    model = Whole().double()
+    inject_mode_approx(model, ModeApproxConfig(rank=2, targets="all_linear")).double()
+    with torch.no_grad():
+        for parameter in model.mode_approx.sets["default"].parameters():
+            parameter.normal_()
+    expected = [
+        MOMENTUM * teacher + (1 - MOMENTUM) * student
+        for student, teacher in zip(*(factors_of(model, name) for name in ("default", MOMENTUM_SET)))
+    ]
+    model._momentum_update()
+    for teacher, value in zip(factors_of(model, MOMENTUM_SET), expected):
+        torch.testing.assert_close(teacher, value)
+    x = torch.randn(50, 8, dtype=torch.float64)
+    for name in ("attn.out_proj", "mlp.c_fc", "mlp.c_proj"):
+        twin = model.tower_m.get_submodule(name)
+        weight = twin.adapted_weight + twin.delta_weight()
+        part = x[:, : twin.in_features]
+        torch.testing.assert_close(twin(part), nn.functional.linear(part, weight, twin.bias))
+        assert not torch.equal(twin.delta_weight(), model.tower.get_submodule(name).delta_weight())

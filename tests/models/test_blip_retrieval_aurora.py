@@ -36,10 +36,12 @@ def lavis_twin(model, **overrides) -> BlipRetrieval:
     return twin.eval()
 
 
-@pytest.mark.parametrize("tuning", ["aurora", "heads", "full", "frozen"])
+@pytest.mark.parametrize("tuning", ["aurora", "aurora, all_linear", "heads", "full", "frozen"])
 def test_losses_at_step_0_are_lavis(tuning):
     """Law 1: with the same weights and seed, over several batches that fill the queue."""
+    tuning, _, targets = tuning.partition(", ")
     overrides = {"queue_size": 20, "context": {"form": "none"}, "tuning": tuning}
+    overrides["mode_approx"] = {"targets": targets or None}
     model = tiny_model(**overrides).eval()
     twin = lavis_twin(model, **overrides)
     for step in range(4):
@@ -90,15 +92,16 @@ def test_gradients_of_the_whole_model_are_lavis():
             assert (parameter.grad - theirs[name].grad).abs().max() < 1e-3 * scale, name
 
 
-@pytest.mark.parametrize("gate", ["residual", "affine"])
-def test_every_path_gives_the_plain_gradients(gate, monkeypatch):
+@pytest.mark.parametrize(("gate", "targets"), [("residual", None), ("affine", None), ("residual", "all_linear")])
+def test_every_path_gives_the_plain_gradients(gate, targets, monkeypatch):
     """Folded or beside, keys once or three times: one loss, one gradient of every factor, gate and head."""
     results = []
     for plain in (True, False):
         if plain:
             monkeypatch.setattr(ModeApproxLinear, "folds", lambda self, x: False)
             monkeypatch.setattr(fused, "attend_in_matching", repeated_keys)
-        model = activate(tiny_model(gate={"form": gate})).train()
+        settings = {"mode_approx": {"targets": targets}, "gate": {"form": gate}}
+        model = activate(tiny_model(**settings), std=0.1 if targets else 0.2).train()
         model(batch())["loss"].backward()
         results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         monkeypatch.undo()

@@ -98,10 +98,14 @@ def test_parameter_count(rank, share, towers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("share", "expected"), [(True, 130_560), (False, 139_776)])
-def test_parameter_count_of_blip_base(share, expected):
+@pytest.mark.parametrize(
+    ("share", "targets", "expected"),
+    [(True, None, 130_560), (False, None, 139_776), (True, "all_linear", 159_744)],
+)
+def test_parameter_count_of_blip_base(share, targets, expected):
     base = OmegaConf.load(BlipVqaAurora.default_config_path("base")).model
     own = {"pretrained": None, "share_decoder": share, "tokenizer": vqa_config().tokenizer}
+    own["mode_approx"] = {"targets": targets}
     model = BlipVqaAurora.from_config(OmegaConf.merge(base, own))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
 
@@ -136,6 +140,22 @@ def test_decoder_uses_the_encoders_slots_layer_by_layer():
     assert not [name for name, _ in model.named_parameters() if "gate" in name and name.startswith("text_decoder")]
 
 
+@pytest.mark.parametrize("end", ["crossattention.output.dense", "intermediate.dense", "output.dense"])
+def test_with_all_linear_layers_the_decoder_shares_every_slot(end):
+    model = vqa_model(mode_approx={"rank": 4, "targets": "all_linear"})
+    found = linears(model)
+    for layer in range(LAYERS):
+        name = f"encoder.layer.{layer}.{end}"
+        ours, theirs = found[f"text_decoder.bert.{name}"], found[f"text_encoder.{name}"]
+        blocks = (
+            [f"text_encoder.{name}.block{i}" for i in range(4)]
+            if "attention" not in end
+            else [f"text_encoder.{name}"]
+        )
+        assert ours.slots == theirs.slots == tuple(map(model.mode_approx.slot_index, blocks))
+    assert not [slot for slot in model.mode_approx.slots if slot.startswith("text_decoder")]
+
+
 def test_changing_a_slot_changes_both_towers():
     model = activate(vqa_model())
     end = "encoder.layer.1.crossattention.self.key"
@@ -147,10 +167,10 @@ def test_changing_a_slot_changes_both_towers():
         torch.testing.assert_close(linear.delta_weight(), 2 * old)
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_one_gradient_from_both_towers(share):
+@pytest.mark.parametrize(("share", "targets"), [(True, None), (False, None), (True, "all_linear")])
+def test_one_gradient_from_both_towers(share, targets):
     """The gradient of the shared rows is the encoder's plus the decoder's."""
-    model = activate(vqa_model(share_decoder=share)).eval()
+    model = activate(vqa_model(share_decoder=share, mode_approx={"targets": targets}), std=0.1).eval()
     factors = model.mode_approx.sets["default"]
     samples = vqa_batch()
     [whole] = torch.autograd.grad(model(samples).loss, factors.P)

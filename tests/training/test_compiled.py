@@ -14,10 +14,12 @@ from lavis_aurora.models.mode_approx_model import ModeApproxModel
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tuning", ["aurora", "lora"])
-def test_losses_and_gradients(tuning):
+@pytest.mark.parametrize(("tuning", "targets"), [("aurora", None), ("aurora", "all_linear"), ("lora", None)])
+def test_losses_and_gradients(tuning, targets):
     """Also with a recomputed layer, a teacher pass and matching's passes; nothing falls back to Python."""
-    model = activate(tiny_model(tuning=tuning, queue_size=20, vit_grad_ckpt=True, vit_ckpt_layer=1)).train()
+    method = {"tuning": tuning, "mode_approx": {"targets": targets}}
+    model = tiny_model(**method, queue_size=20, vit_grad_ckpt=True, vit_ckpt_layer=1)
+    activate(model, std=0.1 if targets else 0.2).train()
     compiled = copy.deepcopy(model)
     compile_layers(compiled)
     torch._dynamo.utils.counters.clear()
