@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.summary import MAIN, lavis_version
 from lavis_aurora.data.annotations import build_checked
 from lavis_aurora.data.samples import set_ids_apart
 
@@ -26,6 +28,11 @@ EVALUATION_METHODS = {
     CaptionTask: "generate",
     MultimodalClassificationTask: "predict",
     VQARCTask: None,  # for models that cannot be trained
+}
+# What tasks of LAVIS's main branch give that method, one or the other, and not each of its models takes.
+MAIN_ARGUMENTS = {
+    CaptionTask: (("repetition_penalty", "length_penalty", "top_p", "temperature"),),
+    MultimodalClassificationTask: (("n_segments",), ("max_length", "min_length", "length_penalty")),
 }
 
 
@@ -47,7 +54,10 @@ def check_model(task: type[BaseTask], model: nn.Module, cfg: Any) -> None:
         AuroraError: names the tasks that the model can do.
     """
     run, method = cfg.run_cfg, needed_method(task)
-    if method is None or hasattr(model, method) or not (run.valid_splits or run.test_splits):
+    if method is None or not (run.valid_splits or run.test_splits):
+        return
+    if hasattr(model, method):
+        _check_main(task, getattr(model, method), cfg)
         return
     arch = cfg.model_cfg.arch
     if "base" in cfg.model_cfg:
@@ -58,6 +68,24 @@ def check_model(task: type[BaseTask], model: nn.Module, cfg: Any) -> None:
     remedy = f"name a task that it can do, {' or '.join(fitting)}, or" if fitting else "to train alone,"
     raise AuroraError(
         f"run.task: {run.task} evaluates by a model's {method}, which {arch} does not have; {remedy} set "
+        f"run.valid_splits and run.test_splits to []"
+    )
+
+
+def _check_main(task: type[BaseTask], method: Any, cfg: Any) -> None:
+    """Refuse what LAVIS's main branch cannot evaluate: there some tasks give the model what not each takes."""
+    lavis_task = next((cls for cls in task.__mro__ if cls in MAIN_ARGUMENTS), None)
+    if lavis_version() != MAIN or lavis_task is None or task.valid_step is not lavis_task.valid_step:
+        return
+    taken, given = inspect.signature(method).parameters.keys(), MAIN_ARGUMENTS[lavis_task]
+    if lavis_task is MultimodalClassificationTask and not hasattr(inspect, "getargspec"):
+        why = "asks for inspect.getargspec, which Python 3.11 has no more"
+    elif any(taken >= set(names) for names in given):
+        return
+    else:
+        why = f"gives {method.__name__} the arguments {', '.join(given[0])}, not all of which this model's takes"
+    raise AuroraError(
+        f"run.task: {cfg.run_cfg.task} of LAVIS's main branch {why}; use LAVIS 1.0.2, or to train alone, set "
         f"run.valid_splits and run.test_splits to []"
     )
 
@@ -95,6 +123,9 @@ class AuroraTaskBase(BaseTask):
         """Losses of a batch: ``loss``, of :meth:`train_step`, and what the model's output holds under such names."""
         self._reported: dict[str, Tensor] = {}
         loss = self.train_step(model=model, samples=samples)
+        if isinstance(loss, tuple):  # of a task written for LAVIS's main branch: the loss, and all of them to report
+            loss, reported = loss
+            self._reported = {key: value.detach() for key, value in reported.items()}
         return {**self._reported, "loss": loss}
 
     def train_step(self, model: nn.Module, samples: dict[str, Any]) -> Tensor:
@@ -125,9 +156,28 @@ class LavisTaskMixin(BaseTask):
     @classmethod
     def setup_task(cls, cfg: Any) -> BaseTask:
         """LAVIS's task with the settings of ``run:``, not all of which it keeps."""
-        task = super().setup_task(cfg=cfg)
+        try:
+            task = super().setup_task(cfg=cfg)
+        except AssertionError as error:  # captioning, of LAVIS's main branch
+            raise AuroraError(f"run.task: {cfg.run_cfg.task} cannot have such run.valid_splits ({error})") from error
         task.cfg = cfg.run_cfg
         return task
+
+    def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
+        """LAVIS's; a VQA task has the questions and answers of every split that there is, as in LAVIS 1.0.2."""
+        if not isinstance(self, VQATask):
+            datasets: dict[str, dict[str, Any]] = super().build_datasets(cfg)
+            return datasets
+        # Main's looks for these in every dataset, VQAv2 and Visual Genome alike, and makes up files for the others.
+        self.valid_splits: tuple[str, ...] = ()
+        datasets = super().build_datasets(cfg)
+        for splits in datasets.values():
+            for split, dataset in splits.items():
+                if getattr(dataset, "coco_fmt_qust_file", None) is not None:
+                    self.ques_files[split] = dataset.coco_fmt_qust_file
+                    self.anno_files[split] = dataset.coco_fmt_anno_file
+                self.answer_list = getattr(dataset, "answer_list", self.answer_list)
+        return datasets
 
     def evaluation(self, model: nn.Module, data_loader: Any, **_kwargs: Any) -> Any:
         """LAVIS's, which expects a GPU unless it is told otherwise."""
