@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from lavis.tasks.multimodal_classification import MultimodalClassificationTask
 from lavis.tasks.retrieval import RetrievalTask
 from lavis.tasks.vqa import VQATask
 from lavis.tasks.vqa_reading_comprehension import VQARCTask
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from lavis_aurora.common.errors import AuroraError
@@ -125,7 +126,7 @@ class AuroraTaskBase(BaseTask):
         loss = self.train_step(model=model, samples=samples)
         if isinstance(loss, tuple):  # of a task written for LAVIS's main branch: the loss, and all of them to report
             loss, reported = loss
-            self._reported = {key: value.detach() for key, value in reported.items()}
+            self._reported = {key: value.detach() for key, value in reported.items() if isinstance(value, Tensor)}
         return {**self._reported, "loss": loss}
 
     def train_step(self, model: nn.Module, samples: dict[str, Any]) -> Tensor:
@@ -156,21 +157,27 @@ class LavisTaskMixin(BaseTask):
     @classmethod
     def setup_task(cls, cfg: Any) -> BaseTask:
         """LAVIS's task with the settings of ``run:``, not all of which it keeps."""
+        run, given = cfg.run_cfg, cfg
+        if issubclass(cls, CaptionTask) and lavis_version() == MAIN and not run.valid_splits:
+            # There it must have one split, also where nothing is validated.
+            given = SimpleNamespace(run_cfg=OmegaConf.merge(run, {"valid_splits": run.test_splits or ["none"]}))
         try:
-            task = super().setup_task(cfg=cfg)
-        except AssertionError as error:  # captioning, of LAVIS's main branch
-            raise AuroraError(f"run.task: {cfg.run_cfg.task} cannot have such run.valid_splits ({error})") from error
-        task.cfg = cfg.run_cfg
+            task = super().setup_task(cfg=given)
+        except AssertionError as error:
+            raise AuroraError(f"run.valid_splits: LAVIS's {run.task} refuses them ({error})") from error
+        task.cfg = run
         return task
 
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
-        """LAVIS's; a VQA task has the questions and answers of every split that there is, as in LAVIS 1.0.2."""
-        if not isinstance(self, VQATask):
-            datasets: dict[str, dict[str, Any]] = super().build_datasets(cfg)
+        """LAVIS's; a VQA task has the questions and answers of every split that there is, as in LAVIS 1.0.2.
+
+        Main's looks for run.valid_splits in every dataset, Visual Genome's too, and GQA's passes over our checks.
+        """
+        build = super().build_datasets
+        if build.__module__ != VQATask.__module__:
+            datasets: dict[str, dict[str, Any]] = build(cfg)
             return datasets
-        # Main's looks for these in every dataset, VQAv2 and Visual Genome alike, and makes up files for the others.
-        self.valid_splits: tuple[str, ...] = ()
-        datasets = super().build_datasets(cfg)
+        datasets = AuroraTaskBase.build_datasets(self, cfg)
         for splits in datasets.values():
             for split, dataset in splits.items():
                 if getattr(dataset, "coco_fmt_qust_file", None) is not None:
