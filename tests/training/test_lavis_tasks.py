@@ -249,7 +249,7 @@ def small_project(hub: Path, monkeypatch, name: str, task: str, dataset: str, fi
     project.datasets = {dataset: {"build_info": info, "vis_processor": size, "text_processor": words}}
     OmegaConf.save(project, path)
     # Only its size is not that of the YAML.
-    cls = type(build(name))
+    cls = registry.get_model_class(name)
     monkeypatch.setattr(cls, "from_config", classmethod(lambda _cls, cfg: build(name)))
     return path
 
