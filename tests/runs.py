@@ -13,12 +13,15 @@ from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 from torch import nn
 
+from lavis_aurora.common.summary import MAIN, lavis_version
 from lavis_aurora.config.check import parse_run
 from lavis_aurora.training.checkpoints import read_checkpoint
 from lavis_aurora.training.guards import FiniteGuard
 from lavis_aurora.training.loop import TrainingState, epoch_stats, train_steps
 from lavis_aurora.training.tasks.base import runnable_task
 
+# LAVIS's main branch, see scripts/test_lavis_main.sh.
+ON_MAIN = lavis_version() == MAIN
 STATE = ("model", "queue", "optimizer", "epoch", "step", "best_metric", "best_epoch", "processes")
 
 

@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Optional, TypedDict, cast
@@ -21,7 +22,8 @@ SUMMARY = "summary.json"
 FORMAT = 1
 STATUSES = ("running", "finished", "stopped")
 SECONDS = ("training", "validation", "test", "all", "per_step")
-PACKAGES = {"lavis": "salesforce-lavis", "transformers": "transformers", "numpy": "numpy"}
+PACKAGES = ("transformers", "numpy")
+MAIN = "main"  # LAVIS's main branch, as lavis_version tells it
 
 Metrics = dict[str, Any]  # numbers and words by name, numbers of percent; sections of them
 
@@ -189,12 +191,29 @@ def _plain(value: Any) -> Any:
 def versions() -> dict[str, str]:
     """What computes, as far as it is installed."""
     found = {"lavis_aurora": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    for name, package in PACKAGES.items():
-        try:
-            found[name] = version(package)
-        except PackageNotFoundError:
-            continue
+    for name, number in [("lavis", lavis_version()), *((name, _version(name)) for name in PACKAGES)]:
+        if number is not None:
+            found[name] = number
     return found
+
+
+def lavis_version() -> str | None:
+    """Which LAVIS computes: the number of its release, :data:`MAIN` for its main branch, None where there is none.
+
+    Main calls itself 1.0.1, which is older than 1.0.2 and not the same; what only its tasks have tells it.
+    """
+    if find_spec("lavis") is None:
+        return None
+    from lavis.tasks.base_task import BaseTask  # those who import this module need not have LAVIS
+
+    return MAIN if hasattr(BaseTask, "before_training") else _version("salesforce-lavis")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def machine(device: str | torch.device = "cpu", processes: int = 1) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lavis_aurora.common.errors import AuroraError, did_you_mean, shown
-from lavis_aurora.config.check import parse_config
+from lavis_aurora.config.check import READING_ERRORS, parse_config
 
 # Keys that LAVIS's builders read, by the section that they stand in.
 DATASET_KEYS = ("data_type", "build_info", "vis_processor", "text_processor", "kw_processor", "type", "dataset_card")
@@ -28,11 +28,15 @@ def default_section(name: str, cfg: DictConfig) -> Any:
     """A dataset's part of the default YAML of its type.
 
     Raises:
-        AuroraError: that holds another number of datasets.
+        AuroraError: that holds another number of datasets, or is no YAML, as some of LAVIS's main branch are not.
     """
     path = registry.get_builder_class(name).default_config_path(cfg.get("type", "default"))
     # Some of LAVIS's name another builder there.
-    defaults: Any = OmegaConf.load(path)
+    try:
+        defaults: Any = OmegaConf.load(path)
+    except READING_ERRORS as error:
+        said = " ".join(str(error).split())
+        raise AuroraError(f"datasets.{name}: its default YAML cannot be read: {said}") from error
     named = defaults.get("datasets") or {}
     if len(named) != 1:
         raise AuroraError(

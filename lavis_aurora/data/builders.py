@@ -17,6 +17,7 @@ from lavis.datasets.datasets.retrieval_datasets import (
     VideoRetrievalEvalDataset,
 )
 from lavis.datasets.datasets.video_vqa_datasets import VideoQADataset
+from torch.utils.data import default_collate
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json
@@ -85,7 +86,7 @@ class OpenVideoQADataset(VideoQADataset):
 
     def collater(self, samples: list[dict]) -> dict[str, Any]:
         """A batch with ``answer``, ``weight`` and ``n_answers`` as BLIP's VQA takes them."""
-        batch = super().collater(samples)
+        batch = default_collate(samples)
         batch["weight"] = torch.ones(len(samples))
         batch["n_answers"] = torch.ones(len(samples), dtype=torch.long)
         return batch

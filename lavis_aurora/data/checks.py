@@ -23,6 +23,7 @@ from lavis.datasets.datasets.vqa_datasets import VQAEvalDataset
 from omegaconf import DictConfig
 
 from lavis_aurora.common.errors import AuroraError, shown
+from lavis_aurora.common.summary import MAIN, lavis_version
 from lavis_aurora.data.raw import BENCHMARKS, check_answers, check_vqa_files
 
 
@@ -219,11 +220,19 @@ class Questions(DatasetChecks):
     entries = {"image": FILE, "question": QUESTION, "answer": TEXTS}
 
 
-@register_dataset_checks(VGVQADataset)
 class AnsweredQuestions(DatasetChecks):
     """Questions to train on, with one answer each."""
 
     entries = {"image": FILE, "question": QUESTION, "answer": TEXT}
+
+
+@register_dataset_checks(VGVQADataset)
+class GenomeQuestions(AnsweredQuestions):
+    """Visual Genome's."""
+
+    def check_config(self, cfg: DictConfig, key: str) -> None:
+        if lavis_version() == MAIN:
+            logging.warning("%s: its answers weigh 1 in the loss in LAVIS's main branch, 0.2 in LAVIS 1.0.2", key)
 
 
 @register_dataset_checks(GQADataset)

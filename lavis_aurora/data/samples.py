@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_world_size, is_dist_avail_and_initialized, is_main_process
 from lavis.common.registry import registry
+from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis.processors.base_processor import BaseProcessor
 from lavis.processors.blip_processors import BlipImageBaseProcessor
 from omegaconf import DictConfig
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import v2
 
 from lavis_aurora.common.errors import AuroraError, abbreviated
@@ -124,6 +125,8 @@ class CheckedDataset(Dataset):
         try:
             with whole_pictures():
                 sample = self._read(index)
+            if sample is None:  # LAVIS's main branch drops its error
+                raise (BrokenVideo if "video" in self.inner.annotation[index] else OSError)("LAVIS could not read it")
         except Exception as error:  # PIL, ffmpeg and the processors each have errors of their own
             raise AuroraError(
                 f"{self.name}: cannot read {self.file(index)} ({type(error).__name__}: {error})"
@@ -167,6 +170,15 @@ class CheckedDataset(Dataset):
         """Path of the picture or video of a sample, or of several."""
         return ", ".join(self._files(index))
 
+    def collater(self, samples: list[dict]) -> dict:
+        """A batch, with tensors as LAVIS 1.0.2 makes them; its main branch leaves numbers in lists."""
+        if getattr(type(self.inner), "collater", BaseDataset.collater) is BaseDataset.collater:
+            return default_collate(samples)
+        batch = self.inner.collater(samples)
+        if isinstance(batch.get("weight"), list):  # of answers to train on
+            batch["weight"] = torch.Tensor(batch["weight"])
+        return batch
+
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # not there yet while unpickling
             raise AttributeError(name)
@@ -195,7 +207,7 @@ class ResamplingDataset(CheckedDataset):
     def collater(self, samples: list[dict]) -> dict:
         """LAVIS's, with the broken videos of all samples."""
         rest = [{key: value for key, value in sample.items() if key != BROKEN} for sample in samples]
-        return {**self.inner.collater(rest), BROKEN: [text for sample in samples for text in sample[BROKEN]]}
+        return {**super().collater(rest), BROKEN: [text for sample in samples for text in sample[BROKEN]]}
 
 
 def set_ids_apart(train: Mapping[str, CheckedDataset]) -> None:

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from lavis_aurora.adapters.files import load_adapter
 from lavis_aurora.adapters.sets import AdapterSets
 from lavis_aurora.adapters.switching import AdapterOwner, reset_teacher
 from lavis_aurora.common.errors import AuroraError, abbreviated, shown
+from lavis_aurora.common.summary import lavis_version
 from lavis_aurora.config.adapter_settings import portable_settings
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import BlipAuroraConfig, ModeApproxModelConfig
@@ -143,7 +143,7 @@ class AdapterOwnerMixin(AdapterOwner):
             "model_type": self.settings.model_type,
             "settings": settings,
             "preprocess": preprocess,
-            "lavis": _lavis_version(),
+            "lavis": lavis_version(),
             **describe_text(self),
         }
 
@@ -227,10 +227,3 @@ def load_configured_adapter(model: nn.Module, settings: BlipAuroraConfig | ModeA
     if settings.adapter:
         load_adapter(model, settings.adapter, check_base=settings.adapter_check_base)
         logging.info("model.adapter: loaded %s", settings.adapter)
-
-
-def _lavis_version() -> str | None:
-    try:
-        return version("salesforce-lavis")
-    except PackageNotFoundError:
-        return None

@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lavis.tasks.base_task import BaseTask
 
+from lavis_aurora.common import summary as summary_module
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.summary import (
     FORMAT,
+    MAIN,
     SUMMARY,
     Summary,
+    lavis_version,
     machine,
     numbers_and_words,
     read_summary,
@@ -95,3 +99,16 @@ def test_metrics_are_numbers_and_words():
     odd = {"none": None, "numpy": np.float32(0.5)}
     metrics = {"epoch": 1, "test": {"r1": 2.5, "bad": math.nan, "ranks": [1]}, "name": "x", **odd}
     assert numbers_and_words(metrics) == {"epoch": 1, "test": {"r1": 2.5}, "name": "x", "numpy": 0.5}
+
+
+def test_lavis_is_told_by_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its main branch calls itself 1.0.1, whatever it has."""
+    with monkeypatch.context() as patch:
+        patch.setattr(BaseTask, "before_training", None, raising=False)
+        assert lavis_version() == versions()["lavis"] == MAIN == "main"
+    with monkeypatch.context() as patch:
+        patch.delattr(BaseTask, "before_training", raising=False)
+        patch.setattr(summary_module, "version", lambda package: {"salesforce-lavis": "1.0.2"}[package])
+        assert lavis_version() == "1.0.2"
+        patch.setattr(summary_module, "find_spec", lambda name: None)
+        assert lavis_version() is None

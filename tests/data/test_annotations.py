@@ -82,7 +82,7 @@ def test_good_data_are_lavis_datasets_with_every_sample_readable(cfg: DictConfig
 
 def test_attributes_of_lavis_dataset_shine_through(cfg: DictConfig) -> None:
     dataset = build_checked(NAME, cfg)["val"]
-    for name in ("text", "image", "txt2img", "img2txt", "annotation", "collater"):
+    for name in ("text", "image", "txt2img", "img2txt", "annotation", "vis_root"):
         assert getattr(dataset, name) == getattr(dataset.inner, name)
     assert len(dataset.text) == 2 * COUNT and dataset.img2txt[1] == [2, 3]
     with pytest.raises(AttributeError, match="no_such_attribute"):

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import run_processes
-from lavis.datasets.datasets.base_dataset import ConcatDataset
+from lavis.datasets.datasets.base_dataset import BaseDataset, ConcatDataset
+from lavis.datasets.datasets.vqa_datasets import VQADataset
 from tiny_video import BREAKS, break_clip, video_overrides, write_videos
 from torch.utils.data import DataLoader
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.annotations import build_checked
-from lavis_aurora.data.samples import BROKEN, TRIES, report_undecodable
+from lavis_aurora.data.samples import BROKEN, TRIES, CheckedDataset, ResamplingDataset, report_undecodable
 from lavis_aurora.project import load_config
 from lavis_aurora.training.order import SeededDataset, seeded
 
@@ -43,6 +44,54 @@ def epoch_of(dataset, workers: int, batch: int = 2, seed: int = 0, epoch: int = 
     drawn.epoch = epoch
     loader = DataLoader(drawn, batch_size=batch, num_workers=workers, collate_fn=dataset.collater)
     return {text: clip for part in loader for text, clip in zip(part["text_input"], part["video"])}
+
+
+# Batches, as LAVIS 1.0.2 and its main branch make them
+
+
+class Numbers(BaseDataset):
+    """Without files."""
+
+    def __init__(self) -> None:
+        self.annotation, self.vis_root = [{"image": "0.jpg"}, {"image": "1.jpg"}], ""
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": torch.ones(3, 2, 2), "image_id": index, "score": index / 2, "instance_id": str(index)}
+
+
+def test_numbers_of_samples_are_tensors():
+    dataset = CheckedDataset(Numbers(), "numbers")
+    batch = dataset.collater([dataset[0], dataset[1]])
+    assert torch.equal(batch["image_id"], torch.tensor([0, 1])) and batch["image"].shape == (2, 3, 2, 2)
+    assert torch.equal(batch["score"], torch.tensor([0, 0.5], dtype=torch.float64))
+    assert batch["instance_id"] == ["0", "1"]
+
+
+class Lists(VQADataset):
+    """Main's."""
+
+    def __init__(self) -> None:
+        pass
+
+    def collater(self, samples: list[dict]) -> dict:
+        return {"weight": [weight for sample in samples for weight in sample["weights"]]}
+
+
+def test_weights_of_answers_are_a_tensor_of_floats():
+    batch = CheckedDataset(Lists(), "lists").collater([{"weights": [1]}, {"weights": [0.5, 0.2]}])
+    assert batch["weight"].dtype == torch.float32 and torch.equal(batch["weight"], torch.tensor([1, 0.5, 0.2]))
+
+
+@pytest.mark.parametrize(("kind", "cls"), [("image", CheckedDataset), ("video", ResamplingDataset)])
+def test_a_sample_that_lavis_could_not_read_is_named(kind, cls):
+    class Nothing(Numbers):
+        def __getitem__(self, index: int) -> None:
+            return None
+
+    inner = Nothing()
+    inner.annotation = [{kind: "0.jpg"}, {kind: "1.jpg"}]
+    with pytest.raises(AuroraError, match=r"[01].jpg.*LAVIS could not read it"):
+        cls(inner, "nothing")[0]
 
 
 # Draws

@@ -16,7 +16,7 @@ from lavis.tasks.multimodal_classification import MultimodalClassificationTask
 from lavis.tasks.retrieval import RetrievalTask
 from lavis_models import PIXELS, build, hub_folder, samples
 from omegaconf import OmegaConf
-from runs import logged, only_run, task_of, train_epoch, training_state
+from runs import ON_MAIN, logged, only_run, task_of, train_epoch, training_state
 from tiny import project_yaml, write_pictures
 from tiny_vqa import ANSWERS, vqa_project
 from torch import nn
@@ -39,6 +39,13 @@ STEPS = {
     "image_text_pretrain": ["albef_pretrain", "blip2", "blip_pretrain"],
     "dialogue": ["blip_caption"],
 }
+if ON_MAIN:
+    # Text-to-image generation is for models that need the package diffusers.
+    STEPS |= {"discrn_qa": ["blip_vqa"], "text-to-image-generation": []}
+CAPTIONS = pytest.mark.skipif(ON_MAIN, reason="main's captioning gives BLIP's generate what it does not take")
+CLASSIFIES = pytest.mark.skipif(
+    ON_MAIN, reason="main's classification gives BLIP's predict what it does not take, and fails from Python 3.11 on"
+)
 # They ask for a process group even in one process; so does CLIP, whose small model has a loss that does not.
 GROUPED = ("alpro_retrieval", "blip2")
 READING = {"vqa_reading_comprehension", "gqa_reading_comprehension"}
@@ -84,6 +91,7 @@ def test_lavis_tasks_train_by_our_loop_and_keep_their_own_metrics():
         assert task.shard_evaluation is shards
 
 
+@CLASSIFIES
 def test_lavis_tasks_evaluate_on_the_cpu():
     class Predicts(nn.Linear):
         def predict(self, samples):
@@ -224,6 +232,7 @@ def test_other_questions(tmp_path, task, method):
 def small_project(hub: Path, monkeypatch, name: str, task: str, dataset: str, files: dict, **run_keys) -> Path:
     """A project around a small model of LAVIS, on pictures without captions of their own."""
     registry_model = {"blip_caption": "base_coco", "albef_classification": "ve", "blip_nlvr": "nlvr"}
+    registry_model |= {"blip2_t5": "pretrain_flant5xl"}
     base = {"arch": name, "model_type": registry_model.get(name, "base"), "image_size": PIXELS}
     pictures = write_pictures(hub / "data", 6)
     annotations = {}
@@ -240,7 +249,7 @@ def small_project(hub: Path, monkeypatch, name: str, task: str, dataset: str, fi
     project.datasets = {dataset: {"build_info": info, "vis_processor": size, "text_processor": words}}
     OmegaConf.save(project, path)
     # Only its size is not that of the YAML.
-    cls = type(build(name))
+    cls = registry.get_model_class(name)
     monkeypatch.setattr(cls, "from_config", classmethod(lambda _cls, cfg: build(name)))
     return path
 
@@ -249,6 +258,7 @@ def pictures_of(split: str, **rest) -> list[dict]:
     return [{"image": f"{split}/{i:03d}.jpg", **{k: v[i % len(v)] for k, v in rest.items()}} for i in range(6)]
 
 
+@CAPTIONS
 def test_captioning(hub, monkeypatch):
     files = {split: pictures_of(split, caption=["a red circle", "a star"], image_id=range(6)) for split in ("train",)}
     files |= {split: pictures_of(split, caption=[["a red circle"]]) for split in ("val", "test")}
@@ -262,6 +272,7 @@ def test_captioning(hub, monkeypatch):
     assert [entry["val_agg_metrics"] for entry in logged(folder, "val_agg_metrics")] == [0.0]
 
 
+@CLASSIFIES
 def test_classification_of_pairs(hub, monkeypatch):
     labels = ["True", "False"]
     files = {
@@ -276,6 +287,7 @@ def test_classification_of_pairs(hub, monkeypatch):
     assert log["val_acc"] == sum(entry["prediction"] == entry["target"] for entry in results) / 6
 
 
+@CLASSIFIES
 def test_classification_of_pictures_named_without_their_ending(hub, monkeypatch):
     labels = ["contradiction", "neutral", "entailment"]
     files = {
@@ -285,6 +297,50 @@ def test_classification_of_pictures_named_without_their_ending(hub, monkeypatch)
     name = "albef_classification"
     folder = run(small_project(hub, monkeypatch, name, "multimodal_classification", "snli_ve", files))
     assert len(json.loads((folder / "result" / "test_epochbest.json").read_text())) == 6
+
+
+@pytest.mark.skipif(not ON_MAIN, reason="of LAVIS's main branch")
+@pytest.mark.parametrize(
+    ("name", "task", "dataset"),
+    [("blip_caption", "captioning", "coco_caption"), ("blip_nlvr", "multimodal_classification", "nlvr")],
+)
+def test_what_main_cannot_evaluate_is_refused_before_it_is_trained(hub, monkeypatch, capsys, name, task, dataset):
+    files = {split: pictures_of(split, caption=["a star"], image_id=range(6)) for split in ("train", "val", "test")}
+    with pytest.raises(SystemExit):
+        run(small_project(hub, monkeypatch, name, task, dataset, files))
+    error = capsys.readouterr().err
+    assert f"run.task: {task} of LAVIS's main branch " in error and "use LAVIS 1.0.2, or to train alone, set" in error
+    assert not (hub / "output").exists()
+
+
+@pytest.mark.skipif(not ON_MAIN, reason="of LAVIS's main branch")
+def test_captioning_of_main(hub, monkeypatch):
+    files = {"train": pictures_of("train", caption=["a red circle", "a star"], image_id=range(6))}
+    files |= {split: pictures_of(split, caption=[["a red circle"]]) for split in ("val", "test")}
+    settings = {"report_metric": False, "num_beams": 1, "max_len": 4}
+    path = small_project(hub, monkeypatch, "blip2_t5", "captioning", "coco_caption", files, **settings)
+    captions = json.loads((run(path) / "result" / "val_epoch0.json").read_text())
+    assert [entry["image_id"] for entry in captions] == list(range(6))
+
+
+def test_captioning_trains_without_validation(hub, monkeypatch):
+    files = {split: pictures_of(split, caption=["a star"], image_id=range(6)) for split in ("train", "val", "test")}
+    path = small_project(hub, monkeypatch, "blip_caption", "captioning", "coco_caption", files)
+    folder = run(path, "run.valid_splits=[]", "run.test_splits=[]")
+    assert logged(folder, "train_loss")
+
+
+def test_a_task_may_report_its_losses_as_main_does(hub):
+    class Pair(MultimodalClassificationTask):
+        def train_step(self, model, samples):
+            loss = model.weight.sum() + samples["x"].sum()
+            return loss, {"loss": loss, "loss_other": loss + 1}
+
+    model = nn.Linear(3, 1)
+    nn.init.ones_(model.weight)
+    losses = task_of("multimodal_classification", Pair).losses(model, {"x": torch.ones(1, 3)})
+    assert {key: float(value) for key, value in losses.items()} == {"loss": 6.0, "loss_other": 7.0}
+    assert losses["loss"].requires_grad and not losses["loss_other"].requires_grad
 
 
 def test_pretraining_has_no_evaluation(hub, monkeypatch, capsys):

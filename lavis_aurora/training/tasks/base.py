@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
@@ -12,10 +14,11 @@ from lavis.tasks.multimodal_classification import MultimodalClassificationTask
 from lavis.tasks.retrieval import RetrievalTask
 from lavis.tasks.vqa import VQATask
 from lavis.tasks.vqa_reading_comprehension import VQARCTask
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.summary import MAIN, lavis_version
 from lavis_aurora.data.annotations import build_checked
 from lavis_aurora.data.report import DataReport
 from lavis_aurora.data.samples import set_ids_apart
@@ -27,6 +30,11 @@ EVALUATION_METHODS = {
     CaptionTask: "generate",
     MultimodalClassificationTask: "predict",
     VQARCTask: None,  # for models that cannot be trained
+}
+# What tasks of LAVIS's main branch give that method, one or the other, and not each of its models takes.
+MAIN_ARGUMENTS = {
+    CaptionTask: (("repetition_penalty", "length_penalty", "top_p", "temperature"),),
+    MultimodalClassificationTask: (("n_segments",), ("max_length", "min_length", "length_penalty")),
 }
 
 
@@ -48,7 +56,10 @@ def check_model(task: type[BaseTask], model: nn.Module, cfg: Any) -> None:
         AuroraError: names the tasks that the model can do.
     """
     run, method = cfg.run_cfg, needed_method(task)
-    if method is None or hasattr(model, method) or not (run.valid_splits or run.test_splits):
+    if method is None or not (run.valid_splits or run.test_splits):
+        return
+    if hasattr(model, method):
+        _check_main(task, getattr(model, method), cfg)
         return
     arch = cfg.model_cfg.arch
     if "base" in cfg.model_cfg:
@@ -59,6 +70,24 @@ def check_model(task: type[BaseTask], model: nn.Module, cfg: Any) -> None:
     remedy = f"name a task that it can do, {' or '.join(fitting)}, or" if fitting else "to train alone,"
     raise AuroraError(
         f"run.task: {run.task} evaluates by a model's {method}, which {arch} does not have; {remedy} set "
+        f"run.valid_splits and run.test_splits to []"
+    )
+
+
+def _check_main(task: type[BaseTask], method: Any, cfg: Any) -> None:
+    """Refuse what LAVIS's main branch cannot evaluate: there some tasks give the model what not each takes."""
+    lavis_task = next((cls for cls in task.__mro__ if cls in MAIN_ARGUMENTS), None)
+    if lavis_version() != MAIN or lavis_task is None or task.valid_step is not lavis_task.valid_step:
+        return
+    taken, given = inspect.signature(method).parameters.keys(), MAIN_ARGUMENTS[lavis_task]
+    if lavis_task is MultimodalClassificationTask and not hasattr(inspect, "getargspec"):
+        why = "asks for inspect.getargspec, which Python 3.11 has no more"
+    elif any(taken >= set(names) for names in given):
+        return
+    else:
+        why = f"gives {method.__name__} the arguments {', '.join(given[0])}, not all of which this model's takes"
+    raise AuroraError(
+        f"run.task: {cfg.run_cfg.task} of LAVIS's main branch {why}; use LAVIS 1.0.2, or to train alone, set "
         f"run.valid_splits and run.test_splits to []"
     )
 
@@ -106,6 +135,9 @@ class AuroraTaskBase(BaseTask):
         """Losses of a batch: ``loss``, of :meth:`train_step`, and what the model's output holds under such names."""
         self._reported: dict[str, Tensor] = {}
         loss = self.train_step(model=model, samples=samples)
+        if isinstance(loss, tuple):  # of a task written for LAVIS's main branch: the loss, and all of them to report
+            loss, reported = loss
+            self._reported = {key: value.detach() for key, value in reported.items() if isinstance(value, Tensor)}
         return {**self._reported, "loss": loss}
 
     def train_step(self, model: nn.Module, samples: dict[str, Any]) -> Tensor:
@@ -136,9 +168,34 @@ class LavisTaskMixin(BaseTask):
     @classmethod
     def setup_task(cls, cfg: Any) -> BaseTask:
         """LAVIS's task with the settings of ``run:``, not all of which it keeps."""
-        task = super().setup_task(cfg=cfg)
-        task.cfg = cfg.run_cfg
+        run, given = cfg.run_cfg, cfg
+        if issubclass(cls, CaptionTask) and lavis_version() == MAIN and not run.valid_splits:
+            # There it must have one split, also where nothing is validated.
+            given = SimpleNamespace(run_cfg=OmegaConf.merge(run, {"valid_splits": run.test_splits or ["none"]}))
+        try:
+            task = super().setup_task(cfg=given)
+        except AssertionError as error:
+            raise AuroraError(f"run.valid_splits: LAVIS's {run.task} refuses them ({error})") from error
+        task.cfg = run
         return task
+
+    def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
+        """LAVIS's; a VQA task has the questions and answers of every split that there is, as in LAVIS 1.0.2.
+
+        Main's looks for run.valid_splits in every dataset, Visual Genome's too, and GQA's passes over our checks.
+        """
+        build = super().build_datasets
+        if build.__module__ != VQATask.__module__:
+            datasets: dict[str, dict[str, Any]] = build(cfg)
+            return datasets
+        datasets = AuroraTaskBase.build_datasets(self, cfg)
+        for splits in datasets.values():
+            for split, dataset in splits.items():
+                if getattr(dataset, "coco_fmt_qust_file", None) is not None:
+                    self.ques_files[split] = dataset.coco_fmt_qust_file
+                    self.anno_files[split] = dataset.coco_fmt_anno_file
+                self.answer_list = getattr(dataset, "answer_list", self.answer_list)
+        return datasets
 
     def evaluation(self, model: nn.Module, data_loader: Any, **_kwargs: Any) -> Any:
         """LAVIS's, which expects a GPU unless it is told otherwise."""
