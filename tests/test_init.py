@@ -27,7 +27,7 @@ assert not heavy, heavy
 WITH_LAVIS = """
 import sys, warnings
 warnings.simplefilter("ignore")
-import lavis, torch
+import lavis_aurora_compat, lavis, torch
 from lavis.common.registry import registry
 def state():
     import logging, os
