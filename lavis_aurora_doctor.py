@@ -36,7 +36,7 @@ PACKAGES = {"cv2": OPENCV[0], "PIL": "pillow", "yaml": "pyyaml", "skimage": "sci
 OPENCV_FOR_NUMPY_2 = "pip install 'opencv-python-headless>=4.10,<5'"
 # What an error says, and what then helps.
 REMEDIES = {
-    "torchvision::nms does not exist": "torch and torchvision are not of one build (CPU, CUDA); install both from one "
+    "torchvision::nms does not exist": "torch and torchvision are of two builds (CPU, CUDA); install both from one "
     "place: pip install --force-reinstall -c constraints.txt torch torchvision",
     "multiarray failed to import|compiled using NumPy 1|_ARRAY_API": "opencv was built for numpy 1: "
     + ("pip install 'numpy<2'" if sys.version_info < (3, 13) else OPENCV_FOR_NUMPY_2),
@@ -167,9 +167,10 @@ def _lavis() -> Finding:
 def _places() -> Iterator[Finding]:
     """Folders that are read and written."""
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    cache = Path(os.environ.get("HF_HUB_CACHE") or os.environ.get("TRANSFORMERS_CACHE") or f"{home}/hub").expanduser()
+    hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("TRANSFORMERS_CACHE") or f"{home}/hub"
+    cache = Path(hub).expanduser()
     held = "holds" if any(cache.glob("models--bert-base-uncased/snapshots/*")) else "without"
-    yield Finding("Hugging Face cache", f"{_short(str(cache))}, {held} bert-base-uncased (tiny models do not need it)")
+    yield Finding("Hugging Face cache", f"{_short(str(cache))}, {held} bert-base-uncased (tiny models need none)")
     data = os.environ.get("AURORA_DATA")
     if data and not Path(data).expanduser().is_dir():
         yield Finding("AURORA_DATA", _short(data), WARNING, "there is no such folder; name one, or unset it")
@@ -264,12 +265,10 @@ def _step() -> str:
     """A step of the tiny retrieval model and answers of the tiny VQA model; their numbers are the same everywhere."""
     import torch
 
-    from lavis_aurora import load_model_and_preprocess
-
     torch.manual_seed(0)
     images = torch.linspace(0, 60, 2 * 3 * 48 * 48).sin().view(2, 3, 48, 48)
     texts = ["a red circle", "a big blue square and a small star"]
-    load: Any = load_model_and_preprocess
+    load = importlib.import_module("lavis_aurora").load_model_and_preprocess
     model = load("blip_retrieval_aurora", "tiny", is_eval=True)[0]
     scores = model.match(images, texts)
     samples: dict[str, Any] = {"image": images, "text_input": texts, "image_id": torch.arange(2)}

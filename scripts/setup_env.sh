@@ -57,9 +57,11 @@ find_python() {
 }
 
 make_environment() {
-    local message
+    local message managed=()
     if has_uv; then
-        message=$(uv venv --quiet --seed --clear --python "$BASE_PYTHON" "$VENV" 2>&1) && return
+        # One that uv fetches: it would stumble over a shim of that name which does not run.
+        if [ "$BASE_PYTHON" = 3.11 ]; then managed=(--managed-python); fi
+        message=$(uv venv --quiet --seed --clear ${managed[@]+"${managed[@]}"} --python "$BASE_PYTHON" "$VENV" 2>&1) && return
         echo "$message" | tail -n 5 >&2
         fail "'uv venv --seed --python $BASE_PYTHON' failed (above); set PYTHON=/path/to/python3.11."
     fi
