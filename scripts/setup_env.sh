@@ -57,13 +57,15 @@ find_python() {
 }
 
 make_environment() {
-    local message managed=()
+    local message
     if has_uv; then
-        # One that uv fetches: it would stumble over a shim of that name which does not run.
-        if [ "$BASE_PYTHON" = 3.11 ]; then managed=(--managed-python); fi
-        message=$(uv venv --quiet --seed --clear ${managed[@]+"${managed[@]}"} --python "$BASE_PYTHON" "$VENV" 2>&1) && return
+        # By its path, since by a name uv finds none in an active environment; 3.11 itself is one that uv fetches, and
+        # must not be a shim of that name which does not run.
+        local python=(--python "$(command -v "$BASE_PYTHON" || true)")
+        if [ "$BASE_PYTHON" = 3.11 ]; then python=(--managed-python --python 3.11); fi
+        message=$(uv venv --quiet --seed --clear "${python[@]}" "$VENV" 2>&1) && return
         echo "$message" | tail -n 5 >&2
-        fail "'uv venv --seed --python $BASE_PYTHON' failed (above); set PYTHON=/path/to/python3.11."
+        fail "'uv venv --seed ${python[*]}' failed (above); set PYTHON=/path/to/python3.11."
     fi
     message=$("$BASE_PYTHON" -m venv --clear "$VENV" 2>&1) && return
     echo "$message" | tail -n 5 >&2

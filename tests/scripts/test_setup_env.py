@@ -85,7 +85,7 @@ def test_uv_installs_where_it_is_and_its_cache_is_named(tmp_path: Path, setup: S
     done = setup("3.12", uv=True)
     assert "/the/cache, which grows by about" in done.stdout
     assert _calls(tmp_path) == [
-        "uv venv --quiet --seed --clear --python python3.12 .venv",
+        f"uv venv --quiet --seed --clear --python {tmp_path}/bin/python3.12 .venv",
         "uv pip install --python .venv/bin/python --compile-bytecode -c constraints.txt -e .[test,baselines] "
         "salesforce-lavis transformers",
     ]
