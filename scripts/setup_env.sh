@@ -11,6 +11,7 @@ VENV_PYTHON=$VENV/bin/python
 STAMP=$VENV/installed.stamp
 LOG=$VENV/install.log
 NEEDED="Python 3.9 to 3.13"
+LAVIS=(salesforce-lavis transformers peft)
 
 fail() {
     echo "setup_env: $*" >&2
@@ -72,18 +73,18 @@ make_environment() {
     fail "'$BASE_PYTHON -m venv' failed (above); give that Python its venv module, set PYTHON to another, or install uv."
 }
 
-# LAVIS and transformers are named because their requirements leave out Python 3.12 and later, where setup.cfg does not
-# ask for them: uv resolves all with the overrides of pyproject.toml, pip takes the two without what they require.
+# LAVIS, transformers and peft are named because setup.cfg does not ask for them on Python 3.12 and later: uv resolves all
+# with the overrides of pyproject.toml, pip takes these without what they require.
 install_all() {
     if has_uv; then
         uv pip install --python "$VENV_PYTHON" --compile-bytecode -c constraints.txt \
-            -e ".[test,baselines]" salesforce-lavis transformers
+            -e ".[test,baselines]" "${LAVIS[@]}"
         return
     fi
     local pip=("$VENV_PYTHON" -m pip install --disable-pip-version-check --no-input)
     "${pip[@]}" --upgrade "pip>=24" &&
         "${pip[@]}" -e ".[test,baselines]" -c constraints.txt &&
-        "${pip[@]}" --no-deps salesforce-lavis transformers -c constraints.txt
+        "${pip[@]}" --no-deps "${LAVIS[@]}" -c constraints.txt
 }
 
 # The root is part of the stamp because an install points to the folder it was made in.
