@@ -18,17 +18,23 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
+import lavis_aurora_compat as compat  # before LAVIS, and in data processes that start by importing the program
+
 PROJECTS = Path(__file__).with_name("lavis_aurora") / "projects"
 TRAIN = "train a model as a project YAML says, then test its best epoch"
 EVALUATE = "evaluate a model on the test splits of a project YAML"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """``lavis-aurora train|evaluate|check|inspect|merge|targets|configs|compare|convert ...``."""
+    """``lavis-aurora train|evaluate|check|inspect|merge|targets|configs|compare|convert|doctor ...``."""
     args = command_parser().parse_args(argv)
     if args.command == "configs" and not args.names:
         print(configs())
         return
+    if args.command == "doctor":
+        from lavis_aurora_doctor import doctor
+
+        sys.exit(doctor(args.json))
     _act(args)
 
 
@@ -51,6 +57,8 @@ def end_with_parent() -> None:
 
 
 def _act(args: argparse.Namespace) -> None:
+    if missing := compat.missing_lavis():
+        sys.exit(f"error: {missing}")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # Of a killed agent the processes would go on with those of other agents.
         end_with_parent()
@@ -114,6 +122,9 @@ def command_parser() -> argparse.ArgumentParser:
     one = commands.add_parser("convert", help=what, add_help=False, prefix_chars="\0")
     one.add_argument("arguments", nargs="*")
     one.set_defaults(action=_convert)
+
+    one = commands.add_parser("doctor", help="what is installed, whether it works together, what to do if not")
+    one.add_argument("--json", action="store_true", help="the same for programs")
     return parser
 
 

@@ -12,6 +12,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 
+import lavis_aurora_compat as compat  # before LAVIS
+
 import lavis_aurora.alignment  # noqa: F401
 from lavis_aurora.common import __version__ as __version__
 from lavis_aurora.common.errors import AuroraError
@@ -66,9 +68,13 @@ if find_spec("lavis") is not None:
     with warnings.catch_warnings():
         # LAVIS's pinned fairscale and torch's own notices: nothing that a user could act on.
         warnings.simplefilter("ignore", FutureWarning)
-        # LAVIS registers schedulers and runners only when they are imported.
-        import lavis.common.optims
-        import lavis.runners  # noqa: F401
+        warnings.simplefilter("ignore", SyntaxWarning)
+        try:
+            # LAVIS registers schedulers and runners only when they are imported.
+            import lavis.common.optims
+            import lavis.runners  # noqa: F401
+        except (ImportError, KeyError) as error:
+            raise ImportError(compat.why_lavis_fails(error)) from error
 
     import lavis_aurora.data.builders
     import lavis_aurora.data.demo_builder
@@ -84,3 +90,9 @@ if find_spec("lavis") is not None:
 
     __all__ += ["load_model_and_preprocess", "load_picture"]
     _import_plugins()
+else:
+
+    def __getattr__(name: str) -> object:
+        if name == "load_model_and_preprocess":
+            raise ImportError(compat.missing_lavis())
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

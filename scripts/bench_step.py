@@ -8,6 +8,8 @@ import io
 import time
 from functools import partial
 
+import lavis_aurora_compat  # noqa: F401
+
 import torch
 from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from lavis.models.blip_models.blip_vqa import BlipVQA

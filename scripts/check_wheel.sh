@@ -23,11 +23,11 @@ quietly() { # runs a command, and shows its output only where it fails
 
 # A copy is built, so that neither an old build/ nor a stale file list reaches the wheel.
 mkdir "$work/source" "$work/empty"
-for file in setup.cfg pyproject.toml README.md LICENSE lavis_aurora_cli.py; do
+for file in setup.cfg pyproject.toml README.md LICENSE lavis_aurora_*.py; do
     if [ -f "$file" ]; then cp "$file" "$work/source/"; fi
 done
 # lavis_aurora/projects is a link to projects/aurora.
-cp -R lavis_aurora projects "$work/source/"
+cp -R lavis_aurora projects requirements "$work/source/"
 quietly "$python" -m pip wheel --no-deps --no-build-isolation --wheel-dir "$work/wheel" "$work/source"
 wheel=$(echo "$work"/wheel/lavis_aurora-*.whl)
 

@@ -14,6 +14,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import lavis_aurora_compat  # noqa: F401
+
 from lavis.common.registry import registry
 from safetensors.torch import save_file
 from torch import Tensor, nn

@@ -13,6 +13,8 @@ import argparse
 from itertools import islice
 from pathlib import Path
 
+import lavis_aurora_compat  # noqa: F401
+
 import numpy as np
 import torch
 import torch.nn.functional as F

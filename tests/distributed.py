@@ -7,6 +7,8 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+import lavis_aurora_compat  # noqa: F401
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp

@@ -22,12 +22,18 @@ model = torch.nn.ModuleDict({"query": torch.nn.Linear(4, 4)})
 inject_mode_approx(model, ModeApproxConfig(rank=2), ["query"])
 heavy = {"lavis", "omegaconf", "transformers", "timm", "torchvision"} & set(sys.modules)
 assert not heavy, heavy
+try:
+    from lavis_aurora import load_model_and_preprocess
+except ImportError as error:
+    assert "lavis not installed; type: pip install --no-deps salesforce-lavis" in str(error)
+else:
+    raise SystemExit("there is a loader")
 """
 
 WITH_LAVIS = """
 import sys, warnings
 warnings.simplefilter("ignore")
-import lavis, torch
+import lavis_aurora_compat, lavis, torch
 from lavis.common.registry import registry
 def state():
     import logging, os

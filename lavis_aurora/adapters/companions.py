@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, Union, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Union, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase as Norm
 
 from lavis_aurora.common.modules import KeepFloat32
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 # Whose the heads of the backbone itself are, see Companions.
 BASE = "base"
@@ -26,7 +29,6 @@ class AdapterModule(Protocol):
         """(group, parameter) of everything the module trains."""
 
 
-@runtime_checkable
 class HeadOwner(Protocol):
     """A model that lists what may be trained with an adapter, and then switches with it."""
 
@@ -35,14 +37,21 @@ class HeadOwner(Protocol):
         """Modules and parameters of the model."""
 
 
-@runtime_checkable
 class MomentumModel(Protocol):
-    """A model with momentum copies, as LAVIS's MomentumDistilationMixin keeps them."""
+    """A model with momentum copies, as LAVIS's MomentumDistilationMixin keeps them; see :func:`has_momentum`."""
 
     model_pairs: list[list[nn.Module]]
 
     def copy_params(self) -> None:
         """Let every copy have the parameters of what it is a copy of."""
+
+
+def has_momentum(model: object) -> TypeIs[MomentumModel]:
+    """Whether it is a :class:`MomentumModel`, or a wrapper that hands on the attributes of one.
+
+    Of such an attribute isinstance knows nothing: since Python 3.12 it does not ask a model's ``__getattr__``.
+    """
+    return hasattr(model, "model_pairs") and hasattr(model, "copy_params")
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -58,7 +67,7 @@ def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _heads(model: nn.Module) -> Sequence[Head]:
     """A model of somebody else's may call anything heads, such as their number."""
-    heads = model.heads if isinstance(model, HeadOwner) else ()
+    heads = getattr(model, "heads", ())
     return heads if isinstance(heads, (list, tuple)) else ()
 
 
@@ -87,7 +96,7 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 def momentum_copies(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """(trained, copy) of a :class:`MomentumModel`; of any other model there are none."""
-    return [(trained, copy) for trained, copy in model.model_pairs] if isinstance(model, MomentumModel) else []
+    return [(trained, copy) for trained, copy in model.model_pairs] if has_momentum(model) else []
 
 
 def trained_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lavis_aurora.adapters.companions import (
     BASE,
     Companions,
-    MomentumModel,
     adapter_parameters,
+    has_momentum,
     head_buffers,
     head_modules,
     head_parameters,
@@ -120,7 +120,7 @@ def bind_companions(model: nn.Module, sets: AdapterSets, train_heads: bool) -> N
 
 def reset_teacher(model: nn.Module, sets: AdapterSets) -> None:
     """Let the momentum copies of ``model`` start as the adapter ``default``, whichever adapter is active."""
-    if not isinstance(model, MomentumModel) or not momentum_copies(model):
+    if not has_momentum(model) or not momentum_copies(model):
         return
     sets.switch_companions("default")
     model.copy_params()

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 
 from torch import nn
 
-from lavis_aurora.adapters.companions import MomentumModel, freeze_norms, momentum_copies
+from lavis_aurora.adapters.companions import freeze_norms, has_momentum, momentum_copies
 from lavis_aurora.adapters.sets import MOMENTUM_SET
 from lavis_aurora.adapters.switching import find_adapters
 from lavis_aurora.common.errors import AuroraError, abbreviated
@@ -127,7 +127,7 @@ def adapt_copies(model: nn.Module, factors: ModeFactors) -> None:
 
     The frozen weights of copy and original are alike, and so is their average. A model without copies stays as it is.
     """
-    if not isinstance(model, MomentumModel):
+    if not has_momentum(model):
         return
     twins: list[tuple[nn.Module, str, AdaptedLayer]] = []
     for trained, copy in momentum_copies(model):

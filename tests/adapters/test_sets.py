@@ -50,6 +50,11 @@ def outputs(model):
         return torch.cat([scores.itm_logits.flatten(), scores.itc.flatten()])
 
 
+def assert_same(found, expected, message=None):
+    """Of two models: what they compute is rounded as their tensors lie in memory."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=message)
+
+
 def test_every_kind_is_here():
     assert {cls.tuning for cls in KINDS.values()} == set(TUNINGS)
     assert all(adapters_of(tiny_model(tuning=one, **SMALL)).kind == kind for kind, one in zip(KINDS, TUNINGS))
@@ -63,7 +68,7 @@ def test_saved_and_loaded_into_a_fresh_model(tuning, tmp_path):
     assert not torch.allclose(outputs(fresh), outputs(model))
     trained = {name for name, p in fresh.named_parameters() if p.requires_grad}
     load_adapter(fresh, tmp_path)
-    assert torch.equal(outputs(fresh), outputs(model))
+    assert_same(outputs(fresh), outputs(model))
     assert {name for name, p in fresh.named_parameters() if p.requires_grad} == trained
     for online, teacher in zip(*(adapters_of(fresh)[name].parameters() for name in ("default", "momentum"))):
         assert torch.equal(online, teacher)
@@ -78,7 +83,7 @@ def test_an_adapter_beside_another_switches_and_goes(tuning, tmp_path):
     assert list_adapters(model) == ["default", "other"]
     assert torch.equal(outputs(model), own)
     set_adapter(model, "other")
-    assert torch.equal(outputs(model), outputs(other))
+    assert_same(outputs(model), outputs(other))
     with pytest.raises(AuroraError, match="'other' is frozen"):
         model.train()(batch())
     set_adapter(model.eval(), "default")
@@ -122,7 +127,7 @@ def test_the_folder_builds_the_model_and_its_yaml(tuning, tmp_path):
                 tiny_config(tuning=tuning, pretrained=WEIGHTS, adapter=str(tmp_path), **SMALL)
             )
         assert other.settings.tuning == tuning
-        assert torch.equal(outputs(other), outputs(model)), how
+        assert_same(outputs(other), outputs(model), how)
 
 
 @kinds
@@ -136,7 +141,7 @@ def test_another_backbone_and_other_sizes_are_refused(tuning, tmp_path):
         load_adapter(wide, tmp_path)
     load_adapter(wide, tmp_path, "narrow")
     set_adapter(wide, "narrow")
-    assert torch.equal(outputs(wide), outputs(tuned(tuning)))
+    assert_same(outputs(wide), outputs(tuned(tuning)))
 
 
 @kinds

@@ -23,6 +23,7 @@ from lavis_aurora_cli import train
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 600  # seconds that a run may take on a busy machine
 # Holds a lock, with a child that outlives it, as workers of data loaders do.
+# Run with -W ignore: Python 3.12 warns of a fork beside threads.
 HOLDS = """
 import os, pathlib, sys, time
 from lavis_aurora.training.start import RunLock
@@ -66,7 +67,7 @@ def test_the_file_says_who_holds_it_and_is_gone_at_the_end(tmp_path):
 
 def test_a_living_owner_is_named_and_a_killed_one_is_no_obstacle(tmp_path, caplog):
     caplog.set_level("INFO")
-    process = launch("-c", HOLDS, tmp_path)
+    process = launch("-W", "ignore", "-c", HOLDS, tmp_path)
     try:
         assert process.stdout.readline() == "held\n"
         with RunLock() as lock:
@@ -159,7 +160,7 @@ def test_a_run_leaves_no_lock_behind_and_meets_that_of_another_in_one_line(tmp_p
     [run] = (tmp_path / "output").iterdir()
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert run / LOCK not in before
-    process = launch("-c", HOLDS, run)
+    process = launch("-W", "ignore", "-c", HOLDS, run)
     try:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(SystemExit):
