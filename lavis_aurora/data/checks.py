@@ -254,5 +254,5 @@ class Videos(DatasetChecks):
             if "_image_" in processor.get("name", "_image_"):
                 raise AuroraError(
                     f"{key}.vis_processor.{split}: {processor.get('name')} cannot read videos; they need "
-                    f"aurora_video_{split} with n_frms and image_size, see projects/aurora/msrvtt_ret.yaml"
+                    f"aurora_video_{split} with n_frms, see projects/aurora/msrvtt_ret.yaml"
                 )
