@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, cast
@@ -149,11 +149,8 @@ def build_loader(
     is_train: bool,
     shared: bool,
     pin_memory: bool,
-    evaluate: bool = False,
 ) -> DataLoader[Any]:
     """A loader over a dataset; ``shared`` gives each process its part of the samples.
-
-    With ``evaluate``, nothing is trained, and so a train split may be smaller than a batch.
 
     Raises:
         AuroraError: not one batch can be trained on.
@@ -176,7 +173,7 @@ def build_loader(
         # Of its own, so that iterating draws nothing from the global one.
         generator=torch.Generator(),
     )
-    if is_train and not evaluate and len(loader) == 0:
+    if is_train and len(loader) == 0:
         raise AuroraError(
             f"run.batch_size_train: {batch_size} on {get_world_size()} processes is more than the "
             f"{len(cast(Sized, dataset))} samples of the train split"
@@ -184,20 +181,23 @@ def build_loader(
     return loader
 
 
-def check_splits(run: DictConfig, datasets: Mapping[str, Mapping[str, Any]], shard_evaluation: bool) -> None:
+def check_splits(
+    run: DictConfig, datasets: Mapping[str, Mapping[str, Any]], named: Collection[str], shard_evaluation: bool
+) -> None:
     """Refuse splits that are not there, or with which LAVIS could not train or rank.
 
     Args:
         run: the ``run:`` part of the YAML.
         datasets: by name and split.
+        named: the splits that the YAML names files of, built or not.
         shard_evaluation: see :class:`lavis_aurora.training.tasks.base.AuroraTaskBase`.
     """
     for split in ("val", "test"):
         names = [name for name, splits in datasets.items() if split in splits]
         if len(names) > 1:
             raise AuroraError(f"datasets: {' and '.join(names)} have a {split} split each; name one of them")
-    known = {split for splits in datasets.values() for split in splits}
-    for key in ("train_splits", "valid_splits", "test_splits"):
+    known = {*named, *(split for splits in datasets.values() for split in splits)}
+    for key in ("test_splits",) if run.evaluate else ("train_splits", "valid_splits", "test_splits"):
         for split in run[key]:
             if split not in known:
                 raise AuroraError(

@@ -24,6 +24,7 @@ from torch.utils.data import ChainDataset
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import appended, write_text
+from lavis_aurora.data.annotations import named_splits
 from lavis_aurora.training import order
 from lavis_aurora.training.checkpoints import BEST, LATEST
 from lavis_aurora.training.guards import FiniteGuard, Stopped, StopRequest
@@ -145,10 +146,9 @@ class AuroraRunner(RunnerBase):
                 collate,
                 seed=self.config.run_cfg.seed,
                 num_workers=num_workers,
-                is_train=is_train,
-                shared=is_train or share,
+                is_train=is_train and not self.evaluate_only,
+                shared=share or (is_train and not self.evaluate_only),
                 pin_memory=self.cuda_enabled,
-                evaluate=self.evaluate_only,
             )
             for dataset, batch_size, is_train, collate in zip(datasets, batch_sizes, is_trains, collate_fns)
         ]
@@ -158,7 +158,8 @@ class AuroraRunner(RunnerBase):
     def dataloaders(self) -> dict[str, Any]:
         """Loaders by split; the splits that the YAML names must be there."""
         if self._dataloaders is None:
-            order.check_splits(self.config.run_cfg, self.datasets, self.task.shard_evaluation)
+            named = {split for dataset in self.config.datasets_cfg.values() for split in named_splits(dataset)}
+            order.check_splits(self.config.run_cfg, self.datasets, named, self.task.shard_evaluation)
         return cast("dict[str, Any]", super().dataloaders)
 
     def train(self) -> None:
