@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
+import yaml
 from lavis.common.config import Config
 from lavis.common.registry import registry
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lavis_aurora.adapters.config import read_adapter_config
 from lavis_aurora.common.errors import AuroraError, did_you_mean, shown
-from lavis_aurora.config.adapter_settings import adapter_settings
+from lavis_aurora.config.adapter_settings import adapter_settings, type_settings
 from lavis_aurora.config.check import READING_ERRORS, check_kinds, parse_config, parse_run, read_options, read_yaml
 from lavis_aurora.config.dataset_keys import (
     PROCESSOR_SPLITS,
     check_dataset_keys,
     check_processor_keys,
     default_section,
+    processor_keys,
     section,
 )
+from lavis_aurora.config.models import TUNINGS
+from lavis_aurora.config.run import RunConfig
 from lavis_aurora.data.checks import check_dataset_config
 
 SECTIONS = ("datasets", "model", "run")
@@ -94,7 +100,8 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
         # LAVIS's defaults of some name another.
         _check_registered(f"datasets.{name}", name, "builder_name_mapping")
         check_dataset_keys(name, dataset)
-    _complete_processors(cfg)
+    _complete_processors(cfg, user)
+    _note_learning_rate(cfg)
     return cfg
 
 
@@ -128,7 +135,8 @@ def _check_types(user: DictConfig) -> None:
     _check_registered("model.arch", user.model.get("arch"), "model_name_mapping")
     model_cls = registry.get_model_class(user.model.arch)
     model_type = user.model.get("model_type") or getattr(model_cls, "DEFAULT_MODEL_TYPE", None)
-    _check_type("model.model_type", model_type, model_cls.PRETRAINED_MODEL_CONFIG_DICT)
+    around = _around(user.model) if isinstance(model_type, str) else ""
+    _check_type("model.model_type", model_type, model_cls.PRETRAINED_MODEL_CONFIG_DICT, around)
     user.model.model_type = model_type
     defaults: Any = OmegaConf.load(model_cls.default_config_path(model_type))
     check_kinds(defaults, user)
@@ -162,9 +170,32 @@ def _check_registered(key: str, name: Any, kind: str) -> None:
         raise AuroraError(f"{key}: {shown(name)} is not registered{did_you_mean(str(name), known)}")
 
 
-def _check_type(key: str, name: Any, known: Mapping[str, str]) -> None:
+def _check_type(key: str, name: Any, known: Mapping[str, str], remedy: str = "") -> None:
     if not isinstance(name, str) or name not in known:
-        raise AuroraError(f"{key}: unknown type {shown(name)}{did_you_mean(str(name), known)}")
+        raise AuroraError(f"{key}: unknown type {shown(name)}{remedy or did_you_mean(str(name), known)}")
+
+
+def _around(model: DictConfig) -> str:
+    """The two lines that put mode_approx around the model whose type a YAML still names, as text; empty for none."""
+    models, model_type = registry.mapping["model_name_mapping"], model.get("model_type")
+    written: Any = OmegaConf.to_container(model)
+    plain, where = str(model.arch).removesuffix("_aurora"), "below model"
+    if plain == "mode_approx":
+        others = sorted(name for name, cls in models.items() if model_type in cls.PRETRAINED_MODEL_CONFIG_DICT)
+        own = {one.name for one in fields(models[plain].CONFIG_CLASS)} - {"model_type"}
+        inside = {key: value for key, value in written.items() if key not in own} if others else {}
+        plain, why = "ARCH", "mode_approx goes around another model"
+        where += f", ARCH being that one's name: {' or '.join(others)}"
+    else:
+        settings = type_settings(models[plain], model_type) if plain != model.arch else {}
+        keys = {"model_type", *settings} - {"arch"} if settings else set()
+        inside = {key: value for key, value in written.items() if key in keys}
+        known = ", ".join(models[model.arch].PRETRAINED_MODEL_CONFIG_DICT)
+        why = f"known: {known}; to tune LAVIS's {plain} of that type"
+    if not inside:
+        return ""
+    base = yaml.safe_dump({"arch": plain, **inside}, default_flow_style=True, sort_keys=False, width=10**6).strip()
+    return f"; {why}: write 'arch: mode_approx' and 'base: {base}' {where}"
 
 
 def _named_processors(given: Mapping[str, Any], default: Mapping[str, Any]) -> Any:
@@ -173,14 +204,10 @@ def _named_processors(given: Mapping[str, Any], default: Mapping[str, Any]) -> A
     return OmegaConf.merge(unnamed, {split: part for split, part in given.items() if part is not None})
 
 
-def _complete_processors(cfg: AuroraConfig) -> None:
-    """Give datasets without processors the model's, check them, and compare picture sizes."""
+def _complete_processors(cfg: AuroraConfig, user: Any) -> None:
+    """Give datasets without processors the model's, check them; those without a picture size get the model's."""
     config: Any = cfg.config
     preprocess = section(config.get("preprocess"), "preprocess", None)
-    model = cfg.model_cfg
-    key, size = "model.image_size", model.get("image_size")
-    if "base" in model:
-        key, size = "model.base.image_size", model.base.get("image_size")
     for name, dataset in cfg.datasets_cfg.items():
         for kind in ("vis_processor", "text_processor"):
             default = section(preprocess.get(kind), f"preprocess.{kind}", PROCESSOR_SPLITS)
@@ -194,6 +221,33 @@ def _complete_processors(cfg: AuroraConfig) -> None:
                 _check_registered(f"{where}.name", processor.get("name"), "processor_name_mapping")
                 check_processor_keys(processor, where)
         for split, processor in dataset.vis_processor.items():
-            own = processor.get("image_size")
-            if size is not None and own is not None and own != size:
-                raise AuroraError(f"datasets.{name}.vis_processor.{split}.image_size: {own} is not {key}, {size}")
+            places = (f"datasets.{name}.vis_processor.{split}", f"preprocess.vis_processor.{split}")
+            given = (key for key in places if OmegaConf.select(user, f"{key}.image_size") is not None)
+            _fit_picture_size(processor, cfg.model_cfg, next(given, None))
+
+
+def _fit_picture_size(processor: DictConfig, model: DictConfig, given: str | None) -> None:
+    """Let a processor make pictures of the model's size; refuse one to which the YAML gives another, at ``given``."""
+    inside = "base" in model
+    size = (model.base if inside else model).get("image_size")
+    if size is None or "image_size" not in processor_keys(registry.get_processor_class(processor.name)):
+        return
+    if given is None or processor.get("image_size") is None:
+        processor.image_size = size
+    elif processor.image_size != size:
+        raise AuroraError(
+            f"{given}.image_size: {processor.image_size} is not {'model.base' if inside else 'model'}.image_size, "
+            f"{size}; leave it out to follow that, or give both"
+        )
+
+
+def _note_learning_rate(cfg: AuroraConfig) -> None:
+    """Say it where adapters are to learn at a rate for whole models, as in LAVIS's YAMLs; once, of all processes."""
+    run, model, usual = cfg.run_cfg, cfg.model_cfg, RunConfig.init_lr
+    own = hasattr(registry.get_model_class(model.arch), "CONFIG_CLASS")
+    adapters = own and TUNINGS[model.get("tuning", "aurora")].adapters
+    if adapters and not run.evaluate and 2 * run.init_lr <= usual and os.environ.get("RANK", "0") == "0":
+        logging.warning(
+            "run.init_lr: %g is a rate for training a whole model; adapters are trained at %g (run.init_lr=%g)",
+            *(run.init_lr, usual, usual),
+        )

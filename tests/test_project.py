@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import lavis
 import pytest
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
@@ -76,11 +78,91 @@ def test_unregistered_dataset_gets_the_nearest_one(project: Path, where: str) ->
 
 
 def test_picture_size_of_a_processor_must_be_the_models(project: Path) -> None:
-    refused(
-        project,
-        "datasets.coco_retrieval.vis_processor.train.image_size: 48 is not model.image_size, 64",
-        options=["model.image_size=64"],
+    key = "datasets.coco_retrieval.vis_processor.train.image_size"
+    said = f"{key}: 48 is not model.image_size, 64; leave it out to follow that"
+    refused(project, said, options=["model.image_size=64", f"{key}=48"])
+    config = OmegaConf.load(project)
+    config.preprocess = {"vis_processor": {"eval": {"name": "blip_image_eval", "image_size": 32}}}
+    OmegaConf.save(config, project)
+    refused(project, "preprocess.vis_processor.eval.image_size: 32 is not model.image_size, 48")
+
+
+PROJECTS = Path(__file__).resolve().parents[1] / "projects" / "aurora"
+
+
+@pytest.mark.parametrize("path", sorted(PROJECTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_processors_follow_the_models_picture_size(path: Path, tmp_path: Path) -> None:
+    """Of every project: keys that the YAML does not hold are nothing to trip over."""
+    options, inside = [], "base." * ("base" in OmegaConf.load(path).model)
+    if path.stem.startswith("zeroshot"):
+        save_adapter(tiny_model(), tmp_path)
+        options = [f"model.adapter={tmp_path}"]
+    for dataset in load_config(str(path), [f"model.{inside}image_size=96", *options]).datasets_cfg.values():
+        assert {processor.image_size for processor in dataset.vis_processor.values()} == {96}
+
+
+@pytest.mark.parametrize("name", ["blip_image_eval", "aurora_video_eval", "clip_image_eval", "blip2_image_train"])
+def test_a_processor_that_is_named_without_a_size_follows_too(project: Path, name: str) -> None:
+    """Its own default would be 384, or 224."""
+    cfg = load_config(str(project), [f"datasets.coco_retrieval.vis_processor.eval.name={name}"])
+    assert cfg.datasets_cfg.coco_retrieval.vis_processor.eval.image_size == 48
+
+
+LAVIS_PROJECTS = Path(lavis.__file__).parent / "projects"
+
+
+def swapped(tmp_path: Path, path: str, arch: str) -> Path:
+    """A YAML of LAVIS with nothing but the name of the model changed."""
+    config = OmegaConf.load(LAVIS_PROJECTS / path)
+    config.model.arch = arch
+    OmegaConf.save(config, tmp_path / "swapped.yaml")
+    return tmp_path / "swapped.yaml"
+
+
+@pytest.mark.parametrize("path", ["blip/train/retrieval_coco_ft", "albef/train/vqa_ft", "blip/train/caption_coco_ft"])
+def test_only_the_name_swapped_for_mode_approx_shows_the_lines_to_write(tmp_path: Path, path: str) -> None:
+    plain = OmegaConf.load(LAVIS_PROJECTS / f"{path}.yaml").model
+    yaml = swapped(tmp_path, f"{path}.yaml", "mode_approx")
+    message = refused(yaml, "model.model_type: unknown type", "write 'arch: mode_approx' and 'base: {")
+    assert plain.arch in message
+    config = OmegaConf.load(yaml)
+    shown = re.search("'(base: {.*})'", message)[1].replace("ARCH", plain.arch)
+    config.model = OmegaConf.merge({"arch": "mode_approx"}, OmegaConf.create(shown))
+    OmegaConf.save(config, yaml)
+    cfg = load_config(str(yaml))
+    assert cfg.model_cfg.base == OmegaConf.merge(
+        OmegaConf.load(registry.get_model_class(plain.arch).default_config_path(plain.model_type)).model, plain
     )
+
+
+def test_a_type_that_only_lavis_has_is_shown_inside_mode_approx(tmp_path: Path) -> None:
+    yaml = swapped(tmp_path, "blip/train/okvqa_ft.yaml", "blip_vqa_aurora")
+    base = "{arch: blip_vqa, model_type: okvqa, load_finetuned: false, image_size: 480}"
+    refused(yaml, "unknown type 'okvqa'; known: base", f"write 'arch: mode_approx' and 'base: {base}' below model")
+
+
+@pytest.mark.parametrize("evaluate", [False, True])
+@pytest.mark.parametrize(
+    ("path", "arch", "rate"),
+    [
+        ("blip/train/retrieval_coco_ft.yaml", "blip_retrieval_aurora", "2e-05"),
+        ("blip/train/vqav2_ft.yaml", "blip_vqa_aurora", "2e-05"),
+        ("blip/train/retrieval_flickr_ft.yaml", "blip_retrieval_aurora", "1e-05"),
+        ("blip/train/retrieval_coco_ft.yaml", "blip_retrieval", None),  # the whole model
+    ],
+)
+def test_full_tunings_rate_is_said(
+    tmp_path: Path, path: str, arch: str, rate: str | None, evaluate: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    yaml = swapped(tmp_path, path, arch)
+    load_config(str(yaml), evaluate=evaluate)
+    said = [record.getMessage() for record in caplog.records if "run.init_lr" in record.getMessage()]
+    note = f"run.init_lr: {rate} is a rate for training a whole model; adapters are trained at 0.0001"
+    assert said == ([f"{note} (run.init_lr=0.0001)"] if rate and not evaluate else [])
+    caplog.clear()
+    for options in (["run.init_lr=1e-4"], ["model.tuning=full"] if arch != "blip_retrieval" else []):
+        load_config(str(yaml), options)
+    assert not [record for record in caplog.records if "whole model" in record.getMessage()]
 
 
 def test_unknown_interpolation_names_its_key(project: Path) -> None:

@@ -22,7 +22,7 @@ from lavis_aurora.common.media import BrokenVideo, load_picture, read_frames
 from lavis_aurora.common.summary import SUMMARY, Summary, read_summary
 from lavis_aurora.config.check import READING_ERRORS, read_yaml
 from lavis_aurora.config.models import BlipAuroraConfig
-from lavis_aurora.data.annotations import build_checked
+from lavis_aurora.data.annotations import build_checked, named_splits
 from lavis_aurora.data.samples import CheckedDataset, uniform_indices
 from lavis_aurora.project import AuroraConfig, load_config
 from lavis_aurora.training.checkpoints import BEST, read_checkpoint, read_latest
@@ -317,10 +317,9 @@ def split_data(run: str | Path, split: str) -> CheckedDataset:
     """
     known: list[str] = []
     for name, config in load_run_config(run).datasets_cfg.items():
-        splits = build_checked(name, config)
-        if split in splits:
-            return splits[split]
-        known += list(splits)
+        if split in named_splits(config):
+            return build_checked(name, config, [split])[split]
+        known += named_splits(config)
     raise AuroraError(f"{run}: no split {split!r}; its data have {', '.join(known)}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields
 from inspect import Parameter, signature
 from typing import Any
 
@@ -99,11 +100,18 @@ def check_processor_keys(cfg: DictConfig, key: str) -> None:
     cls = registry.get_processor_class(cfg.name)
     if hasattr(cls, "CONFIG_CLASS"):
         parse_config(cls.CONFIG_CLASS, cfg, key)
-        return
+    elif known := processor_keys(cls):  # else it alone knows what it reads
+        section(cfg, key, known)
+
+
+def processor_keys(cls: type[Any]) -> set[str]:
+    """The keys that a processor reads; none if it does not say them."""
+    if hasattr(cls, "CONFIG_CLASS"):
+        return {one.name for one in fields(cls.CONFIG_CLASS)}
     arguments = signature(cls).parameters
     if "cfg" in arguments or any(one.kind is Parameter.VAR_KEYWORD for one in arguments.values()):
-        return  # what such a one reads, it alone knows
-    section(cfg, key, {"name", *arguments})
+        return set()
+    return {"name", *arguments}
 
 
 def section(part: Any, key: str, known: Collection[str] | None) -> Mapping[Any, Any]:

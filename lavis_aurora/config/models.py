@@ -92,7 +92,7 @@ class BlipAuroraConfig:
         arch, model_type, finetuned, load_finetuned, vit_drop_path_rate, vit_layer_norm_epsilon, med_config_path:
             as in LAVIS.
         pretrained: weights of the backbone: URL or local file (.pth, .safetensors), or null for random weights.
-        image_size: pixels of a side, a multiple of the ViT's patch size.
+        image_size: pixels of a side, a multiple of the ViT's patch size; processors without a size follow it.
         vit_type: base or large, LAVIS's two ViTs.
         vit_grad_ckpt, vit_ckpt_layer: recompute the last vit_ckpt_layer layers of the ViT in the backward pass,
             instead of keeping their activations.
@@ -220,7 +220,7 @@ class VqaAuroraConfig(BlipAuroraConfig):
     """``model:`` of blip_vqa_aurora.
 
     Attributes:
-        image_size: pixels of a side, a multiple of the ViT's patch size.
+        image_size: pixels of a side, a multiple of the ViT's patch size; processors without a size follow it.
         share_decoder: the answer decoder uses the slots of the question encoder, layer by layer (paper D.2); false
             gives it slots of its own.
         mask_question_padding: generated answers do not see the padding of shorter questions, so that they are the

@@ -259,7 +259,7 @@ class VideoProcessorConfig:
     Attributes:
         name: aurora_video_train (random frames, a random crop) or aurora_video_eval (middle frames of equal parts).
         n_frms: T, frames of a video (LAVIS's name; the paper has 8 in training and 16 at test, D.3).
-        image_size: pixels of a side.
+        image_size: pixels of a side; in a run, model.image_size where it is left out.
         mean, std: of the three colours; BLIP's by default.
         min_scale, max_scale: share of a frame's area that a random crop keeps; in training only.
     """

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from lavis.common.registry import registry
 from lavis.common.utils import get_cache_path
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, shown
 from lavis_aurora.common.files import read_json
@@ -47,9 +48,28 @@ def check_entries(entries: list[dict[str, Any]], rules: Mapping[str, Rule], path
                 names = abbreviated(map(shown, entry), 10)
                 raise AuroraError(f"{key}: entry {i} of {path} has no {name!r}; it has {names}")
             if not rule.holds(entry[name]):
+                each = entry[name] if isinstance(entry[name], list) else [entry[name]]
+                number = next((one for one in each if type(one) in (int, float)), None)
+                quotes = "" if number is None else f'; put numbers in quotes, "{number}"'
                 raise AuroraError(
-                    f"{key}: the {name} of entry {i} of {path} must be {rule.need}, not {shown(entry[name])}"
+                    f"{key}: the {name} of entry {i} of {path} must be {rule.need}, not {shown(entry[name])}{quotes}"
                 )
+
+
+ENTITY = re.compile(r"&#?\w+;")
+
+
+def note_entities(entries: list[dict[str, Any]], path: str, key: str) -> None:
+    """Say how many texts hold HTML entities: BLIP's processors leave their letters."""
+    values = (entry.get(name) for entry in entries for name in ("caption", "question", "answer"))
+    texts = (text for value in values for text in (value if isinstance(value, list) else [value]))
+    marked = [text for text in texts if isinstance(text, str) and ENTITY.search(text)]
+    if marked:
+        logging.warning(
+            "%s: %d texts of %s hold HTML entities, as %s; they are read as they stand, letters and all; write the "
+            "characters that they mean (Python's html.unescape)",
+            *(key, len(marked), path, shown(marked[0])),
+        )
 
 
 def check_unique(entries: list[dict[str, Any]], kind: str, path: str, key: str) -> None:
@@ -84,16 +104,24 @@ def check_split(files: Sequence[str], checks: Sequence[DatasetChecks], split: st
                 one.check_entries(entries, split, path, key)
         except AuroraError as error:
             raise AuroraError(f"{error}{advice(path, split, ''.join(key.split('.')[1:2]))}") from error
+        note_entities(entries, path, key)
     for one in checks:
         one.check_files(first or [], files, key)
 
 
-def build_checked(name: str, cfg: DictConfig) -> dict[str, CheckedDataset]:
+def named_splits(cfg: DictConfig) -> list[str]:
+    """The splits of which a dataset's part of a YAML names the annotation files."""
+    files = (cfg.get("build_info") or {}).get("annotations") or {}
+    return [split for split in files if split in SPLITS and files[split] is not None]
+
+
+def build_checked(name: str, cfg: DictConfig, splits: Collection[str] = SPLITS) -> dict[str, CheckedDataset]:
     """Build LAVIS's dataset ``name``; its annotation files are checked, its samples name their files.
 
     Args:
         name: registered name of the builder.
         cfg: its part of the YAML; a split that is null there is left out.
+        splits: to build; files of the others are neither needed nor fetched.
 
     Returns:
         Datasets by split.
@@ -111,9 +139,13 @@ def build_checked(name: str, cfg: DictConfig) -> dict[str, CheckedDataset]:
             raise AuroraError(f"{prefix}.build_info.{part}: the section is missing")
     if not info[data_type].get("storage"):
         raise AuroraError(f"{prefix}.build_info.{data_type}.storage: missing; name the folder")
-    cfg = copy.deepcopy(cfg)
-    for split in [split for split, files in cfg.build_info.annotations.items() if files is None]:
-        del cfg.build_info.annotations[split]
+    # Resolved, as what is left out may be referred to.
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    files_of = cfg.build_info.annotations
+    for split in [one for one in files_of if files_of[one] is None or (one in SPLITS and one not in splits)]:
+        del files_of[split]
+    if not named_splits(cfg):
+        return {}
     builder: BaseDatasetBuilder = registry.get_builder_class(name)(cfg)
     files = annotation_files(name, cfg)
     fetch(builder, name, cfg, files)

@@ -290,7 +290,7 @@ class Videos(DatasetChecks):
             if "_image_" in name:
                 raise AuroraError(
                     f"{where}: {processor.get('name')} cannot read videos; they need aurora_video_{split} with "
-                    f"n_frms and image_size, see projects/aurora/msrvtt_ret.yaml"
+                    f"n_frms, see projects/aurora/msrvtt_ret.yaml"
                 )
             if name.startswith("alpro_video_"):
                 wrong = "reads by decord, which gives wrong frames of some files (docs/data.md)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import wraps
 from typing import Any
 
@@ -121,12 +121,16 @@ class ModeApproxModel(AdapterOwner, RunState, BaseModel):
         """A YAML completed by the default YAML of the type of ``model.base``: its keys, and its processors.
 
         Raises:
-            AuroraError: the base is not named, or not registered.
+            AuroraError: the base is not named, or not registered, or a key of it stands beside it.
         """
         base = cfg.model.get("base")
         if not isinstance(base, DictConfig):
             raise AuroraError("model.base: missing; name the model to wrap, e.g. {arch: blip_vqa, model_type: vqav2}")
         defaults = OmegaConf.load(_base_config_path(base.get("arch"), base.get("model_type"), "model.base."))
+        known = {one.name for one in fields(cls.CONFIG_CLASS)}
+        for key in cfg.model:
+            if key in defaults.model and key not in known:
+                raise AuroraError(f"model.{key}: a key of the model inside; write it below model.base")
         preprocess = {"preprocess": defaults.preprocess} if "preprocess" in defaults else {}
         return OmegaConf.merge(preprocess, {"model": {"base": defaults.model}}, cfg)
 

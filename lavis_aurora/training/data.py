@@ -51,7 +51,7 @@ def read_data(cfg: Config, seconds: float | None, say: Say) -> tuple[Any, dict[s
     """
     task = runnable_task(registry.get_task_class(cfg.run_cfg.task)).setup_task(cfg=cfg)
     datasets = task.build_datasets(cfg)
-    order.check_splits(cfg.run_cfg, datasets, task.shard_evaluation)
+    order.check_splits(cfg, datasets, task.shard_evaluation)
     good = [False]
     try:
         if get_rank() == 0:

@@ -12,12 +12,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from lavis.common.config import Config
 from lavis.common.dist_utils import get_rank, get_world_size
 from lavis.datasets.datasets.dataloader_utils import PrefetchLoader
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lavis_aurora.common.errors import AuroraError, did_you_mean, shown
+from lavis_aurora.data.annotations import named_splits
 
 
 def random_state() -> dict[str, Any]:
@@ -149,11 +151,8 @@ def build_loader(
     is_train: bool,
     shared: bool,
     pin_memory: bool,
-    evaluate: bool = False,
 ) -> DataLoader[Any]:
     """A loader over a dataset; ``shared`` gives each process its part of the samples.
-
-    With ``evaluate``, nothing is trained, and so a train split may be smaller than a batch.
 
     Raises:
         AuroraError: not one batch can be trained on.
@@ -176,7 +175,7 @@ def build_loader(
         # Of its own, so that iterating draws nothing from the global one.
         generator=torch.Generator(),
     )
-    if is_train and not evaluate:
+    if is_train:
         check_batch(batch_size, len(cast(Sized, dataset)))
     return loader
 
@@ -191,20 +190,22 @@ def check_batch(batch_size: int, samples: int) -> None:
         )
 
 
-def check_splits(run: DictConfig, datasets: Mapping[str, Mapping[str, Any]], shard_evaluation: bool) -> None:
+def check_splits(cfg: Config, datasets: Mapping[str, Mapping[str, Any]], shard_evaluation: bool) -> None:
     """Refuse splits that are not there, or with which LAVIS could not train or rank.
 
     Args:
-        run: the ``run:`` part of the YAML.
-        datasets: by name and split.
+        cfg: LAVIS's configuration, with ``run_cfg`` and ``datasets_cfg``.
+        datasets: by name and split, those that the run needs.
         shard_evaluation: see :class:`lavis_aurora.training.tasks.base.AuroraTaskBase`.
     """
     for split in ("val", "test"):
         names = [name for name, splits in datasets.items() if split in splits]
         if len(names) > 1:
             raise AuroraError(f"datasets: {' and '.join(names)} have a {split} split each; name one of them")
+    run: DictConfig = cfg.run_cfg
     known = {split for splits in datasets.values() for split in splits}
-    for key in ("train_splits", "valid_splits", "test_splits"):
+    known |= {split for dataset in cfg.datasets_cfg.values() for split in named_splits(dataset)}
+    for key in ("test_splits",) if run.evaluate else ("train_splits", "valid_splits", "test_splits"):
         for split in run[key]:
             if split not in known:
                 raise AuroraError(

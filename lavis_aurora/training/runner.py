@@ -145,10 +145,9 @@ class AuroraRunner(RunnerBase):
                 collate,
                 seed=self.config.run_cfg.seed,
                 num_workers=num_workers,
-                is_train=is_train,
-                shared=is_train or share,
+                is_train=is_train and not self.evaluate_only,
+                shared=share or (is_train and not self.evaluate_only),
                 pin_memory=self.cuda_enabled,
-                evaluate=self.evaluate_only,
             )
             for dataset, batch_size, is_train, collate in zip(datasets, batch_sizes, is_trains, collate_fns)
         ]
@@ -158,7 +157,7 @@ class AuroraRunner(RunnerBase):
     def dataloaders(self) -> dict[str, Any]:
         """Loaders by split; the splits that the YAML names must be there."""
         if self._dataloaders is None:
-            order.check_splits(self.config.run_cfg, self.datasets, self.task.shard_evaluation)
+            order.check_splits(self.config, self.datasets, self.task.shard_evaluation)
         return cast("dict[str, Any]", super().dataloaders)
 
     def train(self) -> None:

@@ -10,7 +10,7 @@ import pytest
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from runs import logged, only_run
-from tiny import SPLITS, write_pictures
+from tiny import SPLITS, tiny_model, write_pictures
 from tiny_video import write_videos
 
 from lavis_aurora.analysis.compare import compare
@@ -178,3 +178,100 @@ def test_answers_are_not_ranked_without_a_list(
         train(["--cfg-path", str(PROJECTS / "own_vqa.yaml"), "--options", *given, f"run.output_dir={tmp_path}"])
     assert "rank needs a list of answers, the second file" in capsys.readouterr().err
     assert not list(tmp_path.glob("*/checkpoint*"))
+
+
+@pytest.mark.parametrize("project", NAMES)
+def test_an_evaluation_needs_the_files_of_its_split_alone(
+    tmp_path: Path, data: Path, project: str, capsys: pytest.CaptureFixture
+) -> None:
+    """And no full batch to train on."""
+    write_own(project, data)
+    for split in ("train", "val"):
+        (data / f"annotations/{PREFIX[project]}{split}.json").unlink()
+    given = [*options(project), "run.batch_size_train=1000", f"run.output_dir={tmp_path / 'output'}"]
+    evaluate(["--cfg-path", str(PROJECTS / f"{project}.yaml"), "--options", *given])
+    assert f"test: {COUNT} " in capsys.readouterr().out
+    [result] = (only_run(tmp_path) / "result").glob("test*")
+    assert result.stat().st_size
+    with pytest.raises(SystemExit):
+        evaluate(["--cfg-path", str(PROJECTS / f"{project}.yaml"), "--options", *given, "run.test_splits=[val]"])
+    assert f"{PREFIX[project]}val.json is missing" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate(["--cfg-path", str(PROJECTS / f"{project}.yaml"), "--options", *given, "run.test_splits=[tset]"])
+    assert "run.test_splits: no split 'tset' in the datasets; did you mean 'test'?" in capsys.readouterr().err
+
+
+def test_training_needs_no_files_of_splits_that_it_leaves_out(tmp_path: Path, data: Path) -> None:
+    write_own("own_ret", data)
+    for split in ("val", "test"):
+        (data / f"annotations/{split}.json").unlink()
+    given = [*SMALL, "run.valid_splits=[]", "run.test_splits=[]", f"run.output_dir={tmp_path / 'output'}"]
+    train(["--cfg-path", str(PROJECTS / "own_ret.yaml"), "--options", *given])
+    assert logged(only_run(tmp_path), "train_loss")
+
+
+# What a text may hold
+
+
+def rewrite(path: Path, key: str, values: list) -> None:
+    entries = json.loads(path.read_text())
+    for entry, value in zip(entries, values):
+        entry[key] = value
+    path.write_text(json.dumps(entries))
+
+
+def built(project: str) -> dict:
+    name = NAMES[project]
+    return build_checked(name, load_config(str(PROJECTS / f"{project}.yaml"), options(project)).datasets_cfg[name])
+
+
+@pytest.mark.parametrize(
+    ("project", "split", "key", "value"),
+    [
+        ("own_ret", "train", "caption", 7),
+        ("own_ret", "test", "caption", ["a cat", 1.5]),
+        ("own_video_ret", "train", "caption", 7),
+        ("own_vqa", "train", "answer", 2),
+    ],
+)
+def test_numbers_without_quotes_are_refused(data: Path, project: str, split: str, key: str, value: object) -> None:
+    """007 or 1.50 would be another text."""
+    write_own(project, data)
+    path = data / f"annotations/{PREFIX[project]}{split}.json"
+    rewrite(path, key, [value])
+    number = value[-1] if isinstance(value, list) else value
+    with pytest.raises(AuroraError) as caught:
+        built(project)
+    assert f"the {key} of entry 0 of {path} must be " in str(caught.value)
+    assert str(caught.value).endswith(f'; put numbers in quotes, "{number}"')
+    quoted = [str(one) for one in value] if isinstance(value, list) else str(value)
+    rewrite(path, key, [quoted])
+    sample = built(project)[split][0]
+    assert split == "test" or sample["text_input" if key == "caption" else "answers"] in (quoted, [quoted])
+
+
+# A caption, what BLIP's processor makes of it, and another one that gives the same tokens.
+TEXTS = [
+    ("007", "007", "007"),
+    ("A dog\nruns", "a dog\nruns", "a dog runs"),
+    ("a dog \r\n\t runs.\n", "a dog runs", "a dog runs"),
+    ("a dog\u00a0runs", "a dog\u00a0runs", "a dog runs"),
+    ("Tom &amp; Jerry", "tom &amp jerry", "tom & amp jerry"),
+    ("it&#39;s red", "it& 39 s red", "it & 39 s red"),
+]
+
+
+def test_texts_are_cleaned_as_blips_processors_do(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As docs/data.md says; HTML entities, whose letters stay, are said."""
+    write_own("own_ret", data)
+    path = data / "annotations/train.json"
+    rewrite(path, "caption", [text for text, _, _ in TEXTS])
+    train = built("own_ret")["train"]
+    tokenizer = tiny_model().tokenizer
+    for i, (_, cleaned, same) in enumerate(TEXTS):
+        text = train[i]["text_input"]
+        assert text == cleaned
+        assert tokenizer(text).input_ids == tokenizer(same).input_ids
+    [said] = [record.getMessage() for record in caplog.records if "HTML" in record.getMessage()]
+    key = "datasets.own_retrieval.build_info.annotations.train.storage"
+    assert said.startswith(f"{key}: 2 texts of {path} hold HTML entities, as 'Tom &amp; Jerry'; ")

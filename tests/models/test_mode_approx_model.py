@@ -132,8 +132,13 @@ def test_a_project_gets_the_defaults_and_processors_of_the_base(tmp_path: Path):
     assert cfg.model_cfg.base == defaults.model
     dataset = cfg.datasets_cfg.coco_retrieval
     assert dataset.text_processor.eval == defaults.preprocess.text_processor.eval
-    with pytest.raises(AuroraError, match="vis_processor.train.image_size: 48 is not model.base.image_size, 56"):
-        load_config(str(path), ["model.base.image_size=56"])
+    larger = load_config(str(path), ["model.base.image_size=64"]).datasets_cfg.coco_retrieval.vis_processor
+    assert {split: processor.image_size for split, processor in larger.items()} == {"train": 64, "eval": 64}
+    key = "datasets.coco_retrieval.vis_processor.train.image_size"
+    with pytest.raises(AuroraError, match=f"{key}: 48 is not model.base.image_size, 64"):
+        load_config(str(path), ["model.base.image_size=64", f"{key}=48"])
+    with pytest.raises(AuroraError, match="model.load_finetuned: .* write it below model.base"):
+        load_config(str(path), ["model.load_finetuned=false"])
     with pytest.raises(AuroraError, match="project.yaml: model.base.arch: .*'blip_vqa_aurora'"):
         load_config(str(path), ["model.base.arch=blip_vqa_auror"])
 

@@ -89,6 +89,8 @@ def test_evaluation_alone_and_from_a_checkpoint(tmp_path):
     run(yaml, "run.valid_splits=[]")
     first = only_run(tmp_path)
     answers = (first / "result" / "test_epoch_0_vqa_result.json").read_text()
+    for name in ("train.json", "vg.json", "val.json"):
+        (tmp_path / "data" / name).unlink()  # of splits that it does not need
     run(yaml, f"run.resume_ckpt_path={first / 'checkpoint_latest.pth'}", command=evaluate)
     [second] = [path for path in (tmp_path / "output").iterdir() if path != first]
     assert (second / "result" / "test_epoch_0_vqa_result.json").read_text() == answers

@@ -35,7 +35,7 @@ from lavis_aurora.common.errors import AuroraError, shown
 from lavis_aurora.common.files import read_json, write_text
 from lavis_aurora.data.report import DataReport, Finding
 from lavis_aurora.evaluation.answers import Generated, exact_match, vqa_accuracy
-from lavis_aurora.training.tasks.base import AuroraTaskBase, LavisTaskMixin
+from lavis_aurora.training.tasks.base import AuroraTaskBase, LavisTaskMixin, evaluated_keys
 
 SHOWN_TYPES = 12  # question types that a report lists; VQAv2 has 65
 
@@ -55,10 +55,9 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
             AuroraError: a split to evaluate has no list to rank, or one to select the best epoch by no true answers.
         """
         datasets = super().build_datasets(cfg)
-        evaluated = ("test_splits",) if cfg.run_cfg.get("evaluate") else ("valid_splits", "test_splits")
         for name, splits in datasets.items():
             for split, dataset in splits.items():
-                for key in evaluated:
+                for key in evaluated_keys(cfg.run_cfg):
                     if split in (cfg.run_cfg.get(key) or []):
                         self._check_split(f"datasets.{name}.build_info.annotations.{split}.storage", key, dataset)
         return datasets

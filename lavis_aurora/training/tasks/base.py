@@ -92,6 +92,11 @@ def _check_main(task: type[BaseTask], method: Any, cfg: Any) -> None:
     )
 
 
+def evaluated_keys(run: DictConfig) -> tuple[str, ...]:
+    """The keys of ``run`` that name the splits to evaluate."""
+    return ("test_splits",) if run.get("evaluate") else ("valid_splits", "test_splits")
+
+
 class AuroraTaskBase(BaseTask):
     """Last of a task's bases, :class:`LavisTaskMixin` being the first.
 
@@ -116,9 +121,15 @@ class AuroraTaskBase(BaseTask):
         return model
 
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
-        """Datasets by name and split, their files checked; ids of different training sets are different."""
+        """Datasets by name and split, their files checked; ids of different training sets are different.
+
+        A split that the run neither trains on nor evaluates is left out, and needs no files.
+        """
+        run = cfg.run_cfg
+        keys = evaluated_keys(run) if run.get("evaluate") else ("train_splits", *evaluated_keys(run))
+        splits = {split for key in keys for split in run.get(key) or ()}
         datasets: dict[str, dict[str, Any]] = {
-            name: build_checked(name, cfg.datasets_cfg[name]) for name in cfg.datasets_cfg
+            name: build_checked(name, dataset, splits) for name, dataset in cfg.datasets_cfg.items()
         }
         set_ids_apart({name: splits["train"] for name, splits in datasets.items() if "train" in splits})
         return datasets
