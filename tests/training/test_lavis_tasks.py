@@ -318,7 +318,10 @@ def test_captioning_of_main(hub, monkeypatch):
     files = {"train": pictures_of("train", caption=["a red circle", "a star"], image_id=range(6))}
     files |= {split: pictures_of(split, caption=[["a red circle"]]) for split in ("val", "test")}
     settings = {"report_metric": False, "num_beams": 1, "max_len": 4}
-    path = small_project(hub, monkeypatch, "blip2_t5", "captioning", "coco_caption", files, **settings)
+    path = small_project(hub, monkeypatch, "blip2_t5", "captioning", "coco_caption_instruct", files, **settings)
+    project = OmegaConf.load(path)
+    del project.datasets.coco_caption_instruct.text_processor  # its own gives an instruction
+    OmegaConf.save(project, path)
     captions = json.loads((run(path) / "result" / "val_epoch0.json").read_text())
     assert [entry["image_id"] for entry in captions] == list(range(6))
 
