@@ -21,8 +21,9 @@ from lavis_aurora.common.files import read_json, regular, writing
 from lavis_aurora.common.media import BrokenVideo, load_picture, read_frames
 from lavis_aurora.common.summary import SUMMARY, Summary, read_summary
 from lavis_aurora.config.check import READING_ERRORS, read_yaml
+from lavis_aurora.config.dataset_keys import named_splits
 from lavis_aurora.config.models import BlipAuroraConfig
-from lavis_aurora.data.annotations import build_checked, named_splits
+from lavis_aurora.data.annotations import build_checked
 from lavis_aurora.data.samples import CheckedDataset, uniform_indices
 from lavis_aurora.project import AuroraConfig, load_config
 from lavis_aurora.training.checkpoints import BEST, read_checkpoint, read_latest

@@ -25,6 +25,12 @@ PROCESSOR_KINDS = ("vis_processor", "text_processor")
 WORDS = ("vit_type", "vit_model", "vit_precision", "precision", "vit_layer_norm_epsilon", "prompt")
 
 
+def named_splits(cfg: DictConfig) -> list[str]:
+    """The splits of which a dataset's part of a YAML names the annotation files."""
+    files = (cfg.get("build_info") or {}).get("annotations") or {}
+    return [split for split in files if split in SPLITS and files[split] is not None]
+
+
 def default_section(name: str, cfg: DictConfig) -> Any:
     """A dataset's part of the default YAML of its type.
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, shown
 from lavis_aurora.common.files import read_json
-from lavis_aurora.config.dataset_keys import DATA_KINDS, SPLITS
+from lavis_aurora.config.dataset_keys import DATA_KINDS, SPLITS, named_splits
 from lavis_aurora.data.checks import DatasetChecks, Rule, checks_of
 from lavis_aurora.data.fetch import REMEDY, annotation_files, fetch, use_data_root
 from lavis_aurora.data.raw import advice
@@ -107,12 +107,6 @@ def check_split(files: Sequence[str], checks: Sequence[DatasetChecks], split: st
         note_entities(entries, path, key)
     for one in checks:
         one.check_files(first or [], files, key)
-
-
-def named_splits(cfg: DictConfig) -> list[str]:
-    """The splits of which a dataset's part of a YAML names the annotation files."""
-    files = (cfg.get("build_info") or {}).get("annotations") or {}
-    return [split for split in files if split in SPLITS and files[split] is not None]
 
 
 def build_checked(name: str, cfg: DictConfig, splits: Collection[str] = SPLITS) -> dict[str, CheckedDataset]:

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import logging
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +23,7 @@ from omegaconf import DictConfig
 
 from lavis_aurora.common.errors import AuroraError, shown
 from lavis_aurora.common.summary import MAIN, lavis_version
+from lavis_aurora.data.layouts import has_words, is_visible
 from lavis_aurora.data.raw import BENCHMARKS, check_answers, check_vqa_files
 
 
@@ -34,22 +34,8 @@ class Rule(NamedTuple):
     need: str
 
 
-# BLIP's text processors drop these of captions and questions.
-PUNCTUATION = '.!"()*#:;~'
-
-
-def _reads(character: str) -> bool:
-    """Whether BERT's tokenizer keeps a character: neither blank nor invisible (a zero-width space), nor an accent."""
-    kind = unicodedata.category(character)
-    return kind[0] not in "CZ" and kind != "Mn" and character != "\ufffd"
-
-
 def _text(value: Any) -> bool:
-    return isinstance(value, str) and any(map(_reads, value))
-
-
-def _words(value: Any) -> bool:
-    return isinstance(value, str) and any(c not in PUNCTUATION and _reads(c) for c in value)
+    return isinstance(value, str) and any(map(is_visible, value))
 
 
 def _each(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -58,9 +44,9 @@ def _each(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 TEXT = Rule(_text, "one string, not empty")
 TEXTS = Rule(_each(_text), 'a list of strings, none empty, e.g. ["a cat"]')
-CAPTION = Rule(_words, "one string with words")
-CAPTIONS = Rule(_each(_words), 'a list of strings, each with words, e.g. ["a cat"]')
-QUESTION = Rule(_words, "a string with words")
+CAPTION = Rule(has_words, "one string with words")
+CAPTIONS = Rule(_each(has_words), 'a list of strings, each with words, e.g. ["a cat"]')
+QUESTION = Rule(has_words, "a string with words")
 # A list, null or NaN in its place would be no key, or the same one for all samples.
 NUMBER_OR_TEXT = Rule(
     lambda value: isinstance(value, str) or type(value) is int and abs(value) < 2**63, "a whole number or a string"

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,19 @@ QUESTION = ("question", "answer")
 SPLITS = {"train": "train", "restval": "train", "training": "train", "test": "test"} | dict.fromkeys(
     ("val", "valid", "validate", "validation", "dev"), "val"
 )
+# BLIP's text processors drop these of captions and questions.
+PUNCTUATION = '.!"()*#:;~'
+
+
+def is_visible(character: str) -> bool:
+    """Whether BERT's tokenizer keeps a character: neither blank nor invisible (a zero-width space), nor an accent."""
+    kind = unicodedata.category(character)
+    return kind[0] not in "CZ" and kind != "Mn" and character != "\ufffd"
+
+
+def has_words(value: Any) -> bool:
+    """Whether anything is left of a caption or question for the model to read."""
+    return isinstance(value, str) and any(c not in PUNCTUATION and is_visible(c) for c in value)
 
 
 class Row(NamedTuple):
@@ -103,7 +117,7 @@ def _name(value: Any, path: Path, what: str) -> str:
 
 
 def _texts(value: Any, path: Path, what: str) -> tuple[str, ...]:
-    """One text, several, or several entries with a text each; empty ones are left out."""
+    """One text, several, or several entries with a text each; those without words are left out."""
     if isinstance(value, str) and value.startswith("["):
         value = _cell(value, path, what)
     texts = []
@@ -112,7 +126,7 @@ def _texts(value: Any, path: Path, what: str) -> tuple[str, ...]:
         if not isinstance(text, str):
             raise AuroraError(f"{path}: a text of {what} must be a string, not {shown(text)}")
         texts.append(text.strip())
-    return tuple(filter(None, texts))
+    return tuple(filter(has_words, texts))
 
 
 def _cell(value: str, path: Path, what: str) -> Any:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lavis_aurora.common.errors import AuroraError, did_you_mean, shown
-from lavis_aurora.data.annotations import named_splits
+from lavis_aurora.config.dataset_keys import named_splits
 
 
 def random_state() -> dict[str, Any]:

@@ -217,8 +217,10 @@ def test_evaluation_takes_a_list_of_strings(cfg: DictConfig, data: Path, split: 
     _edit(path, 1, caption=caption)
     message = _refused(cfg, _key(split), f"the caption of entry 1 of {path} must be a list of strings")
     assert f"not {caption!r}" in message
-    # One caption, not in a list, can be converted; what is no caption cannot.
-    assert (f"`python -m lavis_aurora.data.convert coco {split}={path}`" in message) == (caption == "a cat")
+    # One caption, not in a list, can be converted, and one without words left out; what is no caption cannot.
+    assert (f"`python -m lavis_aurora.data.convert coco {split}={path}`" in message) == (
+        caption in ("a cat", ["a cat", "..."])
+    )
 
 
 @pytest.mark.parametrize("caption", [["a cat"], [], 3, "", " \n", "...", '"*"', "\u200b", "\u0301", "\ufeff. "])
