@@ -27,8 +27,10 @@ from lavis_aurora.adapters.switching import adapters_of, merged_state_dict
 from lavis_aurora.common.errors import AuroraError, did_you_mean, printable
 from lavis_aurora.common.files import atomic_write, use_utf8
 from lavis_aurora.common.paths import package_file
+from lavis_aurora.config.check import parse_config
+from lavis_aurora.config.models import BlipAuroraConfig, ModeApproxModelConfig
 from lavis_aurora.mode_approx.layers import AdaptedLayer
-from lavis_aurora.models.loading import load_model_and_preprocess, loading_instructions, read_state_dict
+from lavis_aurora.models.loading import load_model_and_preprocess, read_state_dict
 from lavis_aurora.project import load_config
 from lavis_aurora.training.guards import Stopped
 
@@ -207,6 +209,63 @@ def _slot_label(slot: str, layer: str) -> str:
     if slot == layer:
         return "that of the layer"
     return slot[len(layer) + 1 :] if slot.startswith(f"{layer}.") else _without_numbers(slot)
+
+
+# The types of LAVIS that stand in for those which only this package has.
+PLAIN_TYPES = {"blip_retrieval": "coco", "blip_vqa": "vqav2"}
+# What LAVIS's BLIP reads of its YAML that decides shapes or scores.
+BLIP_KEYS = (
+    *("image_size", "vit_type", "vit_layer_norm_epsilon", "med_config_path"),
+    *("embed_dim", "queue_size", "max_txt_len"),
+)
+# What of a section says where weights come from.
+LOADING_KEYS = ("arch", "model_type", "load_finetuned", "finetuned", "pretrained")
+
+
+def loading_instructions(arch: str, settings: BlipAuroraConfig | ModeApproxModelConfig, file: Path) -> str:
+    """The ``model:`` section with which LAVIS loads a merged checkpoint, or why none does, as text.
+
+    Args:
+        arch: registered name of the model that was merged.
+        settings: what it was built from.
+        file: the checkpoint.
+    """
+    if isinstance(settings, ModeApproxModelConfig):
+        arch, base = settings.base["arch"], settings.base
+        inside = getattr(registry.get_model_class(arch), "CONFIG_CLASS", None)
+        if inside is None:
+            own = {key: value for key, value in base.items() if key not in LOADING_KEYS}
+            return _section(arch, base.get("model_type"), own, {}, file)
+        blip: BlipAuroraConfig = parse_config(inside, base, "model.base")
+    else:
+        blip = settings
+    arch = arch.removesuffix("_aurora")
+    if blip.vit is not None:
+        sizes = ", ".join(f"{key} {value}" for key, value in vars(blip.vit).items())
+        return (
+            f"no YAML of plain LAVIS loads it: LAVIS builds its ViT base and its ViT large only, and this one has "
+            f"{sizes}; in Python, give LAVIS's {arch} such towers and call its load_checkpoint"
+        )
+    own = {key: getattr(blip, key) for key in BLIP_KEYS if hasattr(blip, key)}
+    # What LAVIS takes where its YAML says nothing is what this package does.
+    unsaid = {key: getattr(type(blip)(), key) for key in own}
+    return _section(arch, blip.model_type, own, unsaid, file)
+
+
+def _section(arch: str, model_type: str | None, own: Mapping[str, Any], unsaid: Mapping[str, Any], file: Path) -> str:
+    """What ``own`` changes of LAVIS's defaults for the type, which are ``unsaid`` where its YAML has none."""
+    plain = registry.get_model_class(arch)
+    if model_type not in plain.PRETRAINED_MODEL_CONFIG_DICT:
+        model_type = PLAIN_TYPES[arch]
+    written: Any = OmegaConf.to_container(OmegaConf.load(plain.default_config_path(model_type)).model)
+    defaults = {**unsaid, **written}
+    if "load_finetuned" not in defaults:
+        return f"LAVIS's {arch} reads no checkpoint from a YAML; in Python, model.load_checkpoint({str(file)!r}) does"
+    model = {"arch": arch, "model_type": model_type, "load_finetuned": True, "finetuned": str(file)}
+    model.update({k: v for k, v in own.items() if k == "image_size" or k not in defaults or defaults[k] != v})
+    same = ", and processors of the same image_size" if "image_size" in model else ""
+    section = OmegaConf.to_yaml({"model": model}).rstrip()
+    return f"LAVIS's {arch} loads it, in a YAML by these keys{same}:\n{section}"
 
 
 # What the system says of a name or a disk, whoever reads or writes there.

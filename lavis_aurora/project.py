@@ -77,7 +77,7 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
     written = _sections(read_yaml(cfg_path), "")
     given = _sections(read_options(_dot_list(options)), "--options ")
     check_kinds(written, given)
-    user: Any = OmegaConf.merge(written, given)
+    user: Any = OmegaConf.create(_at_home(OmegaConf.to_container(OmegaConf.merge(written, given))))
     for name in SECTIONS:
         if not user.get(name):
             raise AuroraError(f"{name}: the section is missing")
@@ -103,6 +103,15 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
     _complete_processors(cfg, user)
     _note_learning_rate(cfg)
     return cfg
+
+
+def _at_home(part: Any) -> Any:
+    """The part with the home folder for ``~`` in front of paths, which no shell replaces in a YAML or behind a =."""
+    if isinstance(part, dict):
+        return {key: _at_home(value) for key, value in part.items()}
+    if isinstance(part, list):
+        return [_at_home(value) for value in part]
+    return os.path.expanduser(part) if isinstance(part, str) else part
 
 
 def _dot_list(options: list[str]) -> list[str]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from PIL import Image
 from tiny import activate, med_config, project_yaml, tiny_config, tiny_model
 from toy import as_format_1, rewrite_adapter
 
@@ -335,3 +337,18 @@ def test_processors_of_a_wrong_kind_are_one_line(folder, part, words):
     with pytest.raises(AuroraError, match=words) as caught:
         load_model_and_preprocess(NAME, adapter=folder)
     assert str(folder / "adapter_config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_processors_of_an_adapter_make_pictures_of_its_models_size(tmp_path, wrap):
+    """Of a model that was built in Python with another size than its type's."""
+    model = tiny_model(pretrained=WEIGHTS, image_size=64)
+    if wrap:
+        base = {"arch": NAME, "model_type": "tiny", "image_size": 64, "pretrained": WEIGHTS}
+        model = ModeApproxModel.from_config(OmegaConf.create({"base": base}))
+    save_adapter(model, tmp_path)
+    again, vis, _ = load_model_and_preprocess("mode_approx" if wrap else NAME, adapter=tmp_path)
+    picture = vis["eval"](Image.new("RGB", (100, 80)))
+    assert picture.shape == (3, 64, 64)
+    with torch.no_grad():
+        again.visual_encoder.forward_features(picture[None])

@@ -263,3 +263,25 @@ def test_a_folder_that_is_none_is_said_before_anything_is_built(tmp_path):
     yaml = project_yaml(tmp_path)
     with pytest.raises(AuroraError, match=f"project.yaml: model.adapter: {tmp_path} is no adapter folder"):
         load_config(str(yaml), [f"model.adapter={tmp_path}"])
+
+
+def test_paths_may_start_at_home(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell replaces ``~`` in a YAML, or behind the = of an option."""
+    monkeypatch.setenv("HOME", "/home/me")
+    images = "datasets.coco_retrieval.build_info.images.storage"
+    train = "datasets.coco_retrieval.build_info.annotations.train"
+    options = ["model.tokenizer=~/vocabulary", "run.output_dir=~/out", f"{images}=~/images", "run.prompt=~ {}"]
+    options += [f"{train}.storage=[~/a.json,b.json]", f"{train}.url=[x,y]", "model.pretrained=~/blip.pth"]
+    config = OmegaConf.load(project)
+    config.model.med_config_path = "~/med.json"
+    OmegaConf.save(config, project)
+    cfg = load_config(str(project), options)
+    model, info = cfg.model_cfg, cfg.datasets_cfg.coco_retrieval.build_info
+    assert [
+        model.tokenizer,
+        model.med_config_path,
+        model.pretrained,
+        cfg.run_cfg.output_dir,
+        info.images.storage,
+    ] == [f"/home/me/{name}" for name in ("vocabulary", "med.json", "blip.pth", "out", "images")]
+    assert list(info.annotations.train.storage) == ["/home/me/a.json", "b.json"]

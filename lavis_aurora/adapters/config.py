@@ -174,8 +174,9 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     Raises:
         AuroraError: names the file and what is wrong with it.
     """
+    folder = Path(folder).expanduser()
     text, content = _read(folder, CONFIG), _read(folder, TENSORS)
-    path = Path(folder) / TENSORS
+    path = folder / TENSORS
     try:
         tensors = safetensors.torch.load(content)
     except (SafetensorError, KeyError) as error:  # KeyError: a type that torch does not have
@@ -188,7 +189,7 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
         try:
             config = AdapterConfig.from_json(text.decode("utf-8"))
         except (UnicodeError, AuroraError) as error:
-            raise AuroraError(f"{Path(folder) / CONFIG}: {error}") from error
+            raise AuroraError(f"{folder / CONFIG}: {error}") from error
         digest = hashlib.sha256(content).hexdigest() if config.format == 1 else tensors_hash(tensors)
         same = (bound is None) == (config.format == 1) and digest == config.tensors_sha256
     if not same:
@@ -207,11 +208,11 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
     return read_adapter(folder)[0]
 
 
-def _read(folder: str | Path, name: str) -> bytes:
+def _read(folder: Path, name: str) -> bytes:
     """A file of an adapter folder."""
-    path = Path(folder) / name
+    path = folder / name
     if name == CONFIG and not path.is_file():
-        inner = sorted(found.parent.name for found in Path(folder).glob(f"adapter_*/{CONFIG}"))
+        inner = sorted(found.parent.name for found in folder.glob(f"adapter_*/{CONFIG}"))
         if inner:
             raise AuroraError(f"{folder} is the folder of a run; name one of its adapters: {', '.join(inner)}")
         raise AuroraError(f"{folder} is no adapter folder: it has no {CONFIG}")

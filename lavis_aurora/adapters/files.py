@@ -75,7 +75,7 @@ def save_adapter(
     )
     text = config.to_json()
     content = safetensors.torch.save(tensors, {METADATA: text})
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

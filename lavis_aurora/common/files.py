@@ -144,11 +144,30 @@ def load_torch(path: str | Path) -> Any:
             if damaged is not None:
                 raise BadZipFile(f"damaged: the checksum of its part {damaged!r} is another")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # of a path, torch would go by the name's ending
+            return torch.load(file, map_location="cpu", weights_only=True)
     except RuntimeError as error:
         if zipped and "can't allocate memory" in str(error):
             raise MemoryError(f"{path}: {error}") from error
         raise
+
+
+# Of a safetensors file, the most bytes of its header.
+LONGEST_HEADER = 10**8
+
+
+def tensor_format(path: str | Path) -> str:
+    """``safetensors``, ``torch`` (of ``torch.save``), or what else a file begins with; its name may say otherwise.
+
+    Raises:
+        OSError: there is no file.
+    """
+    with regular(path).open("rb") as file:
+        head = file.read(40)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= LONGEST_HEADER:
+        return "safetensors"
+    # A zip, or pickles one after the other.
+    return "torch" if head[:4] == b"PK\3\4" or head[:1] == b"\x80" else repr(head)
 
 
 def why_unreadable(error: Exception) -> str:

@@ -25,6 +25,7 @@ from lavis_aurora.config.dataset_keys import (
     is_plain,
     is_portable_processor,
     is_word,
+    processor_keys,
 )
 from lavis_aurora.config.models import TUNINGS, BlipAuroraConfig
 
@@ -163,6 +164,13 @@ def _ways(pattern: str) -> int:
     """About how many ways a pattern without repeated groups has to match the name of a layer, at most."""
     alternatives = math.prod(1 + part.count("|") for part in re.split("[()]", pattern))
     return int(alternatives * 2 ** pattern.count("?") * 20 ** len(re.findall("[*+{]", pattern)))
+
+
+def fit_picture_size(preprocess: Mapping[str, Any], size: int | None) -> None:
+    """Let the processors of a model's type, changed in place, make pictures of the model's own size."""
+    for part in (preprocess.get("vis_processor") or {}).values():
+        if size is not None and "image_size" in processor_keys(registry.get_processor_class(part["name"])):
+            part["image_size"] = size
 
 
 def check_preprocess(preprocess: Mapping[str, Any]) -> None:

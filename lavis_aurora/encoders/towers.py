@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -153,7 +154,7 @@ class VisualFeatures(NamedTuple):
     pooled: Tensor
 
 
-def visual_input(samples: dict) -> Tensor:
+def visual_input(samples: Mapping[str, Any]) -> Tensor:
     """``image`` (batch, 3, height, width) or ``video`` (batch, 3, frames, height, width) of a batch.
 
     Raises:
@@ -164,7 +165,7 @@ def visual_input(samples: dict) -> Tensor:
         ("video", 5, "batch, 3, frames, height, width"),
     ):
         if key in samples:
-            visual = samples[key]
+            visual: Tensor = samples[key]
             if visual.dim() != dimensions or visual.shape[1] != 3:
                 raise AuroraError(f"samples: {key} has shape {tuple(visual.shape)}; it must be ({shape})")
             return visual

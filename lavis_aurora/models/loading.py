@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lavis.models
@@ -20,25 +22,49 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lavis_aurora.adapters.config import CONFIG, read_adapter_config
+from lavis_aurora.adapters.config import CONFIG, TENSORS, read_adapter_config
 from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, shown
-from lavis_aurora.common.files import is_finite, load_torch, why_unreadable
+from lavis_aurora.common.files import is_finite, load_torch, tensor_format, why_unreadable
 from lavis_aurora.common.paths import use_weights_folder
 from lavis_aurora.config.adapter_settings import adapter_settings, check_preprocess, type_settings
-from lavis_aurora.config.check import parse_config
-from lavis_aurora.config.models import BlipAuroraConfig, ModeApproxModelConfig
 
 POS_EMBED = "visual_encoder.pos_embed"
+# Under which a file may hold the state dict, beside the optimizer and the like.
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+# What torch.compile, DistributedDataParallel and trainers put before names of weights.
+COMPILED, PREFIXES = "_orig_mod.", ("module.", "model.")
+# What a run's checkpoint holds besides, see lavis_aurora.training.checkpoints.
+RUN_ENTRIES = {"optimizer", "best_metric", "best_epoch"}
 
 
 def read_state_dict(source: str, key: str) -> dict[str, Tensor]:
-    """Weights from a URL or file, .safetensors or .pth; nothing that could run code is unpickled.
+    """Weights from a URL or file, of safetensors or torch; nothing that could run code is unpickled.
 
     Args:
         source: URL or path.
         key: the YAML key that names it, for messages.
+
+    Raises:
+        AuroraError: there is no such file, or it holds no state dict.
     """
-    path = source
+    return _state_dict(read_content(source, key), source, key)
+
+
+def _state_dict(content: Any, source: str, key: str) -> dict[str, Tensor]:
+    while isinstance(content, dict):
+        inner = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), None)
+        if inner is None:
+            break
+        content = inner
+    tensors = isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values())
+    if not tensors or not all(isinstance(name, str) for name in content):
+        raise AuroraError(f"{key}: {source} holds no state dict of tensors")
+    return dict(content)
+
+
+def read_content(source: str, key: str) -> Any:
+    """All that a file holds, tensors and plain values; arguments and errors as of :func:`read_state_dict`."""
+    path = os.path.expanduser(source)
     if is_url(source):
         use_weights_folder()
         try:
@@ -47,20 +73,51 @@ def read_state_dict(source: str, key: str) -> dict[str, Tensor]:
             raise AuroraError(
                 f"{key}: cannot download {source} ({error}); download it elsewhere and name the local file"
             ) from error
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    if os.path.isfile(os.path.join(folder, CONFIG)) and (folder == path or path.endswith(TENSORS)):
+        raise AuroraError(f"{key}: {folder} is an adapter, not a backbone; name it by model.adapter, or adapter=")
     if not os.path.isfile(path):
-        raise AuroraError(f"{key}: no such file: {path}")
+        kind = "a folder; name the file of weights in it" if folder == path else "no such file"
+        raise AuroraError(f"{key}: {kind}: {path}")
     try:
-        if path.endswith(".safetensors"):
+        found = tensor_format(path)
+        if found == "safetensors":
             return load_file(path)
-        state = load_torch(path)
+        if found == "torch":
+            return load_torch(path)
+        raise ValueError(f"neither of safetensors nor of torch.save: it begins with {found}")
     except MemoryError:
         raise
     except Exception as error:  # torch, pickle, zipfile and safetensors each have errors of their own
         raise AuroraError(f"{key}: {path} is not a readable checkpoint ({why_unreadable(error)})") from error
-    state = state.get("model", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise AuroraError(f"{key}: {path} holds no state dict of tensors")
+
+
+def without_prefixes(state: dict[str, Tensor], known: Collection[str]) -> dict[str, Tensor]:
+    """A state dict under the names of a model's weights, without what wrappers have put before them.
+
+    Args:
+        state: as read.
+        known: the names; as long as one of them is there, nothing is taken away.
+    """
+    state = {name.replace(COMPILED, ""): value for name, value in state.items()}
+    while not state.keys() & set(known):
+        prefix = next((one for one in PREFIXES if any(name.startswith(one) for name in state)), None)
+        if prefix is None:
+            break
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
+
+
+def other_kind(content: Any) -> str:
+    """What a file is that is no whole backbone, and the remedy, as text; empty if its content does not tell."""
+    if isinstance(content, dict) and content.keys() >= RUN_ENTRIES:
+        return (
+            "; it is a run's checkpoint, which holds what was trained alone: take the run's adapter_best by "
+            "model.adapter, evaluate it by run.resume_ckpt_path, or make a backbone by lavis-aurora merge"
+        )
+    if any("vision_model." in name for name in _state_dict(content, "", "")):
+        return "; its names are those of Hugging Face: take the file of the model's own release, e.g. model_base.pth"
+    return ""
 
 
 def _fit(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
@@ -124,61 +181,44 @@ def load_backbone(model: nn.Module, state: dict[str, Tensor], source: str, new_k
     logging.info("loaded %d weights from %s%s", len(state) - len(unknown), source, ignored)
 
 
-# The types of LAVIS that stand in for those which only this package has.
-PLAIN_TYPES = {"blip_retrieval": "coco", "blip_vqa": "vqav2"}
-# What LAVIS's BLIP reads of its YAML that decides shapes or scores.
-BLIP_KEYS = (
-    *("image_size", "vit_type", "vit_layer_norm_epsilon", "med_config_path"),
-    *("embed_dim", "queue_size", "max_txt_len"),
-)
-# What of a section says where weights come from.
-LOADING_KEYS = ("arch", "model_type", "load_finetuned", "finetuned", "pretrained")
+def load_checked(model: nn.Module, load: Callable[[str], Any], source: str, key: str) -> Any:
+    """Let a model of LAVIS load a checkpoint in any form that :func:`read_state_dict` reads.
 
-
-def loading_instructions(arch: str, settings: BlipAuroraConfig | ModeApproxModelConfig, file: Path) -> str:
-    """The ``model:`` section with which LAVIS loads a merged checkpoint, or why none does, as text.
+    LAVIS takes what has the names of its weights, and leaves the others as they are.
 
     Args:
-        arch: registered name of the model that was merged.
-        settings: what it was built from.
-        file: the checkpoint.
+        model: of LAVIS.
+        load: its own method, which takes a path.
+        source: URL or path.
+        key: the YAML key that names it, for messages.
+
+    Raises:
+        AuroraError: none of the model's weights are there, or the file is of another kind.
     """
-    if isinstance(settings, ModeApproxModelConfig):
-        arch, base = settings.base["arch"], settings.base
-        inside = getattr(registry.get_model_class(arch), "CONFIG_CLASS", None)
-        if inside is None:
-            own = {key: value for key, value in base.items() if key not in LOADING_KEYS}
-            return _section(arch, base.get("model_type"), own, {}, file)
-        blip: BlipAuroraConfig = parse_config(inside, base, "model.base")
-    else:
-        blip = settings
-    arch = arch.removesuffix("_aurora")
-    if blip.vit is not None:
-        sizes = ", ".join(f"{key} {value}" for key, value in vars(blip.vit).items())
-        return (
-            f"no YAML of plain LAVIS loads it: LAVIS builds its ViT base and its ViT large only, and this one has "
-            f"{sizes}; in Python, give LAVIS's {arch} such towers and call its load_checkpoint"
-        )
-    own = {key: getattr(blip, key) for key in BLIP_KEYS if hasattr(blip, key)}
-    # What LAVIS takes where its YAML says nothing is what this package does.
-    unsaid = {key: getattr(type(blip)(), key) for key in own}
-    return _section(arch, blip.model_type, own, unsaid, file)
-
-
-def _section(arch: str, model_type: str | None, own: Mapping[str, Any], unsaid: Mapping[str, Any], file: Path) -> str:
-    """What ``own`` changes of LAVIS's defaults for the type, which are ``unsaid`` where its YAML has none."""
-    plain = registry.get_model_class(arch)
-    if model_type not in plain.PRETRAINED_MODEL_CONFIG_DICT:
-        model_type = PLAIN_TYPES[arch]
-    written: Any = OmegaConf.to_container(OmegaConf.load(plain.default_config_path(model_type)).model)
-    defaults = {**unsaid, **written}
-    if "load_finetuned" not in defaults:
-        return f"LAVIS's {arch} reads no checkpoint from a YAML; in Python, model.load_checkpoint({str(file)!r}) does"
-    model = {"arch": arch, "model_type": model_type, "load_finetuned": True, "finetuned": str(file)}
-    model.update({k: v for k, v in own.items() if k == "image_size" or k not in defaults or defaults[k] != v})
-    same = ", and processors of the same image_size" if "image_size" in model else ""
-    section = OmegaConf.to_yaml({"model": model}).rstrip()
-    return f"LAVIS's {arch} loads it, in a YAML by these keys{same}:\n{section}"
+    content, own = read_content(source, key), model.state_dict().keys()
+    state = without_prefixes(_state_dict(content, source, key), own)
+    # Momentum copies start as the weights, of which some of LAVIS's loaders ask for copies.
+    copies = {name: re.sub(r"^(\w+)_m\.", r"\1.", name) for name in own - state.keys()}
+    state |= {name: state[original] for name, original in copies.items() if original in state}
+    with TemporaryDirectory() as folder:
+        path, as_lavis = os.path.expanduser(source), content.get("model")
+        if not isinstance(as_lavis, dict) or as_lavis.keys() != state.keys() or path.endswith(".safetensors"):
+            path = os.path.join(folder, "checkpoint.pth")
+            torch.save({"model": state}, path)
+        try:
+            message = load(path)
+        except (KeyError, RuntimeError) as error:
+            raise AuroraError(f"{key} {source} does not fit the model ({error}){other_kind(content)}") from error
+    later = re.compile(r"\w+_m\.|mode_approx\.|.*(queue|position_ids)")
+    wanted = {name for name in own if not later.match(name)}
+    missing = wanted & set(getattr(message, "missing_keys", ()))
+    lacks = f"{key} {source} lacks {len(missing)} of {len(wanted)} weights of the model"
+    parts = abbreviated(sorted({name.partition(".")[0] for name in missing}))
+    if missing and (missing == wanted or other_kind(content)):
+        raise AuroraError(f"{lacks}: {parts}{other_kind(content)}")
+    if missing:
+        logging.warning("%s, which stay as they are: %s", lacks, parts)
+    return message
 
 
 SOURCES = ("pretrained", "tokenizer", "med_config_path")
@@ -224,7 +264,7 @@ def load_model_and_preprocess(
         raise AuroraError(f"{adapter} is an adapter of {shown(described['arch'])}, not of {name}")
     cls, model_type = _class_and_type(name, model_type or described.get("model_type"))
     given = {"pretrained": pretrained, "tokenizer": tokenizer, "med_config_path": med_config_path}
-    sources = {key: str(value) for key, value in given.items() if value is not None}
+    sources = {key: os.path.expanduser(str(value)) for key, value in given.items() if value is not None}
     if adapter is None and not sources:
         return lavis.models.load_model_and_preprocess(name, model_type, is_eval=is_eval, device=device)  # type: ignore
     if not hasattr(cls, "CONFIG_CLASS"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,9 @@ def broadcast_seed(device: torch.device) -> int:
 @lru_cache(maxsize=1)
 def _gloo_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
     """The processes of ``world``, talking from CPU to CPU."""
-    return world if "gloo" in dist.get_backend_config(world) else dist.new_group(backend="gloo")
+    if "gloo" in dist.get_backend_config(world):
+        return world
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))  # a number for those outside; there are none
 
 
 def all_reduce_max_length(length: int) -> int:
@@ -49,7 +52,8 @@ def gather(tensor: Tensor, with_grad: bool = False) -> Tensor:
     if not is_dist_avail_and_initialized():
         return tensor
     rows = (all_gather_with_grad if with_grad else concat_all_gather)(tensor.contiguous())
-    return rows.unflatten(0, (get_world_size(), -1)).transpose(0, 1).flatten(0, 1)
+    ordered: Tensor = rows.unflatten(0, (get_world_size(), -1)).transpose(0, 1).flatten(0, 1)
+    return ordered
 
 
 def sample_hard_negatives(logits: Tensor, same: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

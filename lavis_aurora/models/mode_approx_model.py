@@ -24,7 +24,7 @@ from lavis_aurora.adapters.switching import (
 )
 from lavis_aurora.common.errors import AuroraError, did_you_mean, shown
 from lavis_aurora.common.paths import package_file, use_weights_folder
-from lavis_aurora.config.adapter_settings import portable_settings, type_settings
+from lavis_aurora.config.adapter_settings import fit_picture_size, portable_settings, type_settings
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.method import ModeApproxConfig
 from lavis_aurora.config.models import ModeApproxModelConfig
@@ -32,6 +32,7 @@ from lavis_aurora.mode_approx.factors import ModeFactors
 from lavis_aurora.mode_approx.inject import inject_mode_approx
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.base import AuroraBase
+from lavis_aurora.models.loading import load_checked
 from lavis_aurora.models.owner import (
     RunState,
     describe_text,
@@ -109,7 +110,7 @@ class ModeApproxModel(AdapterOwner, RunState, BaseModel):
         if issubclass(base_cls, AuroraBase) and settings.base.setdefault("tuning", "full") != "full":
             raise AuroraError(f"model.base.tuning: leave it out; mode_approx itself tunes the {arch}")
         use_weights_folder()
-        base = base_cls.from_config(OmegaConf.create(settings.base))
+        base = _build_base(base_cls, OmegaConf.create(settings.base))
         model = cls(base, settings.mode_approx, settings.modules_to_save)
         model.settings = settings
         load_configured_adapter(model, settings)
@@ -196,7 +197,11 @@ class ModeApproxModel(AdapterOwner, RunState, BaseModel):
 
     def load_checkpoint(self, url_or_filename: str) -> Any:
         """Load a checkpoint of the base, unmodified, by the base's own rules; the factors stay as they are."""
-        message = self.base.load_checkpoint(url_or_filename)
+        load = self.base.load_checkpoint
+        if isinstance(self.base, AuroraBase):
+            message = load(url_or_filename)
+        else:
+            message = load_checked(self.base, load, url_or_filename, "checkpoint")
         self.mode_approx.keep_base_heads()
         return message
 
@@ -222,6 +227,7 @@ class ModeApproxModel(AdapterOwner, RunState, BaseModel):
             path = _base_config_path(base["arch"], base["model_type"], "")
             preprocess = OmegaConf.load(path).get("preprocess") or OmegaConf.create()
             preprocess = OmegaConf.to_container(preprocess, resolve=True)
+            fit_picture_size(preprocess, base.get("image_size"))
         return {
             "arch": "mode_approx",
             "model_type": "default",
@@ -246,6 +252,30 @@ class ModeApproxModel(AdapterOwner, RunState, BaseModel):
         """Let the momentum teacher start as the adapter that is trained."""
         if name == "default":
             reset_teacher(self.base, self.mode_approx)
+
+
+class CheckedLoading:
+    """In front of a model of LAVIS while it is built: its checkpoints are those that :func:`load_checked` takes."""
+
+    def load_checkpoint(self, url_or_filename: str) -> Any:
+        return load_checked(self, super().load_checkpoint, url_or_filename, "model.base.finetuned")
+
+    def load_from_pretrained(self, url_or_filename: str, *args, **kwargs) -> Any:
+        def load(path: str) -> Any:
+            return super(CheckedLoading, self).load_from_pretrained(path, *args, **kwargs)
+
+        return load_checked(self, load, url_or_filename, "model.base.pretrained")
+
+
+def _build_base(cls: type[Any], cfg: DictConfig) -> nn.Module:
+    """The model that ``cls`` builds, which loads by LAVIS's own rules what is no half of a checkpoint."""
+    if issubclass(cls, AuroraBase) or not hasattr(cls, "load_checkpoint"):
+        return cls.from_config(cfg)
+    checked = type(cls.__name__, (CheckedLoading, cls), {})
+    base = checked.from_config(cfg)
+    if type(base) is checked:
+        base.__class__ = cls
+    return base
 
 
 def _base_config_path(arch: str | None, model_type: str | None, prefix: str) -> str:

@@ -23,7 +23,7 @@ from lavis_aurora.adapters.sets import AdapterSets
 from lavis_aurora.adapters.switching import AdapterOwner, reset_teacher
 from lavis_aurora.common.errors import AuroraError, abbreviated, shown
 from lavis_aurora.common.summary import lavis_version
-from lavis_aurora.config.adapter_settings import portable_settings
+from lavis_aurora.config.adapter_settings import fit_picture_size, portable_settings
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import BlipAuroraConfig, ModeApproxModelConfig
 from lavis_aurora.encoders.towers import compile_layers
@@ -132,6 +132,7 @@ class AdapterOwnerMixin(AdapterOwner):
     def describe_adapter(self) -> dict[str, Any]:
         """Registered name and type, settings that differ from the type's defaults, and the type's preprocessing."""
         defaults, preprocess = self._type_defaults()
+        fit_picture_size(preprocess, self.settings.image_size)
         own = portable_settings(type(self), asdict(self.settings), defaults)
         settings = {
             key: value

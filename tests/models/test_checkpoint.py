@@ -2,11 +2,17 @@ import argparse
 
 import pytest
 import torch
+from lavis.common.registry import registry
+from lavis.models.blip_models.blip_retrieval import BlipRetrieval
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
-from tiny import tiny_model
+from tiny import lavis_towers, tiny_config, tiny_model
 
-from lavis_aurora import AuroraError
+from lavis_aurora import AuroraError, load_adapter, load_model_and_preprocess, save_adapter
+from lavis_aurora.encoders.towers import build_tokenizer
+from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.models.loading import is_finite, read_state_dict
+from lavis_aurora.models.mode_approx_model import ModeApproxModel
 
 
 @pytest.fixture
@@ -114,3 +120,172 @@ def test_a_file_without_tensors_is_refused(tmp_path):
     torch.save({"model": {"a": "b"}}, path)
     with pytest.raises(AuroraError, match="no state dict of tensors"):
         read_state_dict(str(path), "model.pretrained")
+
+
+# Forms of a file
+
+
+def with_prefix(prefix: str):
+    return lambda plain: {"model": {prefix + key: value for key, value in plain.items()}}
+
+
+class PlainTiny(BlipRetrieval):
+    """LAVIS's model of the tiny size, which loads by LAVIS's rules."""
+
+    PRETRAINED_MODEL_CONFIG_DICT = {"tiny": BlipRetrievalAurora.PRETRAINED_MODEL_CONFIG_DICT["tiny"]}
+
+    @classmethod
+    def init_tokenizer(cls):
+        return build_tokenizer(tiny_config().tokenizer)
+
+    @classmethod
+    def from_config(cls, cfg=None):
+        model = cls(*lavis_towers(tiny_config()), queue_size=16, embed_dim=cfg.embed_dim, negative_all_rank=False)
+        model.load_checkpoint_from_config(cfg)
+        return model
+
+
+@pytest.fixture
+def around(monkeypatch):
+    """Builds mode_approx around LAVIS's model with these weights."""
+    monkeypatch.setitem(registry.mapping["model_name_mapping"], "plain_tiny", PlainTiny)
+
+    def build(**weights) -> ModeApproxModel:
+        base = {"arch": "plain_tiny", "model_type": "tiny", **weights}
+        method = {"rank": 4, "targets": ["blip_retrieval"]}
+        return ModeApproxModel.from_config(
+            OmegaConf.create({"arch": "mode_approx", "base": base, "mode_approx": method})
+        )
+
+    return build
+
+
+FORMS = {
+    "bare": dict,
+    "state_dict": lambda plain: {"state_dict": plain, "epoch": 3},
+    "nested": lambda plain: {"model": {"state_dict": plain}},
+    "model_state_dict": lambda plain: {"model_state_dict": plain},
+    "deepspeed": lambda plain: {"module": plain},
+    **{prefix: with_prefix(prefix) for prefix in ("module.", "_orig_mod.", "model.")},
+    **{prefix: with_prefix(prefix) for prefix in ("module._orig_mod.", "_orig_mod.module.", "model.module.")},
+    "compiled parts": lambda plain: {key.replace(".", "._orig_mod.", 1): value for key, value in plain.items()},
+    "lightning": lambda plain: {
+        "state_dict": {**with_prefix("model.")(plain)["model"], "loss.weight": torch.ones(1)}
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_wrappers_and_prefixes_are_taken_away(plain, tmp_path, form):
+    torch.save(FORMS[form](plain), tmp_path / "blip.pth")
+    state = tiny_model(seed=1, pretrained=str(tmp_path / "blip.pth")).state_dict()
+    assert all(torch.equal(state[key], value) for key, value in plain.items())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_half_a_checkpoint_stays_half_a_checkpoint(plain, tmp_path, form):
+    torch.save(FORMS[form]({k: v for k, v in plain.items() if "blocks.1" not in k}), tmp_path / "blip.pth")
+    with pytest.raises(AuroraError, match=r"blip.pth lacks 12 weights of the model: visual_encoder.blocks.1."):
+        tiny_model(pretrained=str(tmp_path / "blip.pth"))
+
+
+@pytest.mark.parametrize(("made", "named"), [("safetensors", "blip.pth"), ("torch", "blip.safetensors")])
+def test_the_content_tells_the_format_and_not_the_name(plain, tmp_path, made, named):
+    path = tmp_path / named
+    save_file(plain, path) if made == "safetensors" else torch.save(plain, path)
+    assert read_state_dict(str(path), "model.pretrained").keys() == plain.keys()
+
+
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>", b"version https://git-lfs.github.com/spec/v1"])
+def test_what_a_file_begins_with_is_shown(tmp_path, content):
+    (tmp_path / "blip.pth").write_bytes(content)
+    with pytest.raises(
+        AuroraError, match="neither of safetensors nor of torch.save: it begins with b'.*(DOC|git-lfs)"
+    ):
+        tiny_model(pretrained=str(tmp_path / "blip.pth"))
+
+
+def test_a_path_may_start_at_home(plain, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save(plain, tmp_path / "blip.pth")
+    tiny_model(pretrained="~/blip.pth")
+    model, _, _ = load_model_and_preprocess("blip_retrieval_aurora", "tiny", pretrained="~/blip.pth")
+    save_adapter(model, "~/adapter")
+    again = load_model_and_preprocess("blip_retrieval_aurora", adapter="~/adapter", pretrained="~/blip.pth")[0]
+    load_adapter(again, "~/adapter", "another")
+    assert (tmp_path / "adapter").is_dir()
+
+
+# What is no backbone
+
+
+def huggingface(plain):
+    """Names of transformers' BlipForImageTextRetrieval."""
+    rows = [("visual_encoder.blocks", "vision_model.encoder.layers"), ("visual_encoder", "vision_model.embeddings")]
+    for ours, theirs in rows:
+        plain = {key.replace(ours, theirs): value for key, value in plain.items()}
+    return plain
+
+
+def run_checkpoint(plain):
+    entries = {"optimizer": {}, "scaler": None, "epoch": 0, "step": 1, "best_metric": 0.0, "best_epoch": None}
+    return {"model": tiny_model().run_state(), "queue": {}, **entries}
+
+
+OTHERS = {
+    "run": (run_checkpoint, "it is a run's checkpoint.*model.adapter.*run.resume_ckpt_path"),
+    "huggingface": (huggingface, "names are those of Hugging Face.* e.g. model_base.pth"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_checkpoints_are_refused_with_the_remedy(plain, tmp_path, around, kind):
+    make, remedy = OTHERS[kind]
+    path = str(tmp_path / "checkpoint_best.pth")
+    torch.save(make(plain), path)
+    for build, weights in (
+        (tiny_model, {"pretrained": path}),
+        (around, {"pretrained": path, "load_finetuned": False}),
+        (around, {"finetuned": path, "load_finetuned": True}),
+    ):
+        with pytest.raises(AuroraError, match=f"checkpoint_best.pth .*{remedy}"):
+            build(**weights)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("key", ["finetuned", "pretrained"])
+def test_lavis_own_models_read_the_same_forms(plain, tmp_path, around, form, key):
+    torch.save(FORMS[form](plain), tmp_path / "blip.pth")
+    model = around(**{key: str(tmp_path / "blip.pth"), "load_finetuned": key == "finetuned"})
+    assert type(model.base) is PlainTiny
+    state = model.base.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in plain.items() if name in state)
+    assert torch.equal(state["visual_encoder_m.cls_token"], plain["visual_encoder.cls_token"])
+
+
+def test_what_lavis_own_models_lack_is_said(plain, tmp_path, around, caplog):
+    path = tmp_path / "blip.safetensors"
+    save_file({name: value for name, value in plain.items() if not name.startswith("itm_head")}, path)
+    model = around(finetuned=str(path), load_finetuned=True)
+    assert "lacks 2 of " in caplog.text and "which stay as they are: itm_head" in caplog.text
+    model.load_checkpoint(str(path))
+    save_file({"x": torch.ones(1)}, path)
+    with pytest.raises(AuroraError, match="model.base.finetuned .* lacks .* weights of the model: "):
+        around(finetuned=str(path), load_finetuned=True)
+    with pytest.raises(AuroraError, match="checkpoint .* lacks .* weights of the model: "):
+        model.load_checkpoint(str(path))
+
+
+def test_an_adapter_is_refused_with_the_key_to_name_it_by(tmp_path):
+    save_adapter(tiny_model(), tmp_path)
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        with pytest.raises(AuroraError, match="model.pretrained: .* is an adapter, .* name it by model.adapter"):
+            tiny_model(pretrained=str(path))
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(AuroraError, match="model.pretrained: a folder; name the file of weights in it"):
+        tiny_model(pretrained=str(tmp_path))
+
+
+def test_a_checkpoint_of_full_tuning_is_a_backbone(plain, tmp_path):
+    torch.save({**run_checkpoint(plain), "model": tiny_model(tuning="full").run_state()}, tmp_path / "x.pth")
+    tiny_model(pretrained=str(tmp_path / "x.pth"))
