@@ -76,7 +76,7 @@ def check_model(task: type[BaseTask], model: nn.Module, cfg: Any) -> None:
 
 def _check_main(task: type[BaseTask], method: Any, cfg: Any) -> None:
     """Refuse what LAVIS's main branch cannot evaluate: there some tasks give the model what not each takes."""
-    lavis_task = next((cls for cls in task.__mro__ if cls in MAIN_ARGUMENTS), None)
+    lavis_task: Any = next((cls for cls in task.__mro__ if cls in MAIN_ARGUMENTS), None)
     if lavis_version() != MAIN or lavis_task is None or task.valid_step is not lavis_task.valid_step:
         return
     taken, given = inspect.signature(method).parameters.keys(), MAIN_ARGUMENTS[lavis_task]
@@ -205,7 +205,7 @@ class LavisTaskMixin(BaseTask):
                 if getattr(dataset, "coco_fmt_qust_file", None) is not None:
                     self.ques_files[split] = dataset.coco_fmt_qust_file
                     self.anno_files[split] = dataset.coco_fmt_anno_file
-                self.answer_list = getattr(dataset, "answer_list", self.answer_list)
+                self.answer_list: Any = getattr(dataset, "answer_list", self.answer_list)
         return datasets
 
     def evaluation(self, model: nn.Module, data_loader: Any, **_kwargs: Any) -> Any:
