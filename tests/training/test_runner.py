@@ -32,6 +32,7 @@ def test_a_run_leaves_configuration_checkpoints_results_and_log(tmp_path, capsys
     folder = only_run(tmp_path)
     assert {p.name for p in folder.iterdir()} == {
         "config.yaml",
+        "data.json",
         "log.txt",
         "summary.json",
         "checkpoint_best.pth",
