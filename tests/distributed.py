@@ -1,10 +1,11 @@
-"""Run a function in several processes on this machine, over gloo."""
+"""Run a function, or a program of this project, in processes of their own; functions in several, over gloo."""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lavis_aurora_compat  # noqa: F401
@@ -12,6 +13,14 @@ import lavis_aurora_compat  # noqa: F401
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """This process's environment, for a program of this project; it finds the LAVIS that this process has."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, **more}
 
 
 def free_port() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed import child_environment
 from lavis.common.registry import registry
 from runs import logged, only_run
 from tiny import SPLITS, tiny_config, write_pictures
@@ -192,7 +192,7 @@ def test_torchrun_with_two_processes_trains_and_tests_on_videos(tmp_path, capsys
         str(ROOT / "train.py"),
         *arguments("msrvtt_ret", tmp_path / "two/output", *options),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "AURORA_DATA": str(data)}
+    environment = child_environment(AURORA_DATA=str(data))
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     logs = []

@@ -2,13 +2,13 @@
 
 import copy
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from distributed import child_environment
 from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from lavis.models.blip_models.blip_vqa import BlipVQA
 from lavis.models.med import XBertLMHeadDecoder
@@ -114,7 +114,7 @@ def test_from_tuning_to_plain_lavis(tmp_path, monkeypatch):
     folder = run / "adapter_best"
     command = [sys.executable, str(ROOT / "evaluate.py"), "--cfg-path", str(yaml), "--options"]
     options = [f"model.adapter={folder}", f"run.output_dir={tmp_path / 'again'}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = child_environment()
     done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     [again] = (tmp_path / "again").iterdir()

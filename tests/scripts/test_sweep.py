@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from distributed import child_environment
 from processes import LOG, ROOT
 from sweep import DONE, build_cells, cell_name, last_error, main, parse_grid, time_left
 from tiny import project_yaml
@@ -166,7 +166,7 @@ def test_a_sweep_that_is_killed_leaves_no_runs_behind_and_goes_on(tmp_path):
     yaml = project_yaml(tmp_path, run={"max_epoch": 30, "checkpoint_every": 1, "num_workers": 1})
     command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), "--cfg-path", str(yaml), "--jobs", "2"]
     command += ["--output", str(tmp_path / "sweep"), "--grid", "run.seed=1,2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = child_environment()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     deadline = time.time() + 600
     while len(list((tmp_path / "sweep").glob("*/*/checkpoint_latest.pth"))) < 2:

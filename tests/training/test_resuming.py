@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed import free_port
+from distributed import child_environment, free_port
 from omegaconf import OmegaConf
 from runs import assert_same, final, only_run
 from tiny import project_yaml
@@ -68,7 +68,7 @@ def command(yaml: Path, processes: int = 1) -> list[str]:
 
 
 def start(yaml: Path, processes: int = 1) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = child_environment()
     return subprocess.Popen(
         command(yaml, processes), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -520,7 +520,7 @@ def start_agent(yaml: Path, *launcher: str, options: tuple[str, ...] = ()) -> su
     """``torch.distributed.run`` with these arguments."""
     parts = [sys.executable, "-m", "torch.distributed.run", *launcher, str(ROOT / "train.py")]
     parts += ["--cfg-path", str(yaml), *(["--options", *options] if options else [])]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = child_environment()
     log = (yaml.parent / f"agent_{time.time_ns()}.log").open("w+")
     return subprocess.Popen(parts, env=environment, stdout=log, stderr=log, text=True)
 

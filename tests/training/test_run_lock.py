@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from distributed import child_environment
 from tiny import project_yaml
 
 from lavis_aurora.common.errors import AuroraError
@@ -36,7 +37,7 @@ with RunLock() as lock:
 
 
 def launch(*command: object) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = child_environment()
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
         env=environment,

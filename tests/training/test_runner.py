@@ -1,13 +1,13 @@
 """Whole runs through the command line's entry, on a tiny project."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from distributed import child_environment
 from omegaconf import OmegaConf
 from runs import logged, only_run
 from tiny import project_yaml
@@ -220,7 +220,7 @@ def test_torchrun_with_two_processes_trains_and_tests_as_one(tmp_path):
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
         command = [sys.executable, *launcher, str(ROOT / "train.py"), "--cfg-path", str(yaml)]
         command += ["--options", f"run.batch_size_train={batch}"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = child_environment()
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         output = only_run(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from distributed import child_environment
 from lavis.tasks.vqa import VQATask
 from omegaconf import OmegaConf
 from runs import logged, only_run
@@ -108,7 +108,7 @@ def test_torchrun_with_two_processes_trains_and_answers_as_one(tmp_path):
         else:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
             command = [sys.executable, *launcher, str(ROOT / "train.py"), "--cfg-path", str(yaml)]
-            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            environment = child_environment()
             command += ["--options", *options]
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stderr[-3000:]

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from distributed import child_environment
 from tiny import project_yaml
 
 from lavis_aurora.training.checkpoints import read_checkpoint
@@ -22,7 +23,7 @@ PATIENCE = 600  # seconds that a run may take on a busy machine
 def start(yaml: Path, processes: int, *options: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     command += [str(ROOT / "train.py"), "--cfg-path", str(yaml), *(["--options", *options] if options else [])]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = child_environment()
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
