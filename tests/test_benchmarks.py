@@ -214,7 +214,7 @@ def test_vqav2_trains_and_answers(tmp_path):
     folder = only_run(tmp_path)
     assert finite(logged(folder, "train_loss")[0])
     answers = json.loads((folder / "result" / "test_epoch_0_vqa_result.json").read_text())
-    assert len(answers) == COUNT and all(set(entry) == {"question_id", "answer"} for entry in answers)
+    assert len(answers) == COUNT and all(set(entry) == {"question_id", "answer", "confidence"} for entry in answers)
 
 
 @pytest.mark.parametrize("method", [[], ["run.inference_method=rank"]], ids=["generate", "rank"])
