@@ -264,7 +264,11 @@ def _sound(frames: Iterator[VideoFrame]) -> Iterator[VideoFrame]:
 
 def _pixels(frame: VideoFrame) -> NDArray[np.uint8]:
     """RGB, (height, width, 3), turned and mirrored as the file says (phones note how they were held)."""
-    pixels = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+    import av
+
+    # One thread, as before PyAV 17: freed after a fork, a frame would wait for threads that are not there.
+    threads: dict[str, Any] = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
+    pixels = np.asarray(frame.to_ndarray(format="rgb24", **threads), np.uint8)
     notes: Any = frame.side_data
     if "DISPLAYMATRIX" not in notes:
         return pixels

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from av.stream import Disposition
+from distributed import child_environment
 from tiny_video import OFFSET, STEP, frame_numbers, write_clip
 
 from lavis_aurora.common.media import BrokenVideo, read_frames
@@ -191,3 +194,19 @@ def test_the_cover_of_a_sound_file_is_no_video(tmp_path: Path) -> None:
         container.mux(sound.encode())
     with pytest.raises(BrokenVideo, match="no video in it"):
         read_frames(str(path), torch.arange)
+
+
+def test_frames_that_were_read_do_not_hold_up_a_forked_process(tmp_path):
+    """Data processes are forked, and may free what the main one has read; threads are not forked with it."""
+    path = encode(tmp_path / "h264.mp4", gray(size=(256, 192)))
+    program = f"""
+import gc, os, sys, torch
+torch.set_num_threads(1)
+from lavis_aurora.common.media import read_frames
+gc.disable()  # frames in circles stay
+before = len(os.listdir("/proc/self/task"))
+read_frames({str(path)!r}, torch.arange)
+sys.exit(len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=child_environment(), timeout=120)
+    assert done.returncode == 0
