@@ -3,8 +3,8 @@ r"""Compare ways of tuning by what they train: each at its own best rate, chosen
     python scripts/comparison.py --task pictures --jobs 2
     python scripts/comparison.py --task clips --methods aurora_attention lora_attention --budgets 25k
 
-A method is a YAML of projects/aurora/comparison: its options, its size at each budget, and the rates to try. The
-rates are compared with one seed; the best is run with two more. Each run leaves a record in
+A method is a YAML of scripts/comparison: its options, its size at each budget, and the rates to try. The rates
+are compared with one seed; the best is run with two more. Each run leaves a record in
 docs/comparison/TASK.json, which is kept with the project: the same command runs what is missing there, and prints the
 table. Another method is another YAML.
 """
@@ -36,7 +36,7 @@ from lavis_aurora.common.summary import read_summary
 from lavis_aurora.config.check import read_yaml
 
 TASKS = {"pictures": "demo_ret.yaml", "clips": "demo_video.yaml", "questions": "demo_vqa.yaml"}
-METHODS = ROOT / "projects" / "aurora" / "comparison"
+METHODS = ROOT / "scripts" / "comparison"
 RESULTS = ROOT / "docs" / "comparison"
 SEEDS = (1, 2, 3)  # the first compares the rates
 Record = dict[str, Any]
@@ -256,7 +256,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=TASKS, default="pictures", help="default: %(default)s")
-    parser.add_argument("--methods", nargs="+", help="names of YAMLs of projects/aurora/comparison; default: all")
+    parser.add_argument("--methods", nargs="+", help="names of YAMLs of scripts/comparison; default: all")
     parser.add_argument("--budgets", nargs="+", help="of adapter parameters, as these YAMLs name them; default: all")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="the same for all runs")
     parser.add_argument("--output", type=Path, default=Path("output/comparison"), help="folder of the runs")

@@ -52,6 +52,8 @@ def epoch_of(dataset, workers: int, batch: int = 2, seed: int = 0, epoch: int = 
 class Numbers(BaseDataset):
     """Without files."""
 
+    vis_processor = None  # none of its samples has a picture to read
+
     def __init__(self) -> None:
         self.annotation, self.vis_root = [{"image": "0.jpg"}, {"image": "1.jpg"}], ""
 
