@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # where no video is read, PyAV is not imported
 PLAIN_MODES = ("1", "L", "RGB", "CMYK", "YCbCr")
 # Formats with grey of 16 bits in mode I; in others it has 32, of which nothing says which value is white.
 DEEP_FORMATS = ("PNG", "PPM")
+# Tags of TIFF.
+BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 # Formats whose index names every frame's time, so that seeking is exact.
 INDEXED = ("mov", "matroska")
 # A file is cut off if so large a share of its time is missing, and a second more: durations are often rounded.
@@ -50,10 +52,12 @@ def load_picture(source: str | os.PathLike[str] | BinaryIO) -> Image.Image:
     Raises:
         AuroraError: it is no picture, or not a whole one; the message names the file.
     """
+    if not isinstance(source, (str, os.PathLike)) and not hasattr(source, "read"):
+        raise AuroraError(f"load_picture: {type(source).__name__} cannot be read; it takes a path or an open file")
     try:
         return read_picture(source)
     except Exception as error:  # each of PIL's formats has errors of its own
-        name = getattr(source, "name", "the picture") if hasattr(source, "read") else os.fspath(source)
+        name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "the picture")
         raise AuroraError(f"cannot read {name} ({type(error).__name__}: {error})") from error
 
 
@@ -106,7 +110,10 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     if not deep and (mode == "F" or picture.format not in DEEP_FORMATS):
         raise ValueError(f"nothing says which value is white in its mode, {mode}; convert it to 8 bits a channel")
     values = np.asarray(picture)
-    eight = Image.fromarray((values >> 8).astype(np.uint8))
+    tags: Any = getattr(picture, "tag_v2", {})  # of TIFF, which has values of 9 to 15 bits too, and white as zero
+    eight = Image.fromarray((values >> tags.get(BITS, (16,))[0] - 8).astype(np.uint8))
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        eight = ImageOps.invert(eight)
     if "transparency" in picture.info:
         eight.putalpha(Image.fromarray(np.where(values == picture.info["transparency"], 0, 255).astype(np.uint8)))
     return eight

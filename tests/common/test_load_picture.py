@@ -260,3 +260,31 @@ def test_while_any_thread_reads_no_half_file_is_filled_up() -> None:
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
     second.__exit__(None, None, None)
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def tiff(bits: int, photometric: int, data: bytes) -> io.BytesIO:
+    """Four by four pixels of grey, as the TIFF specification has them (tags 256 to 279)."""
+    start = 8 + len(data)
+    tags = {256: 4, 257: 4, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 4, 279: len(data)}
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    return io.BytesIO(b"II*\0" + struct.pack("<I", start) + data + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+
+@pytest.mark.parametrize(
+    ("bits", "photometric", "data", "grey"),
+    [
+        (16, 1, b"\xff" * 32, 255),
+        (16, 0, b"\xff" * 32, 0),
+        (16, 0, bytes(32), 255),
+        (12, 1, b"\xff" * 24, 255),
+        (8, 0, bytes(16), 255),
+    ],
+)
+def test_grey_of_tiff_is_read_by_its_tags(bits, photometric, data, grey):
+    assert set(np.asarray(load_picture(tiff(bits, photometric, data))).flat) == {grey}
+
+
+@pytest.mark.parametrize("source", [None, b"\x89PNG", np.zeros((2, 2, 3), np.uint8), Image.new("RGB", (2, 2))])
+def test_what_is_no_file_is_said_in_a_line(source):
+    with pytest.raises(AuroraError, match=f"load_picture: {type(source).__name__} cannot be read; it takes a path"):
+        load_picture(source)
