@@ -49,7 +49,11 @@ class Benchmark(NamedTuple):
         """What all names of the same picture or video have in common."""
         found = re.fullmatch(self.name, item)
         if found is None:
-            raise AuroraError(f"{path}: {shown(item)} is no name of a {self.media} of this benchmark")
+            own = "own" if self.media == "image" else "own_video"
+            raise AuroraError(
+                f"{path}: {shown(item)} is no name of a {self.media} of this benchmark; files of your own are for "
+                f"`convert {own}`"
+            )
         return found[1]
 
 
@@ -63,17 +67,18 @@ def _coco_file(key: str, item: str) -> str:
 
 
 _NUMBERED = r"(?:video)?(\d+)(?:\.\w+)?"
-_COCO = r"(?:.*/)?(?:COCO_\w+20\d\d_)?0*(\d+)(?:\.jpg)?"
+# Of published names alone the number is enough; in other folders it may be another picture's.
+_COCO = r"(?:(?:.*/)?(?:COCO_[a-z]+20\d\d_|(?:train|val|test)20\d\d/)|(?=\d+$|\d{12}\.jpg$))0*(\d+)(?:\.jpg)?"
 BENCHMARKS = {
     "msrvtt": Benchmark("video", _NUMBERED, r"video\d+(\.\w+)?", lambda key, item: f"video{key}.mp4"),
     "msrvtt_qa": Benchmark("video", _NUMBERED, _NUMBERED, lambda key, item: f"video{key}.mp4"),
     # The same video has several endings in different annotations, or a dot without one.
     "didemo": Benchmark("video", r"(.+?)(?:\.\w*)?", r"\d+@N\d\d_\d+.*", paragraphs=True),
-    "coco": Benchmark("image", _COCO, r"(.*/)?COCO_.*|(train|val)20\d\d/.*", _coco_file),
+    "coco": Benchmark("image", _COCO, r"(.*/)?(COCO_[a-z]+|(train|val)(?=20\d\d/))20\d\d[_/]\d+\.jpg", _coco_file),
     "flickr30k": Benchmark(
         "image",
-        r"(?:.*/)?(\d+)(?:\.jpg)?(?:#\d)?",
-        r"flickr30k.images/.*|\d{4,}\.jpg(#\d)?",
+        r"(?:(?:.*/)?flickr30k.images/|(?=\d{4}))(\d+)(?:\.jpg)?(?:#\d)?",
+        r"(.*/)?flickr30k.images/\d+\.jpg(#\d)?|\d{4,}\.jpg(#\d)?",
         lambda key, item: f"flickr30k-images/{key}.jpg",
     ),
     "own": Benchmark("image", "(.+)", "(?!)"),

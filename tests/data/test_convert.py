@@ -411,6 +411,38 @@ def test_numbers_of_another_split_name_it(tmp_path, msrvtt, published):
         main(msrvtt)
 
 
+# One's own
+
+
+@pytest.mark.parametrize("command", ["coco", "flickr30k"])
+def test_the_same_number_in_two_folders_is_not_one_picture(tmp_path, command):
+    entries = [{"image": "beach/1.jpg", "caption": "a dog"}, {"image": "city/1.jpg", "caption": "a tram"}]
+    (tmp_path / "train.json").write_text(json.dumps(entries))
+    argv = [str(tmp_path / "train.json"), "--output", str(tmp_path / "out"), "--allow-partial"]
+    expected = "train.json: 'beach/1.jpg' is no name .* of this benchmark; .*`convert own`"
+    with pytest.raises(AuroraError, match=expected):
+        main([command, *argv])
+    assert not (tmp_path / "out").exists()
+    main(["own", *argv])
+    assert [entry["image"] for entry in read(tmp_path / "out" / "train.json")] == ["beach/1.jpg", "city/1.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("coco", ["train2014/COCO_train2014_000000000009.jpg", "a/COCO_train2014_000000000009.jpg"]),
+        ("coco", ["train2017/000000000009.jpg", "images/train2017/000000000009.jpg"]),
+        ("flickr30k", ["flickr30k-images/1000092795.jpg", "a/flickr30k_images/1000092795.jpg", "1000092795.jpg#0"]),
+    ],
+)
+def test_published_names_of_one_picture(tmp_path, command, names):
+    entries = [{"image": name, "caption": name} for name in names]
+    (tmp_path / "train.json").write_text(json.dumps(entries))
+    main(["auto", str(tmp_path / "train.json"), "--output", str(tmp_path / command), "--allow-partial"])
+    [path] = (tmp_path / command).iterdir()
+    assert len({entry["image"] for entry in read(path)}) == 1
+
+
 # All
 
 
