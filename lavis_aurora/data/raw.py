@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, shown
 from lavis_aurora.common.files import read_json
-from lavis_aurora.data.layouts import SPLITS, Annotations, Row, read_annotations
+from lavis_aurora.data.layouts import SPLITS, Annotations, Row, has_words, read_annotations
 
 Entries = list[dict[str, Any]]
 Groups = dict[str, list[Row]]  # rows of each picture or video, by what all its names have in common
@@ -236,14 +237,35 @@ def advice(path: str, split: str, dataset: str) -> str:
     """What to type where LAVIS cannot read a dataset's file that the converter can; else nothing."""
     try:
         found = read_annotations(Path(path))
-        name = benchmark_of(found) or DATASETS.get(dataset, "")
-        whole = found.layout.kind == "whole"
-        if not name or not whole and not entries_of(name, split, splits_of(name, [(split, found)])[split])[0]:
+        name = DATASETS.get(dataset, "")
+        own = name.startswith("own")
+        whole = found.layout.kind == "whole" and not own
+        if not name or not own and not whole and benchmark_of(found) != name:
+            return ""
+        for row in found.rows:
+            BENCHMARKS[name].key(row.item, found.path)
+        if not whole and not _would_pass(name, split, found):
             return ""
     except (AuroraError, KeyError):
         return ""
     command = shlex.join([*COMMAND.split(), name, path if whole else f"{split}={path}"])
     return f"; `{command}` makes a file of it that LAVIS reads (docs/data.md)"
+
+
+def _would_pass(name: str, split: str, found: Annotations) -> bool:
+    """Whether the entries made of a file are others than it holds, and such as a run takes."""
+    made, _ = entries_of(name, split, splits_of(name, [(split, found)])[split])
+    items = {os.path.normpath(entry[BENCHMARKS[name].media]) for entry in made}
+    if not made or split != "train" and name != "msrvtt_qa" and len(items) < len(made):
+        return False
+    if any("question" in entry and not has_words(entry["question"]) for entry in made):
+        return False
+    try:
+        held = read_json(found.path)
+    except AuroraError:
+        return True
+    same = isinstance(held, list) and len(held) == len(made)
+    return not same or any(not entry.items() <= before.items() for entry, before in zip(made, held))
 
 
 # Of VQAv2's official files: keys of the file, the list it holds, and keys of each item.

@@ -315,6 +315,27 @@ def test_paragraphs_of_one_video_under_two_names_are_refused_with_a_command_that
             "own train=o.json",
         ),
         ("own_retrieval", "train", "x.json", "not json", None),
+        ("own_retrieval", "train", "o.json", '[{"image": "20231124.jpg", "caption": "b"}]', "own train=o.json"),
+        ("coco_retrieval", "train", "c.json", '[{"image": "a/1.jpg", "caption": "b", "image_id": null}]', None),
+        ("coco_retrieval", "train", "c.json", '[{"image": "a.jpg", "caption": "b"}]', None),
+        ("coco_retrieval", "val", "c.json", '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}', None),
+        ("flickr30k", "val", "c.json", '[{"image": "val2014/COCO_val2014_000000000009.jpg", "caption": "b"}]', None),
+        # Converted, they would be refused again.
+        (
+            "own_retrieval",
+            "val",
+            "o.json",
+            '[{"image": "a.jpg", "caption": ["b"]}, {"image": "./a.jpg", "caption": ["c"]}]',
+            None,
+        ),
+        (
+            "msrvtt_qa_aurora",
+            "train",
+            "q.json",
+            '[{"video_id": "video1", "question": "?...", "answer": "b"}, {"video_id": "video1", "question": "...", '
+            '"answer": "b"}]',
+            None,
+        ),
     ],
 )
 def test_a_file_in_the_layout_of_others_names_the_command(tmp_path, monkeypatch, dataset, split, name, text, command):
