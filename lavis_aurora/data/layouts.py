@@ -80,11 +80,12 @@ class Layout(NamedTuple):
 
 
 class Annotations(NamedTuple):
-    """A file that was read."""
+    """A file that was read; keys are those of its first entry, in order."""
 
     path: Path
     layout: Layout
     rows: list[Row]
+    keys: tuple[str, ...] = ()
 
 
 def _get(item: Any, key: str, path: Path, what: str) -> Any:
@@ -213,10 +214,10 @@ def _karpathy(content: dict[str, Any], path: Path) -> Iterator[Row]:
         yield Row(f"{folder}/{_get(image, 'filename', path, what)}", texts, split)
 
 
-def _keys(content: Any) -> set[str]:
-    """Keys of the file, or of its first entry."""
+def _keys(content: Any) -> dict[str, Any]:
+    """Keys of the file, or of its first entry, in order."""
     first = content[0] if isinstance(content, list) and content else content
-    return set(first) if isinstance(first, dict) else set()
+    return dict.fromkeys(first) if isinstance(first, dict) else {}
 
 
 def _with(*keys: str) -> Callable[[Any], bool]:
@@ -225,7 +226,7 @@ def _with(*keys: str) -> Callable[[Any], bool]:
 
 def _entries(*kinds: Sequence[str]) -> Callable[[Any], bool]:
     """Whether it is a list of entries that have one key of each kind."""
-    return lambda content: isinstance(content, list) and not any(_keys(content).isdisjoint(kind) for kind in kinds)
+    return lambda content: isinstance(content, list) and all(_keys(content).keys() & set(kind) for kind in kinds)
 
 
 def _splits(content: Any) -> bool:
@@ -257,7 +258,7 @@ def read_annotations(path: Path) -> Annotations:
     rows = list(layout.rows(content, path))
     if not rows:
         raise AuroraError(f"{path}: it is empty; a file of annotations has at least one entry")
-    return Annotations(path, layout, rows)
+    return Annotations(path, layout, rows, tuple(_keys(content)))
 
 
 def _content(path: Path) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, shown
 from lavis_aurora.common.files import read_json
-from lavis_aurora.data.layouts import SPLITS, Annotations, Row, has_words, read_annotations
+from lavis_aurora.data.layouts import SPLITS, TEXTS, Annotations, Row, has_words, read_annotations
 
 Entries = list[dict[str, Any]]
 Groups = dict[str, list[Row]]  # rows of each picture or video, by what all its names have in common
@@ -117,10 +117,18 @@ class Given(NamedTuple):
     lists: dict[str, dict[str, str]]
 
 
+def _refuse_texts_unknown(found: Annotations) -> None:
+    """Refuse a file that holds more than names, but no caption under a known key."""
+    if found.layout.kind == "list" and len(found.keys) > 1:
+        keys = ", ".join(map(shown, found.keys))
+        raise AuroraError(f"{found.path}: entries have {keys}, none of {', '.join(TEXTS)}; rename the caption's key")
+
+
 def _gather(name: str, sources: Sequence[tuple[str, Annotations]]) -> Given:
     given = Given({}, {}, {})
     files: dict[tuple[str, str], Path] = {}
-    for role, (path, layout, rows) in sources:
+    for role, found in sources:
+        path, layout, rows, _ = found
         if layout.kind != "list" and bool(rows[0].question) != (name == "msrvtt_qa"):
             raise AuroraError(f"{path}: it holds {layout.name}, which {name} has not")
         named = "" if layout.kind == "whole" else role_of(path)
@@ -128,6 +136,7 @@ def _gather(name: str, sources: Sequence[tuple[str, Annotations]]) -> Given:
             key, split = BENCHMARKS[name].key(row.item, path), role or row.split or named
             if layout.kind == "list":
                 if not split:
+                    _refuse_texts_unknown(found)
                     raise AuroraError(f"{path}: the names of which split? Give it as train={path}, or val, or test")
                 given.lists.setdefault(split, {})[key] = row.item
                 continue
@@ -156,6 +165,8 @@ def splits_of(name: str, sources: Sequence[tuple[str, Annotations]], protocol: s
     for part, keys in lists.items():
         lost = [item for key, item in keys.items() if key not in whole]
         if lost and part not in parts:
+            for _, found in sources:
+                _refuse_texts_unknown(found)
             raise AuroraError(
                 f"{name}: of the names listed for {part}, {len(lost)} have captions in none of the files, among them "
                 f"{lost[0]}; give all files of captions"
@@ -163,8 +174,12 @@ def splits_of(name: str, sources: Sequence[tuple[str, Annotations]], protocol: s
         parts.setdefault(part, {key: rows for key, rows in whole.items() if key in keys})
     if protocol in ("9k", "7k"):
         held_out = parts.get("test", parts.get("val"))
-        if held_out is None:
-            raise AuroraError(f"--test-csv: missing; split {protocol} is tested on MSRVTT_JSFUSION_test.csv")
+        if held_out is None and whole:
+            raise AuroraError(
+                f"--test-csv: missing; split {protocol} is tested on MSRVTT_JSFUSION_test.csv, without which {first} "
+                f"cannot be divided; give it so, or a file of the test as test=FILE"
+            )
+        held_out = held_out or {}
         unknown = [rows[0].item for key, rows in held_out.items() if key not in whole]
         if whole and unknown:
             raise AuroraError(
@@ -174,7 +189,7 @@ def splits_of(name: str, sources: Sequence[tuple[str, Annotations]], protocol: s
         left = {k: r for k, r in whole.items() if k not in held_out and (protocol == "9k" or r[0].split != "test")}
         if left:
             parts.setdefault("train", left)
-        parts = {"val": held_out, "test": held_out} | parts
+        parts = ({"val": held_out, "test": held_out} if held_out else {}) | parts
     else:
         for key, rows in whole.items():
             if rows[0].split and rows[0].split not in lists:

@@ -128,7 +128,7 @@ def test_other_numbers_than_published_are_refused(tmp_path, msrvtt, capsys):
     ("change", "message"),
     [
         (lambda a: [*a[:2], *a[3:]], "2 videos of the test are in none of the annotation files, among them video9"),
-        (lambda a: [*a[:3], *a[5:]], "--test-csv: missing; split 9k is tested on"),
+        (lambda a: [*a[:3], *a[5:]], "--test-csv: missing; split 9k is tested on .* as test=FILE"),
         (lambda a: [a[0], "absent.json", *a[3:]], "absent.json is not a readable file of annotations"),
         (lambda a: [*a[:3], "--test-csv", "absent.csv", *a[5:]], "absent.csv is not a readable file of annotations"),
     ],
@@ -156,6 +156,15 @@ def test_msrvtt_files_of_another_format(msrvtt, edit, message):
     path.write_text(json.dumps(content))
     with pytest.raises(AuroraError, match=message):
         main([*msrvtt, "--allow-partial"])
+
+
+@pytest.mark.parametrize("command", ["msrvtt", "auto"])
+def test_msrvtt_train_alone(tmp_path, published, command):
+    published("msrvtt 9k", train=1, test=2)
+    (tmp_path / "train.jsonl").write_text('{"clip_name": "video1", "caption": "a dog"}\n')
+    main([command, str(tmp_path / "train.jsonl"), "--output", str(tmp_path / "out")])
+    [path] = (tmp_path / "out").iterdir()
+    assert (path.name, read(path)) == ("retrieval_train.json", [{"video": "video1.mp4", "caption": "a dog"}])
 
 
 # DiDeMo
@@ -462,6 +471,17 @@ def test_published_names_of_one_picture(tmp_path, command, names):
     main(["auto", str(tmp_path / "train.json"), "--output", str(tmp_path / command), "--allow-partial"])
     [path] = (tmp_path / command).iterdir()
     assert len({entry["image"] for entry in read(path)}) == 1
+
+
+@pytest.mark.parametrize("role", ["", "train="])
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.json", '[{"image": "a.jpg", "title": "x"}]'), ("a.csv", "image,title\na.jpg,x\n")]
+)
+def test_an_unknown_key_of_captions(tmp_path, name, text, role):
+    (tmp_path / name).write_text(text)
+    expected = f"^{tmp_path}/{name}: entries have 'image', 'title', none of caption, captions, .*; rename"
+    with pytest.raises(AuroraError, match=expected):
+        main(["own", f"{role}{tmp_path}/{name}", "--output", str(tmp_path / "out")])
 
 
 # All
