@@ -233,6 +233,15 @@ def _splits(content: Any) -> bool:
     return isinstance(content, dict) and bool(content) and content.keys() <= SPLITS.keys()
 
 
+def _columns(content: Any) -> bool:
+    """Whether it is a table by columns: lists of values, or pandas' values by number."""
+    known = {*ITEMS, *TEXTS, *(f"{media}s" for media in ("video", "image"))}
+    if not isinstance(content, dict) or len(content) < 2 or known.isdisjoint(content):
+        return False
+    lists = all(isinstance(one, list) and one and not isinstance(one[0], dict) for one in content.values())
+    return lists or all(isinstance(one, dict) and one and all(map(str.isdigit, one)) for one in content.values())
+
+
 LAYOUTS = (
     Layout("videos and sentences", _with("videos", "sentences"), _videos_and_sentences, "whole"),
     Layout("images and annotations", _with("annotations"), _images_and_annotations, "whole"),
@@ -275,6 +284,11 @@ def _content(path: Path) -> Any:
         if "Extra data" not in str(error):
             raise AuroraError(f"{path} is not readable json ({error})") from error
         return list(_json_lines(text, path))
+    if _columns(content):
+        raise AuroraError(
+            f"{path}: it holds columns, {', '.join(map(shown, content))}; save it as a list of entries (of pandas, "
+            f'to_json(orient="records")), or as csv'
+        )
     # One of json lines is json too.
     return [content] if _entries(ITEMS, (*TEXTS, "question"))([content]) else content
 
@@ -290,8 +304,10 @@ def _json_lines(text: str, path: Path) -> Iterator[Any]:
 
 def _table(text: str, path: Path) -> list[Any]:
     """Rows of a csv by the names of its columns; of a file without such names, its lines."""
+    told = re.match(r"sep=(.)\r?\n", text, re.IGNORECASE)  # Excel's
+    text = text[told.end() - 1 :] if told else text  # from its line break on: lines are counted
     header = text.lstrip().partition("\n")[0]
-    delimiter = max(",;\t|", key=header.count)
+    delimiter = told[1] if told else max(",;\t|", key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     names: list[str] = []
     table = []
@@ -309,6 +325,9 @@ def _table(text: str, path: Path) -> list[Any]:
                     if len(names) > 1:
                         _first(dict(zip(names, names)), ITEMS, path, "the header")
                     return lines
+            elif len(cells) == 2 and names[1:] == ["comment_number", "comment"] and re.match(r"\d\s+\S", cells[1]):
+                # A bar is missing in a line of Kaggle's results.csv of Flickr30K.
+                table.append(dict(zip(names, (cells[0], *cells[1].split(None, 1)))))
             elif len(cells) != len(names):
                 raise AuroraError(
                     f"{path}: line {reader.line_num} has {len(cells)} columns, not {len(names)}; mend it; a text "

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, shown
+from lavis_aurora.common.errors import AuroraError, did_you_mean, shown
 from lavis_aurora.common.files import read_json
 from lavis_aurora.data.layouts import SPLITS, TEXTS, Annotations, Row, has_words, read_annotations
 
@@ -51,10 +51,8 @@ class Benchmark(NamedTuple):
         found = re.fullmatch(self.name, item)
         if found is None:
             own = "own" if self.media == "image" else "own_video"
-            raise AuroraError(
-                f"{path}: {shown(item)} is no name of a {self.media} of this benchmark; files of your own are for "
-                f"`convert {own}`"
-            )
+            what = f"{shown(item)} is no name of a {self.media} of this benchmark"
+            raise AuroraError(f"{path}: {what}; files of your own are for `convert {own}`")
         return found[1]
 
 
@@ -204,7 +202,7 @@ def splits_of(name: str, sources: Sequence[tuple[str, Annotations]], protocol: s
 
 def entries_of(
     name: str, part: str, groups: Groups, files: Mapping[str, str] | None = None
-) -> tuple[Entries, list[str]]:
+) -> tuple[Entries, list[str], list[str]]:
     """The entries of a split.
 
     Args:
@@ -214,7 +212,7 @@ def entries_of(
         files: names of the files that are there, by name and by name without ending.
 
     Returns:
-        Entries as LAVIS reads them, and names of which ``files`` has none, which are left out.
+        Entries as LAVIS reads them; names of which ``files`` has none, and names without a text, both left out.
     """
     benchmark = BENCHMARKS[name]
     made: Entries = []
@@ -241,11 +239,9 @@ def entries_of(
             made += [{benchmark.media: file, "caption": text, **number} for text in texts]
         else:
             made.append({benchmark.media: file, "caption": [" ".join(texts)] if benchmark.paragraphs else texts})
-    if silent:
-        raise AuroraError(f"{name}: {len(silent)} {benchmark.media}s of {part} have no text: {abbreviated(silent)}")
     if name == "msrvtt_qa" and len({entry["question_id"] for entry in made}) < len(made):
         made = [{**entry, "question_id": i} for i, entry in enumerate(made)]
-    return made, missing
+    return made, missing, silent
 
 
 def advice(path: str, split: str, dataset: str) -> str:
@@ -255,11 +251,10 @@ def advice(path: str, split: str, dataset: str) -> str:
         name = DATASETS.get(dataset, "")
         own = name.startswith("own")
         whole = found.layout.kind == "whole" and not own
-        if not name or not own and not whole and benchmark_of(found) != name:
+        if not name or not (own or whole or benchmark_of(found) == name):
             return ""
-        for row in found.rows:
-            BENCHMARKS[name].key(row.item, found.path)
-        if not whole and not _would_pass(name, split, found):
+        named = all(BENCHMARKS[name].key(row.item, found.path) for row in found.rows)  # or it raises
+        if not (named and whole or _would_pass(name, split, found)):
             return ""
     except (AuroraError, KeyError):
         return ""
@@ -269,11 +264,10 @@ def advice(path: str, split: str, dataset: str) -> str:
 
 def _would_pass(name: str, split: str, found: Annotations) -> bool:
     """Whether the entries made of a file are others than it holds, and such as a run takes."""
-    made, _ = entries_of(name, split, splits_of(name, [(split, found)])[split])
+    made, _, silent = entries_of(name, split, splits_of(name, [(split, found)])[split])
     items = {os.path.normpath(entry[BENCHMARKS[name].media]) for entry in made}
-    if not made or split != "train" and name != "msrvtt_qa" and len(items) < len(made):
-        return False
-    if any("question" in entry and not has_words(entry["question"]) for entry in made):
+    twice = split != "train" and name != "msrvtt_qa" and len(items) < len(made)
+    if not made or silent or twice or not all(has_words(entry.get("question", "a")) for entry in made):
         return False
     try:
         held = read_json(found.path)

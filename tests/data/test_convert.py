@@ -25,7 +25,7 @@ from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.data.annotations import check_entries, check_split
 from lavis_aurora.data.checks import checks_of
-from lavis_aurora.data.convert import PUBLISHED, main
+from lavis_aurora.data.convert import PUBLISHED, main, videos_in
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -146,7 +146,7 @@ def test_msrvtt_files_that_cannot_be_used(tmp_path, msrvtt, change, message):
         (lambda c: c.update(videos={}), "videos must be a list, not {}"),
         (lambda c: c["videos"][1].pop("video_id"), "video 1 has no 'video_id'"),
         (lambda c: c["sentences"][0].pop("caption"), "sentence 0 has no 'caption'"),
-        (lambda c: c["sentences"].clear(), "8 videos of train have no text: video0, video1"),
+        (lambda c: c.update(sentences=[{"video_id": "video0"}]), "sentence 0 has no 'caption'"),
     ],
 )
 def test_msrvtt_files_of_another_format(msrvtt, edit, message):
@@ -482,6 +482,64 @@ def test_an_unknown_key_of_captions(tmp_path, name, text, role):
     expected = f"^{tmp_path}/{name}: entries have 'image', 'title', none of caption, captions, .*; rename"
     with pytest.raises(AuroraError, match=expected):
         main(["own", f"{role}{tmp_path}/{name}", "--output", str(tmp_path / "out")])
+
+
+def test_kaggles_row_without_a_bar(tmp_path):
+    (tmp_path / "results.csv").write_text(
+        "image_name| comment_number| comment\n2199200615.jpg| 3| A dog .\n"
+        "2199200615.jpg| 4   A dog runs across the grass .\n"
+    )
+    (tmp_path / "train.txt").write_text("2199200615.jpg\n")
+    files = [str(tmp_path / name) for name in ("results.csv", "train.txt")]
+    main(["flickr30k", *files, "--output", str(tmp_path / "out"), "--allow-partial"])
+    captions = [entry["caption"] for entry in read(tmp_path / "out" / "train.json")]
+    assert captions == ["A dog .", "A dog runs across the grass ."]
+
+
+def test_a_picture_without_a_text(tmp_path, capsys):
+    path = tmp_path / "train.csv"
+    path.write_text("image,caption\na.jpg,a dog\nb.jpg,\n")
+    argv = ["own", str(path), "--output", str(tmp_path / "out")]
+    expected = f"^{path}: 1 images of train have no text: b.jpg; leave it out, or give --allow-partial to go on"
+    with pytest.raises(AuroraError, match=expected):
+        main(argv)
+    main([*argv, "--allow-partial"])
+    assert "left out: 1 images of train have no text: b.jpg\n" in capsys.readouterr().out
+    assert [entry["image"] for entry in read(tmp_path / "out" / "train.json")] == ["a.jpg"]
+    path.write_text("image,caption\nb.jpg,\n")
+    with pytest.raises(AuroraError, match="have no text: b.jpg; leave it out; none is left"):
+        main([*argv, "--allow-partial"])
+
+
+def test_excels_line_of_the_separator(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("\ufeffsep=;\r\nimage;caption\r\na.jpg;a dog, an old, grey one\r\n", encoding="utf-8")
+    main(["own", str(path), "--output", str(tmp_path / "out")])
+    assert read(tmp_path / "out" / "train.json")[0]["caption"] == "a dog, an old, grey one"
+    path.write_text("sep=;\nimage;caption\na.jpg\n")
+    with pytest.raises(AuroraError, match="line 3 has 1 columns"):
+        main(["own", str(path)])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"images": ["a.jpg"], "captions": ["a dog"]},
+        {"image": ["a.jpg"], "caption": [["a dog", "it runs"]]},
+        {"image": {"0": "a.jpg"}, "caption": {"0": "a dog"}},
+    ],
+)
+def test_json_of_columns_is_named(tmp_path, content):
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(AuroraError, match=f"^{path}: it holds columns, 'images?', 'captions?'; save it as a list of"):
+        main(["own", str(path)])
+
+
+def test_a_folder_is_no_video(tmp_path):
+    (tmp_path / "a.mp4").mkdir()
+    (tmp_path / "b.mp4").touch()
+    assert set(videos_in(tmp_path)) == {"b", "b.mp4"}
 
 
 # All
