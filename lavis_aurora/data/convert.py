@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             said = f"{len(silent)} {BENCHMARKS[name].media}s of {part} have no text: {abbreviated(silent)}"
             if not args.allow_partial or not entries[part]:
                 remedy = ", or give --allow-partial to go on without" if entries[part] else "; none is left"
-                raise AuroraError(f"{' and '.join(of)}: {said}; leave it out{remedy}")
+                raise AuroraError(f"{' and '.join(of)}: {said}; leave {'them' if silent[1:] else 'it'} out{remedy}")
             print(f"left out: {said}")
     if missing:
         said = f"{len(missing)} videos are not in {args.videos}: {abbreviated(missing, SHOWN)}"

@@ -51,7 +51,7 @@ class Benchmark(NamedTuple):
         found = re.fullmatch(self.name, item)
         if found is None:
             own = "own" if self.media == "image" else "own_video"
-            what = f"{shown(item)} is no name of a {self.media} of this benchmark"
+            what = f"{shown(item)} is no name of {'an' if own == 'own' else 'a'} {self.media} of this benchmark"
             raise AuroraError(f"{path}: {what}; files of your own are for `convert {own}`")
         return found[1]
 
