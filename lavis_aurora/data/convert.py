@@ -214,7 +214,7 @@ def videos_in(folder: Path) -> dict[str, str]:
     """
     if not folder.is_dir():
         raise AuroraError(f"--videos: no such folder: {folder}")
-    names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in ENDINGS)
+    names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())
     return {**{Path(name).stem: name for name in names}, **{name: name for name in names}}
 
 
@@ -232,8 +232,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     entries: dict[str, Entries] = {}
     missing: list[str] = []
     for part, groups in splits_of(name, sources, protocol).items():
-        entries[part], lost = entries_of(name, part, groups, files)
+        entries[part], lost, silent = entries_of(name, part, groups, files)
         missing += lost
+        if silent:
+            of = sorted({str(found.path) for _, found in sources for row in found.rows if row.item in silent})
+            said = f"{len(silent)} {BENCHMARKS[name].media}s of {part} have no text: {abbreviated(silent)}"
+            if not args.allow_partial or not entries[part]:
+                remedy = ", or give --allow-partial to go on without" if entries[part] else "; none is left"
+                raise AuroraError(f"{' and '.join(of)}: {said}; leave {'them' if silent[1:] else 'it'} out{remedy}")
+            print(f"left out: {said}")
     if missing:
         said = f"{len(missing)} videos are not in {args.videos}: {abbreviated(missing, SHOWN)}"
         if not args.allow_partial:

@@ -80,11 +80,12 @@ class Layout(NamedTuple):
 
 
 class Annotations(NamedTuple):
-    """A file that was read."""
+    """A file that was read; keys are those of its first entry, in order."""
 
     path: Path
     layout: Layout
     rows: list[Row]
+    keys: tuple[str, ...] = ()
 
 
 def _get(item: Any, key: str, path: Path, what: str) -> Any:
@@ -213,10 +214,10 @@ def _karpathy(content: dict[str, Any], path: Path) -> Iterator[Row]:
         yield Row(f"{folder}/{_get(image, 'filename', path, what)}", texts, split)
 
 
-def _keys(content: Any) -> set[str]:
-    """Keys of the file, or of its first entry."""
+def _keys(content: Any) -> dict[str, Any]:
+    """Keys of the file, or of its first entry, in order."""
     first = content[0] if isinstance(content, list) and content else content
-    return set(first) if isinstance(first, dict) else set()
+    return dict.fromkeys(first) if isinstance(first, dict) else {}
 
 
 def _with(*keys: str) -> Callable[[Any], bool]:
@@ -225,11 +226,20 @@ def _with(*keys: str) -> Callable[[Any], bool]:
 
 def _entries(*kinds: Sequence[str]) -> Callable[[Any], bool]:
     """Whether it is a list of entries that have one key of each kind."""
-    return lambda content: isinstance(content, list) and not any(_keys(content).isdisjoint(kind) for kind in kinds)
+    return lambda content: isinstance(content, list) and all(_keys(content).keys() & set(kind) for kind in kinds)
 
 
 def _splits(content: Any) -> bool:
     return isinstance(content, dict) and bool(content) and content.keys() <= SPLITS.keys()
+
+
+def _columns(content: Any) -> bool:
+    """Whether it is a table by columns: lists of values, or pandas' values by number."""
+    known = {*ITEMS, *TEXTS, *(f"{media}s" for media in ("video", "image"))}
+    if not isinstance(content, dict) or len(content) < 2 or known.isdisjoint(content):
+        return False
+    lists = all(isinstance(one, list) and one and not isinstance(one[0], dict) for one in content.values())
+    return lists or all(isinstance(one, dict) and one and all(map(str.isdigit, one)) for one in content.values())
 
 
 LAYOUTS = (
@@ -257,7 +267,7 @@ def read_annotations(path: Path) -> Annotations:
     rows = list(layout.rows(content, path))
     if not rows:
         raise AuroraError(f"{path}: it is empty; a file of annotations has at least one entry")
-    return Annotations(path, layout, rows)
+    return Annotations(path, layout, rows, tuple(_keys(content)))
 
 
 def _content(path: Path) -> Any:
@@ -274,6 +284,11 @@ def _content(path: Path) -> Any:
         if "Extra data" not in str(error):
             raise AuroraError(f"{path} is not readable json ({error})") from error
         return list(_json_lines(text, path))
+    if _columns(content):
+        raise AuroraError(
+            f"{path}: it holds columns, {', '.join(map(shown, content))}; save it as a list of entries (of pandas, "
+            f'to_json(orient="records")), or as csv'
+        )
     # One of json lines is json too.
     return [content] if _entries(ITEMS, (*TEXTS, "question"))([content]) else content
 
@@ -289,8 +304,10 @@ def _json_lines(text: str, path: Path) -> Iterator[Any]:
 
 def _table(text: str, path: Path) -> list[Any]:
     """Rows of a csv by the names of its columns; of a file without such names, its lines."""
+    told = re.match(r"sep=(.)\r?\n", text, re.IGNORECASE)  # Excel's
+    text = text[told.end() - 1 :] if told else text  # from its line break on: lines are counted
     header = text.lstrip().partition("\n")[0]
-    delimiter = max(",;\t|", key=header.count)
+    delimiter = told[1] if told else max(",;\t|", key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     names: list[str] = []
     table = []
@@ -308,6 +325,9 @@ def _table(text: str, path: Path) -> list[Any]:
                     if len(names) > 1:
                         _first(dict(zip(names, names)), ITEMS, path, "the header")
                     return lines
+            elif len(cells) == 2 and names[1:] == ["comment_number", "comment"] and re.match(r"\d\s+\S", cells[1]):
+                # A bar is missing in a line of Kaggle's results.csv of Flickr30K.
+                table.append(dict(zip(names, (cells[0], *cells[1].split(None, 1)))))
             elif len(cells) != len(names):
                 raise AuroraError(
                     f"{path}: line {reader.line_num} has {len(cells)} columns, not {len(names)}; mend it; a text "

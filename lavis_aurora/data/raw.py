@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, shown
+from lavis_aurora.common.errors import AuroraError, did_you_mean, shown
 from lavis_aurora.common.files import read_json
-from lavis_aurora.data.layouts import SPLITS, Annotations, Row, read_annotations
+from lavis_aurora.data.layouts import SPLITS, TEXTS, Annotations, Row, has_words, read_annotations
 
 Entries = list[dict[str, Any]]
 Groups = dict[str, list[Row]]  # rows of each picture or video, by what all its names have in common
@@ -49,7 +50,9 @@ class Benchmark(NamedTuple):
         """What all names of the same picture or video have in common."""
         found = re.fullmatch(self.name, item)
         if found is None:
-            raise AuroraError(f"{path}: {shown(item)} is no name of a {self.media} of this benchmark")
+            own = "own" if self.media == "image" else "own_video"
+            what = f"{shown(item)} is no name of {'an' if own == 'own' else 'a'} {self.media} of this benchmark"
+            raise AuroraError(f"{path}: {what}; files of your own are for `convert {own}`")
         return found[1]
 
 
@@ -63,17 +66,18 @@ def _coco_file(key: str, item: str) -> str:
 
 
 _NUMBERED = r"(?:video)?(\d+)(?:\.\w+)?"
-_COCO = r"(?:.*/)?(?:COCO_\w+20\d\d_)?0*(\d+)(?:\.jpg)?"
+# Of published names alone the number is enough; in other folders it may be another picture's.
+_COCO = r"(?:(?:.*/)?(?:COCO_[a-z]+20\d\d_|(?:train|val|test)20\d\d/)|(?=\d+$|\d{12}\.jpg$))0*(\d+)(?:\.jpg)?"
 BENCHMARKS = {
     "msrvtt": Benchmark("video", _NUMBERED, r"video\d+(\.\w+)?", lambda key, item: f"video{key}.mp4"),
     "msrvtt_qa": Benchmark("video", _NUMBERED, _NUMBERED, lambda key, item: f"video{key}.mp4"),
     # The same video has several endings in different annotations, or a dot without one.
     "didemo": Benchmark("video", r"(.+?)(?:\.\w*)?", r"\d+@N\d\d_\d+.*", paragraphs=True),
-    "coco": Benchmark("image", _COCO, r"(.*/)?COCO_.*|(train|val)20\d\d/.*", _coco_file),
+    "coco": Benchmark("image", _COCO, r"(.*/)?(COCO_[a-z]+|(train|val)(?=20\d\d/))20\d\d[_/]\d+\.jpg", _coco_file),
     "flickr30k": Benchmark(
         "image",
-        r"(?:.*/)?(\d+)(?:\.jpg)?(?:#\d)?",
-        r"flickr30k.images/.*|\d{4,}\.jpg(#\d)?",
+        r"(?:(?:.*/)?flickr30k.images/|(?=\d{4}))(\d+)(?:\.jpg)?(?:#\d)?",
+        r"(.*/)?flickr30k.images/\d+\.jpg(#\d)?|\d{4,}\.jpg(#\d)?",
         lambda key, item: f"flickr30k-images/{key}.jpg",
     ),
     "own": Benchmark("image", "(.+)", "(?!)"),
@@ -111,10 +115,18 @@ class Given(NamedTuple):
     lists: dict[str, dict[str, str]]
 
 
+def _refuse_texts_unknown(found: Annotations) -> None:
+    """Refuse a file that holds more than names, but no caption under a known key."""
+    if found.layout.kind == "list" and len(found.keys) > 1:
+        keys = ", ".join(map(shown, found.keys))
+        raise AuroraError(f"{found.path}: entries have {keys}, none of {', '.join(TEXTS)}; rename the caption's key")
+
+
 def _gather(name: str, sources: Sequence[tuple[str, Annotations]]) -> Given:
     given = Given({}, {}, {})
     files: dict[tuple[str, str], Path] = {}
-    for role, (path, layout, rows) in sources:
+    for role, found in sources:
+        path, layout, rows, _ = found
         if layout.kind != "list" and bool(rows[0].question) != (name == "msrvtt_qa"):
             raise AuroraError(f"{path}: it holds {layout.name}, which {name} has not")
         named = "" if layout.kind == "whole" else role_of(path)
@@ -122,6 +134,7 @@ def _gather(name: str, sources: Sequence[tuple[str, Annotations]]) -> Given:
             key, split = BENCHMARKS[name].key(row.item, path), role or row.split or named
             if layout.kind == "list":
                 if not split:
+                    _refuse_texts_unknown(found)
                     raise AuroraError(f"{path}: the names of which split? Give it as train={path}, or val, or test")
                 given.lists.setdefault(split, {})[key] = row.item
                 continue
@@ -150,6 +163,8 @@ def splits_of(name: str, sources: Sequence[tuple[str, Annotations]], protocol: s
     for part, keys in lists.items():
         lost = [item for key, item in keys.items() if key not in whole]
         if lost and part not in parts:
+            for _, found in sources:
+                _refuse_texts_unknown(found)
             raise AuroraError(
                 f"{name}: of the names listed for {part}, {len(lost)} have captions in none of the files, among them "
                 f"{lost[0]}; give all files of captions"
@@ -157,8 +172,12 @@ def splits_of(name: str, sources: Sequence[tuple[str, Annotations]], protocol: s
         parts.setdefault(part, {key: rows for key, rows in whole.items() if key in keys})
     if protocol in ("9k", "7k"):
         held_out = parts.get("test", parts.get("val"))
-        if held_out is None:
-            raise AuroraError(f"--test-csv: missing; split {protocol} is tested on MSRVTT_JSFUSION_test.csv")
+        if held_out is None and whole:
+            raise AuroraError(
+                f"--test-csv: missing; split {protocol} is tested on MSRVTT_JSFUSION_test.csv, without which {first} "
+                f"cannot be divided; give it so, or a file of the test as test=FILE"
+            )
+        held_out = held_out or {}
         unknown = [rows[0].item for key, rows in held_out.items() if key not in whole]
         if whole and unknown:
             raise AuroraError(
@@ -168,7 +187,7 @@ def splits_of(name: str, sources: Sequence[tuple[str, Annotations]], protocol: s
         left = {k: r for k, r in whole.items() if k not in held_out and (protocol == "9k" or r[0].split != "test")}
         if left:
             parts.setdefault("train", left)
-        parts = {"val": held_out, "test": held_out} | parts
+        parts = ({"val": held_out, "test": held_out} if held_out else {}) | parts
     else:
         for key, rows in whole.items():
             if rows[0].split and rows[0].split not in lists:
@@ -183,7 +202,7 @@ def splits_of(name: str, sources: Sequence[tuple[str, Annotations]], protocol: s
 
 def entries_of(
     name: str, part: str, groups: Groups, files: Mapping[str, str] | None = None
-) -> tuple[Entries, list[str]]:
+) -> tuple[Entries, list[str], list[str]]:
     """The entries of a split.
 
     Args:
@@ -193,7 +212,7 @@ def entries_of(
         files: names of the files that are there, by name and by name without ending.
 
     Returns:
-        Entries as LAVIS reads them, and names of which ``files`` has none, which are left out.
+        Entries as LAVIS reads them; names of which ``files`` has none, and names without a text, both left out.
     """
     benchmark = BENCHMARKS[name]
     made: Entries = []
@@ -220,25 +239,42 @@ def entries_of(
             made += [{benchmark.media: file, "caption": text, **number} for text in texts]
         else:
             made.append({benchmark.media: file, "caption": [" ".join(texts)] if benchmark.paragraphs else texts})
-    if silent:
-        raise AuroraError(f"{name}: {len(silent)} {benchmark.media}s of {part} have no text: {abbreviated(silent)}")
     if name == "msrvtt_qa" and len({entry["question_id"] for entry in made}) < len(made):
         made = [{**entry, "question_id": i} for i, entry in enumerate(made)]
-    return made, missing
+    return made, missing, silent
 
 
 def advice(path: str, split: str, dataset: str) -> str:
     """What to type where LAVIS cannot read a dataset's file that the converter can; else nothing."""
     try:
         found = read_annotations(Path(path))
-        name = benchmark_of(found) or DATASETS.get(dataset, "")
-        whole = found.layout.kind == "whole"
-        if not name or not whole and not entries_of(name, split, splits_of(name, [(split, found)])[split])[0]:
+        name = DATASETS.get(dataset, "")
+        own = name.startswith("own")
+        whole = found.layout.kind == "whole" and not own
+        if not name or not (own or whole or benchmark_of(found) == name):
+            return ""
+        named = all(BENCHMARKS[name].key(row.item, found.path) for row in found.rows)  # or it raises
+        if not (named and whole or _would_pass(name, split, found)):
             return ""
     except (AuroraError, KeyError):
         return ""
     command = shlex.join([*COMMAND.split(), name, path if whole else f"{split}={path}"])
     return f"; `{command}` makes a file of it that LAVIS reads (docs/data.md)"
+
+
+def _would_pass(name: str, split: str, found: Annotations) -> bool:
+    """Whether the entries made of a file are others than it holds, and such as a run takes."""
+    made, _, silent = entries_of(name, split, splits_of(name, [(split, found)])[split])
+    items = {os.path.normpath(entry[BENCHMARKS[name].media]) for entry in made}
+    twice = split != "train" and name != "msrvtt_qa" and len(items) < len(made)
+    if not made or silent or twice or not all(has_words(entry.get("question", "a")) for entry in made):
+        return False
+    try:
+        held = read_json(found.path)
+    except AuroraError:
+        return True
+    same = isinstance(held, list) and len(held) == len(made)
+    return not same or any(not entry.items() <= before.items() for entry, before in zip(made, held))
 
 
 # Of VQAv2's official files: keys of the file, the list it holds, and keys of each item.

@@ -25,7 +25,7 @@ from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.data.annotations import check_entries, check_split
 from lavis_aurora.data.checks import checks_of
-from lavis_aurora.data.convert import PUBLISHED, main
+from lavis_aurora.data.convert import PUBLISHED, main, videos_in
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -128,7 +128,7 @@ def test_other_numbers_than_published_are_refused(tmp_path, msrvtt, capsys):
     ("change", "message"),
     [
         (lambda a: [*a[:2], *a[3:]], "2 videos of the test are in none of the annotation files, among them video9"),
-        (lambda a: [*a[:3], *a[5:]], "--test-csv: missing; split 9k is tested on"),
+        (lambda a: [*a[:3], *a[5:]], "--test-csv: missing; split 9k is tested on .* as test=FILE"),
         (lambda a: [a[0], "absent.json", *a[3:]], "absent.json is not a readable file of annotations"),
         (lambda a: [*a[:3], "--test-csv", "absent.csv", *a[5:]], "absent.csv is not a readable file of annotations"),
     ],
@@ -146,7 +146,7 @@ def test_msrvtt_files_that_cannot_be_used(tmp_path, msrvtt, change, message):
         (lambda c: c.update(videos={}), "videos must be a list, not {}"),
         (lambda c: c["videos"][1].pop("video_id"), "video 1 has no 'video_id'"),
         (lambda c: c["sentences"][0].pop("caption"), "sentence 0 has no 'caption'"),
-        (lambda c: c["sentences"].clear(), "8 videos of train have no text: video0, video1"),
+        (lambda c: c.update(sentences=[{"video_id": "video0"}]), "sentence 0 has no 'caption'"),
     ],
 )
 def test_msrvtt_files_of_another_format(msrvtt, edit, message):
@@ -156,6 +156,15 @@ def test_msrvtt_files_of_another_format(msrvtt, edit, message):
     path.write_text(json.dumps(content))
     with pytest.raises(AuroraError, match=message):
         main([*msrvtt, "--allow-partial"])
+
+
+@pytest.mark.parametrize("command", ["msrvtt", "auto"])
+def test_msrvtt_train_alone(tmp_path, published, command):
+    published("msrvtt 9k", train=1, test=2)
+    (tmp_path / "train.jsonl").write_text('{"clip_name": "video1", "caption": "a dog"}\n')
+    main([command, str(tmp_path / "train.jsonl"), "--output", str(tmp_path / "out")])
+    [path] = (tmp_path / "out").iterdir()
+    assert (path.name, read(path)) == ("retrieval_train.json", [{"video": "video1.mp4", "caption": "a dog"}])
 
 
 # DiDeMo
@@ -315,6 +324,27 @@ def test_paragraphs_of_one_video_under_two_names_are_refused_with_a_command_that
             "own train=o.json",
         ),
         ("own_retrieval", "train", "x.json", "not json", None),
+        ("own_retrieval", "train", "o.json", '[{"image": "20231124.jpg", "caption": "b"}]', "own train=o.json"),
+        ("coco_retrieval", "train", "c.json", '[{"image": "a/1.jpg", "caption": "b", "image_id": null}]', None),
+        ("coco_retrieval", "train", "c.json", '[{"image": "a.jpg", "caption": "b"}]', None),
+        ("coco_retrieval", "val", "c.json", '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}', None),
+        ("flickr30k", "val", "c.json", '[{"image": "val2014/COCO_val2014_000000000009.jpg", "caption": "b"}]', None),
+        # Converted, they would be refused again.
+        (
+            "own_retrieval",
+            "val",
+            "o.json",
+            '[{"image": "a.jpg", "caption": ["b"]}, {"image": "./a.jpg", "caption": ["c"]}]',
+            None,
+        ),
+        (
+            "msrvtt_qa_aurora",
+            "train",
+            "q.json",
+            '[{"video_id": "video1", "question": "?...", "answer": "b"}, {"video_id": "video1", "question": "...", '
+            '"answer": "b"}]',
+            None,
+        ),
     ],
 )
 def test_a_file_in_the_layout_of_others_names_the_command(tmp_path, monkeypatch, dataset, split, name, text, command):
@@ -409,6 +439,107 @@ def test_numbers_of_another_split_name_it(tmp_path, msrvtt, published):
         AuroraError, match="train has 10, not 9 .*: give --split 7k, whose numbers these are, or give --allow"
     ):
         main(msrvtt)
+
+
+# One's own
+
+
+@pytest.mark.parametrize("command", ["coco", "flickr30k"])
+def test_the_same_number_in_two_folders_is_not_one_picture(tmp_path, command):
+    entries = [{"image": "beach/1.jpg", "caption": "a dog"}, {"image": "city/1.jpg", "caption": "a tram"}]
+    (tmp_path / "train.json").write_text(json.dumps(entries))
+    argv = [str(tmp_path / "train.json"), "--output", str(tmp_path / "out"), "--allow-partial"]
+    expected = "train.json: 'beach/1.jpg' is no name .* of this benchmark; .*`convert own`"
+    with pytest.raises(AuroraError, match=expected):
+        main([command, *argv])
+    assert not (tmp_path / "out").exists()
+    main(["own", *argv])
+    assert [entry["image"] for entry in read(tmp_path / "out" / "train.json")] == ["beach/1.jpg", "city/1.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("coco", ["train2014/COCO_train2014_000000000009.jpg", "a/COCO_train2014_000000000009.jpg"]),
+        ("coco", ["train2017/000000000009.jpg", "images/train2017/000000000009.jpg"]),
+        ("flickr30k", ["flickr30k-images/1000092795.jpg", "a/flickr30k_images/1000092795.jpg", "1000092795.jpg#0"]),
+    ],
+)
+def test_published_names_of_one_picture(tmp_path, command, names):
+    entries = [{"image": name, "caption": name} for name in names]
+    (tmp_path / "train.json").write_text(json.dumps(entries))
+    main(["auto", str(tmp_path / "train.json"), "--output", str(tmp_path / command), "--allow-partial"])
+    [path] = (tmp_path / command).iterdir()
+    assert len({entry["image"] for entry in read(path)}) == 1
+
+
+@pytest.mark.parametrize("role", ["", "train="])
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.json", '[{"image": "a.jpg", "title": "x"}]'), ("a.csv", "image,title\na.jpg,x\n")]
+)
+def test_an_unknown_key_of_captions(tmp_path, name, text, role):
+    (tmp_path / name).write_text(text)
+    expected = f"^{tmp_path}/{name}: entries have 'image', 'title', none of caption, captions, .*; rename"
+    with pytest.raises(AuroraError, match=expected):
+        main(["own", f"{role}{tmp_path}/{name}", "--output", str(tmp_path / "out")])
+
+
+def test_kaggles_row_without_a_bar(tmp_path):
+    (tmp_path / "results.csv").write_text(
+        "image_name| comment_number| comment\n2199200615.jpg| 3| A dog .\n"
+        "2199200615.jpg| 4   A dog runs across the grass .\n"
+    )
+    (tmp_path / "train.txt").write_text("2199200615.jpg\n")
+    files = [str(tmp_path / name) for name in ("results.csv", "train.txt")]
+    main(["flickr30k", *files, "--output", str(tmp_path / "out"), "--allow-partial"])
+    captions = [entry["caption"] for entry in read(tmp_path / "out" / "train.json")]
+    assert captions == ["A dog .", "A dog runs across the grass ."]
+
+
+def test_a_picture_without_a_text(tmp_path, capsys):
+    path = tmp_path / "train.csv"
+    path.write_text("image,caption\na.jpg,a dog\nb.jpg,\n")
+    argv = ["own", str(path), "--output", str(tmp_path / "out")]
+    expected = f"^{path}: 1 images of train have no text: b.jpg; leave it out, or give --allow-partial to go on"
+    with pytest.raises(AuroraError, match=expected):
+        main(argv)
+    main([*argv, "--allow-partial"])
+    assert "left out: 1 images of train have no text: b.jpg\n" in capsys.readouterr().out
+    assert [entry["image"] for entry in read(tmp_path / "out" / "train.json")] == ["a.jpg"]
+    path.write_text("image,caption\nb.jpg,\n")
+    with pytest.raises(AuroraError, match="have no text: b.jpg; leave it out; none is left"):
+        main([*argv, "--allow-partial"])
+
+
+def test_excels_line_of_the_separator(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("\ufeffsep=;\r\nimage;caption\r\na.jpg;a dog, an old, grey one\r\n", encoding="utf-8")
+    main(["own", str(path), "--output", str(tmp_path / "out")])
+    assert read(tmp_path / "out" / "train.json")[0]["caption"] == "a dog, an old, grey one"
+    path.write_text("sep=;\nimage;caption\na.jpg\n")
+    with pytest.raises(AuroraError, match="line 3 has 1 columns"):
+        main(["own", str(path)])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"images": ["a.jpg"], "captions": ["a dog"]},
+        {"image": ["a.jpg"], "caption": [["a dog", "it runs"]]},
+        {"image": {"0": "a.jpg"}, "caption": {"0": "a dog"}},
+    ],
+)
+def test_json_of_columns_is_named(tmp_path, content):
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(AuroraError, match=f"^{path}: it holds columns, 'images?', 'captions?'; save it as a list of"):
+        main(["own", str(path)])
+
+
+def test_a_folder_is_no_video(tmp_path):
+    (tmp_path / "a.mp4").mkdir()
+    (tmp_path / "b.mp4").touch()
+    assert set(videos_in(tmp_path)) == {"b", "b.mp4"}
 
 
 # All
