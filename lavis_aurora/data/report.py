@@ -173,13 +173,15 @@ def _read(report: DataReport, split: Split, dataset: Any, cfg: DictConfig, count
     media = next((key for key in ("image", "video") if all(isinstance(e.get(key), str) for e in entries)), None)
     if media is None:
         return
-    checks = checks_of(split.dataset, cfg.get("data_type"), type(getattr(dataset, "inner", dataset)))
+    checks = list(checks_of(split.dataset, cfg.get("data_type"), type(getattr(dataset, "inner", dataset))))
     split.kind = media
     split.known = any(one.entries.get(media) is FILE for one in checks)
     root = getattr(dataset, "vis_root", None) or ""
     places = {file: os.path.normpath(os.path.join(root, file)) for file in {e[media] for e in entries}}
     split.paths = Counter(places[e[media]] for e in entries)
     split.counts[f"{media}s"] = len(split.paths)
+    if not split.train and any(one.unique == media for one in checks):
+        _refuse_repeated(report, split, [(places[e[media]], e[media]) for e in entries])
     key = next((key for key in ("caption", "question") if key in entries[0]), None)
     split.ranked = key == "caption"
     if key is not None:
@@ -187,6 +189,17 @@ def _read(report: DataReport, split: Split, dataset: Any, cfg: DictConfig, count
         _read_texts(report, split, texts, getattr(dataset, "text_processor", None) or str, counter)
     if split.train and split.ranked:
         _read_ids(report, split, [(places[e[media]], e.get("image_id", e[media])) for e in entries])
+
+
+def _refuse_repeated(report: DataReport, split: Split, entries: Sequence[tuple[str, str]]) -> None:
+    """Refuse a picture that is to be ranked twice, by whatever path: each text would be right for one of them only."""
+    first: dict[str, int] = {}
+    for i, (path, name) in enumerate(entries):
+        before = first.setdefault(path, i)
+        if before != i:
+            names = f"entries {before} ({shown(entries[before][1])}) and {i} ({shown(name)})"
+            report.add("refused", split, f"{names} are the same {split.kind}, {path}; make them one with all captions")
+            return
 
 
 def _read_texts(

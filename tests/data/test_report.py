@@ -181,6 +181,21 @@ def test_copies_in_a_split_to_evaluate(project: Path, data: Path) -> None:
     _found(_report(project), "coco_retrieval val: 1 images have the same content as another: ", "002.jpg", "000.jpg")
 
 
+@pytest.mark.parametrize("split", ["val", "train"])
+@pytest.mark.parametrize("how", ["through ..", "absolute"])
+def test_a_picture_that_is_ranked_twice_is_refused_by_any_path(
+    project: Path, data: Path, split: str, how: str
+) -> None:
+    again = {"through ..": f"../images/{split}/000.jpg", "absolute": str(data / f"images/{split}/000.jpg")}[how]
+    _edit(data / f"{split}.json", {}, {}, {"image": again, **({"image_id": again} if split == "train" else {})})
+    report = _report(project)
+    if split == "train":
+        assert not [finding for finding in report.findings if finding.level == "refused"]
+        return
+    said = f"coco_retrieval val: entries 0 ('val/000.jpg') and 2 ({again!r}) are the same image, {data / 'images'}"
+    _found(report, said, level="refused")
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("how", ["missing", "empty", "folder"])
 def test_pictures_that_are_no_files_are_refused(project: Path, data: Path, split: str, how: str) -> None:
