@@ -155,6 +155,9 @@ def report_data(
     for split in report.splits:
         _check_files(report, split, files, run.max_broken_share)
     _compare_splits(report, files, tested, cfg.datasets_cfg)
+    if run.evaluate and files.total:
+        text = "what is evaluated is not compared with the training data, which run.evaluate=true does not read"
+        report.findings.append(Finding("note", "", f"{text}; lavis-aurora check with run.evaluate=false compares them"))
     report.files = {"all": files.total, "looked": files.looked, "compared": files.compared}
     if files.cut_short:
         text = f"{files.looked} of {files.total} files were looked at and {files.compared} compared by content"
@@ -188,7 +191,9 @@ def _read(report: DataReport, split: Split, dataset: Any, cfg: DictConfig, count
         texts = [(places[e[media]], [e[key]] if isinstance(e[key], str) else e[key]) for e in entries]
         _read_texts(report, split, texts, getattr(dataset, "text_processor", None) or str, counter)
     if split.train and split.ranked:
-        _read_ids(report, split, [(places[e[media]], e.get("image_id", e[media])) for e in entries])
+        # LAVIS knows videos by their names alone.
+        ids = [e.get("image_id", e[media]) if media == "image" else e[media] for e in entries]
+        _read_ids(report, split, [(places[e[media]], number) for e, number in zip(entries, ids)])
 
 
 def _refuse_repeated(report: DataReport, split: Split, entries: Sequence[tuple[str, str]]) -> None:

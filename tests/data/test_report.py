@@ -80,6 +80,14 @@ def test_only_the_splits_of_the_run_are_read(project: Path) -> None:
     assert [split.split for split in _report(project, "run.valid_splits=[]").splits] == ["train", "test"]
 
 
+def test_an_evaluation_says_that_it_does_not_look_at_the_training_data(project: Path, data: Path) -> None:
+    shutil.copy(data / "images/train/000.jpg", data / "images/test/000.jpg")
+    report = _report(project, "run.evaluate=true")
+    _found(report, "not compared with the training data", "run.evaluate=false", level="note")
+    assert not report.overlaps and report.beside("test") == []
+    assert not [one for one in _report(project).findings if one.level == "note"]
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_shared_and_repeated_captions(project: Path, data: Path, split: str) -> None:
     same = ["A star.", "a star"]
@@ -139,6 +147,14 @@ def test_a_video_named_in_two_ways_has_two_ids(tmp_path: Path) -> None:
     _edit(paths["train"], {"video": "./train_0.mp4"})
     yaml = video_project(tmp_path, "msrvtt_ret", "msrvtt_retrieval", paths)
     _found(_report(yaml, "run.valid_splits=[]"), "1 videos have several ids", "'./train_0.mp4', 'train_0.mp4'")
+
+
+@pytest.mark.parametrize("numbers", [[1, 1, 1, 1], [1, 2, 3, 4]])
+def test_videos_go_by_their_names_whatever_their_image_id(tmp_path: Path, numbers: list[int]) -> None:
+    paths = write_videos(tmp_path / "data", COUNT, captions_each=2)
+    _edit(paths["train"], *({"image_id": number} for number in numbers * 2))
+    report = _report(video_project(tmp_path, "msrvtt_ret", "msrvtt_retrieval", paths), "run.valid_splits=[]")
+    assert not report.findings and _counts(report, "train")["ids"] == COUNT
 
 
 @pytest.mark.parametrize("how", ["path", "symlink", "hardlink", "copy"])
