@@ -88,12 +88,14 @@ class DataReport:
         findings: what to know of them.
         overlaps: pictures that two splits share.
         files: different ones in ``all``, how many were ``looked`` at, and ``compared`` by content.
+        tokens: where the model cuts texts; None if that is not known.
     """
 
     splits: list[Split] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     overlaps: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, int] = field(default_factory=dict)
+    tokens: Optional[TokenLimit] = None
 
     def add(self, level: Level, split: Split, text: str) -> None:
         self.findings.append(Finding(level, split.split, f"{split.name}: {text}"))
@@ -139,7 +141,7 @@ def report_data(
         tokens: where the model cuts texts; None if that is not known.
         seconds: for how long to look at files, at most; None: at all of them.
     """
-    run, report = cfg.run_cfg, DataReport()
+    run, report = cfg.run_cfg, DataReport(tokens=tokens)
     trained = [] if run.evaluate else list(run.train_splits)
     tested = [*([] if run.evaluate else run.valid_splits), *run.test_splits]
     counter = None if tokens is None else TokenCounter(tokens)

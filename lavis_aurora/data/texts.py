@@ -16,16 +16,14 @@ class TokenLimit(NamedTuple):
     """Where a model cuts texts.
 
     Attributes:
-        tokenize: the tokens of a word.
-        limit: of a text, [CLS] and [SEP] not among them.
+        tokenizer: the model's, of transformers.
+        limit: tokens of a text, [CLS] and [SEP] not among them.
         key: of the YAML, that raises it.
-        unknown: the token of what is not in the vocabulary.
     """
 
-    tokenize: Callable[[str], Sequence[str]]
+    tokenizer: Any
     limit: int
     key: str
-    unknown: str
 
 
 class TokenCounter:
@@ -41,9 +39,9 @@ class TokenCounter:
         words = text.split()
         for word in words:
             if word not in self._counts:
-                found = self.tokens.tokenize(word)
+                found = self.tokens.tokenizer.tokenize(word)
                 self._counts[word] = len(found)
-                if any(token != self.tokens.unknown for token in found):
+                if any(token != self.tokens.tokenizer.unk_token for token in found):
                     self._known.add(word)
         return sum(map(self._counts.__getitem__, words)), not self._known.isdisjoint(words)
 

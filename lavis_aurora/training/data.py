@@ -31,8 +31,7 @@ def _token_limit(model: DictConfig) -> TokenLimit | None:
     if settings_cls is None or not issubclass(settings_cls, BlipAuroraConfig):
         return None
     settings = parse_config(settings_cls, section, part)
-    tokenizer = build_tokenizer(settings.tokenizer)
-    return TokenLimit(tokenizer.tokenize, settings.max_txt_len - 2, f"{part}.max_txt_len", tokenizer.unk_token)
+    return TokenLimit(build_tokenizer(settings.tokenizer), settings.max_txt_len - 2, f"{part}.max_txt_len")
 
 
 Say = Callable[[Level, str], None]

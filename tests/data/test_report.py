@@ -38,8 +38,7 @@ def data(tmp_path: Path, project: Path) -> Path:
 def _report(project: Path, *options: str, seconds: float | None = None) -> DataReport:
     cfg = load_config(str(project), list(options))
     datasets = {name: build_checked(name, cfg.datasets_cfg[name]) for name in cfg.datasets_cfg}
-    tokenizer = build_tokenizer(tiny_config().tokenizer)
-    tokens = TokenLimit(tokenizer.tokenize, 33, "model.max_txt_len", tokenizer.unk_token)
+    tokens = TokenLimit(build_tokenizer(tiny_config().tokenizer), 33, "model.max_txt_len")
     return report_data(datasets, cfg, tokens, seconds)
 
 

@@ -86,11 +86,29 @@ def test_a_run_says_and_writes_it(
 
 
 def test_questions_that_no_answer_is_right_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def said(*options: str) -> str:
+        main(["check", str(yaml), "--options", "run.num_workers=0", *options])
+        return capsys.readouterr().out
+
+    yaml = vqa_project(tmp_path)
+    unreachable = "val: {} of 6 questions ({} %) have no true answer that can be given: "
+    assert "true answer" not in said() + said("run.inference_method=generate")
+    (tmp_path / "data" / "answers.json").write_text('["yes", "red"]')
+    ranked = said()
+    assert unreachable.format(2, 33.3) + "'2'; the accuracy is at most " in ranked
+    assert "; add them to the list" in ranked
+    assert "true answer" not in said("run.inference_method=generate"), "answers of the list do not matter"
+    long = said("run.inference_method=generate", "run.min_len=3", "run.max_len=5")
+    assert unreachable.format(6, "100.0") in long and "; raise run.max_len" in long
+
+
+def test_questions_of_few_annotators_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     yaml = vqa_project(tmp_path)
     main(["check", str(yaml)])
-    assert "no answer of the list" not in capsys.readouterr().out
-    (tmp_path / "data" / "answers.json").write_text('["yes", "Red."]')
+    assert "annotators" not in capsys.readouterr().out
+    path = tmp_path / "data" / "truth.json"
+    found = json.loads(path.read_text())
+    del found["annotations"][1]["answers"][3:]
+    path.write_text(json.dumps(found))
     main(["check", str(yaml)])
-    assert "val: no answer of the list is right for 2 of 6 questions (33.3 %): 2; add them" in capsys.readouterr().out
-    main(["check", str(yaml), "--options", "run.inference_method=generate"])
-    assert "no answer of the list" not in capsys.readouterr().out
+    assert "coco_vqa val: fewer than 10 annotators answered 1 of 6 questions" in capsys.readouterr().out
