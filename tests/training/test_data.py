@@ -64,7 +64,19 @@ def test_check_fails_where_a_run_would(project: Path, data: Path, capsys: pytest
         output = capsys.readouterr()
         errors.append(output.err.splitlines()[-1])
         assert ("refused: " in output.out) == (how == "missing" and argv[0] == "check")
-    assert errors[0] == errors[1] and said in errors[0]
+    assert said in errors[1]
+    # What check has printed already it does not print again.
+    assert errors[0] == errors[1] or how == "missing" and errors[0].endswith("1 thing above would end the run")
+
+
+def test_check_prints_each_refusal_once(project: Path, data: Path, capsys: pytest.CaptureFixture) -> None:
+    for split in ("train", "test"):
+        (data / f"images/{split}/002.jpg").unlink()
+    with pytest.raises(SystemExit):
+        main(["check", str(project), "--options", "run.num_workers=0"])
+    output = capsys.readouterr()
+    assert output.out.count("refused: coco_retrieval ") == output.out.count("cannot read 1 of 4 images") == 2
+    assert "cannot read" not in output.err and output.err.endswith("2 things above would end the run\n")
 
 
 def test_a_run_says_and_writes_it(
