@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import re
 from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter
@@ -56,22 +54,6 @@ def check_entries(entries: list[dict[str, Any]], rules: Mapping[str, Rule], path
                 )
 
 
-ENTITY = re.compile(r"&#?\w+;")
-
-
-def note_entities(entries: list[dict[str, Any]], path: str, key: str) -> None:
-    """Say how many texts hold HTML entities: BLIP's processors leave their letters."""
-    values = (entry.get(name) for entry in entries for name in ("caption", "question", "answer"))
-    texts = (text for value in values for text in (value if isinstance(value, list) else [value]))
-    marked = [text for text in texts if isinstance(text, str) and ENTITY.search(text)]
-    if marked:
-        logging.warning(
-            "%s: %d texts of %s hold HTML entities, as %s; they are read as they stand, letters and all; write the "
-            "characters that they mean (Python's html.unescape)",
-            *(key, len(marked), path, shown(marked[0])),
-        )
-
-
 def check_unique(entries: list[dict[str, Any]], kind: str, path: str, key: str) -> None:
     """Refuse a picture or video that is to be ranked twice: each of its captions would have one right entry only."""
     first: dict[Any, int] = {}
@@ -104,7 +86,6 @@ def check_split(files: Sequence[str], checks: Sequence[DatasetChecks], split: st
                 one.check_entries(entries, split, path, key)
         except AuroraError as error:
             raise AuroraError(f"{error}{advice(path, split, ''.join(key.split('.')[1:2]))}") from error
-        note_entities(entries, path, key)
     for one in checks:
         one.check_files(first or [], files, key)
 

@@ -17,7 +17,7 @@ from lavis_aurora.common.errors import AuroraError, abbreviated, printable, show
 from lavis_aurora.common.files import write_text
 from lavis_aurora.data.checks import FILE, checks_of
 from lavis_aurora.data.media import MediaFiles
-from lavis_aurora.data.texts import TokenCounter, TokenLimit, count_texts
+from lavis_aurora.data.texts import UNESCAPE, TokenCounter, TokenLimit, count_texts, has_entity
 
 DATA_REPORT = "data.json"
 # A run looks at its files for so long at most; ``lavis-aurora check`` at all of them.
@@ -158,8 +158,8 @@ def report_data(
         _check_files(report, split, files, run.max_broken_share)
     _compare_splits(report, files, tested, cfg.datasets_cfg)
     if run.evaluate and files.total:
-        text = "what is evaluated is not compared with the training data, which run.evaluate=true does not read"
-        report.findings.append(Finding("note", "", f"{text}; lavis-aurora check with run.evaluate=false compares them"))
+        text = "what is evaluated is not compared with the training data, which run.evaluate=true does not read; "
+        report.findings.append(Finding("note", "", f"{text}lavis-aurora check with run.evaluate=false compares them"))
     report.files = {"all": files.total, "looked": files.looked, "compared": files.compared}
     if files.cut_short:
         text = f"{files.looked} of {files.total} files were looked at and {files.compared} compared by content"
@@ -192,6 +192,11 @@ def _read(report: DataReport, split: Split, dataset: Any, cfg: DictConfig, count
     if key is not None:
         texts = [(places[e[media]], [e[key]] if isinstance(e[key], str) else e[key]) for e in entries]
         _read_texts(report, split, texts, getattr(dataset, "text_processor", None) or str, counter)
+    answers = [a for e in entries for a in (e["answer"] if isinstance(e.get("answer"), list) else [e.get("answer")])]
+    marked = [answer for answer in answers if isinstance(answer, str) and has_entity(answer)]
+    if marked:
+        text = f"{len(marked)} of {len(answers)} answers hold HTML entities, e.g. {shown(marked[0])}"
+        report.add("warning", split, f"{text}; {UNESCAPE}")
     if split.train and split.ranked:
         # LAVIS knows videos by their names alone.
         ids = [e.get("image_id", e[media]) if media == "image" else e[media] for e in entries]
@@ -199,13 +204,13 @@ def _read(report: DataReport, split: Split, dataset: Any, cfg: DictConfig, count
 
 
 def _refuse_repeated(report: DataReport, split: Split, entries: Sequence[tuple[str, str]]) -> None:
-    """Refuse a picture that is to be ranked twice, by whatever path: each text would be right for one of them only."""
+    """Refuse a picture that is to be ranked twice, by whatever path: a text would be right for one alone."""
     first: dict[str, int] = {}
     for i, (path, name) in enumerate(entries):
         before = first.setdefault(path, i)
         if before != i:
             names = f"entries {before} ({shown(entries[before][1])}) and {i} ({shown(name)})"
-            report.add("refused", split, f"{names} are the same {split.kind}, {path}; make them one with all captions")
+            report.add("refused", split, f"{names} are one {split.kind}, {path}; make them one, with all captions")
             return
 
 
@@ -223,22 +228,11 @@ def _read_texts(
         report.add("refused", split, str(error))
         return
     split.counts |= asdict(counts)
-    total = counts.texts
-    if counts.repeated_texts:
-        report.add("note", split, f"{counts.repeated_texts} of {total} texts repeat another of the same {split.kind}")
-    if counts.shared_texts and split.ranked:
-        why = "with other ids, training takes them for wrong" if split.train else "each is right for all of these"
-        report.add("note", split, f"{counts.shared_texts} of {total} texts are those of several {split.kind}s; {why}")
-    if counts.cut_words:
-        key = f"datasets.{split.dataset}.text_processor.{'train' if split.train else 'eval'}.max_words"
-        cut = f"{counts.cut_words} of {total} texts are cut at {process.max_words} words"
-        report.add("note", split, f"{cut}; raise {key} to keep them whole")
-    if counts.cut_tokens and counter is not None:
-        cut = f"{counts.cut_tokens} of {total} texts are cut at {counter.tokens.limit + 2} tokens"
-        report.add("note", split, f"{cut}; raise {counter.tokens.key} to keep them whole")
-    if counts.unknown_texts:
-        unknown = f"of {counts.unknown_texts} of {total} texts the vocabulary knows no word"
-        report.add("warning", split, f"{unknown}: the model reads them all alike")
+    shared = "with other ids, training takes them for wrong" if split.train else "each is right for all of these"
+    key = f"datasets.{split.dataset}.text_processor.{'train' if split.train else 'eval'}.max_words"
+    words = (getattr(process, "max_words", 0), key)
+    for level, text in counts.lines(split.kind, shared if split.ranked else None, words, report.tokens):
+        report.add(level, split, text)
 
 
 def _read_ids(report: DataReport, split: Split, entries: Sequence[tuple[str, Any]]) -> None:

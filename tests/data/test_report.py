@@ -69,7 +69,7 @@ def test_clean_data_are_counted_and_nothing_is_said(project: Path) -> None:
     assert _counts(report, "train") == {
         **{"samples": 8, "images": 4, "texts": 8, "texts_each": (2, 2.0, 2), "ids": 4, "several_ids": 0},
         **{"shared_ids": 0, "repeated_texts": 0, "shared_texts": 0, "cut_words": 0, "cut_tokens": 0},
-        **{"unknown_texts": 0, "missing": 0},
+        **{"unknown_texts": 0, "entities": 0, "line_breaks": 0, "examples": {}, "missing": 0},
     }
     assert report.files["all"] == report.files["looked"] == 3 * COUNT
 
@@ -95,8 +95,8 @@ def test_shared_and_repeated_captions(project: Path, data: Path, split: str) -> 
     report = _report(project)
     assert _counts(report, split)["shared_texts"] == 3 and _counts(report, split)["repeated_texts"] == 1
     said = " ".join(finding.text for finding in report.findings)
-    assert "3 of 8 texts are those of several images" in said
-    assert "1 of 8 texts repeat another of the same image" in said
+    assert "3 of 8 texts are those of several images, e.g. 'a star'; " in said
+    assert "1 of 8 texts repeat another of the same image, e.g. 'a star'" in said
     assert {finding.level for finding in report.findings} == {"note"}
     assert len(report.beside(split)) == 2 and not report.beside("test")
 
@@ -107,13 +107,31 @@ def test_cut_texts_come_with_the_key_to_raise(project: Path, data: Path) -> None
     report = _report(project, options)
     assert _counts(report, "test")["cut_words"] == 1 and _counts(report, "test")["cut_tokens"] == 2
     words, tokens = report.beside("test")
-    assert "1 of 9 texts are cut at 40 words" in words and options.split("=")[0] in words
-    assert "2 of 9 texts are cut at 35 tokens; raise model.max_txt_len" in tokens
+    assert "1 of 9 texts are cut at 40 words, e.g. 'a red circle a " in words and options.split("=")[0] in words
+    assert "2 of 9 texts are cut at 35 tokens, e.g. 'a red circle a " in tokens
+    assert "; raise model.max_txt_len" in tokens
 
 
 def test_texts_of_unknown_words_alone(project: Path, data: Path) -> None:
     _edit(data / "val.json", {"caption": ["猫が", "a star"]}, {"caption": ["犬 Ω"]})
-    _found(_report(project), "coco_retrieval val: of 2 of 7 texts the vocabulary knows no word")
+    _found(_report(project), "coco_retrieval val: 2 of 7 texts have no word that the vocabulary knows, e.g. '猫が'; ")
+
+
+def test_html_entities_and_line_breaks_are_counted(project: Path, data: Path) -> None:
+    texts = ["Tom &amp; Jerry", "it&#39;s\nred\n", "a & b; c\n"]
+    _edit(data / "train.json", *({"caption": text} for text in texts))
+    report = _report(project)
+    _found(report, "coco_retrieval train: 2 of 8 texts hold HTML entities, e.g. 'Tom &amp; Jerry'; ", "html.unescape")
+    _found(report, "train: 1 of 8 texts hold line breaks, e.g. 'it&#39;s\\nred\\n'; ", level="note")
+    examples = _counts(report, "train")["examples"]
+    assert examples == {"entities": "Tom &amp; Jerry", "line_breaks": "it&#39;s\nred\n"}
+
+
+def test_html_entities_in_answers_are_counted(tmp_path: Path) -> None:
+    yaml = vqa_project(tmp_path)
+    _edit(tmp_path / "data/train.json", {"answer": ["yes", "b&amp;b"]})
+    [said] = [finding.text for finding in _report(yaml).findings if "HTML" in finding.text]
+    assert said.startswith("coco_vqa train: 1 of ") and " answers hold HTML entities, e.g. 'b&amp;b'; " in said
 
 
 def test_a_text_of_which_a_processor_leaves_nothing_is_refused(project: Path) -> None:
@@ -207,7 +225,7 @@ def test_a_picture_that_is_ranked_twice_is_refused_by_any_path(
     if split == "train":
         assert not [finding for finding in report.findings if finding.level == "refused"]
         return
-    said = f"coco_retrieval val: entries 0 ('val/000.jpg') and 2 ({again!r}) are the same image, {data / 'images'}"
+    said = f"coco_retrieval val: entries 0 ('val/000.jpg') and 2 ({again!r}) are one image, {data / 'images'}"
     _found(report, said, level="refused")
 
 

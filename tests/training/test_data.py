@@ -94,7 +94,8 @@ def test_a_run_says_and_writes_it(
     for finding in found["findings"]:
         assert table.count(f"  {finding['text']}\n") == 1
         assert table.index(finding["text"]) > table.index("\ntest: ")
-    assert "1 of 4 texts are cut at 35 tokens; raise model.max_txt_len" in found["findings"][0]["text"]
+    assert "1 of 4 texts are cut at 35 tokens, e.g. 'a star a " in found["findings"][0]["text"]
+    assert [one["examples"] for one in found["splits"] if one["split"] == "test"] == [{"cut_tokens": "a star " * 20}]
 
 
 def test_questions_that_no_answer_is_right_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
