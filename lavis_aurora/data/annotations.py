@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, shown
 from lavis_aurora.common.files import read_json
 from lavis_aurora.config.dataset_keys import DATA_KINDS, SPLITS, named_splits
-from lavis_aurora.data.checks import DatasetChecks, Rule, checks_of
+from lavis_aurora.data.checks import FILE, NUMBER_OR_TEXT, DatasetChecks, Rule, checks_of
 from lavis_aurora.data.fetch import REMEDY, annotation_files, fetch, use_data_root
 from lavis_aurora.data.raw import advice
 from lavis_aurora.data.samples import CheckedDataset, ResamplingDataset
@@ -47,7 +48,9 @@ def check_entries(entries: list[dict[str, Any]], rules: Mapping[str, Rule], path
                 raise AuroraError(f"{key}: entry {i} of {path} has no {name!r}; it has {names}")
             if not rule.holds(entry[name]):
                 each = entry[name] if isinstance(entry[name], list) else [entry[name]]
-                number = next((one for one in each if type(one) in (int, float)), None)
+                numbers = (one for one in each if type(one) in (int, float) and math.isfinite(one))
+                # Paths and ids are no texts, of which a file may hold the number.
+                number = None if rule in (FILE, NUMBER_OR_TEXT) else next(numbers, None)
                 quotes = "" if number is None else f'; put numbers in quotes, "{number}"'
                 raise AuroraError(
                     f"{key}: the {name} of entry {i} of {path} must be {rule.need}, not {shown(entry[name])}{quotes}"

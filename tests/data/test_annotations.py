@@ -246,6 +246,24 @@ def test_video_entries_are_checked_too(dataset_cls: type, entry: dict, problem: 
         check_entries([good, entry], checks.entries, "a.json", "key")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("caption", 7, '; put numbers in quotes, "7"'),
+        ("caption", float("nan"), ""),
+        ("caption", float("-inf"), ""),
+        ("image_id", float("nan"), ""),
+        ("image_id", 1.5, ""),
+        ("image", 3, ""),
+    ],
+)
+def test_quotes_are_a_remedy_for_numbers_in_texts_alone(key: str, value: float, said: str) -> None:
+    [checks] = checks_of("", None, retrieval.RetrievalDataset)
+    with pytest.raises(AuroraError, match=f"the {key} of entry 0") as caught:
+        check_entries([{**checks.example, key: value}], checks.entries, "a.json", "key")
+    assert str(caught.value).endswith(f"not {value!r}{said}")
+
+
 def test_the_example_that_errors_show_is_a_good_entry() -> None:
     shown = [checks for registered in CHECKS.values() for checks in registered if checks.example]
     assert len(shown) == 6

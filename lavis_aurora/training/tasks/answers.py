@@ -111,7 +111,9 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
         """True answers as a model that generates has them, and which of them it can generate."""
         each = chain.from_iterable([truth] if isinstance(truth, str) else truth for truth in truths)
         forms = as_generated(each, tokenizer, self.min_len, self.max_len)
-        read = [forms.get(t, t) if isinstance(t, str) else [forms.get(one, one) for one in t] for t in truths]
+        read: list[Truth] = [
+            forms.get(t, t) if isinstance(t, str) else [forms.get(one, one) for one in t] for t in truths
+        ]
         return read, list(forms.values())
 
     @staticmethod
