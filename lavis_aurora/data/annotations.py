@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
+import math
 import os
-import re
 from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter
@@ -19,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, shown
 from lavis_aurora.common.files import read_json
 from lavis_aurora.config.dataset_keys import DATA_KINDS, SPLITS, named_splits
-from lavis_aurora.data.checks import DatasetChecks, Rule, checks_of
+from lavis_aurora.data.checks import FILE, NUMBER_OR_TEXT, DatasetChecks, Rule, checks_of
 from lavis_aurora.data.fetch import REMEDY, annotation_files, fetch, use_data_root
 from lavis_aurora.data.raw import advice
 from lavis_aurora.data.samples import CheckedDataset, ResamplingDataset
@@ -49,27 +48,13 @@ def check_entries(entries: list[dict[str, Any]], rules: Mapping[str, Rule], path
                 raise AuroraError(f"{key}: entry {i} of {path} has no {name!r}; it has {names}")
             if not rule.holds(entry[name]):
                 each = entry[name] if isinstance(entry[name], list) else [entry[name]]
-                number = next((one for one in each if type(one) in (int, float)), None)
+                numbers = (one for one in each if type(one) in (int, float) and math.isfinite(one))
+                # Paths and ids are no texts, of which a file may hold the number.
+                number = None if rule in (FILE, NUMBER_OR_TEXT) else next(numbers, None)
                 quotes = "" if number is None else f'; put numbers in quotes, "{number}"'
                 raise AuroraError(
                     f"{key}: the {name} of entry {i} of {path} must be {rule.need}, not {shown(entry[name])}{quotes}"
                 )
-
-
-ENTITY = re.compile(r"&#?\w+;")
-
-
-def note_entities(entries: list[dict[str, Any]], path: str, key: str) -> None:
-    """Say how many texts hold HTML entities: BLIP's processors leave their letters."""
-    values = (entry.get(name) for entry in entries for name in ("caption", "question", "answer"))
-    texts = (text for value in values for text in (value if isinstance(value, list) else [value]))
-    marked = [text for text in texts if isinstance(text, str) and ENTITY.search(text)]
-    if marked:
-        logging.warning(
-            "%s: %d texts of %s hold HTML entities, as %s; they are read as they stand, letters and all; write the "
-            "characters that they mean (Python's html.unescape)",
-            *(key, len(marked), path, shown(marked[0])),
-        )
 
 
 def check_unique(entries: list[dict[str, Any]], kind: str, path: str, key: str) -> None:
@@ -104,7 +89,6 @@ def check_split(files: Sequence[str], checks: Sequence[DatasetChecks], split: st
                 one.check_entries(entries, split, path, key)
         except AuroraError as error:
             raise AuroraError(f"{error}{advice(path, split, ''.join(key.split('.')[1:2]))}") from error
-        note_entities(entries, path, key)
     for one in checks:
         one.check_files(first or [], files, key)
 

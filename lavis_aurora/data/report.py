@@ -17,7 +17,7 @@ from lavis_aurora.common.errors import AuroraError, abbreviated, printable, show
 from lavis_aurora.common.files import write_text
 from lavis_aurora.data.checks import FILE, checks_of
 from lavis_aurora.data.media import MediaFiles
-from lavis_aurora.data.texts import TokenCounter, TokenLimit, count_texts
+from lavis_aurora.data.texts import UNESCAPE, TokenCounter, TokenLimit, count_texts, has_entity
 
 DATA_REPORT = "data.json"
 # A run looks at its files for so long at most; ``lavis-aurora check`` at all of them.
@@ -88,12 +88,14 @@ class DataReport:
         findings: what to know of them.
         overlaps: pictures that two splits share.
         files: different ones in ``all``, how many were ``looked`` at, and ``compared`` by content.
+        tokens: where the model cuts texts; None if that is not known.
     """
 
     splits: list[Split] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     overlaps: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, int] = field(default_factory=dict)
+    tokens: Optional[TokenLimit] = None
 
     def add(self, level: Level, split: Split, text: str) -> None:
         self.findings.append(Finding(level, split.split, f"{split.name}: {text}"))
@@ -139,7 +141,7 @@ def report_data(
         tokens: where the model cuts texts; None if that is not known.
         seconds: for how long to look at files, at most; None: at all of them.
     """
-    run, report = cfg.run_cfg, DataReport()
+    run, report = cfg.run_cfg, DataReport(tokens=tokens)
     trained = [] if run.evaluate else list(run.train_splits)
     tested = [*([] if run.evaluate else run.valid_splits), *run.test_splits]
     counter = None if tokens is None else TokenCounter(tokens)
@@ -155,6 +157,9 @@ def report_data(
     for split in report.splits:
         _check_files(report, split, files, run.max_broken_share)
     _compare_splits(report, files, tested, cfg.datasets_cfg)
+    if run.evaluate and files.total:
+        text = "what is evaluated is not compared with the training data, which run.evaluate=true does not read; "
+        report.findings.append(Finding("note", "", f"{text}lavis-aurora check with run.evaluate=false compares them"))
     report.files = {"all": files.total, "looked": files.looked, "compared": files.compared}
     if files.cut_short:
         text = f"{files.looked} of {files.total} files were looked at and {files.compared} compared by content"
@@ -173,20 +178,40 @@ def _read(report: DataReport, split: Split, dataset: Any, cfg: DictConfig, count
     media = next((key for key in ("image", "video") if all(isinstance(e.get(key), str) for e in entries)), None)
     if media is None:
         return
-    checks = checks_of(split.dataset, cfg.get("data_type"), type(getattr(dataset, "inner", dataset)))
+    checks = list(checks_of(split.dataset, cfg.get("data_type"), type(getattr(dataset, "inner", dataset))))
     split.kind = media
     split.known = any(one.entries.get(media) is FILE for one in checks)
     root = getattr(dataset, "vis_root", None) or ""
     places = {file: os.path.normpath(os.path.join(root, file)) for file in {e[media] for e in entries}}
     split.paths = Counter(places[e[media]] for e in entries)
     split.counts[f"{media}s"] = len(split.paths)
+    if not split.train and any(one.unique == media for one in checks):
+        _refuse_repeated(report, split, [(places[e[media]], e[media]) for e in entries])
     key = next((key for key in ("caption", "question") if key in entries[0]), None)
     split.ranked = key == "caption"
     if key is not None:
         texts = [(places[e[media]], [e[key]] if isinstance(e[key], str) else e[key]) for e in entries]
         _read_texts(report, split, texts, getattr(dataset, "text_processor", None) or str, counter)
+    answers = [a for e in entries for a in (e["answer"] if isinstance(e.get("answer"), list) else [e.get("answer")])]
+    marked = [answer for answer in answers if isinstance(answer, str) and has_entity(answer)]
+    if marked:
+        text = f"{len(marked)} of {len(answers)} answers hold HTML entities, e.g. {shown(marked[0])}"
+        report.add("warning", split, f"{text}; {UNESCAPE}")
     if split.train and split.ranked:
-        _read_ids(report, split, [(places[e[media]], e.get("image_id", e[media])) for e in entries])
+        # LAVIS knows videos by their names alone.
+        ids = [e.get("image_id", e[media]) if media == "image" else e[media] for e in entries]
+        _read_ids(report, split, [(places[e[media]], number) for e, number in zip(entries, ids)])
+
+
+def _refuse_repeated(report: DataReport, split: Split, entries: Sequence[tuple[str, str]]) -> None:
+    """Refuse a picture that is to be ranked twice, by whatever path: a text would be right for one alone."""
+    first: dict[str, int] = {}
+    for i, (path, name) in enumerate(entries):
+        before = first.setdefault(path, i)
+        if before != i:
+            names = f"entries {before} ({shown(entries[before][1])}) and {i} ({shown(name)})"
+            report.add("refused", split, f"{names} are one {split.kind}, {path}; make them one, with all captions")
+            return
 
 
 def _read_texts(
@@ -203,22 +228,11 @@ def _read_texts(
         report.add("refused", split, str(error))
         return
     split.counts |= asdict(counts)
-    total = counts.texts
-    if counts.repeated_texts:
-        report.add("note", split, f"{counts.repeated_texts} of {total} texts repeat another of the same {split.kind}")
-    if counts.shared_texts and split.ranked:
-        why = "with other ids, training takes them for wrong" if split.train else "each is right for all of these"
-        report.add("note", split, f"{counts.shared_texts} of {total} texts are those of several {split.kind}s; {why}")
-    if counts.cut_words:
-        key = f"datasets.{split.dataset}.text_processor.{'train' if split.train else 'eval'}.max_words"
-        cut = f"{counts.cut_words} of {total} texts are cut at {process.max_words} words"
-        report.add("note", split, f"{cut}; raise {key} to keep them whole")
-    if counts.cut_tokens and counter is not None:
-        cut = f"{counts.cut_tokens} of {total} texts are cut at {counter.tokens.limit + 2} tokens"
-        report.add("note", split, f"{cut}; raise {counter.tokens.key} to keep them whole")
-    if counts.unknown_texts:
-        unknown = f"of {counts.unknown_texts} of {total} texts the vocabulary knows no word"
-        report.add("warning", split, f"{unknown}: the model reads them all alike")
+    shared = "with other ids, training takes them for wrong" if split.train else "each is right for all of these"
+    key = f"datasets.{split.dataset}.text_processor.{'train' if split.train else 'eval'}.max_words"
+    words = (getattr(process, "max_words", 0), key)
+    for level, text in counts.lines(split.kind, shared if split.ranked else None, words, report.tokens):
+        report.add(level, split, text)
 
 
 def _read_ids(report: DataReport, split: Split, entries: Sequence[tuple[str, Any]]) -> None:

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Optional
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Optional
 
 from lavis_aurora.common.errors import AuroraError, shown
+
+ENTITY = re.compile(r"&#?\w+;")
+LINE_BREAK = re.compile(r"\S\s*[\n\r]\s*\S")
+UNESCAPE = "write the characters that they mean, Python's html.unescape"
+
+
+def has_entity(text: str) -> bool:
+    """Whether a text holds an HTML entity: BLIP's processors leave its letters."""
+    return "&" in text and ENTITY.search(text) is not None
 
 
 class TokenLimit(NamedTuple):
     """Where a model cuts texts.
 
     Attributes:
-        tokenize: the tokens of a word.
-        limit: of a text, [CLS] and [SEP] not among them.
+        tokenizer: the model's, of transformers.
+        limit: tokens of a text, [CLS] and [SEP] not among them.
         key: of the YAML, that raises it.
-        unknown: the token of what is not in the vocabulary.
     """
 
-    tokenize: Callable[[str], Sequence[str]]
+    tokenizer: Any
     limit: int
     key: str
-    unknown: str
 
 
 class TokenCounter:
@@ -41,9 +49,9 @@ class TokenCounter:
         words = text.split()
         for word in words:
             if word not in self._counts:
-                found = self.tokens.tokenize(word)
+                found = self.tokens.tokenizer.tokenize(word)
                 self._counts[word] = len(found)
-                if any(token != self.tokens.unknown for token in found):
+                if any(token != self.tokens.tokenizer.unk_token for token in found):
                     self._known.add(word)
         return sum(map(self._counts.__getitem__, words)), not self._known.isdisjoint(words)
 
@@ -60,6 +68,9 @@ class TextCounts:
         cut_words: cut by the text processor.
         cut_tokens: cut by the model; None where that is not known.
         unknown_texts: without any word of the vocabulary; likewise.
+        entities: with HTML entities, whose letters BLIP's processors leave.
+        line_breaks: with a line break in their midst.
+        examples: by the names above, the first text of those that are counted.
     """
 
     texts: int
@@ -69,6 +80,36 @@ class TextCounts:
     cut_words: int
     cut_tokens: Optional[int]
     unknown_texts: Optional[int]
+    entities: int
+    line_breaks: int
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def lines(
+        self, kind: str, shared: Optional[str], words: tuple[int, str], tokens: Optional[TokenLimit]
+    ) -> Iterator[tuple[Literal["note", "warning"], str]]:
+        """What there is to say, each with its level.
+
+        Args:
+            kind: image or video.
+            shared: what follows for texts of several; None to leave these out.
+            words: where the text processor cuts, and the key that raises it.
+            tokens: where the model does.
+        """
+        limit, key = (0, "") if tokens is None else (tokens.limit + 2, tokens.key)
+        said: list[tuple[Literal["note", "warning"], str, str, Optional[str]]] = [
+            ("note", "repeated_texts", f"repeat another of the same {kind}", ""),
+            ("note", "shared_texts", f"are those of several {kind}s", shared),
+            ("note", "cut_words", f"are cut at {words[0]} words", f"raise {words[1]} to keep them whole"),
+            ("note", "cut_tokens", f"are cut at {limit} tokens", f"raise {key} to keep them whole"),
+            ("warning", "unknown_texts", "have no word that the vocabulary knows", "the model reads them all alike"),
+            ("warning", "entities", "hold HTML entities", UNESCAPE),
+            ("note", "line_breaks", "hold line breaks", "the model reads them as spaces"),
+        ]
+        for level, name, what, why in said:
+            number = getattr(self, name)
+            if number and why is not None:
+                text = f"{number} of {self.texts} texts {what}, e.g. {shown(self.examples[name])}"
+                yield level, f"{text}; {why}" if why else text
 
 
 def count_texts(
@@ -91,7 +132,7 @@ def count_texts(
     read: dict[str, str] = {}
     pairs: set[int] = set()
     each, times, owners = Counter[str](), Counter[str](), Counter[str]()
-    cut_words, cut_tokens, unknown = 0, 0, 0
+    counts, examples = Counter[str](), dict[str, str]()
     for i, (path, texts) in enumerate(entries):
         each[path] += len(texts)
         for raw in texts:
@@ -101,21 +142,35 @@ def count_texts(
             length, known = (1, True) if tokens is None else tokens(text)
             if not length or not text.strip():
                 raise AuroraError(f"nothing is left of {shown(raw)}, a text of entry {i}; correct it or leave it out")
-            cut_words += text.count(" ") + 1 >= limit and whole(raw) != text
-            cut_tokens += tokens is not None and length > tokens.tokens.limit
-            unknown += not known
-            times[text] += 1
             pair = hash((path, text))  # of millions of pairs, numbers alone
+            found = {
+                "repeated_texts": pair in pairs,
+                "cut_words": text.count(" ") + 1 >= limit and whole(raw) != text,
+                "cut_tokens": tokens is not None and length > tokens.tokens.limit,
+                "unknown_texts": not known,
+                "entities": has_entity(raw),
+                "line_breaks": ("\n" in raw or "\r" in raw) and LINE_BREAK.search(raw) is not None,
+            }
+            for name in (name for name, holds in found.items() if holds):
+                counts[name] += 1
+                examples.setdefault(name, raw)
+            times[text] += 1
             if pair not in pairs:
                 pairs.add(pair)
                 owners[text] += 1
+    shared = [text for text, count in owners.items() if count > 1]
+    if shared:
+        examples["shared_texts"] = shared[0]
     total = sum(each.values())
     return TextCounts(
         texts=total,
         texts_each=(min(each.values()), round(total / len(each), 2), max(each.values())),
-        repeated_texts=total - len(pairs),
-        shared_texts=sum(times[text] for text, count in owners.items() if count > 1),
-        cut_words=cut_words,
-        cut_tokens=None if tokens is None else cut_tokens,
-        unknown_texts=None if tokens is None else unknown,
+        repeated_texts=counts["repeated_texts"],
+        shared_texts=sum(map(times.__getitem__, shared)),
+        cut_words=counts["cut_words"],
+        cut_tokens=None if tokens is None else counts["cut_tokens"],
+        unknown_texts=None if tokens is None else counts["unknown_texts"],
+        entities=counts["entities"],
+        line_breaks=counts["line_breaks"],
+        examples=examples,
     )

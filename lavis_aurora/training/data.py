@@ -13,6 +13,7 @@ from lavis.common.dist_utils import get_rank
 from lavis.common.registry import registry
 from omegaconf import DictConfig
 
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import BlipAuroraConfig
 from lavis_aurora.data.fetch import use_data_root
@@ -31,8 +32,7 @@ def _token_limit(model: DictConfig) -> TokenLimit | None:
     if settings_cls is None or not issubclass(settings_cls, BlipAuroraConfig):
         return None
     settings = parse_config(settings_cls, section, part)
-    tokenizer = build_tokenizer(settings.tokenizer)
-    return TokenLimit(tokenizer.tokenize, settings.max_txt_len - 2, f"{part}.max_txt_len", tokenizer.unk_token)
+    return TokenLimit(build_tokenizer(settings.tokenizer), settings.max_txt_len - 2, f"{part}.max_txt_len")
 
 
 Say = Callable[[Level, str], None]
@@ -80,8 +80,21 @@ def check_data(cfg: Config) -> None:
     Raises:
         AuroraError: the run would be refused.
     """
+    refused = 0
+
+    def say(level: Level, line: str) -> None:
+        nonlocal refused
+        refused += level == "refused"
+        print(f"{level}: " * (level != "note") + line, flush=True)
+
     use_data_root()
-    _, datasets = read_data(cfg, None, lambda level, line: print(f"{level}: " * (level != "note") + line, flush=True))
+    try:
+        _, datasets = read_data(cfg, None, say)
+    except AuroraError as error:
+        if not refused:
+            raise
+        things = "1 thing" if refused == 1 else f"{refused} things"
+        raise AuroraError(f"{things} above would end the run") from error
     run, train = cfg.run_cfg, [splits["train"] for splits in datasets.values() if "train" in splits]
     if not run.evaluate and train:
         order.check_batch(run.batch_size_train, sum(map(len, train)))

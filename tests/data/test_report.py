@@ -38,8 +38,7 @@ def data(tmp_path: Path, project: Path) -> Path:
 def _report(project: Path, *options: str, seconds: float | None = None) -> DataReport:
     cfg = load_config(str(project), list(options))
     datasets = {name: build_checked(name, cfg.datasets_cfg[name]) for name in cfg.datasets_cfg}
-    tokenizer = build_tokenizer(tiny_config().tokenizer)
-    tokens = TokenLimit(tokenizer.tokenize, 33, "model.max_txt_len", tokenizer.unk_token)
+    tokens = TokenLimit(build_tokenizer(tiny_config().tokenizer), 33, "model.max_txt_len")
     return report_data(datasets, cfg, tokens, seconds)
 
 
@@ -70,7 +69,7 @@ def test_clean_data_are_counted_and_nothing_is_said(project: Path) -> None:
     assert _counts(report, "train") == {
         **{"samples": 8, "images": 4, "texts": 8, "texts_each": (2, 2.0, 2), "ids": 4, "several_ids": 0},
         **{"shared_ids": 0, "repeated_texts": 0, "shared_texts": 0, "cut_words": 0, "cut_tokens": 0},
-        **{"unknown_texts": 0, "missing": 0},
+        **{"unknown_texts": 0, "entities": 0, "line_breaks": 0, "examples": {}, "missing": 0},
     }
     assert report.files["all"] == report.files["looked"] == 3 * COUNT
 
@@ -78,6 +77,14 @@ def test_clean_data_are_counted_and_nothing_is_said(project: Path) -> None:
 def test_only_the_splits_of_the_run_are_read(project: Path) -> None:
     assert [split.split for split in _report(project, "run.evaluate=true").splits] == ["test"]
     assert [split.split for split in _report(project, "run.valid_splits=[]").splits] == ["train", "test"]
+
+
+def test_an_evaluation_says_that_it_does_not_look_at_the_training_data(project: Path, data: Path) -> None:
+    shutil.copy(data / "images/train/000.jpg", data / "images/test/000.jpg")
+    report = _report(project, "run.evaluate=true")
+    _found(report, "not compared with the training data", "run.evaluate=false", level="note")
+    assert not report.overlaps and report.beside("test") == []
+    assert not [one for one in _report(project).findings if one.level == "note"]
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -88,8 +95,8 @@ def test_shared_and_repeated_captions(project: Path, data: Path, split: str) -> 
     report = _report(project)
     assert _counts(report, split)["shared_texts"] == 3 and _counts(report, split)["repeated_texts"] == 1
     said = " ".join(finding.text for finding in report.findings)
-    assert "3 of 8 texts are those of several images" in said
-    assert "1 of 8 texts repeat another of the same image" in said
+    assert "3 of 8 texts are those of several images, e.g. 'a star'; " in said
+    assert "1 of 8 texts repeat another of the same image, e.g. 'a star'" in said
     assert {finding.level for finding in report.findings} == {"note"}
     assert len(report.beside(split)) == 2 and not report.beside("test")
 
@@ -100,13 +107,31 @@ def test_cut_texts_come_with_the_key_to_raise(project: Path, data: Path) -> None
     report = _report(project, options)
     assert _counts(report, "test")["cut_words"] == 1 and _counts(report, "test")["cut_tokens"] == 2
     words, tokens = report.beside("test")
-    assert "1 of 9 texts are cut at 40 words" in words and options.split("=")[0] in words
-    assert "2 of 9 texts are cut at 35 tokens; raise model.max_txt_len" in tokens
+    assert "1 of 9 texts are cut at 40 words, e.g. 'a red circle a " in words and options.split("=")[0] in words
+    assert "2 of 9 texts are cut at 35 tokens, e.g. 'a red circle a " in tokens
+    assert "; raise model.max_txt_len" in tokens
 
 
 def test_texts_of_unknown_words_alone(project: Path, data: Path) -> None:
     _edit(data / "val.json", {"caption": ["猫が", "a star"]}, {"caption": ["犬 Ω"]})
-    _found(_report(project), "coco_retrieval val: of 2 of 7 texts the vocabulary knows no word")
+    _found(_report(project), "coco_retrieval val: 2 of 7 texts have no word that the vocabulary knows, e.g. '猫が'; ")
+
+
+def test_html_entities_and_line_breaks_are_counted(project: Path, data: Path) -> None:
+    texts = ["Tom &amp; Jerry", "it&#39;s\nred\n", "a & b; c\n"]
+    _edit(data / "train.json", *({"caption": text} for text in texts))
+    report = _report(project)
+    _found(report, "coco_retrieval train: 2 of 8 texts hold HTML entities, e.g. 'Tom &amp; Jerry'; ", "html.unescape")
+    _found(report, "train: 1 of 8 texts hold line breaks, e.g. 'it&#39;s\\nred\\n'; ", level="note")
+    examples = _counts(report, "train")["examples"]
+    assert examples == {"entities": "Tom &amp; Jerry", "line_breaks": "it&#39;s\nred\n"}
+
+
+def test_html_entities_in_answers_are_counted(tmp_path: Path) -> None:
+    yaml = vqa_project(tmp_path)
+    _edit(tmp_path / "data/train.json", {"answer": ["yes", "b&amp;b"]})
+    [said] = [finding.text for finding in _report(yaml).findings if "HTML" in finding.text]
+    assert said.startswith("coco_vqa train: 1 of ") and " answers hold HTML entities, e.g. 'b&amp;b'; " in said
 
 
 def test_a_text_of_which_a_processor_leaves_nothing_is_refused(project: Path) -> None:
@@ -139,6 +164,14 @@ def test_a_video_named_in_two_ways_has_two_ids(tmp_path: Path) -> None:
     _edit(paths["train"], {"video": "./train_0.mp4"})
     yaml = video_project(tmp_path, "msrvtt_ret", "msrvtt_retrieval", paths)
     _found(_report(yaml, "run.valid_splits=[]"), "1 videos have several ids", "'./train_0.mp4', 'train_0.mp4'")
+
+
+@pytest.mark.parametrize("numbers", [[1, 1, 1, 1], [1, 2, 3, 4]])
+def test_videos_go_by_their_names_whatever_their_image_id(tmp_path: Path, numbers: list[int]) -> None:
+    paths = write_videos(tmp_path / "data", COUNT, captions_each=2)
+    _edit(paths["train"], *({"image_id": number} for number in numbers * 2))
+    report = _report(video_project(tmp_path, "msrvtt_ret", "msrvtt_retrieval", paths), "run.valid_splits=[]")
+    assert not report.findings and _counts(report, "train")["ids"] == COUNT
 
 
 @pytest.mark.parametrize("how", ["path", "symlink", "hardlink", "copy"])
@@ -179,6 +212,21 @@ def test_validation_on_the_test_is_said(project: Path, data: Path) -> None:
 def test_copies_in_a_split_to_evaluate(project: Path, data: Path) -> None:
     shutil.copy(data / "images/val/000.jpg", data / "images/val/002.jpg")
     _found(_report(project), "coco_retrieval val: 1 images have the same content as another: ", "002.jpg", "000.jpg")
+
+
+@pytest.mark.parametrize("split", ["val", "train"])
+@pytest.mark.parametrize("how", ["through ..", "absolute"])
+def test_a_picture_that_is_ranked_twice_is_refused_by_any_path(
+    project: Path, data: Path, split: str, how: str
+) -> None:
+    again = {"through ..": f"../images/{split}/000.jpg", "absolute": str(data / f"images/{split}/000.jpg")}[how]
+    _edit(data / f"{split}.json", {}, {}, {"image": again, **({"image_id": again} if split == "train" else {})})
+    report = _report(project)
+    if split == "train":
+        assert not [finding for finding in report.findings if finding.level == "refused"]
+        return
+    said = f"coco_retrieval val: entries 0 ('val/000.jpg') and 2 ({again!r}) are one image, {data / 'images'}"
+    _found(report, said, level="refused")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

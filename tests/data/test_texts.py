@@ -11,7 +11,7 @@ from lavis_aurora.data.texts import TokenCounter, TokenLimit, count_texts
 from lavis_aurora.encoders.towers import build_tokenizer
 
 TOKENIZER = build_tokenizer(tiny_config().tokenizer)
-COUNTER = TokenCounter(TokenLimit(TOKENIZER.tokenize, 5, "key", TOKENIZER.unk_token))
+COUNTER = TokenCounter(TokenLimit(TOKENIZER, 5, "key"))
 WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
 
 

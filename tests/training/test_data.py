@@ -64,7 +64,19 @@ def test_check_fails_where_a_run_would(project: Path, data: Path, capsys: pytest
         output = capsys.readouterr()
         errors.append(output.err.splitlines()[-1])
         assert ("refused: " in output.out) == (how == "missing" and argv[0] == "check")
-    assert errors[0] == errors[1] and said in errors[0]
+    assert said in errors[1]
+    # What check has printed already it does not print again.
+    assert errors[0] == errors[1] or how == "missing" and errors[0].endswith("1 thing above would end the run")
+
+
+def test_check_prints_each_refusal_once(project: Path, data: Path, capsys: pytest.CaptureFixture) -> None:
+    for split in ("train", "test"):
+        (data / f"images/{split}/002.jpg").unlink()
+    with pytest.raises(SystemExit):
+        main(["check", str(project), "--options", "run.num_workers=0"])
+    output = capsys.readouterr()
+    assert output.out.count("refused: coco_retrieval ") == output.out.count("cannot read 1 of 4 images") == 2
+    assert "cannot read" not in output.err and output.err.endswith("2 things above would end the run\n")
 
 
 def test_a_run_says_and_writes_it(
@@ -82,16 +94,34 @@ def test_a_run_says_and_writes_it(
     for finding in found["findings"]:
         assert table.count(f"  {finding['text']}\n") == 1
         assert table.index(finding["text"]) > table.index("\ntest: ")
-    assert "1 of 4 texts are cut at 35 tokens; raise model.max_txt_len" in found["findings"][0]["text"]
+    assert "1 of 4 texts are cut at 35 tokens, e.g. 'a star a " in found["findings"][0]["text"]
+    assert [one["examples"] for one in found["splits"] if one["split"] == "test"] == [{"cut_tokens": "a star " * 20}]
 
 
 def test_questions_that_no_answer_is_right_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def said(*options: str) -> str:
+        main(["check", str(yaml), "--options", "run.num_workers=0", *options])
+        return capsys.readouterr().out
+
+    yaml = vqa_project(tmp_path)
+    unreachable = "val: {} of 6 questions ({} %) have no true answer that can be given: "
+    assert "true answer" not in said() + said("run.inference_method=generate")
+    (tmp_path / "data" / "answers.json").write_text('["yes", "red"]')
+    ranked = said()
+    assert unreachable.format(2, 33.3) + "'2'; the accuracy is at most " in ranked
+    assert "; add them to the list" in ranked
+    assert "true answer" not in said("run.inference_method=generate"), "answers of the list do not matter"
+    long = said("run.inference_method=generate", "run.min_len=3", "run.max_len=5")
+    assert unreachable.format(6, "100.0") in long and "; raise run.max_len" in long
+
+
+def test_questions_of_few_annotators_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     yaml = vqa_project(tmp_path)
     main(["check", str(yaml)])
-    assert "no true answer" not in capsys.readouterr().out
-    (tmp_path / "data" / "answers.json").write_text('["yes", "red"]')
+    assert "annotators" not in capsys.readouterr().out
+    path = tmp_path / "data" / "truth.json"
+    found = json.loads(path.read_text())
+    del found["annotations"][1]["answers"][3:]
+    path.write_text(json.dumps(found))
     main(["check", str(yaml)])
-    shown = capsys.readouterr().out
-    assert "val: 2 of 6 questions (33.3 %) have no true answer that can be given: '2'; the accuracy is at" in shown
-    main(["check", str(yaml), "--options", "run.inference_method=generate"])
-    assert "no true answer" not in capsys.readouterr().out
+    assert "coco_vqa val: fewer than 10 annotators answered 1 of 6 questions" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -81,19 +82,39 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
             )
 
     def complete_report(self, report: DataReport, datasets: dict[str, dict[str, Any]]) -> None:
-        """Say how many questions no answer of the list can be right for."""
+        """Say how many questions no answer that can be given is right for, and how many have few annotators."""
         for split in report.splits:
             dataset = datasets[split.dataset][split.split]
-            answers = getattr(dataset, "answer_list", None)
             truths = [] if split.train else self._truths(dataset)
-            if self.inference_method != "rank" or not answers or not truths:
+            if not truths:
+                continue
+            few = sum(not isinstance(truth, str) and len(truth) < ANNOTATORS for truth in truths)
+            split.counts["few_annotators"] = few
+            # Of no split: an evaluation prints both by itself.
+            if few:
+                text = f"{split.name}: fewer than {ANNOTATORS} annotators answered {few} of {len(truths)} questions"
+                report.findings.append(Finding("note", "", text))
+            answers = getattr(dataset, "answer_list", None)
+            remedy = "add them to the list, or set run.inference_method=generate"
+            if self.inference_method == "generate":
+                answers, remedy = None, "raise run.max_len where they are longer, or set run.inference_method=rank"
+                if report.tokens is not None:
+                    truths, answers = self._generated_truths(truths, report.tokens.tokenizer)
+            if answers is None:
                 continue
             found = unreachable_answers(truths, answers)
             split.counts["unreachable_answers"] = found.unreachable
             if found.unreachable:
-                # Of no split: an evaluation prints it by itself.
-                remedy = "add them to the list, or set run.inference_method=generate"
                 report.findings.append(Finding("warning", "", f"{split.name}: {found}; {remedy}"))
+
+    def _generated_truths(self, truths: list[Truth], tokenizer: Any) -> tuple[list[Truth], list[str]]:
+        """True answers as a model that generates has them, and which of them it can generate."""
+        each = chain.from_iterable([truth] if isinstance(truth, str) else truth for truth in truths)
+        forms = as_generated(each, tokenizer, self.min_len, self.max_len)
+        read: list[Truth] = [
+            forms.get(t, t) if isinstance(t, str) else [forms.get(one, one) for one in t] for t in truths
+        ]
+        return read, list(forms.values())
 
     @staticmethod
     def _truths(dataset: Any) -> list[Truth]:
