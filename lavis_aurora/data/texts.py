@@ -155,12 +155,10 @@ def count_texts(
                 counts[name] += 1
                 examples.setdefault(name, raw)
             times[text] += 1
-            if pair not in pairs:
-                pairs.add(pair)
-                owners[text] += 1
+            pairs.add(pair)
+            owners[text] += not found["repeated_texts"]
     shared = [text for text, count in owners.items() if count > 1]
-    if shared:
-        examples["shared_texts"] = shared[0]
+    examples |= {"shared_texts": text for text in shared[:1]}
     total = sum(each.values())
     return TextCounts(
         texts=total,
