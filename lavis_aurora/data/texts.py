@@ -158,7 +158,7 @@ def count_texts(
             pairs.add(pair)
             owners[text] += not found["repeated_texts"]
     shared = [text for text, count in owners.items() if count > 1]
-    examples |= {"shared_texts": text for text in shared[:1]}
+    examples.update({"shared_texts": shared[0]} if shared else {})
     total = sum(each.values())
     return TextCounts(
         texts=total,
