@@ -11,6 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple, Union
 
 from lavis.common.vqa_tools.vqa_eval import VQAEval
@@ -19,6 +20,7 @@ from lavis_aurora.common.errors import AuroraError, abbreviated, shown
 
 Truth = Union[str, Sequence[str]]
 Form = Callable[[str], str]
+Generated = Callable[[Iterable[str]], dict[str, str]]
 
 ANNOTATORS = 10  # of a question of VQAv2
 AGREEING = 3  # annotators who make an answer right
@@ -112,6 +114,19 @@ def as_generated(texts: Iterable[str], tokenizer: Any, min_len: int, max_len: in
         if ids and min_len <= 1 + len(ids) <= max_len and special.isdisjoint(ids)
     }
     return dict(zip(kept, tokenizer.batch_decode(list(kept.values()))))
+
+
+def generated_truths(truths: Iterable[Truth], generated: Generated) -> tuple[list[Any], list[str]]:
+    """Truths with each answer as a model that generates it has it, and the answers that it can generate.
+
+    Args:
+        truths: of each question.
+        generated: :func:`as_generated` with all but the texts; what it leaves out stays as it is.
+    """
+    listed = list(truths)
+    forms = generated(chain.from_iterable([truth] if isinstance(truth, str) else truth for truth in listed))
+    read = [forms.get(t, t) if isinstance(t, str) else [forms.get(one, one) for one in t] for t in listed]
+    return read, list(forms.values())
 
 
 class Unreachable(NamedTuple):

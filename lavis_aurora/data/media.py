@@ -123,10 +123,14 @@ class MediaFiles:
                 bar.update()
 
 
+def with_ending(path: str) -> str:
+    """Where LAVIS reads a picture: those of SNLI-VE are named without their ending."""
+    return next(filter(os.path.exists, (path, f"{path}.jpg")), path)
+
+
 def _look(path: str) -> _Found:
     """Raises OSError if there is no file, or an empty one."""
-    # SNLI-VE's have no ending: LAVIS adds it.
-    place = path if os.path.exists(path) or not os.path.exists(f"{path}.jpg") else f"{path}.jpg"
+    place = with_ending(path)
     found = regular(place).stat()
     if not found.st_size:
         raise OSError("it is empty")

@@ -28,6 +28,7 @@ from lavis_aurora.common.files import regular, write_text
 from lavis_aurora.common.media import BrokenVideo, as_shown, read_frames, whole_pictures
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.run import VideoProcessorConfig
+from lavis_aurora.data.media import with_ending
 
 
 def random_indices(length: int, count: int) -> Tensor:
@@ -162,9 +163,7 @@ class CheckedDataset(Dataset):
         """Paths of the pictures of a sample, in the order in which LAVIS opens them, or of its video."""
         entry = self.inner.annotation[index]
         names = entry.get("images") or [entry.get("image", entry.get("video", "?"))]
-        paths = [os.path.join(self.inner.vis_root, str(name)) for name in names]
-        # SNLI-VE's have no ending: LAVIS adds it.
-        return [next(filter(os.path.exists, (path, f"{path}.jpg")), path) for path in paths]
+        return [with_ending(os.path.join(self.inner.vis_root, str(name))) for name in names]
 
     def file(self, index: int) -> str:
         """Path of the picture or video of a sample, or of several."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -16,10 +16,15 @@ from lavis.models.med import XBertLMHeadDecoder
 from torch import Tensor
 from transformers import BertTokenizer, LogitsProcessor
 
-from lavis_aurora.common.answers import ANNOTATORS, normalise, unreachable_answers, vqa_score
+from lavis_aurora.common.answers import (
+    ANNOTATORS,
+    Generated,
+    generated_truths,
+    normalise,
+    unreachable_answers,
+    vqa_score,
+)
 from lavis_aurora.common.errors import AuroraError, shown
-
-Generated = Callable[[Iterable[str]], dict[str, str]]
 
 
 def vqa_accuracy(
@@ -59,8 +64,7 @@ def vqa_accuracy(
     official = [vqa_score(people[i], given.qa[i]["answer"]) for i in asked]
     scores, compared, possible = official, list(people.values()), answer_list
     if generated is not None:
-        forms = generated(answer for answers in people.values() for answer in answers)
-        compared, possible = [[forms.get(one, one) for one in answers] for answers in compared], [*forms.values()]
+        compared, possible = generated_truths(compared, generated)
         scores = [vqa_score(answers, given.qa[i]["answer"]) for i, answers in zip(asked, compared)]
     found: dict[str, Any] = {"accuracy": _percent(scores)}
     for name in ("answer_type", "question_type"):
@@ -107,8 +111,7 @@ def exact_match(
     truths: list[str] = [result["truth"] for result in results]
     possible = answer_list
     if generated is not None:
-        forms = generated(truths)
-        truths, possible = [forms.get(truth, truth) for truth in truths], [*forms.values()]
+        truths, possible = generated_truths(truths, generated)
     right: dict[str, list[bool]] = defaultdict(list)
     for result, truth in zip(results, truths):
         first = (result["question"].lower().split() or [""])[0]

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
 from lavis.common.config import Config
 from lavis.common.dist_utils import get_rank
 from lavis.common.registry import registry
@@ -20,6 +19,7 @@ from lavis_aurora.data.fetch import use_data_root
 from lavis_aurora.data.report import Level, report_data
 from lavis_aurora.data.texts import TokenLimit
 from lavis_aurora.encoders.towers import build_tokenizer
+from lavis_aurora.evaluation.encode import broadcast
 from lavis_aurora.training import order
 from lavis_aurora.training.tasks.base import runnable_task
 
@@ -52,7 +52,7 @@ def read_data(cfg: Config, seconds: float | None, say: Say) -> tuple[Any, dict[s
     task = runnable_task(registry.get_task_class(cfg.run_cfg.task)).setup_task(cfg=cfg)
     datasets = task.build_datasets(cfg)
     order.check_splits(cfg, datasets, task.shard_evaluation)
-    good = [False]
+    good = False
     try:
         if get_rank() == 0:
             report = task.data_report = report_data(datasets, cfg, _token_limit(cfg.model_cfg), seconds)
@@ -60,11 +60,10 @@ def read_data(cfg: Config, seconds: float | None, say: Say) -> tuple[Any, dict[s
             for level, line in report.lines():
                 say(level, line)
             report.check()
-            good = [True]
+            good = True
     finally:
-        if dist.is_initialized():
-            dist.broadcast_object_list(good, src=0)
-    if not good[0]:
+        good = broadcast(good)
+    if not good:
         sys.exit(1)  # the main process says why
     return task, datasets
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 import webdataset as wds
-from lavis.common.dist_utils import is_dist_avail_and_initialized, is_main_process
+from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.datasets.datasets.dataloader_utils import PrefetchLoader
 from lavis.runners.runner_base import RunnerBase
@@ -24,6 +23,7 @@ from torch.utils.data import ChainDataset
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import appended, write_text
+from lavis_aurora.evaluation.encode import broadcast
 from lavis_aurora.training import order
 from lavis_aurora.training.checkpoints import BEST, LATEST
 from lavis_aurora.training.guards import FiniteGuard, Stopped, StopRequest
@@ -312,25 +312,23 @@ class AuroraRunner(RunnerBase):
         for i, split in enumerate(self.valid_splits):
             with self.summary.timed("validation"):
                 log = self.eval_epoch(split_name=split, cur_epoch=epoch)
-            metric: list[Any] = [(log or {}).get(TRAINING_METRIC)]
-            if is_dist_avail_and_initialized():
-                dist.broadcast_object_list(metric, src=0)
-            if i == 0 and metric[0] is None:
+            metric: Any = broadcast((log or {}).get(TRAINING_METRIC))
+            if i == 0 and metric is None:
                 raise AuroraError(
                     f"run.valid_splits: run.task {state.run['task']} reports no {TRAINING_METRIC} on {split} to "
                     f"select the best epoch by; set run.valid_splits: [] to take the last. This one is saved: go on "
                     f"from it by run.resume_ckpt_path={self.output_dir / LATEST}"
                 )
-            if i == 0 and not math.isfinite(metric[0]):
+            if i == 0 and not math.isfinite(metric):
                 raise AuroraError(
-                    f"run.valid_splits: {TRAINING_METRIC} of {split} is {metric[0]} in epoch {epoch + 1}, which "
+                    f"run.valid_splits: {TRAINING_METRIC} of {split} is {metric} in epoch {epoch + 1}, which "
                     f"cannot be compared with others; look into its data and lower run.init_lr, or set "
                     f"run.valid_splits: [] to take the last epoch"
                 )
             # An epoch that is validated again, as it was interrupted there, takes its own place.
-            if i == 0 and (metric[0] > state.best_metric or epoch == state.best_epoch):
+            if i == 0 and (metric > state.best_metric or epoch == state.best_epoch):
                 # LAVIS's tasks may give numpy's numbers, which no checkpoint holds.
-                state.best_metric, state.best_epoch = float(metric[0]), epoch
+                state.best_metric, state.best_epoch = float(metric), epoch
                 self.checkpoints.save(epoch, validated=True, name=BEST)
                 self._save_adapter("best", {"epoch": epoch, split: log or {}})
             if log is not None:

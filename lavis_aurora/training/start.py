@@ -30,6 +30,7 @@ from lavis_aurora.common.errors import AuroraError, printable
 from lavis_aurora.common.files import writing
 from lavis_aurora.data.fetch import use_data_root
 from lavis_aurora.data.report import LOOK_SECONDS
+from lavis_aurora.evaluation.encode import broadcast
 from lavis_aurora.training.checkpoints import BEST, find_resumable_run, newest_run_differs
 from lavis_aurora.training.data import log, read_data
 
@@ -261,16 +262,15 @@ def _choose_run(cfg: Config, lock: RunLock) -> tuple[str, str | None]:
 
 def _agree_on_run(cfg: Config, lock: RunLock) -> str:
     """The run's name; it and the checkpoint are the main process's choice."""
-    choice: list[tuple[str, str | None] | None] = [None]
+    choice: tuple[str, str | None] | None = None
     try:
         if get_rank() == 0:
-            choice = [_choose_run(cfg, lock)]
+            choice = _choose_run(cfg, lock)
     finally:
-        if dist.is_initialized():
-            dist.broadcast_object_list(choice, src=0)
-    if choice[0] is None:
+        choice = broadcast(choice)
+    if choice is None:
         sys.exit(1)  # the main process says why
-    name, cfg.run_cfg.resume_ckpt_path = choice[0]
+    name, cfg.run_cfg.resume_ckpt_path = choice
     if cfg.run_cfg.evaluate:
         cfg.run_cfg.resume = "none"  # config.yaml names the checkpoint itself
     return name

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,18 @@ from torch.utils.data import Dataset
 from lavis_aurora.common.answers import (
     ANNOTATORS,
     EXAMPLES,
+    Generated,
     Truth,
     Unreachable,
     as_generated,
+    generated_truths,
     unreachable_answers,
     vqa_score,
 )
 from lavis_aurora.common.errors import AuroraError, shown
 from lavis_aurora.common.files import read_json, write_text
 from lavis_aurora.data.report import DataReport, Finding
-from lavis_aurora.evaluation.answers import Generated, exact_match, vqa_accuracy
+from lavis_aurora.evaluation.answers import exact_match, vqa_accuracy
 from lavis_aurora.training.tasks.base import AuroraTaskBase, LavisTaskMixin, evaluated_keys
 
 SHOWN_TYPES = 12  # question types that a report lists; VQAv2 has 65
@@ -99,7 +100,7 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
             if self.inference_method == "generate":
                 answers, remedy = None, "raise run.max_len where they are longer, or set run.inference_method=rank"
                 if report.tokens is not None:
-                    truths, answers = self._generated_truths(truths, report.tokens.tokenizer)
+                    truths, answers = generated_truths(truths, self._generated_by(report.tokens.tokenizer))
             if answers is None:
                 continue
             found = unreachable_answers(truths, answers)
@@ -107,14 +108,9 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
             if found.unreachable:
                 report.findings.append(Finding("warning", "", f"{split.name}: {found}; {remedy}"))
 
-    def _generated_truths(self, truths: list[Truth], tokenizer: Any) -> tuple[list[Truth], list[str]]:
-        """True answers as a model that generates has them, and which of them it can generate."""
-        each = chain.from_iterable([truth] if isinstance(truth, str) else truth for truth in truths)
-        forms = as_generated(each, tokenizer, self.min_len, self.max_len)
-        read: list[Truth] = [
-            forms.get(t, t) if isinstance(t, str) else [forms.get(one, one) for one in t] for t in truths
-        ]
-        return read, list(forms.values())
+    def _generated_by(self, tokenizer: Any) -> Generated:
+        """How a model of this tokenizer decodes what it generates."""
+        return partial(as_generated, tokenizer=tokenizer, min_len=self.min_len, max_len=self.max_len)
 
     @staticmethod
     def _truths(dataset: Any) -> list[Truth]:
@@ -138,7 +134,7 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
         inner = getattr(model, "base", model)  # of mode_approx
         if self.inference_method != "generate" or not isinstance(inner, BlipVQA):
             return None
-        return partial(as_generated, tokenizer=inner.tokenizer, min_len=self.min_len, max_len=self.max_len)
+        return self._generated_by(inner.tokenizer)
 
     def _possible(self) -> dict[str, Any]:
         """Which answers there are to choose from, as :func:`vqa_accuracy` and :func:`exact_match` ask for it."""
