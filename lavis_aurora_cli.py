@@ -82,6 +82,7 @@ def command_parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("check", help="report what is in the data of a project YAML, without training")
     one.add_argument("path", metavar="YAML", help="project YAML; run.evaluate=true for what an evaluation reads")
+    one.add_argument("--decode", action="store_true", help="read each picture and video, too")
     _add_options(one)
     one.set_defaults(action=_check)
 
@@ -152,7 +153,7 @@ def _check(args: argparse.Namespace) -> None:
     from lavis_aurora.project import load_config
     from lavis_aurora.training.data import check_data
 
-    check_data(load_config(args.path, args.options))
+    check_data(load_config(args.path, args.options), args.decode)
 
 
 def _inspect(args: argparse.Namespace) -> None:

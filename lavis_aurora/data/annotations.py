@@ -57,15 +57,17 @@ def check_entries(entries: list[dict[str, Any]], rules: Mapping[str, Rule], path
                 )
 
 
-def check_unique(entries: list[dict[str, Any]], kind: str, path: str, key: str) -> None:
-    """Refuse a picture or video that is to be ranked twice: each of its captions would have one right entry only."""
+def check_unique(entries: list[dict[str, Any]], name: str, path: str, key: str) -> None:
+    """Refuse entries that share what tells them apart: of a picture that is to be ranked twice, each caption would
+    have one right entry only; of a question_id, one answer would count for several questions."""
+    is_file = name in ("image", "video")
     first: dict[Any, int] = {}
     for i, entry in enumerate(entries):
-        before = first.setdefault(os.path.normpath(entry[kind]), i)  # ./0.png is 0.png
+        before = first.setdefault(os.path.normpath(entry[name]) if is_file else entry[name], i)  # ./0.png is 0.png
         if before != i:
+            remedy = "make them one entry with all captions" if is_file else "give each its own"
             raise AuroraError(
-                f"{key}: entries {before} and {i} of {path} have the same {kind}, {shown(entry[kind])}; make them "
-                f"one entry with all captions"
+                f"{key}: entries {before} and {i} of {path} have the same {name}, {shown(entry[name])}; {remedy}"
             )
 
 

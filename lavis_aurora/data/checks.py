@@ -251,6 +251,7 @@ class OfficialQuestions(Asked):
     """VQAv2's, with its official files."""
 
     entries = {"image": FILE, "question": QUESTION, "question_id": NUMBER_OR_TEXT}
+    unique = "question_id"
 
     def check_files(self, entries: list[dict[str, Any]], files: Sequence[str], key: str) -> None:
         super().check_files(entries, files, key)
@@ -263,6 +264,7 @@ class OwnQuestionsAsked(Asked):
 
     entries = {"image": FILE, "question": QUESTION, "answer": TEXT, "question_id": NUMBER_OR_TEXT}
     example = {"image": "beach/2.jpg", "question": "what lies here?", "answer": "a dog", "question_id": 1}
+    unique = "question_id"
 
 
 @register_dataset_checks("videos")

@@ -5,18 +5,26 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from hashlib import blake2b
 from typing import NamedTuple, Optional
 
+import torch
 from tqdm import tqdm
 
+from lavis_aurora.common.errors import printable
 from lavis_aurora.common.files import regular
+from lavis_aurora.common.media import load_picture, read_frames
 
 # Of a larger file, the first, the middle and the last block are compared.
 WHOLE, BLOCK = 2**20, 2**18
 # Work that takes less has no bar.
 PROGRESS_DELAY_SECONDS = 5
+DECODED_FRAMES = 8
+DECODERS: dict[str, Callable[[str], object]] = {
+    "image": load_picture,
+    "video": lambda path: read_frames(path, lambda length: torch.linspace(0, length - 1, DECODED_FRAMES).long()),
+}
 
 
 class _Found(NamedTuple):
@@ -56,15 +64,23 @@ class MediaFiles:
     @property
     def looked(self) -> int:
         """How many were looked at."""
-        return len(self._found) + len(self._why)
+        return len(self._found.keys() | self._why.keys())
 
     @property
     def compared(self) -> int:
         """How many were read."""
         return len(self._digests)
 
+    def decode(self, paths: Iterable[str], kind: str) -> None:
+        """Read pictures, or frames all over videos, as a run would; those that cannot be are missing from then on."""
+        for path in self._until([path for path in paths if path in self._found], "decoding files"):
+            try:
+                DECODERS[kind](self._found[path].place)
+            except Exception as error:  # decoders have errors of their own
+                self._why[path] = printable(str(error)).replace(f"{path}: ", "")
+
     def missing(self, paths: Iterable[str]) -> dict[str, str]:
-        """Those of the paths at which there is no file, or an empty one; and why."""
+        """Those of the paths at which there is no file, an empty one, or one that was not decoded; and why."""
         return {path: self._why[path] for path in paths if path in self._why}
 
     def shared(self, ones: Iterable[str], others: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:

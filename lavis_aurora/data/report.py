@@ -132,6 +132,7 @@ def report_data(
     cfg: Any,
     tokens: Optional[TokenLimit] = None,
     seconds: Optional[float] = LOOK_SECONDS,
+    decode: bool = False,
 ) -> DataReport:
     """Count and compare what a run reads.
 
@@ -140,6 +141,7 @@ def report_data(
         cfg: LAVIS's configuration, with ``run_cfg`` and ``datasets_cfg``.
         tokens: where the model cuts texts; None if that is not known.
         seconds: for how long to look at files, at most; None: at all of them.
+        decode: whether to read each picture, and some frames of each video, as the run would.
     """
     run, report = cfg.run_cfg, DataReport(tokens=tokens)
     trained = [] if run.evaluate else list(run.train_splits)
@@ -154,6 +156,8 @@ def report_data(
     # Those to evaluate first: they are small, and more depends on them.
     order = sorted(report.splits, key=lambda split: split.train)
     files = MediaFiles((path for split in order for path in split.paths), seconds)
+    for split in order if decode else ():
+        files.decode(split.paths, split.kind)
     for split in report.splits:
         _check_files(report, split, files, run.max_broken_share)
     _compare_splits(report, files, tested, cfg.datasets_cfg)
@@ -242,8 +246,7 @@ def _read_ids(report: DataReport, split: Split, entries: Sequence[tuple[str, Any
     for path, number in entries:
         ids[path].add(number)
         pictures[number].add(path)
-    several = [path for path, own in ids.items() if len(own) > 1]
-    shared = [number for number, own in pictures.items() if len(own) > 1]
+    several, shared = ([one for one, others in group.items() if len(others) > 1] for group in (ids, pictures))
     split.counts |= {"ids": len(pictures), "several_ids": len(several), "shared_ids": len(shared)}
     if len(pictures) == 1 < len(ids):
         report.add(
@@ -277,14 +280,11 @@ def _check_files(report: DataReport, split: Split, files: MediaFiles, allowed: f
     """Refuse what would stop the run at a file that is missing: any but a few videos to train on."""
     missing = files.missing(split.paths)
     split.counts["missing"] = len(missing)
+    entries, total = sum(split.paths[path] for path in missing), split.counts["samples"]
     if not missing:
         return
-    entries, total = sum(split.paths[path] for path in missing), split.counts["samples"]
-    names = abbreviated(f"{path} ({reason})" for path, reason in missing.items())
-    text = (
-        f"cannot read {len(missing)} of {len(split.paths)} {split.kind}s, which {entries} of {total} entries name: "
-        f"{names}"
-    )
+    text = f"cannot read {len(missing)} of {len(split.paths)} {split.kind}s, "
+    text += f"which {entries} of {total} entries name: {abbreviated(f'{p} ({why})' for p, why in missing.items())}"
     spared = split.train and split.kind == "video"
     if spared and entries <= allowed * total:
         report.add("warning", split, f"{text}; others are trained on in their place")

@@ -38,13 +38,14 @@ def _token_limit(model: DictConfig) -> TokenLimit | None:
 Say = Callable[[Level, str], None]
 
 
-def read_data(cfg: Config, seconds: float | None, say: Say) -> tuple[Any, dict[str, Any]]:
+def read_data(cfg: Config, seconds: float | None, say: Say, decode: bool = False) -> tuple[Any, dict[str, Any]]:
     """The task, which keeps the report of the data on the main process, and its datasets.
 
     Args:
         cfg: LAVIS's configuration.
         seconds: for how long to look at pictures and videos, at most; None: at all of them.
         say: is given the lines of the report.
+        decode: whether to read each picture and video, too.
 
     Raises:
         AuroraError: the run would stop at something that the report names; other processes end without a word.
@@ -55,7 +56,7 @@ def read_data(cfg: Config, seconds: float | None, say: Say) -> tuple[Any, dict[s
     good = False
     try:
         if get_rank() == 0:
-            report = task.data_report = report_data(datasets, cfg, _token_limit(cfg.model_cfg), seconds)
+            report = task.data_report = report_data(datasets, cfg, _token_limit(cfg.model_cfg), seconds, decode)
             task.complete_report(report, datasets)
             for level, line in report.lines():
                 say(level, line)
@@ -73,8 +74,12 @@ def log(level: Level, line: str) -> None:
     logging.log({"warning": logging.WARNING, "note": logging.INFO, "refused": logging.DEBUG}[level], "%s", line)
 
 
-def check_data(cfg: Config) -> None:
+def check_data(cfg: Config, decode: bool = False) -> None:
     """Print the report of the data that a run would read; no model is built.
+
+    Args:
+        cfg: LAVIS's configuration.
+        decode: whether to read each picture and video, which takes about as long as an epoch's reading.
 
     Raises:
         AuroraError: the run would be refused.
@@ -88,7 +93,7 @@ def check_data(cfg: Config) -> None:
 
     use_data_root()
     try:
-        _, datasets = read_data(cfg, None, say)
+        _, datasets = read_data(cfg, None, say, decode)
     except AuroraError as error:
         if not refused:
             raise

@@ -102,6 +102,19 @@ def test_a_missing_file_is_named_with_what_it_holds(data: Path, project: str, sp
     assert example and "AURORA_DATA" in message and message.endswith(f" such as {json.dumps(example)}")
 
 
+def test_questions_to_answer_have_ids_of_their_own(data: Path) -> None:
+    """LAVIS keeps one answer of each."""
+    write_own("own_vqa", data)
+    path = data / f"annotations/{PREFIX['own_vqa']}test.json"
+    entries = json.loads(path.read_text())
+    entries[1]["question_id"] = entries[0]["question_id"]
+    path.write_text(json.dumps(entries))
+    name = NAMES["own_vqa"]
+    cfg = load_config(str(PROJECTS / "own_vqa.yaml"), options("own_vqa")).datasets_cfg[name]
+    with pytest.raises(AuroraError, match="entries 0 and 1 of .* have the same question_id, 0; give each its own"):
+        build_checked(name, cfg)
+
+
 @pytest.mark.parametrize(("project", "name"), NAMES.items())
 def test_samples_of_the_yaml_are_good(data: Path, project: str, name: str) -> None:
     """What its comments show, a user may copy."""

@@ -35,11 +35,11 @@ def data(tmp_path: Path, project: Path) -> Path:
     return tmp_path / "data"
 
 
-def _report(project: Path, *options: str, seconds: float | None = None) -> DataReport:
+def _report(project: Path, *options: str, seconds: float | None = None, decode: bool = False) -> DataReport:
     cfg = load_config(str(project), list(options))
     datasets = {name: build_checked(name, cfg.datasets_cfg[name]) for name in cfg.datasets_cfg}
     tokens = TokenLimit(build_tokenizer(tiny_config().tokenizer), 33, "model.max_txt_len")
-    return report_data(datasets, cfg, tokens, seconds)
+    return report_data(datasets, cfg, tokens, seconds, decode)
 
 
 def _counts(report: DataReport, split: str) -> dict[str, Any]:
@@ -238,6 +238,27 @@ def test_pictures_that_are_no_files_are_refused(project: Path, data: Path, split
     {"missing": lambda: None, "empty": path.touch, "folder": path.mkdir}[how]()
     said = f"coco_retrieval {split}: cannot read 1 of 4 images, which {2 if split == 'train' else 1} of"
     _found(_report(project), said, f"{path} ({why}", level="refused")
+
+
+@pytest.mark.parametrize("how", ["cut off", "a text"])
+def test_pictures_are_decoded_where_that_is_asked(project: Path, data: Path, how: str) -> None:
+    path = data / "images/val/001.jpg"
+    path.write_bytes(path.read_bytes()[:-200] if how == "cut off" else b"<html>not found</html>")
+    report = _report(project)
+    assert _counts(report, "val")["missing"] == 0 and not [one for one in report.findings if one.level == "refused"]
+    report = _report(project, decode=True)
+    _found(report, "coco_retrieval val: cannot read 1 of 4 images", f"{path} (", level="refused")
+    assert report.files["looked"] == report.files["all"] == 3 * COUNT
+
+
+def test_videos_are_decoded_where_that_is_asked(tmp_path: Path) -> None:
+    paths = write_videos(tmp_path / "data", COUNT)
+    broken = paths["videos"] / "test_2.mp4"
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    yaml = video_project(tmp_path, "msrvtt_ret", "msrvtt_retrieval", paths)
+    assert not [one for one in _report(yaml).findings if one.level == "refused"]
+    report = _report(yaml, decode=True)
+    _found(report, "msrvtt_retrieval test: cannot read 1 of 4 videos", "test_2.mp4 (", level="refused")
 
 
 @pytest.mark.parametrize(("share", "level"), [(0.3, "warning"), (0.2, "refused")])

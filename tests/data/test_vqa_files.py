@@ -96,7 +96,7 @@ def test_every_training_file_is_checked(cfg: DictConfig, edit: Callable, tmp_pat
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_question_that_is_there_twice(cfg: DictConfig, edit: Callable, split: str) -> None:
     path = edit(f"{split}.json", lambda entries: entries[2].update(question_id=entries[0]["question_id"]))
-    _refused(cfg, f"{path} has 3 entries with 2 question_id; each needs its own")
+    _refused(cfg, f"entries 0 and 2 of {path} have the same question_id, ", "; give each its own")
 
 
 def test_question_ids_of_two_kinds(cfg: DictConfig, edit: Callable) -> None:
