@@ -76,12 +76,14 @@ def tower_config(task: str, size: str) -> dict:
     return config
 
 
-def build(task: str, method: str, size: str, checkpointed: int):
+def build(task: str, method: str, size: str, checkpointed: int, mini_batch: int = 0):
     """The model, and the parameters that are trained besides heads (all of them where the backbone is trained)."""
     kind, overrides = METHODS[method]
     config = {**tower_config(task, size), **overrides}
     if checkpointed:
         config.update(vit_grad_ckpt=True, vit_ckpt_layer=checkpointed)
+    if mini_batch and task != "vqa":  # its questions are not compared with each other
+        config["mini_batch_size"] = mini_batch
     if kind == "lavis":
         model = lavis_model(
             task, parse_config(VqaAuroraConfig if task == "vqa" else RetrievalAuroraConfig, config, "")
@@ -165,7 +167,7 @@ def measure(args: argparse.Namespace) -> dict:
     torch.manual_seed(0)
     task, method, device = args.task, args.method, args.device
     start_memory = resident_memory()[0]
-    model, trained = build(task, method, args.size, args.checkpointed)
+    model, trained = build(task, method, args.size, args.checkpointed, args.mini_batch)
     model = model.to(device).train()
     adapter = {id(p) for _, p in adapter_parameters(model)}
     parts = {name: p for name, p in model.named_parameters() if id(p) not in adapter}

@@ -31,8 +31,8 @@ MB = 1e6
 def measure_apart(args: argparse.Namespace, task: str, method: str) -> dict:
     """:func:`measure` in a new process."""
     arguments = ["--task", task, "--method", method, "--device", args.device]
-    for key in ("batch", "steps", "warmup", "threads", "size", "checkpointed", "clock"):
-        arguments += [f"--{key}", str(getattr(args, key))]
+    for key in ("batch", "steps", "warmup", "threads", "size", "checkpointed", "mini_batch", "clock"):
+        arguments += [f"--{key.replace('_', '-')}", str(getattr(args, key))]
     arguments += [f"--{key}" for key in ("amp", "compile", "profile") if getattr(args, key)]
     *before, result = (
         measure_in_subprocess(__file__, arguments, args.threads, f"{task}, {method}").strip().splitlines()
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument("--compile", action="store_true", help="compile the layers, as run.compile")
     parser.add_argument("--checkpointed", type=int, default=0, help="layers of the ViT computed again backward")
+    parser.add_argument("--mini-batch", type=int, default=0, help="as model.mini_batch_size, but for vqa")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a process")
     parser.add_argument(
         "--clock",

@@ -186,6 +186,8 @@ class RetrievalAuroraConfig(BlipAuroraConfig):
         momentum: of the teacher's moving average, as there.
         negative_all_rank: negatives of ITM come from all processes, as in LAVIS's training on COCO; false takes those
             of a process's own batch, as on Flickr30K. (The default of LAVIS's class is false.)
+        mini_batch_size: samples whose activations training keeps at a time; null for the whole batch. The losses are
+            those of the batch all the same; each part is computed a second time in the backward pass.
         train_temp: also train the temperature of ITC, with the heads or the whole model. It is a number of
             about 0.07 that one step moves by the learning rate: set false with rates of 1e-3 and more.
     """
@@ -196,6 +198,7 @@ class RetrievalAuroraConfig(BlipAuroraConfig):
     embed_dim: int = 256
     momentum: float = 0.995
     negative_all_rank: bool = True
+    mini_batch_size: Optional[int] = None
     train_temp: bool = True
 
     def __post_init__(self) -> None:
@@ -211,6 +214,8 @@ class RetrievalAuroraConfig(BlipAuroraConfig):
         require(self.embed_dim >= 1, "model.embed_dim", self.embed_dim, "1 or more")
         fits = self.queue_size * self.embed_dim <= 2**28
         require(fits, "model.queue_size", self.queue_size, "at most 2**28 / model.embed_dim, which takes 2 GB")
+        size = self.mini_batch_size
+        require(size is None or size >= 1, "model.mini_batch_size", size, "1 or more (samples), or null")
         require(0 <= self.alpha <= 1, "model.alpha", self.alpha, "between 0 and 1")
         require(0 <= self.momentum <= 1, "model.momentum", self.momentum, "between 0 and 1")
 

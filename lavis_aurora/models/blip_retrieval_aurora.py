@@ -13,6 +13,8 @@ from lavis.common.registry import registry
 from lavis.models.blip_models.blip_outputs import BlipIntermediateOutput, BlipOutput, BlipSimilarity
 from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from torch import Tensor, nn
+from transformers import BatchEncoding
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Encoded
 
 from lavis_aurora.adapters.sets import MOMENTUM_SET
 from lavis_aurora.adapters.switching import merged_weights
@@ -32,7 +34,7 @@ from lavis_aurora.encoders.towers import (
 )
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.base import AuroraBase
-from lavis_aurora.models.matching import broadcast_seed, gather, sample_hard_negatives
+from lavis_aurora.models.matching import broadcast_seed, compute_in_parts, gather, sample_hard_negatives
 from lavis_aurora.models.scoring import RetrievalScoring
 
 
@@ -91,6 +93,7 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         del self.init_tokenizer
         check_vocabulary(self.tokenizer, text.config.vocab_size, cfg)
         self.context_form = cfg.context.form
+        self.mini_batch_size = cfg.mini_batch_size
         self._negative_seed: int | None = None
         if cfg.tuning != "full":
             # The backbone is frozen: its moving average is itself.
@@ -131,16 +134,28 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         """The momentum towers' features; where a momentum tower is the tower itself, what that has computed."""
         with nullcontext() if self.adapters is None else self.adapters.use(MOMENTUM_SET):
             if not self._teacher_equals_student(self.visual_encoder):
-                visual = encode_visual(getattr(self, "visual_encoder_m", self.visual_encoder), image)
+                visual = self._encode_visual(getattr(self, "visual_encoder_m", self.visual_encoder), image)
             if not self._teacher_equals_student(self.text_encoder):
                 encoder = getattr(self, "text_encoder_m", self.text_encoder)
-                text_embeds = encoder.forward_text(text).last_hidden_state
+                text_embeds = self._encode_text(encoder, text)
         return TeacherFeatures(
             visual.tokens.detach(),
             text_embeds.detach(),
             F.normalize(self.vision_proj_m(visual.pooled), dim=-1),
             F.normalize(self.text_proj_m(text_embeds[:, 0]), dim=-1),
         )
+
+    def _encode_visual(self, encoder: nn.Module, visual: Tensor) -> VisualFeatures:
+        return VisualFeatures(*compute_in_parts(partial(encode_visual, encoder), self.mini_batch_size, visual))
+
+    def _encode_text(self, encoder: nn.Module, text: BatchEncoding) -> Tensor:
+        """Tokens of texts alone, (batch, length, d)."""
+
+        def encode(ids: Tensor, mask: Tensor) -> list[Tensor]:
+            return [encoder.forward_text(BatchEncoding({"input_ids": ids, "attention_mask": mask})).last_hidden_state]
+
+        [tokens] = compute_in_parts(encode, self.mini_batch_size, text.input_ids, text.attention_mask)
+        return tokens
 
     def _teacher_equals_student(self, tower: nn.Module) -> bool:
         """Whether its momentum copy computes exactly the same: same weights, and nothing dropped at random."""
@@ -187,9 +202,9 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         # Processes exchange texts, which must then be of one length.
         texts = samples["text_input"]
         text = self.tokenize(texts, pad_to_longest=True, everywhere=self._gathers, device=image.device)
-        visual = encode_visual(self.visual_encoder, image)
+        visual = self._encode_visual(self.visual_encoder, image)
         image_embeds = visual.tokens
-        text_embeds = self.text_encoder.forward_text(text).last_hidden_state
+        text_embeds = self._encode_text(self.text_encoder, text)
         image_feat = F.normalize(self.vision_proj(visual.pooled), dim=-1)
         text_feat = F.normalize(self.text_proj(text_embeds[:, 0]), dim=-1)
         with torch.no_grad():
@@ -279,21 +294,12 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
             sim_t2i, sim_i2t = text_feat @ world(image_feat).t(), image_feat @ world(text_feat).t()
             negative_image, has_image = sample_hard_negatives(sim_t2i / self.temp, same, generator)
             negative_text, has_text = sample_hard_negatives(sim_i2t / self.temp, same, generator)
-        images, wrong_image = image_embeds, negative_image
-        if self._gathers:
-            images, wrong_image = torch.cat([images, gather(images, with_grad=True)[negative_image]]), None
+        wrong_images = gather(image_embeds, with_grad=True) if self._gathers else image_embeds
         # Rows: the pairs as they are; each text with a wrong image; each image with a wrong text.
-        pair_ids = torch.cat([ids, ids, world(ids)[negative_text]])
-        pair_mask = torch.cat([mask, mask, world(mask)[negative_text]])
-        with itm_context(self.text_encoder, wrong_image):
-            output = self.text_encoder(
-                pair_ids,
-                attention_mask=pair_mask,
-                encoder_hidden_states=images,
-                encoder_attention_mask=torch.ones(images.shape[:-1], dtype=torch.long, device=ids.device),
-                return_dict=True,
-            )
-        fused = output.last_hidden_state[:, 0]
+        batch = (image_embeds, ids, mask, negative_image, world(ids)[negative_text], world(mask)[negative_text])
+        compute = self._matching_passes
+        tokens = torch.cat(compute_in_parts(compute, self.mini_batch_size, *batch, whole=(wrong_images,)))
+        fused = tokens[:, 0]
         if self.training and self.context_form != "none":
             # Also the texts of the other processes are context, as if the batch were in one.
             fused = enhance_context(fused, gather(queries, with_grad=True), self.context_form)
@@ -303,8 +309,40 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         # A pair without any true negative in the batch has none to learn from.
         weight = torch.cat([torch.ones_like(has_image), has_image, has_text]).to(logits.dtype)
         loss = (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / weight.sum()
-        first, rest = output.last_hidden_state.split([count, 2 * count])
-        outputs = {"itm_logits": logits, "itm_labels": labels}
-        outputs["encoder_output"] = type(output)(last_hidden_state=first)
-        outputs["encoder_output_neg"] = type(output)(last_hidden_state=rest)
+        first, rest = (Encoded(last_hidden_state=rows) for rows in tokens.split([count, 2 * count]))
+        outputs = {"itm_logits": logits, "itm_labels": labels, "encoder_output": first, "encoder_output_neg": rest}
         return loss, outputs
+
+    def _matching_passes(
+        self,
+        images: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        negative_image: Tensor,
+        wrong_ids: Tensor,
+        wrong_mask: Tensor,
+        wrong_images: Tensor,
+    ) -> list[Tensor]:
+        """Tokens of pairs, of their texts with wrong images, and of their images with wrong texts.
+
+        Args:
+            images: tokens of the pairs' images, (pairs, keys, d).
+            ids, mask: of their texts, (pairs, length); ``wrong_ids`` and ``wrong_mask`` of a wrong text for each.
+            negative_image: rows of ``wrong_images``, one for each pair.
+            wrong_images: tokens of the images of the whole batch, the same tensor as ``images`` where that is all.
+
+        Returns:
+            Three tensors, (pairs, length, d).
+        """
+        wrong_image = negative_image if wrong_images is images else None
+        if wrong_image is None:
+            images = torch.cat([images, wrong_images[negative_image]])
+        with itm_context(self.text_encoder, wrong_image):
+            output = self.text_encoder(
+                torch.cat([ids, ids, wrong_ids]),
+                attention_mask=torch.cat([mask, mask, wrong_mask]),
+                encoder_hidden_states=images,
+                encoder_attention_mask=torch.ones(images.shape[:-1], dtype=torch.long, device=ids.device),
+                return_dict=True,
+            )
+        return list(output.last_hidden_state.chunk(3))

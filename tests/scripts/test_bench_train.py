@@ -7,7 +7,7 @@ import pytest
 
 
 def measure(task: str, method: str) -> dict:
-    options = {"batch": 4, "steps": 2, "warmup": 1, "threads": 1, "checkpointed": 0, "clock": "wall"}
+    options = {"batch": 4, "steps": 2, "warmup": 1, "threads": 1, "checkpointed": 0, "mini_batch": 0, "clock": "wall"}
     flags = {"amp": False, "compile": False, "profile": False}
     return bench.measure(argparse.Namespace(task=task, method=method, device="cpu", size="tiny", **options, **flags))
 

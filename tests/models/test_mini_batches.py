@@ -1,0 +1,121 @@
+"""A batch computed in parts has the losses and gradients of the whole, and keeps the activations of one part."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from distributed import run_processes
+from tiny_retrieval import model_and_batch, step
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.config.models import RetrievalAuroraConfig
+from lavis_aurora.models import matching
+from lavis_aurora.models.matching import compute_in_parts
+
+ALL = slice(0, 4)
+FORMS = {
+    "aurora": {},
+    "residual": {"gate": {"form": "residual"}, "mode_approx": {"targets": "all_linear"}},
+    "own_batch": {"negative_all_rank": False, "context": {"form": "mean"}},
+    "checkpointed": {"vit_grad_ckpt": True, "vit_ckpt_layer": 2},
+}
+
+
+def assert_same(found: tuple, expected: tuple) -> None:
+    losses, grads, queue = found
+    for name, value in expected[0].items():
+        assert losses[name] == pytest.approx(value, abs=1e-5)
+    assert grads.keys() == expected[1].keys()
+    for name, grad in expected[1].items():
+        assert abs(grads[name] - grad).max() / max(abs(grad).max(), 1e-3) < 1e-3, name
+    assert (queue == expected[2]).all()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_losses_and_gradients_are_those_of_the_batch(form: str, size: int) -> None:
+    model, samples = model_and_batch("aurora", ALL, **FORMS[form])
+    whole = step(model, samples, model)
+    model, samples = model_and_batch("aurora", ALL, **FORMS[form], mini_batch_size=size)
+    assert_same(step(model, samples, model), whole)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora", "uniadapter"])
+def test_of_other_tunings_too(tuning: str) -> None:
+    model, samples = model_and_batch(tuning, ALL)
+    whole = step(model, samples, model)
+    model, samples = model_and_batch(tuning, ALL, mini_batch_size=2)
+    assert_same(step(model, samples, model), whole)
+
+
+def half_in_parts(rank: int) -> tuple:
+    model, samples = model_and_batch("aurora", slice(rank, None, 2), mini_batch_size=1)
+    return step(DistributedDataParallel(model, broadcast_buffers=False), samples, model)
+
+
+def test_of_two_processes_too() -> None:
+    model, samples = model_and_batch("aurora", ALL)
+    whole = step(model, samples, model)
+    found = run_processes(2, half_in_parts)
+    losses = {name: (found[0][0][name] + found[1][0][name]) / 2 for name in whole[0]}
+    for _, grads, queue in found:
+        assert_same((losses, grads, queue), whole)
+
+
+def test_dropout_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the same parts kept whole, as plain autograd does."""
+
+    def dropping() -> tuple:
+        model, samples = model_and_batch("aurora", ALL, mini_batch_size=3)
+        for layer in (m for m in model.modules() if isinstance(m, nn.Dropout)):
+            layer.p = 0.3
+        torch.manual_seed(7)
+        return step(model, samples, model)
+
+    replayed = dropping()
+    monkeypatch.setattr(matching, "checkpoint", lambda compute, *given, use_reentrant: compute(*given))
+    assert_same(replayed, dropping())
+
+
+def kept_bytes(size: int | None) -> int:
+    """Of what the backward pass of a step keeps."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    model, samples = model_and_batch("aurora", ALL, mini_batch_size=size)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(samples)
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+
+
+def test_less_is_kept() -> None:
+    assert kept_bytes(1) < 0.2 * kept_bytes(None)
+
+
+def test_the_towers_see_no_more_than_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, samples = model_and_batch("aurora", ALL, mini_batch_size=2)
+    seen: list[int] = []
+    layers = (*model.visual_encoder.blocks, *model.text_encoder.encoder.layer)
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    model(samples)
+    assert set(seen) == {2, 6}  # matching has three rows for each pair
+
+
+def test_parts_are_joined_in_order() -> None:
+    x = torch.arange(10.0).view(5, 2).requires_grad_()
+    [doubled, shifted] = compute_in_parts(lambda part, by: (part * 2, part + by), 2, x, whole=(torch.ones(2),))
+    assert torch.equal(doubled, x * 2) and torch.equal(shifted, x + 1)
+    doubled.sum().backward()
+    assert torch.equal(x.grad, torch.full((5, 2), 2.0))
+
+
+def test_a_part_has_a_sample_at_least() -> None:
+    with pytest.raises(AuroraError, match="model.mini_batch_size"):
+        RetrievalAuroraConfig(mini_batch_size=0)
