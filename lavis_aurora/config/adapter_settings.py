@@ -40,7 +40,7 @@ BLIP_SETTINGS = (
 LEFT_OUT = (
     *("arch", "model_type", "pretrained", "finetuned", "load_finetuned", "load_pretrained", "tokenizer"),
     *("med_config_path", "adapter", "adapter_check_base", "freeze_vit"),
-    *("queue_size", "alpha", "momentum", "negative_all_rank"),
+    *("queue_size", "alpha", "momentum", "negative_all_rank", "mini_batch_size"),
 )
 WRAPPER_SETTINGS = ("base", "mode_approx", "modules_to_save")
 # These fetch a tokenizer when they are made.

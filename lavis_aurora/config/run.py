@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Optional, TypeVar
 
 from lavis_aurora.common.errors import AuroraError, abbreviated, one_of, require
+from lavis_aurora.common.parsing import TRUTH
 
 INFERENCE_METHODS = ("rank", "generate")
 TOKEN_DTYPES = ("float32", "bfloat16")
@@ -60,7 +61,7 @@ class RunConfig:
         accum_grad_iters: steps whose gradients are averaged; a pair is compared with those of its own step alone.
         valid_splits: the best epoch is chosen on these; with none it is the last.
         test_splits: tested after training, with the best epoch, and by an evaluation.
-        amp: mixed precision, on a GPU.
+        amp: mixed precision: bf16 (bfloat16, on a GPU or a CPU), or true (float16 with scaled losses, on a GPU).
         log_freq: steps between lines of the log.
         resume_ckpt_path: checkpoint to continue in a new folder, or to evaluate.
         device: auto (a GPU if there is one), cuda or cpu.
@@ -111,7 +112,7 @@ class RunConfig:
     use_dist_eval_sampler: bool = False
     seed: int = 42
     output_dir: str = "output"
-    amp: bool = False
+    amp: Any = False
     compile: bool = False
     log_freq: int = 50
     resume_ckpt_path: Optional[str] = None
@@ -123,6 +124,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
+        self.amp = TRUTH.get(str(self.amp).lower(), self.amp)
+        require(self.amp in (False, True, "bf16"), "run.amp", self.amp, "false, true or bf16")
         one_of("run.device", self.device, ("auto", "cuda", "cpu"))
         one_of("run.resume", self.resume, ("auto", "none"))
         if self.resume == "auto" and self.resume_ckpt_path:

@@ -106,7 +106,8 @@ class TrainingState:
         model: on its device, wrapped for several processes.
         loader: of the training samples, see :func:`lavis_aurora.training.order.start_epoch`.
         optimizer, schedule: LAVIS's.
-        scaler: of losses in half precision; None without.
+        autocast: what mixed precision computes in; None without.
+        scaler: of losses in float16; None without.
         guard: watches the numbers of each step.
         run: the ``run:`` part of the YAML.
         folder: of the run.
@@ -125,6 +126,7 @@ class TrainingState:
     guard: FiniteGuard
     run: Mapping[str, Any]
     folder: Path
+    autocast: Optional[torch.dtype] = None
     scaler: Optional[torch.amp.GradScaler] = None
     epoch: int = 0
     step: int = 0
@@ -290,7 +292,8 @@ def _backward(state: TrainingState, samples: Samples, parts: int, begins: bool, 
             stack.enter_context(state.unwrapped.frozen_teacher())
         if not updates and isinstance(model, DistributedDataParallel):
             stack.enter_context(model.no_sync())
-        with torch.autocast(next(model.parameters()).device.type, enabled=scaler is not None):
+        device = next(model.parameters()).device.type
+        with torch.autocast(device, dtype=state.autocast, enabled=state.autocast is not None):
             losses = state.task.losses(model, samples)
         part = losses["loss"] / parts
         torch.autograd.backward(part if scaler is None else scaler.scale(part))

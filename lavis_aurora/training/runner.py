@@ -109,11 +109,15 @@ class AuroraRunner(RunnerBase):
         return self._lr_sched
 
     @property
+    def autocast(self) -> torch.dtype | None:
+        """What mixed precision computes in; None for single precision."""
+        half = torch.float16 if self.cuda_enabled else None
+        return {"bf16": torch.bfloat16, True: half}.get(self.config.run_cfg.amp)
+
+    @property
     def scaler(self) -> torch.amp.GradScaler | None:
-        """Loss scaling of mixed precision, on a GPU only."""
-        if not self.config.run_cfg.amp or not self.cuda_enabled:
-            return None
-        if self._scaler is None:
+        """Loss scaling, which float16 needs."""
+        if self._scaler is None and self.autocast is torch.float16:
             self._scaler = torch.amp.GradScaler("cuda")
         return self._scaler
 
@@ -186,8 +190,8 @@ class AuroraRunner(RunnerBase):
         if self.resume_ckpt_path or not self.evaluate_only:
             check_trainable(self._model, self.config.model_cfg.arch)
         self.log_config()
-        if self.config.run_cfg.amp and not self.cuda_enabled:
-            logging.warning("run.amp: there is no mixed precision on a CPU; computing in single precision")
+        if self.config.run_cfg.amp is True and not self.cuda_enabled:
+            logging.warning("run.amp: true is for a GPU; computing in single precision; bf16 is for CPUs too")
         if self.evaluate_only:
             epoch = self._load_evaluated()
         else:
@@ -218,6 +222,7 @@ class AuroraRunner(RunnerBase):
             loader=self.train_loader,
             optimizer=self.optimizer,
             schedule=self.lr_scheduler,
+            autocast=self.autocast,
             scaler=self.scaler,
             guard=FiniteGuard(self.output_dir, skip=self.config.run_cfg.skip_nonfinite),
             run=self.config.run_cfg,

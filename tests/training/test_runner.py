@@ -50,7 +50,7 @@ def test_a_run_leaves_configuration_checkpoints_results_and_log(tmp_path, capsys
     assert [entry["train_epoch"] for entry in logged(folder, "train_loss")] == [0, 1]
     # The cosine between 1e-3 and 1e-5 at the start and half-way.
     assert [entry["train_lr"] for entry in logged(folder, "train_loss")] == pytest.approx([1e-3, 5.05e-4])
-    assert len([record for record in caplog.records if "no mixed precision on a CPU" in record.message]) == 1
+    assert len([record for record in caplog.records if "run.amp: true is for a GPU" in record.message]) == 1
     out = capsys.readouterr().out
     assert "test: 8 images, 8 texts" in out
     for words in ("image-to-text", "text-to-image", "chance", "median rank", "ITC only"):
@@ -188,6 +188,22 @@ def test_outputs_of_relative_folders_lie_under_the_current_directory(tmp_path, m
 def test_options_of_training(tmp_path, options):
     run(project_yaml(tmp_path, run={"valid_splits": [], "test_splits": []}), *options)
     assert (only_run(tmp_path) / "checkpoint_latest.pth").exists()
+
+
+def test_bfloat16_is_close_to_single_precision_and_not_the_same(tmp_path, caplog):
+    """On a CPU too, without a scaler; `true`, float16, is said to be for a GPU."""
+    losses, caplog_of = {}, {}
+    for amp in ("false", "bf16", "true"):
+        folder = tmp_path / amp
+        folder.mkdir()
+        caplog.clear()
+        run(project_yaml(folder, run={"valid_splits": [], "test_splits": []}), f"run.amp={amp}")
+        losses[amp] = logged(only_run(folder), "train_loss")[-1]["train_loss"]
+        caplog_of[amp] = caplog.text
+        assert torch.load(only_run(folder) / "checkpoint_latest.pth", weights_only=True)["scaler"] is None
+    assert losses["bf16"] == pytest.approx(losses["false"], rel=2e-2) and losses["bf16"] != losses["false"]
+    assert losses["true"] == losses["false"]
+    assert "bf16 is for CPUs too" in caplog_of["true"] and "run.amp" not in caplog_of["bf16"]
 
 
 def test_a_model_without_the_method_is_refused_before_any_step(tmp_path, monkeypatch, capsys):
