@@ -26,7 +26,7 @@ EVALUATE = "evaluate a model on the test splits of a project YAML"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """``lavis-aurora train|evaluate|check|inspect|merge|targets|configs|compare|convert|doctor ...``."""
+    """``lavis-aurora train|evaluate|check|inspect|merge|export|targets|configs|compare|convert|doctor ...``."""
     args = command_parser().parse_args(argv)
     if args.command == "configs" and not args.names:
         print(configs())
@@ -92,10 +92,16 @@ def command_parser() -> argparse.ArgumentParser:
     one = commands.add_parser("merge", help="fold an adapter into its backbone: a checkpoint for plain LAVIS")
     one.add_argument("adapter", metavar="FOLDER", help="an adapter folder; its gate.form must be none")
     one.add_argument("output", metavar="FILE", help="the checkpoint to write, e.g. merged.pth")
-    one.add_argument("--pretrained", help="file or URL of the backbone, instead of that of the model's type")
-    one.add_argument("--tokenizer", help="hub name or folder of the tokenizer, likewise")
-    one.add_argument("--med-config-path", help="configuration of the text tower, likewise")
+    _add_sources(one)
     one.set_defaults(action=_merge)
+
+    one = commands.add_parser("export", help="write a tuned model as other libraries load it: peft, transformers")
+    one.add_argument("adapter", metavar="ADAPTER", help="an adapter folder; its gate.form must be none")
+    one.add_argument("output", metavar="FOLDER", help="the folder to write")
+    one.add_argument("--to", required=True, metavar="FORMAT", help="peft (a LoRA) or transformers (a merged model)")
+    one.add_argument("--rank", type=int, help="of peft's LoRA, to make it smaller; the adapter's own otherwise")
+    _add_sources(one)
+    one.set_defaults(action=_export)
 
     one = commands.add_parser("targets", help="which weights of a model would be adapted")
     one.add_argument(
@@ -135,6 +141,13 @@ def _add_run_arguments(parser: argparse.ArgumentParser, evaluate: bool) -> None:
     parser.set_defaults(action=_run, evaluate=evaluate)
 
 
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    """Where the parts of a backbone come from that an adapter does not name."""
+    parser.add_argument("--pretrained", help="file or URL of the backbone, instead of that of the model's type")
+    parser.add_argument("--tokenizer", help="hub name or folder of the tokenizer, likewise")
+    parser.add_argument("--med-config-path", help="configuration of the text tower, likewise")
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--options", nargs="+", metavar="KEY=VALUE", help="override keys of the YAML, e.g. run.max_epoch=2"
@@ -162,10 +175,19 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    from lavis_aurora.cli import merge
+    from lavis_aurora.models.export import merge
 
-    sources = {key: getattr(args, key) for key in ("pretrained", "tokenizer", "med_config_path")}
-    _show(merge(args.adapter, args.output, **sources))
+    _show(merge(args.adapter, args.output, **_sources(args)))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from lavis_aurora.models.export import export
+
+    _show(export(args.adapter, args.to, args.output, args.rank, **_sources(args)))
+
+
+def _sources(args: argparse.Namespace) -> dict[str, str | None]:
+    return {key: getattr(args, key) for key in ("pretrained", "tokenizer", "med_config_path")}
 
 
 def _targets(args: argparse.Namespace) -> None:

@@ -13,8 +13,9 @@ from tiny import activate, project_yaml, tiny_model
 from toy import rewrite_adapter
 
 from lavis_aurora import AuroraError, save_adapter
-from lavis_aurora.cli import inspect, merge, targets
+from lavis_aurora.cli import inspect, targets
 from lavis_aurora.common.paths import package_file
+from lavis_aurora.models.export import merge
 from lavis_aurora.models.mode_approx_model import ModeApproxModel
 from lavis_aurora_cli import PROJECTS, configs, main
 

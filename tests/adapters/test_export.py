@@ -80,7 +80,9 @@ def test_retrieval_with_its_trained_heads(tmp_path, tuning):
     frozen.load_state_dict(tiny_model(tuning="frozen").state_dict())
     tuned = loaded(frozen, tmp_path / "lora")
     images, texts = batch()["image"].double(), batch()["text_input"]
-    expected, found, plain = (one.double().match(images, texts) for one in (model, tuned, tiny_model(tuning="frozen")))
+    expected, found, plain = (
+        one.double().match(images, texts) for one in (model, tuned, tiny_model(tuning="frozen"))
+    )
     torch.testing.assert_close(found.itc, expected.itc, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.itm_logits, expected.itm_logits, rtol=1e-6, atol=1e-6)
     assert (plain.itm_logits - expected.itm_logits).abs().max() > 0.05

@@ -1,0 +1,113 @@
+"""What an adapter is, in words: for ``inspect``, and as the model card beside what is exported."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lavis_aurora.adapters.config import AdapterConfig
+from lavis_aurora.common.errors import AuroraError, printable
+from lavis_aurora.common.summary import SUMMARY, read_summary
+
+CARD = "README.md"
+
+
+def describe(config: AdapterConfig) -> dict[str, str]:
+    """The settings, by what they are called."""
+    widths: dict[str, int] = defaultdict(int)
+    for d_in, d_out in config.slots.values():
+        widths[f"{d_in} x {d_out}"] += 1
+    model = config.model
+    lines = {
+        "model": " ".join(str(model[key]) for key in ("arch", "model_type") if model.get(key)) or "any nn.Module",
+        "base": f"{config.base.name or 'without a name'} (sha256 {config.base.sha256[:12]})",
+        # Which layers were targeted, the slots say.
+        config.kind: ", ".join(f"{key} {value}" for key, value in vars(config.settings).items() if value is not None),
+        "slots": ", ".join(f"{count} of {shape}" for shape, count in widths.items()),
+        "targets": f"\n{'':<17}".join(_slot_groups(config.slots)),
+    }
+    for key, value in (model.get("settings") or {}).items():
+        words = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        lines.setdefault(key, words)
+    lines.update({f"metrics: {key}": text for key, text in metrics(config).items()})
+    lines["written by"] = ", ".join(f"{key} {value}" for key, value in config.versions.items())
+    if config.format == 1:
+        lines["checksum"] = "of the tensors alone (an older version's); load and save the adapter to cover all"
+    return lines
+
+
+def metrics(config: AdapterConfig) -> dict[str, str]:
+    """What was measured with it, by split."""
+    found = {}
+    for key, value in config.metrics.items():
+        parts = value if isinstance(value, dict) else {"": value}
+        numbers = (f"{k} {v:.4g}".strip() if isinstance(v, (int, float)) else f"{k} {v}" for k, v in parts.items())
+        found[key] = ", ".join(text for text in numbers if not re.search("chance|_itc_|_lavis_", text))
+    return found
+
+
+def _slot_groups(slots: Iterable[str]) -> list[str]:
+    """Slots by their module, layers of a kind together: 'blocks.*.attn.qkv: query, key, value'."""
+    groups: dict[str, dict[str, None]] = defaultdict(dict)
+    for slot in map(without_numbers, slots):
+        module, _, name = slot.rpartition(".")
+        groups[module][name] = None
+    return [f"{module}: {', '.join(names)}" if module else ", ".join(names) for module, names in groups.items()]
+
+
+def without_numbers(name: str) -> str:
+    """A layer's name with ``*`` for numbers."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def model_card(
+    config: AdapterConfig, library: str, usage: str, adapter: str | Path | None = None, notes: Iterable[str] = ()
+) -> str:
+    """``README.md`` of a folder that is shared: what it is, how it is used, settings, data and metrics.
+
+    Args:
+        config: of the adapter.
+        library: that loads the folder, as the hub calls it: peft, transformers, lavis_aurora.
+        usage: Python that loads it.
+        adapter: its folder; the data are those that the summary of the run around it tells.
+        notes: what must be known besides, a sentence each.
+    """
+    said = describe(config)
+    rows = {key: " ".join(value.split()) for key, value in said.items() if not key.startswith("metrics: ")}
+    sections = [
+        f"---\nlibrary_name: {library}\ntags:\n- aurora\n- {config.kind.replace('_', '-')}\n---",
+        f"# {rows['model']}, tuned by {config.kind}",
+        f"Made by lavis_aurora from {rows['base']}. Nothing here is code.",
+        f"## Use\n\n```python\n{usage.strip()}\n```",
+        *(["\n".join(f"- {note}" for note in notes)] if notes else []),
+        _table("Settings", rows),
+        _table("Data", _data(adapter)),
+        _table("Metrics (percent)", metrics(config)),
+    ]
+    return printable("\n\n".join(section for section in sections if section) + "\n", keep="\n")
+
+
+def _table(title: str, rows: Mapping[str, str]) -> str:
+    if not rows:
+        return ""
+    cells = ((key.replace("|", r"\|"), value.replace("|", r"\|")) for key, value in rows.items())
+    return "\n".join([f"## {title}", "", "| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in cells)])
+
+
+def _data(adapter: str | Path | None) -> dict[str, str]:
+    """Task and sizes of the data, where a run's summary stands beside its adapter's folder."""
+    run = Path(adapter).expanduser().absolute().parent if adapter is not None else None
+    if run is None or not (run / SUMMARY).is_file():
+        return {}
+    try:
+        summary: Mapping[str, Any] = read_summary(run)
+    except AuroraError:
+        return {}
+    sizes = {
+        split: ", ".join(f"{count:,} {what}" for what, count in counts.items())
+        for split, counts in summary["data"].items()
+    }
+    return {"task": str(summary["task"]), **sizes}
