@@ -85,9 +85,20 @@ def command_parser() -> argparse.ArgumentParser:
     _add_options(one)
     one.set_defaults(action=_check)
 
-    one = commands.add_parser("inspect", help="what is in an adapter folder, or in a file of weights")
+    one = commands.add_parser("inspect", help="what is in an adapter, a file of weights, or a folder of runs")
     one.add_argument("path", metavar="FOLDER_OR_FILE")
     one.set_defaults(action=_inspect)
+
+    one = commands.add_parser("diff", help="how two adapters differ: settings, norms and cosines of their updates")
+    one.add_argument("first", metavar="A", help="an adapter folder")
+    one.add_argument("second", metavar="B", help="another")
+    one.set_defaults(action=_diff)
+
+    one = commands.add_parser("merge-adapters", help="add adapters of one backbone: an adapter")
+    one.add_argument("adapters", nargs="+", metavar="FOLDER", help="adapter folders")
+    one.add_argument("--weights", nargs="+", type=float, help="a factor for each; by default their mean is written")
+    one.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
+    one.set_defaults(action=_merge_adapters)
 
     one = commands.add_parser("merge", help="fold an adapter into its backbone: a checkpoint for plain LAVIS")
     one.add_argument("adapter", metavar="FOLDER", help="an adapter folder; its gate.form must be none")
@@ -172,6 +183,18 @@ def _inspect(args: argparse.Namespace) -> None:
     from lavis_aurora.cli import inspect
 
     _show(inspect(args.path))
+
+
+def _diff(args: argparse.Namespace) -> None:
+    from lavis_aurora.cli import diff
+
+    _show(diff(args.first, args.second))
+
+
+def _merge_adapters(args: argparse.Namespace) -> None:
+    from lavis_aurora.adapters.arithmetic import merge_adapters
+
+    _show("\n".join(merge_adapters(args.adapters, args.out, args.weights)))
 
 
 def _merge(args: argparse.Namespace) -> None:

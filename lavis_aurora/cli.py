@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from lavis_aurora.adapters.card import describe, without_numbers
-from lavis_aurora.adapters.config import CONFIG, TENSORS, read_adapter
+from lavis_aurora.adapters.arithmetic import Products, compare_companions, compare_updates
+from lavis_aurora.adapters.card import describe, metrics, without_numbers
+from lavis_aurora.adapters.config import CONFIG, TENSORS, read_adapter, read_adapter_config
+from lavis_aurora.adapters.sets import KINDS
 from lavis_aurora.adapters.switching import adapters_of
-from lavis_aurora.common.errors import AuroraError, did_you_mean, printable
+from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, printable
 from lavis_aurora.common.files import use_utf8
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.mode_approx.layers import AdaptedLayer
@@ -36,14 +39,73 @@ def inspect(path: str) -> str:
     Raises:
         AuroraError: it is neither.
     """
-    place = Path(path)
+    place = Path(path).expanduser()
     if place.name == TENSORS and place.with_name(CONFIG).is_file():
         place = place.parent
+    below = sorted(file.parent for file in place.rglob(CONFIG)) if place.is_dir() else []
+    if below and place not in below:
+        return _adapter_list(below)
     if not place.is_dir():
         return _tensor_table(read_state_dict(str(place), "inspect"))
     config, tensors = read_adapter(place)
     rows = [f"{key:<16} {value}" for key, value in describe(config).items()]
     return "\n".join([*rows, "", _tensor_table(tensors)])
+
+
+def _adapter_list(folders: Iterable[Path]) -> str:
+    """Adapters, a line each: what they are of, and what was measured."""
+    rows = []
+    for folder in folders:
+        try:
+            config = read_adapter_config(folder)
+        except AuroraError as error:
+            rows.append((str(folder), str(error)))
+            continue
+        said, last = describe(config), ["", *metrics(config).values()][-1]
+        words = f"{said['model']}; {config.kind}: {said[config.kind]}; base {said['base']}; {last}"
+        rows.append((str(folder), words))
+    width = max(len(folder) for folder, _ in rows)
+    return "\n".join(f"{folder:<{width}}  {words.rstrip('; ')}" for folder, words in rows)
+
+
+def diff(first: str, second: str) -> str:
+    """How two adapters differ, as text: settings, then norms and cosines of updates by tower and layer.
+
+    Raises:
+        AuroraError: one of them cannot be read, or is no update of weights.
+    """
+    read = [read_adapter(folder) for folder in (first, second)]
+    (ours, own), (theirs, other) = read
+    lines = [f"A  {first}", f"B  {second}", ""]
+    said = [describe(config) for config in (ours, theirs)]
+    for key in dict.fromkeys([*said[0], *said[1]]):
+        a, b = (" ".join(one.get(key, "-").split()) for one in said)
+        lines += [] if a == b else [f"{key}: A {a}", f"{'':<{len(key)}}  B {b}"]
+    updates = compare_updates(*read)
+    if ours.base.sha256 != theirs.base.sha256:
+        lines.append("They are of other backbones: what follows compares updates of different weights.")
+    for name, config in (("A", ours), ("B", theirs)):
+        alone = [slot for slot in config.slots if slot not in updates]
+        lines += [f"only in {name}: {len(alone)} slots, {abbreviated(alone)}"] if alone else []
+    groups: dict[tuple[str, str], Products] = defaultdict(Products)
+    for slot, products in updates.items():
+        module = slot.rpartition(".")[0] or slot
+        tower, layer = without_numbers(f"{module}.")[:-1], " ".join(re.findall(r"(?<=\.)\d+(?=\.)", f"{module}."))
+        groups[tower, layer] += products
+        groups[tower, "all"] += products
+    for key, products in compare_companions(own, other, [KINDS[c.kind].prefix for c in (ours, theirs)]).items():
+        groups[without_numbers(key), ""] += products
+    width = max((len(tower) for tower, _ in groups), default=5)
+    lines += ["", f"{'tower':<{width}} {'layer':>6} {'norm A':>10} {'norm B':>10} {'of A - B':>10} {'cosine':>8}"]
+    for (tower, layer), products in sorted(groups.items(), key=lambda row: _by_number(*row[0])):
+        numbers = " ".join(f"{norm:>10.4g}" for norm in products.norms)
+        lines.append(f"{tower:<{width}} {layer:>6} {numbers} {products.cosine:>8.4f}")
+    return "\n".join(lines)
+
+
+def _by_number(tower: str, layer: str) -> tuple[str, bool, list[int]]:
+    """Layers in their order, then all of them."""
+    return tower, layer == "all", [int(number) for number in layer.split() if number.isdigit()]
 
 
 def _tensor_table(tensors: Mapping[str, Tensor]) -> str:

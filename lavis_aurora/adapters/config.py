@@ -133,6 +133,10 @@ class AdapterConfig:
         if not isinstance(data, dict):
             raise AuroraError(f"the file: must be a section of keys, not {data!r}")
         kind = next((key for key in data if key in KINDS), None)
+        if kind is None and "peft_type" in data:
+            raise AuroraError(
+                f"it is an adapter of peft ({shown(data['peft_type'])}); load it by peft.PeftModel.from_pretrained"
+            )
         if kind is None:
             raise AuroraError(f"there are no settings of a known kind of adapter; known: {', '.join(KINDS)}")
         settings: Any = parse(KINDS[kind].config_class, data.pop(kind), kind)

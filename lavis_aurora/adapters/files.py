@@ -57,11 +57,7 @@ def save_adapter(
     if name is None:
         raise AuroraError("no adapter is active: leave disable_adapter first, or name the adapter to save")
     sets.check_name(name)
-    tensors = adapter_tensors(sets, name)
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise AuroraError(f"{key}: not finite; the adapter was not written to {folder}")
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter_tensors(sets, name).items()}
     owner = owner_of(model)
     config = AdapterConfig(
         kind=sets.kind,
@@ -73,6 +69,18 @@ def save_adapter(
         metrics=dict(metrics or {}),
         versions={"lavis_aurora": __version__, "torch": torch.__version__, "python": platform.python_version()},
     )
+    write_adapter(folder, config, tensors)
+
+
+def write_adapter(folder: str | Path, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
+    """Both files of an adapter, or neither.
+
+    Raises:
+        AuroraError: a value is not finite or no JSON value, or the folder cannot be written.
+    """
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AuroraError(f"{key}: not finite; the adapter was not written to {folder}")
     text = config.to_json()
     content = safetensors.torch.save(tensors, {METADATA: text})
     folder = Path(folder).expanduser()
