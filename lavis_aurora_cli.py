@@ -26,7 +26,7 @@ EVALUATE = "evaluate a model on the test splits of a project YAML"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """``lavis-aurora train|evaluate|check|inspect|merge|export|targets|configs|compare|convert|doctor ...``."""
+    """``lavis-aurora COMMAND ...``; see :func:`command_parser`."""
     args = command_parser().parse_args(argv)
     if args.command == "configs" and not args.names:
         print(configs())
@@ -113,6 +113,12 @@ def command_parser() -> argparse.ArgumentParser:
     one.add_argument("--rank", type=int, help="of peft's LoRA, to make it smaller; the adapter's own otherwise")
     _add_sources(one)
     one.set_defaults(action=_export)
+
+    one = commands.add_parser("push", help="share an adapter on the Hugging Face hub")
+    one.add_argument("adapter", metavar="FOLDER", help="an adapter folder")
+    one.add_argument("repository", metavar="USER/NAME", help="where to; made if it is not there")
+    one.add_argument("--private", action="store_true", help="make it a private one")
+    one.set_defaults(action=_push)
 
     one = commands.add_parser("targets", help="which weights of a model would be adapted")
     one.add_argument(
@@ -211,6 +217,12 @@ def _export(args: argparse.Namespace) -> None:
 
 def _sources(args: argparse.Namespace) -> dict[str, str | None]:
     return {key: getattr(args, key) for key in ("pretrained", "tokenizer", "med_config_path")}
+
+
+def _push(args: argparse.Namespace) -> None:
+    from lavis_aurora.adapters.card import push_adapter
+
+    _show(f"{push_adapter(args.adapter, args.repository, args.private)} names this adapter")
 
 
 def _targets(args: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lavis_aurora.adapters.arithmetic import Products, compare_companions, compare_updates
 from lavis_aurora.adapters.card import describe, metrics, without_numbers
 from lavis_aurora.adapters.config import CONFIG, TENSORS, read_adapter, read_adapter_config
+from lavis_aurora.adapters.hub import local_folder
 from lavis_aurora.adapters.sets import KINDS
 from lavis_aurora.adapters.switching import adapters_of
 from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, printable
@@ -39,7 +40,7 @@ def inspect(path: str) -> str:
     Raises:
         AuroraError: it is neither.
     """
-    place = Path(path).expanduser()
+    place = local_folder(path, (CONFIG, TENSORS))
     if place.name == TENSORS and place.with_name(CONFIG).is_file():
         place = place.parent
     below = sorted(file.parent for file in place.rglob(CONFIG)) if place.is_dir() else []

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lavis_aurora.adapters.config import AdapterConfig
+from lavis_aurora.adapters.config import CONFIG, TENSORS, AdapterConfig, read_adapter
+from lavis_aurora.adapters.hub import push_files
 from lavis_aurora.common.errors import AuroraError, printable
 from lavis_aurora.common.summary import SUMMARY, read_summary
 
@@ -88,6 +89,35 @@ def model_card(
         _table("Metrics (percent)", metrics(config)),
     ]
     return printable("\n\n".join(section for section in sections if section) + "\n", keep="\n")
+
+
+def push_adapter(folder: str | Path, repository: str, private: bool = False) -> str:
+    """Share an adapter on the Hugging Face hub: its two files, and a model card unless the folder has one.
+
+    Args:
+        folder: of the adapter, which is checked first.
+        repository: USER/NAME; made if need be.
+        private: make it a private one, if it is made.
+
+    Returns:
+        USER/NAME@COMMIT, by which ``load_adapter`` loads this very adapter.
+
+    Raises:
+        AuroraError: the folder cannot be read, or the hub refuses it.
+    """
+    place = Path(folder).expanduser()
+    config, _ = read_adapter(place)
+    card = place / CARD
+    content: Path | bytes = card
+    if not card.is_file():
+        arch = config.model.get("arch")
+        usage = f"from lavis_aurora import load_adapter\n\nload_adapter(model, {repository!r})  # of the same layers"
+        if arch:
+            call = f"load_model_and_preprocess({arch!r}, adapter={repository!r})"
+            usage = f"from lavis_aurora import load_model_and_preprocess\n\nmodel, vis, txt = {call}"
+        content = model_card(config, "lavis_aurora", usage, place).encode()
+    files = {CONFIG: place / CONFIG, TENSORS: place / TENSORS, CARD: content}
+    return f"{repository}@{push_files(files, repository, private, 'Adapter of lavis_aurora')}"
 
 
 def _table(title: str, rows: Mapping[str, str]) -> str:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lavis_aurora.adapters.hub import local_folder
 from lavis_aurora.adapters.sets import KINDS
 from lavis_aurora.common.errors import AuroraError, abbreviated, shown
 from lavis_aurora.common.parsing import parse
@@ -175,10 +176,14 @@ METADATA = "adapter_config"
 def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Settings and tensors of an adapter folder, which belong together and are as they were written.
 
+    Args:
+        folder: of it; or, as text, USER/NAME or USER/NAME@REVISION of the Hugging Face hub, if no folder here is
+            called so. Its two files are then fetched, and the log says at which commit.
+
     Raises:
         AuroraError: names the file and what is wrong with it.
     """
-    folder = Path(folder).expanduser()
+    folder = local_folder(folder, (CONFIG, TENSORS))
     text, content = _read(folder, CONFIG), _read(folder, TENSORS)
     path = folder / TENSORS
     try:

@@ -105,7 +105,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", ch
 
     Args:
         model: a model with an adapter, tuned or fresh.
-        folder: what :func:`save_adapter` wrote.
+        folder: what :func:`save_adapter` wrote; or USER/NAME of the hub, see
+            :func:`~lavis_aurora.adapters.config.read_adapter`.
         name: what the model shall call it.
         check_base: refuse an adapter that was tuned on other weights than the model's; in another precision they
             cannot be compared, and a warning says so.
