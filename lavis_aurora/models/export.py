@@ -88,6 +88,8 @@ def export(
         raise AuroraError(f"--to: unknown format {to!r}{did_you_mean(to, EXPORTS)}")
     if rank is not None and to != "peft":
         raise AuroraError("--rank: is of peft's LoRA; leave it out")
+    if Path(output).expanduser().exists():
+        raise AuroraError(f"{output} is there already; name another folder")
     model, config = _tuned_model(
         adapter, f"{EXPORTS[to].__name__}(model, folder)", pretrained, tokenizer, med_config_path
     )
