@@ -6,12 +6,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from lavis_aurora.adapters.config import CONFIG, TENSORS, AdapterConfig, read_adapter
 from lavis_aurora.adapters.hub import push_files
 from lavis_aurora.common.errors import AuroraError, printable
-from lavis_aurora.common.summary import SUMMARY, read_summary
+from lavis_aurora.common.files import read_json
+from lavis_aurora.common.summary import DATA_REPORT
 
 CARD = "README.md"
 
@@ -73,7 +73,7 @@ def model_card(
         config: of the adapter.
         library: that loads the folder, as the hub calls it: peft, transformers, lavis_aurora.
         usage: Python that loads it.
-        adapter: its folder; the data are those that the summary of the run around it tells.
+        adapter: its folder; the data are those that the report of the run around it tells.
         notes: what must be known besides, a sentence each.
     """
     said = describe(config)
@@ -128,16 +128,15 @@ def _table(title: str, rows: Mapping[str, str]) -> str:
 
 
 def _data(adapter: str | Path | None) -> dict[str, str]:
-    """Task and sizes of the data, where a run's summary stands beside its adapter's folder."""
-    run = Path(adapter).expanduser().absolute().parent if adapter is not None else None
-    if run is None or not (run / SUMMARY).is_file():
-        return {}
+    """What the data of the run around an adapter's folder were, by split; as far as its report is there."""
+    rows: dict[str, str] = {}
+    if adapter is None:
+        return rows
     try:
-        summary: Mapping[str, Any] = read_summary(run)
-    except AuroraError:
+        for split in read_json(Path(adapter).expanduser().absolute().parent / DATA_REPORT)["splits"]:
+            counts = [f"{split[key]:,} {key}" for key in ("samples", "images", "videos", "texts") if split.get(key)]
+            use = "trained on" if split["trained"] else "evaluated"
+            rows[f"{split['dataset']}, {split['split']}"] = f"{use}: {', '.join(counts)}"
+    except (AuroraError, KeyError, TypeError, ValueError):  # none, or not a run's
         return {}
-    sizes = {
-        split: ", ".join(f"{count:,} {what}" for what, count in counts.items())
-        for split, counts in summary["data"].items()
-    }
-    return {"task": str(summary["task"]), **sizes}
+    return rows

@@ -97,8 +97,12 @@ def export(
         usage, notes = _to_peft(model, config, output, rank)
     else:
         usage, notes = _to_transformers(model, output)
-    write_text(Path(output).expanduser() / CARD, model_card(config, to, usage, adapter, notes))
-    return "\n".join([f"{output}: loaded by", *(f"    {line}" for line in usage.strip().splitlines()), *notes])
+    place = Path(output).expanduser()
+    # A card is shared: it does not say where this machine has the folder.
+    card = model_card(config, to, usage.replace("FOLDER", place.absolute().name), adapter, notes)
+    write_text(place / CARD, card)
+    code = usage.replace("FOLDER", output).strip().splitlines()
+    return "\n".join([f"{output}: loaded by", *(f"    {line}".rstrip() for line in code), *notes])
 
 
 # Formats of the command, and what writes them in Python.
@@ -147,7 +151,7 @@ USAGES = {
 
 
 def _to_peft(model: nn.Module, config: AdapterConfig, output: str, rank: int | None) -> tuple[str, list[str]]:
-    """Usage and notes."""
+    """Usage of ``FOLDER``, and notes."""
     written = export_lora(model, output, rank=rank)
     arch, model_type = config.model["arch"], config.model.get("model_type")
     base = (config.model.get("settings") or {}).get("base") or {}
@@ -166,14 +170,14 @@ def _to_peft(model: nn.Module, config: AdapterConfig, output: str, rank: int | N
             f"{len(written.shared)} layers share weights: peft's merge_and_unload would add their updates twice, so "
             f"use lavis-aurora merge for that."
         )
-    return PEFT_USAGE.format(arguments=arguments).replace("FOLDER", output), notes
+    return PEFT_USAGE.format(arguments=arguments), notes
 
 
 def _to_transformers(model: nn.Module, output: str) -> tuple[str, list[str]]:
-    """Usage and notes."""
+    """Usage of ``FOLDER``, and notes."""
     name = export_transformers(model, output)
     prompt = getattr(model, "prompt", None) or ""
-    usage = USAGES[name].replace("FOLDER", output).replace("{prompt!r}", repr(prompt.strip() or None))
+    usage = USAGES[name].replace("{prompt!r}", repr(prompt.strip() or None))
     notes = [
         "Texts are to be as LAVIS's processors make them: small letters, without .!\"()*#:;~",
         "The vision tower's weights are scaled: with transformers' epsilon of layer norm they give LAVIS's numbers.",

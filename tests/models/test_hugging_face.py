@@ -1,6 +1,7 @@
 """BLIP as transformers has it: written, loaded by transformers alone, and read back."""
 
 import copy
+import json
 import re
 from pathlib import Path
 
@@ -45,8 +46,11 @@ def usage(folder: Path) -> dict:
     """What the code in the model card leaves, run as it stands there."""
     card = (folder / "README.md").read_text()
     [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert str(folder.parent) not in card
     scope = {"image": picture()}
-    exec(code, scope)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder.parent)
+        exec(code, scope)
     return scope
 
 
@@ -271,11 +275,14 @@ def adapter(tmp_path):
 
 def test_the_command_writes_a_model_whose_card_can_be_run(adapter, tmp_path, capsys):
     model, folder = adapter
+    split = {"dataset": "flickr30k", "split": "train", "trained": True, "samples": 145000, "images": 29000}
+    (tmp_path / "data.json").write_text(json.dumps({"format": 1, "splits": [split]}))
     main(["export", str(folder), str(tmp_path / "out"), "--to", "transformers"])
     said, card = capsys.readouterr().out, (tmp_path / "out" / "README.md").read_text()
     assert "BlipForImageTextRetrieval.from_pretrained" in said
     for words in ("library_name: transformers", "| base | blip_retrieval_aurora/tiny (sha256 ", "rank 4, scale 8.0",
-                  "text_to_image_r1 41.23", "small letters"):  # fmt: skip
+                  "text_to_image_r1 41.23", "small letters",
+                  "| flickr30k, train | trained on: 145,000 samples, 29,000 images |"):  # fmt: skip
         assert words in card
     scope = usage(tmp_path / "out")
     _, vis, _ = load_model_and_preprocess("blip_retrieval_aurora", "tiny")
