@@ -89,36 +89,7 @@ def command_parser() -> argparse.ArgumentParser:
     one.add_argument("path", metavar="FOLDER_OR_FILE")
     one.set_defaults(action=_inspect)
 
-    one = commands.add_parser("diff", help="how two adapters differ: settings, norms and cosines of their updates")
-    one.add_argument("first", metavar="A", help="an adapter folder")
-    one.add_argument("second", metavar="B", help="another")
-    one.set_defaults(action=_diff)
-
-    one = commands.add_parser("merge-adapters", help="add adapters of one backbone: an adapter")
-    one.add_argument("adapters", nargs="+", metavar="FOLDER", help="adapter folders")
-    one.add_argument("--weights", nargs="+", type=float, help="a factor for each; by default their mean is written")
-    one.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
-    one.set_defaults(action=_merge_adapters)
-
-    one = commands.add_parser("merge", help="fold an adapter into its backbone: a checkpoint for plain LAVIS")
-    one.add_argument("adapter", metavar="FOLDER", help="an adapter folder; its gate.form must be none")
-    one.add_argument("output", metavar="FILE", help="the checkpoint to write, e.g. merged.pth")
-    _add_sources(one)
-    one.set_defaults(action=_merge)
-
-    one = commands.add_parser("export", help="write a tuned model as other libraries load it: peft, transformers")
-    one.add_argument("adapter", metavar="ADAPTER", help="an adapter folder; its gate.form must be none")
-    one.add_argument("output", metavar="FOLDER", help="the folder to write")
-    one.add_argument("--to", required=True, metavar="FORMAT", help="peft (a LoRA) or transformers (a merged model)")
-    one.add_argument("--rank", type=int, help="of peft's LoRA, to make it smaller; the adapter's own otherwise")
-    _add_sources(one)
-    one.set_defaults(action=_export)
-
-    one = commands.add_parser("push", help="share an adapter on the Hugging Face hub")
-    one.add_argument("adapter", metavar="FOLDER", help="an adapter folder")
-    one.add_argument("repository", metavar="USER/NAME", help="where to; made if it is not there")
-    one.add_argument("--private", action="store_true", help="make it a private one")
-    one.set_defaults(action=_push)
+    _add_adapter_commands(commands)
 
     one = commands.add_parser("targets", help="which weights of a model would be adapted")
     one.add_argument(
@@ -149,6 +120,40 @@ def command_parser() -> argparse.ArgumentParser:
     one = commands.add_parser("doctor", help="what is installed, whether it works together, what to do if not")
     one.add_argument("--json", action="store_true", help="the same for programs")
     return parser
+
+
+def _add_adapter_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """What is done with adapters that are there."""
+    one = commands.add_parser("diff", help="how two adapters differ: settings, norms and cosines of their updates")
+    one.add_argument("first", metavar="A", help="an adapter folder")
+    one.add_argument("second", metavar="B", help="another")
+    one.set_defaults(action=_diff)
+
+    one = commands.add_parser("merge-adapters", help="add adapters of one backbone: an adapter")
+    one.add_argument("adapters", nargs="+", metavar="FOLDER", help="adapter folders")
+    one.add_argument("--weights", nargs="+", type=float, help="a factor for each; by default their mean is written")
+    one.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
+    one.set_defaults(action=_merge_adapters)
+
+    one = commands.add_parser("merge", help="fold an adapter into its backbone: a checkpoint for plain LAVIS")
+    one.add_argument("adapter", metavar="FOLDER", help="an adapter folder; its gate.form must be none")
+    one.add_argument("output", metavar="FILE", help="the checkpoint to write, e.g. merged.pth")
+    _add_sources(one)
+    one.set_defaults(action=_merge)
+
+    one = commands.add_parser("export", help="write a tuned model as other libraries load it: peft, transformers")
+    one.add_argument("adapter", metavar="ADAPTER", help="an adapter folder; its gate.form must be none")
+    one.add_argument("output", metavar="FOLDER", help="the folder to write")
+    one.add_argument("--to", required=True, metavar="FORMAT", help="peft (a LoRA) or transformers (a merged model)")
+    one.add_argument("--rank", type=int, help="of peft's LoRA, to make it smaller; the adapter's own otherwise")
+    _add_sources(one)
+    one.set_defaults(action=_export)
+
+    one = commands.add_parser("push", help="share an adapter on the Hugging Face hub")
+    one.add_argument("adapter", metavar="FOLDER", help="an adapter folder")
+    one.add_argument("repository", metavar="USER/NAME", help="where to; made if it is not there")
+    one.add_argument("--private", action="store_true", help="make it a private one")
+    one.set_defaults(action=_push)
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser, evaluate: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,9 +10,8 @@ import torch
 from torch import Tensor
 
 from lavis_aurora.adapters.config import AdapterConfig, read_adapter, tensors_hash
-from lavis_aurora.adapters.files import write_adapter
+from lavis_aurora.adapters.files import write_adapter, written_by
 from lavis_aurora.adapters.sets import KINDS, LowRank
-from lavis_aurora.common import __version__
 from lavis_aurora.common.errors import AuroraError, abbreviated, shown
 
 # Of a model's description, what decides the output besides the tensors.
@@ -151,22 +149,18 @@ def merge_adapters(
     changed = {key: value for key, value in asdict(settings).items() if value != getattr(config.settings, key)}
     described = dict(config.model.get("settings") or {})
     described[config.kind] = {**(described.get(config.kind) or {}), **changed}
-    versions = {"lavis_aurora": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    write_adapter(
-        output,
-        replace(
-            config,
-            settings=settings,
-            tensors_sha256=tensors_hash(tensors),
-            model={**config.model, "settings": described} if config.model else {},
-            metrics={},  # of the parts
-            versions=versions,
-            format=AdapterConfig.format,
-        ),
-        tensors,
+    summed = replace(
+        config,
+        settings=settings,
+        tensors_sha256=tensors_hash(tensors),
+        model={**config.model, "settings": described} if config.model else {},
+        metrics={},  # of the parts
+        versions=written_by(),
+        format=AdapterConfig.format,
     )
-    parts_said = " + ".join(f"{weight:g} {folder}" for weight, folder in zip(weights, folders))
-    notes = [f"{output} = {parts_said}, exactly, of rank {settings.rank}."]
+    write_adapter(output, summed, tensors)
+    terms = " + ".join(f"{weight:g} {folder}" for weight, folder in zip(weights, folders))
+    notes = [f"{output} = {terms}, exactly, of rank {settings.rank}."]
     if averaged:
         notes.append(f"Averaged, as they are no updates: {abbreviated(averaged)}.")
     return [*notes, "Its metrics are not those of its parts: evaluate it."]

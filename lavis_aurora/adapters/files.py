@@ -67,9 +67,14 @@ def save_adapter(
         tensors_sha256=tensors_hash(tensors),
         model={**owner.describe_adapter(), **(description or {})},
         metrics=dict(metrics or {}),
-        versions={"lavis_aurora": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        versions=written_by(),
     )
     write_adapter(folder, config, tensors)
+
+
+def written_by() -> dict[str, str]:
+    """Versions of what writes an adapter."""
+    return {"lavis_aurora": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def write_adapter(folder: str | Path, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
