@@ -26,7 +26,7 @@ EVALUATE = "evaluate a model on the test splits of a project YAML"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """``lavis-aurora train|evaluate|check|inspect|merge|targets|configs|compare|convert|doctor ...``."""
+    """``lavis-aurora COMMAND ...``; see :func:`command_parser`."""
     args = command_parser().parse_args(argv)
     if args.command == "configs" and not args.names:
         print(configs())
@@ -86,17 +86,11 @@ def command_parser() -> argparse.ArgumentParser:
     _add_options(one)
     one.set_defaults(action=_check)
 
-    one = commands.add_parser("inspect", help="what is in an adapter folder, or in a file of weights")
+    one = commands.add_parser("inspect", help="what is in an adapter, a file of weights, or a folder of runs")
     one.add_argument("path", metavar="FOLDER_OR_FILE")
     one.set_defaults(action=_inspect)
 
-    one = commands.add_parser("merge", help="fold an adapter into its backbone: a checkpoint for plain LAVIS")
-    one.add_argument("adapter", metavar="FOLDER", help="an adapter folder; its gate.form must be none")
-    one.add_argument("output", metavar="FILE", help="the checkpoint to write, e.g. merged.pth")
-    one.add_argument("--pretrained", help="file or URL of the backbone, instead of that of the model's type")
-    one.add_argument("--tokenizer", help="hub name or folder of the tokenizer, likewise")
-    one.add_argument("--med-config-path", help="configuration of the text tower, likewise")
-    one.set_defaults(action=_merge)
+    _add_adapter_commands(commands)
 
     one = commands.add_parser("targets", help="which weights of a model would be adapted")
     one.add_argument(
@@ -129,11 +123,52 @@ def command_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_adapter_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """What is done with adapters that are there."""
+    one = commands.add_parser("diff", help="how two adapters differ: settings, norms and cosines of their updates")
+    one.add_argument("first", metavar="A", help="an adapter folder")
+    one.add_argument("second", metavar="B", help="another")
+    one.set_defaults(action=_diff)
+
+    one = commands.add_parser("merge-adapters", help="add adapters of one backbone: an adapter")
+    one.add_argument("adapters", nargs="+", metavar="FOLDER", help="adapter folders")
+    one.add_argument("--weights", nargs="+", type=float, help="a factor for each; by default their mean is written")
+    one.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
+    one.set_defaults(action=_merge_adapters)
+
+    one = commands.add_parser("merge", help="fold an adapter into its backbone: a checkpoint for plain LAVIS")
+    one.add_argument("adapter", metavar="FOLDER", help="an adapter folder; its gate.form must be none")
+    one.add_argument("output", metavar="FILE", help="the checkpoint to write, e.g. merged.pth")
+    _add_sources(one)
+    one.set_defaults(action=_merge)
+
+    one = commands.add_parser("export", help="write a tuned model as other libraries load it: peft, transformers")
+    one.add_argument("adapter", metavar="ADAPTER", help="an adapter folder; its gate.form must be none")
+    one.add_argument("output", metavar="FOLDER", help="the folder to write")
+    one.add_argument("--to", required=True, metavar="FORMAT", help="peft (a LoRA) or transformers (a merged model)")
+    one.add_argument("--rank", type=int, help="of peft's LoRA, to make it smaller; the adapter's own otherwise")
+    _add_sources(one)
+    one.set_defaults(action=_export)
+
+    one = commands.add_parser("push", help="share an adapter on the Hugging Face hub")
+    one.add_argument("adapter", metavar="FOLDER", help="an adapter folder")
+    one.add_argument("repository", metavar="USER/NAME", help="where to; made if it is not there")
+    one.add_argument("--private", action="store_true", help="make it a private one")
+    one.set_defaults(action=_push)
+
+
 def _add_run_arguments(parser: argparse.ArgumentParser, evaluate: bool) -> None:
     """The arguments of train and evaluate, and what is done with them."""
     parser.add_argument("--cfg-path", required=True, help="project YAML, e.g. projects/aurora/flickr_ret.yaml")
     _add_options(parser)
     parser.set_defaults(action=_run, evaluate=evaluate)
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    """Where the parts of a backbone come from that an adapter does not name."""
+    parser.add_argument("--pretrained", help="file or URL of the backbone, instead of that of the model's type")
+    parser.add_argument("--tokenizer", help="hub name or folder of the tokenizer, likewise")
+    parser.add_argument("--med-config-path", help="configuration of the text tower, likewise")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -162,11 +197,38 @@ def _inspect(args: argparse.Namespace) -> None:
     _show(inspect(args.path))
 
 
-def _merge(args: argparse.Namespace) -> None:
-    from lavis_aurora.cli import merge
+def _diff(args: argparse.Namespace) -> None:
+    from lavis_aurora.cli import diff
 
-    sources = {key: getattr(args, key) for key in ("pretrained", "tokenizer", "med_config_path")}
-    _show(merge(args.adapter, args.output, **sources))
+    _show(diff(args.first, args.second))
+
+
+def _merge_adapters(args: argparse.Namespace) -> None:
+    from lavis_aurora.adapters.arithmetic import merge_adapters
+
+    _show("\n".join(merge_adapters(args.adapters, args.out, args.weights)))
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from lavis_aurora.models.export import merge
+
+    _show(merge(args.adapter, args.output, **_sources(args)))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from lavis_aurora.models.export import export
+
+    _show(export(args.adapter, args.to, args.output, args.rank, **_sources(args)))
+
+
+def _sources(args: argparse.Namespace) -> dict[str, str | None]:
+    return {key: getattr(args, key) for key in ("pretrained", "tokenizer", "med_config_path")}
+
+
+def _push(args: argparse.Namespace) -> None:
+    from lavis_aurora.adapters.card import push_adapter
+
+    _show(f"{push_adapter(args.adapter, args.repository, args.private)} names this adapter")
 
 
 def _targets(args: argparse.Namespace) -> None:

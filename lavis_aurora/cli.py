@@ -11,26 +11,25 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_rank
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from lavis_aurora.adapters.config import CONFIG, TENSORS, AdapterConfig, read_adapter, read_adapter_config
-from lavis_aurora.adapters.switching import adapters_of, merged_state_dict
-from lavis_aurora.common.errors import AuroraError, did_you_mean, printable
-from lavis_aurora.common.files import atomic_write, use_utf8
+from lavis_aurora.adapters.arithmetic import Products, compare_companions, compare_updates
+from lavis_aurora.adapters.card import describe, metrics, without_numbers
+from lavis_aurora.adapters.config import CONFIG, TENSORS, read_adapter, read_adapter_config
+from lavis_aurora.adapters.hub import local_folder
+from lavis_aurora.adapters.sets import KINDS
+from lavis_aurora.adapters.switching import adapters_of
+from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, printable
+from lavis_aurora.common.files import use_utf8
 from lavis_aurora.common.paths import package_file
-from lavis_aurora.config.check import parse_config
-from lavis_aurora.config.models import BlipAuroraConfig, ModeApproxModelConfig
 from lavis_aurora.mode_approx.layers import AdaptedLayer
-from lavis_aurora.models.loading import load_model_and_preprocess, read_state_dict
+from lavis_aurora.models.loading import read_state_dict
 from lavis_aurora.project import load_config
 from lavis_aurora.training.guards import Stopped
 
@@ -41,55 +40,80 @@ def inspect(path: str) -> str:
     Raises:
         AuroraError: it is neither.
     """
-    place = Path(path)
+    place = local_folder(path, (CONFIG, TENSORS))
     if place.name == TENSORS and place.with_name(CONFIG).is_file():
         place = place.parent
+    below = sorted(file.parent for file in place.rglob(CONFIG)) if place.is_dir() else []
+    if below and place not in below:
+        return _adapter_list(below)
     if not place.is_dir():
         return _tensor_table(read_state_dict(str(place), "inspect"))
     config, tensors = read_adapter(place)
-    return "\n".join([*_describe(config), "", _tensor_table(tensors)])
+    rows = [f"{key:<16} {value}" for key, value in describe(config).items()]
+    return "\n".join([*rows, "", _tensor_table(tensors)])
 
 
-def _describe(config: AdapterConfig) -> list[str]:
-    """The settings, a line each."""
-    widths: dict[str, int] = defaultdict(int)
-    for d_in, d_out in config.slots.values():
-        widths[f"{d_in} x {d_out}"] += 1
-    model = config.model
-    lines = {
-        "model": " ".join(str(model[key]) for key in ("arch", "model_type") if model.get(key)) or "any nn.Module",
-        "base": f"{config.base.name or 'without a name'} (sha256 {config.base.sha256[:12]})",
-        # Which layers were targeted, the slots say.
-        config.kind: ", ".join(f"{key} {value}" for key, value in vars(config.settings).items() if value is not None),
-        "slots": ", ".join(f"{count} of {shape}" for shape, count in widths.items()),
-        "targets": f"\n{'':<17}".join(_slot_groups(config.slots)),
-    }
-    for key, value in (model.get("settings") or {}).items():
-        lines.setdefault(key, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value)
-    for key, value in config.metrics.items():
-        shown = value if isinstance(value, dict) else {"": value}
-        numbers = (f"{k} {v:.4g}".strip() if isinstance(v, (int, float)) else f"{k} {v}" for k, v in shown.items())
-        lines[f"metrics: {key}"] = ", ".join(text for text in numbers if not re.search("chance|_itc_|_lavis_", text))
-    lines["written by"] = ", ".join(f"{key} {value}" for key, value in config.versions.items())
-    if config.format == 1:
-        lines["checksum"] = "of the tensors alone (an older version's); load and save the adapter to cover all"
-    return [f"{key:<16} {value}" for key, value in lines.items()]
+def _adapter_list(folders: Iterable[Path]) -> str:
+    """Adapters, a line each: what they are of, and what was measured."""
+    rows = []
+    for folder in folders:
+        try:
+            config = read_adapter_config(folder)
+        except AuroraError as error:
+            rows.append((str(folder), str(error)))
+            continue
+        said, last = describe(config), ["", *metrics(config).values()][-1]
+        words = f"{said['model']}; {config.kind}: {said[config.kind]}; base {said['base']}; {last}"
+        rows.append((str(folder), words))
+    width = max(len(folder) for folder, _ in rows)
+    return "\n".join(f"{folder:<{width}}  {words.rstrip('; ')}" for folder, words in rows)
 
 
-def _slot_groups(slots: Iterable[str]) -> list[str]:
-    """Slots by their module, layers of a kind together: 'blocks.*.attn.qkv: query, key, value'."""
-    groups: dict[str, dict[str, None]] = defaultdict(dict)
-    for slot in map(_without_numbers, slots):
-        module, _, name = slot.rpartition(".")
-        groups[module][name] = None
-    return [f"{module}: {', '.join(names)}" if module else ", ".join(names) for module, names in groups.items()]
+def diff(first: str, second: str) -> str:
+    """How two adapters differ, as text: settings, then norms and cosines of updates by tower and layer.
+
+    Raises:
+        AuroraError: one of them cannot be read, or is no update of weights.
+    """
+    read = [read_adapter(folder) for folder in (first, second)]
+    (ours, own), (theirs, other) = read
+    lines = [f"A  {first}", f"B  {second}", ""]
+    said = [describe(config) for config in (ours, theirs)]
+    for key in dict.fromkeys([*said[0], *said[1]]):
+        a, b = (" ".join(one.get(key, "-").split()) for one in said)
+        lines += [] if a == b else [f"{key}: A {a}", f"{'':<{len(key)}}  B {b}"]
+    updates = compare_updates(*read)
+    if ours.base.sha256 != theirs.base.sha256:
+        lines.append("They are of other backbones: what follows compares updates of different weights.")
+    for name, config in (("A", ours), ("B", theirs)):
+        alone = [slot for slot in config.slots if slot not in updates]
+        lines += [f"only in {name}: {len(alone)} slots, {abbreviated(alone)}"] if alone else []
+    groups: dict[tuple[str, str], Products] = defaultdict(Products)
+    for slot, products in updates.items():
+        module = slot.rpartition(".")[0] or slot
+        tower, layer = without_numbers(f"{module}.")[:-1], " ".join(re.findall(r"(?<=\.)\d+(?=\.)", f"{module}."))
+        groups[tower, layer] += products
+        groups[tower, "all"] += products
+    for key, products in compare_companions(own, other, [KINDS[c.kind].prefix for c in (ours, theirs)]).items():
+        groups[without_numbers(key), ""] += products
+    width = max((len(tower) for tower, _ in groups), default=5)
+    lines += ["", f"{'tower':<{width}} {'layer':>6} {'norm A':>10} {'norm B':>10} {'of A - B':>10} {'cosine':>8}"]
+    for (tower, layer), products in sorted(groups.items(), key=lambda row: _by_number(*row[0])):
+        numbers = " ".join(f"{norm:>10.4g}" for norm in products.norms)
+        lines.append(f"{tower:<{width}} {layer:>6} {numbers} {products.cosine:>8.4f}")
+    return "\n".join(lines)
+
+
+def _by_number(tower: str, layer: str) -> tuple[str, bool, list[int]]:
+    """Layers in their order, then all of them."""
+    return tower, layer == "all", [int(number) for number in layer.split() if number.isdigit()]
 
 
 def _tensor_table(tensors: Mapping[str, Tensor]) -> str:
     """Counts by name; numbers in names are left out, so that layers of a kind share a row."""
     rows: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for name, tensor in sorted(tensors.items()):  # the order in a safetensors file means nothing
-        key = (printable(_without_numbers(name)), _shape(tensor), str(tensor.dtype).removeprefix("torch."))
+        key = (printable(without_numbers(name)), _shape(tensor), str(tensor.dtype).removeprefix("torch."))
         rows[key].append(tensor.numel())
     width = max((len(name) for name, _, _ in rows), default=4)
     lines = [f"{'name':<{width}}  {'shape':<14}{'dtype':<10}{'tensors':>8}{'numbers':>14}"]
@@ -102,43 +126,8 @@ def _tensor_table(tensors: Mapping[str, Tensor]) -> str:
     return "\n".join([*lines, f"{len(tensors)} tensors, {total:,} numbers, {size / 1e6:.2f} MB"])
 
 
-def _without_numbers(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-
-
 def _shape(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "number"
-
-
-def merge(
-    adapter: str,
-    output: str,
-    pretrained: str | None = None,
-    tokenizer: str | None = None,
-    med_config_path: str | None = None,
-) -> str:
-    """Write a checkpoint that LAVIS's own model loads; what to do with it, as text.
-
-    Args:
-        adapter: a folder.
-        output: the file to write.
-        pretrained, tokenizer, med_config_path: as of :func:`load_model_and_preprocess`.
-
-    Raises:
-        AuroraError: the file is there already, the adapter has gates, or backbone and adapter do not fit.
-    """
-    if Path(output).exists():
-        raise AuroraError(f"{output} is there already; name another file")
-    described = read_adapter_config(adapter).model
-    arch = described.get("arch")
-    if arch is None:
-        raise AuroraError(f"{adapter} does not name its model; use merged_state_dict(model) in Python")
-    load: Any = partial(load_model_and_preprocess, arch, is_eval=True, adapter=adapter)
-    model, _, _ = load(pretrained=pretrained, tokenizer=tokenizer, med_config_path=med_config_path)
-    state = merged_state_dict(model)
-    with atomic_write(output) as file:
-        torch.save({"model": state}, file)
-    return f"{output}: {len(state)} tensors; {loading_instructions(arch, model.settings, Path(output).absolute())}"
 
 
 def targets(name: str, model_type: str | None = None) -> str:
@@ -193,7 +182,7 @@ def target_table(model: nn.Module) -> str:
         for weight, parameter in layer.adapted_weights().items():
             names = [slots[i] for i in layer.slots_of[weight]] if isinstance(layer, AdaptedLayer) else [path]
             kinds = ", ".join(_slot_label(slot, path) for slot in names)
-            rows[(_without_numbers(f"{path}.{weight}"), _shape(parameter), kinds)] += names
+            rows[(without_numbers(f"{path}.{weight}"), _shape(parameter), kinds)] += names
             owned.update(names)
     width = max(len(weight) for weight, _, _ in rows)
     lines = [f"{'weight':<{width}}  {'shape':<13}{'slots':>5}  their names"]
@@ -208,64 +197,7 @@ def _slot_label(slot: str, layer: str) -> str:
     """A slot's name as seen from a layer that uses it."""
     if slot == layer:
         return "that of the layer"
-    return slot[len(layer) + 1 :] if slot.startswith(f"{layer}.") else _without_numbers(slot)
-
-
-# The types of LAVIS that stand in for those which only this package has.
-PLAIN_TYPES = {"blip_retrieval": "coco", "blip_vqa": "vqav2"}
-# What LAVIS's BLIP reads of its YAML that decides shapes or scores.
-BLIP_KEYS = (
-    *("image_size", "vit_type", "vit_layer_norm_epsilon", "med_config_path"),
-    *("embed_dim", "queue_size", "max_txt_len"),
-)
-# What of a section says where weights come from.
-LOADING_KEYS = ("arch", "model_type", "load_finetuned", "finetuned", "pretrained")
-
-
-def loading_instructions(arch: str, settings: BlipAuroraConfig | ModeApproxModelConfig, file: Path) -> str:
-    """The ``model:`` section with which LAVIS loads a merged checkpoint, or why none does, as text.
-
-    Args:
-        arch: registered name of the model that was merged.
-        settings: what it was built from.
-        file: the checkpoint.
-    """
-    if isinstance(settings, ModeApproxModelConfig):
-        arch, base = settings.base["arch"], settings.base
-        inside = getattr(registry.get_model_class(arch), "CONFIG_CLASS", None)
-        if inside is None:
-            own = {key: value for key, value in base.items() if key not in LOADING_KEYS}
-            return _section(arch, base.get("model_type"), own, {}, file)
-        blip: BlipAuroraConfig = parse_config(inside, base, "model.base")
-    else:
-        blip = settings
-    arch = arch.removesuffix("_aurora")
-    if blip.vit is not None:
-        sizes = ", ".join(f"{key} {value}" for key, value in vars(blip.vit).items())
-        return (
-            f"no YAML of plain LAVIS loads it: LAVIS builds its ViT base and its ViT large only, and this one has "
-            f"{sizes}; in Python, give LAVIS's {arch} such towers and call its load_checkpoint"
-        )
-    own = {key: getattr(blip, key) for key in BLIP_KEYS if hasattr(blip, key)}
-    # What LAVIS takes where its YAML says nothing is what this package does.
-    unsaid = {key: getattr(type(blip)(), key) for key in own}
-    return _section(arch, blip.model_type, own, unsaid, file)
-
-
-def _section(arch: str, model_type: str | None, own: Mapping[str, Any], unsaid: Mapping[str, Any], file: Path) -> str:
-    """What ``own`` changes of LAVIS's defaults for the type, which are ``unsaid`` where its YAML has none."""
-    plain = registry.get_model_class(arch)
-    if model_type not in plain.PRETRAINED_MODEL_CONFIG_DICT:
-        model_type = PLAIN_TYPES[arch]
-    written: Any = OmegaConf.to_container(OmegaConf.load(plain.default_config_path(model_type)).model)
-    defaults = {**unsaid, **written}
-    if "load_finetuned" not in defaults:
-        return f"LAVIS's {arch} reads no checkpoint from a YAML; in Python, model.load_checkpoint({str(file)!r}) does"
-    model = {"arch": arch, "model_type": model_type, "load_finetuned": True, "finetuned": str(file)}
-    model.update({k: v for k, v in own.items() if k == "image_size" or k not in defaults or defaults[k] != v})
-    same = ", and processors of the same image_size" if "image_size" in model else ""
-    section = OmegaConf.to_yaml({"model": model}).rstrip()
-    return f"LAVIS's {arch} loads it, in a YAML by these keys{same}:\n{section}"
+    return slot[len(layer) + 1 :] if slot.startswith(f"{layer}.") else without_numbers(slot)
 
 
 # What the system says of a name or a disk, whoever reads or writes there.

@@ -13,8 +13,9 @@ from tiny import activate, project_yaml, tiny_model
 from toy import rewrite_adapter
 
 from lavis_aurora import AuroraError, save_adapter
-from lavis_aurora.cli import inspect, merge, targets
+from lavis_aurora.cli import inspect, targets
 from lavis_aurora.common.paths import package_file
+from lavis_aurora.models.export import merge
 from lavis_aurora.models.mode_approx_model import ModeApproxModel
 from lavis_aurora_cli import PROJECTS, configs, main
 
@@ -86,9 +87,11 @@ def test_inspect_any_file_of_weights(tmp_path):
 
 def test_inspect_what_is_none(tmp_path, adapter, failing):
     assert "no such file" in failing("inspect", tmp_path / "absent")
-    assert "is no adapter folder: it has no adapter_config.json" in failing("inspect", tmp_path / "adapter" / "..")
+    (tmp_path / "empty").mkdir()
+    assert "is no adapter folder: it has no adapter_config.json" in failing("inspect", tmp_path / "empty")
     adapter.rename(tmp_path / "adapter_best")
-    assert "is the folder of a run; name one of its adapters: adapter_best" in failing("inspect", tmp_path)
+    run = failing("merge", tmp_path, tmp_path / "x.pth")
+    assert "is the folder of a run; name one of its adapters: adapter_best" in run
     (tmp_path / "text.pth").write_text("hello")
     assert "is not a readable checkpoint" in failing("inspect", tmp_path / "text.pth")
 

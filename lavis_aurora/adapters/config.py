@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lavis_aurora.adapters.hub import local_folder
 from lavis_aurora.adapters.sets import KINDS
 from lavis_aurora.common.errors import AuroraError, abbreviated, shown
 from lavis_aurora.common.parsing import parse
@@ -133,6 +134,10 @@ class AdapterConfig:
         if not isinstance(data, dict):
             raise AuroraError(f"the file: must be a section of keys, not {data!r}")
         kind = next((key for key in data if key in KINDS), None)
+        if kind is None and "peft_type" in data:
+            raise AuroraError(
+                f"it is an adapter of peft ({shown(data['peft_type'])}); load it by peft.PeftModel.from_pretrained"
+            )
         if kind is None:
             raise AuroraError(f"there are no settings of a known kind of adapter; known: {', '.join(KINDS)}")
         settings: Any = parse(KINDS[kind].config_class, data.pop(kind), kind)
@@ -171,10 +176,14 @@ METADATA = "adapter_config"
 def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Settings and tensors of an adapter folder, which belong together and are as they were written.
 
+    Args:
+        folder: of it; or, as text, USER/NAME or USER/NAME@REVISION of the Hugging Face hub, if no folder here is
+            called so. Its two files are then fetched, and the log says at which commit.
+
     Raises:
         AuroraError: names the file and what is wrong with it.
     """
-    folder = Path(folder).expanduser()
+    folder = local_folder(folder, (CONFIG, TENSORS))
     text, content = _read(folder, CONFIG), _read(folder, TENSORS)
     path = folder / TENSORS
     try:

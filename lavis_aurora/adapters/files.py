@@ -57,11 +57,7 @@ def save_adapter(
     if name is None:
         raise AuroraError("no adapter is active: leave disable_adapter first, or name the adapter to save")
     sets.check_name(name)
-    tensors = adapter_tensors(sets, name)
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise AuroraError(f"{key}: not finite; the adapter was not written to {folder}")
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter_tensors(sets, name).items()}
     owner = owner_of(model)
     config = AdapterConfig(
         kind=sets.kind,
@@ -71,8 +67,25 @@ def save_adapter(
         tensors_sha256=tensors_hash(tensors),
         model={**owner.describe_adapter(), **(description or {})},
         metrics=dict(metrics or {}),
-        versions={"lavis_aurora": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        versions=written_by(),
     )
+    write_adapter(folder, config, tensors)
+
+
+def written_by() -> dict[str, str]:
+    """Versions of what writes an adapter."""
+    return {"lavis_aurora": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def write_adapter(folder: str | Path, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
+    """Both files of an adapter, or neither.
+
+    Raises:
+        AuroraError: a value is not finite or no JSON value, or the folder cannot be written.
+    """
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AuroraError(f"{key}: not finite; the adapter was not written to {folder}")
     text = config.to_json()
     content = safetensors.torch.save(tensors, {METADATA: text})
     folder = Path(folder).expanduser()
@@ -97,7 +110,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", ch
 
     Args:
         model: a model with an adapter, tuned or fresh.
-        folder: what :func:`save_adapter` wrote.
+        folder: what :func:`save_adapter` wrote; or USER/NAME of the hub, see
+            :func:`~lavis_aurora.adapters.config.read_adapter`.
         name: what the model shall call it.
         check_base: refuse an adapter that was tuned on other weights than the model's; in another precision they
             cannot be compared, and a warning says so.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import Any, ClassVar
@@ -19,6 +19,9 @@ from lavis_aurora.common.registry import Registry
 MOMENTUM_SET = "momentum"
 # Sets that belong to a model's training and are no adapters.
 INTERNAL = (MOMENTUM_SET,)
+
+# By name of a weight or slot, its update as LoRA has it: A (rank, d_in) and B (d_out, rank), with dW = B A.
+LowRank = dict[str, tuple[Tensor, Tensor]]
 
 
 class AdapterSet(nn.Module):
@@ -73,6 +76,33 @@ class AdapterSets(nn.Module):
     def tensor_shapes(cls, slots: Mapping[str, tuple[int, int]], config: Any) -> dict[str, tuple[int, ...]]:
         """The shapes of a set's parameters by name, as slots and settings have them; allocates nothing."""
         raise NotImplementedError
+
+    @classmethod
+    def slot_updates(
+        cls, slots: Mapping[str, tuple[int, int]], config: Any, tensors: Mapping[str, Tensor]
+    ) -> LowRank:
+        """The update of each slot from the tensors of a file, by their names in a set; see :data:`LowRank`.
+
+        Raises:
+            AuroraError: adapters of this kind are no update of weights.
+        """
+        raise AuroraError(f"an adapter of {cls.kind} is no update of weights")
+
+    @classmethod
+    def add_updates(
+        cls, parts: Sequence[tuple[Any, Mapping[str, Tensor]]], weights: Sequence[float]
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Settings and tensors of the sum of the updates, each times its weight: exactly that.
+
+        Args:
+            parts: settings and tensors, as of :meth:`slot_updates`, over the same slots.
+            weights: one for each.
+
+        Raises:
+            AuroraError: adapters of this kind are no update of weights, or their settings differ in a way that no
+                set has.
+        """
+        raise AuroraError(f"an adapter of {cls.kind} is no update of weights")
 
     def make_set(self, name: str, config: Any) -> AdapterSet:
         """A fresh set, which changes nothing yet, on the device of the others; :meth:`add_set` puts it in place."""
@@ -263,6 +293,10 @@ class UpdatedLayer(nn.Module):
 
     def delta_weights(self, name: str = "default") -> dict[str, Tensor]:
         """The updates of these weights, of the same shapes, from the set ``name`` (or the pinned one)."""
+        raise NotImplementedError
+
+    def low_rank_updates(self, name: str = "default") -> LowRank:
+        """The updates of these weights in their factors, see :data:`LowRank`."""
         raise NotImplementedError
 
     def backbone_weights(self) -> dict[str, Tensor]:

@@ -217,7 +217,8 @@ def _percent(part: int, whole: int) -> float:
     return 100 * part / whole if whole else 0.0
 
 
-def _layers(model: nn.Module, sets: AdapterSets) -> list[tuple[str, UpdatedLayer]]:
+def weight_layers(model: nn.Module, sets: AdapterSets) -> list[tuple[str, UpdatedLayer]]:
+    """The layers whose weights the adapters update, by name; an AuroraError for a kind that updates none."""
     layers = list(sets.updated_layers(model))
     if not layers:
         raise AuroraError(
@@ -234,7 +235,7 @@ def merged_weights(model: nn.Module, name: str) -> dict[str, Tensor]:
         AuroraError: a merged weight is not finite, or the adapter is no update of weights.
     """
     merged = {}
-    for path, layer in _layers(model, adapters_of(model)):
+    for path, layer in weight_layers(model, adapters_of(model)):
         for weight, value in layer.merged_weights(name).items():
             key = f"{path}.{weight}"
             if not torch.isfinite(value).all():
@@ -256,7 +257,7 @@ def merge_adapter(model: nn.Module) -> None:
     if sets.merged is not None:
         return
     weights = merged_weights(model, _active(sets.active))
-    layers = _layers(model, sets)
+    layers = weight_layers(model, sets)
     # Layers may share a weight: all of them remember it before one changes it.
     for _, layer in layers:
         layer.backup_weights()
@@ -275,6 +276,23 @@ def unmerge_adapter(model: nn.Module) -> None:
     sets.activate(sets.active)
 
 
+def refuse_gates(model: nn.Module, sets: AdapterSets, purpose: str) -> None:
+    """An AuroraError for a model with gates, which no weight can hold."""
+    own = {id(parameter) for parameter in (*sets.parameters(), *sets.set_parameters())}
+    if any(id(parameter) not in own for _, parameter in adapter_parameters(model)):
+        raise AuroraError(
+            f"the gates cannot be folded into weights: tune with model.gate.form: none {purpose}, or keep the "
+            f"adapter (save_adapter) and load it with model.adapter"
+        )
+
+
+def plain_model(model: nn.Module, sets: AdapterSets) -> tuple[nn.Module, str]:
+    """The model that the sets were put into, as it stands in ``model``, and the prefix of its names there."""
+    [name] = [name for name, module in model.named_modules() if module is sets]
+    path = name.rpartition(".")[0]
+    return model.get_submodule(path), f"{path}." if path else ""
+
+
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the plain model with the active adapter folded into its weights. Changes nothing.
 
@@ -288,12 +306,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
             weights; a weight is not finite.
     """
     sets = adapters_of(model)
-    own = {id(parameter) for parameter in (*sets.parameters(), *sets.set_parameters())}
-    if any(id(parameter) not in own for _, parameter in adapter_parameters(model)):
-        raise AuroraError(
-            "the gates cannot be folded into weights: tune with model.gate.form: none to export a plain checkpoint, "
-            "or keep the adapter (save_adapter) and load it with model.adapter"
-        )
+    refuse_gates(model, sets, "to export a plain checkpoint")
     [prefix] = [name for name, module in model.named_modules() if module is sets]
     weights = merged_weights(model, _active(sets.active))
     state = sets.plain_state(model.state_dict(), f"{prefix}.")

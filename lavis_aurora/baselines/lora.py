@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
-from lavis_aurora.adapters.sets import AdapterSet, AdapterSets, UpdatedLayer, register_sets
+from lavis_aurora.adapters.sets import AdapterSet, AdapterSets, LowRank, UpdatedLayer, register_sets
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.modules import retyped
 from lavis_aurora.config.method import LoraConfig
@@ -57,6 +59,11 @@ class LoraBase(UpdatedLayer, nn.Linear):
         """alpha / rank * B A of the set ``name``."""
         return {"weight": self.lora.get_delta_weight(name)}
 
+    def low_rank_updates(self, name: str = "default") -> LowRank:
+        """A and alpha / rank * B of the set ``name``."""
+        a, b = self.lora.lora_A[name].weight, self.lora.lora_B[name].weight
+        return {"weight": (a, self.lora.scaling[name] * b)}
+
 
 @register_sets("lora")
 class LoraSets(AdapterSets):
@@ -92,6 +99,31 @@ class LoraSets(AdapterSets):
             shapes[f"{name}.lora_A.weight"] = (config.rank, d_in)
             shapes[f"{name}.lora_B.weight"] = (d_out, config.rank)
         return shapes
+
+    @classmethod
+    def slot_updates(
+        cls, slots: Mapping[str, tuple[int, int]], config: LoraConfig, tensors: Mapping[str, Tensor]
+    ) -> LowRank:
+        """A and alpha / rank * B of each layer."""
+        scaling = config.alpha / config.rank
+        return {
+            name: (tensors[f"{name}.lora_A.weight"], scaling * tensors[f"{name}.lora_B.weight"]) for name in slots
+        }
+
+    @classmethod
+    def add_updates(
+        cls, parts: Sequence[tuple[LoraConfig, Mapping[str, Tensor]]], weights: Sequence[float]
+    ) -> tuple[LoraConfig, dict[str, Tensor]]:
+        """A one below the other, B side by side: the rank is the sum of the ranks."""
+        ranks = [config.rank for config, _ in parts]
+        merged: dict[str, Tensor] = {}
+        for key in parts[0][1]:
+            if key.endswith(".lora_A.weight"):
+                merged[key] = torch.cat([tensors[key] for _, tensors in parts])
+            else:
+                scaled = zip(weights, parts)
+                merged[key] = torch.cat([w * c.alpha / c.rank * tensors[key] for w, (c, tensors) in scaled], dim=1)
+        return replace(parts[0][0], rank=sum(ranks), alpha=float(sum(ranks))), merged
 
     def make_set(self, name: str, config: LoraConfig) -> LoraSet:
         """Fresh matrices in every layer, B at zero."""

@@ -9,6 +9,7 @@ import locale
 import logging
 import os
 import pickle
+import shutil
 import stat
 import sys
 from collections.abc import Iterator
@@ -126,6 +127,28 @@ def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterat
         if isinstance(refusal, OSError):
             raise _cannot_write(path, refusal) from error
         raise
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name once the block is through; of a block that fails nothing is left.
+
+    Raises:
+        AuroraError: something is there already, or the system refuses the folder.
+    """
+    path = Path(path).expanduser()
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise AuroraError(f"{path} is there already; name another folder")
+    partial = path.with_name(path.name + ".partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            partial.replace(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_torch(path: str | Path) -> Any:

@@ -19,6 +19,7 @@ from lavis_aurora.common.errors import AuroraError, shown
 from lavis_aurora.common.files import read_json, write_text
 
 SUMMARY = "summary.json"
+DATA_REPORT = "data.json"  # what is in a run's data, beside it
 FORMAT = 1
 STATUSES = ("running", "finished", "stopped")
 SECONDS = ("training", "validation", "test", "all", "per_step")

@@ -15,11 +15,11 @@ from omegaconf import DictConfig
 
 from lavis_aurora.common.errors import AuroraError, abbreviated, printable, shown
 from lavis_aurora.common.files import write_text
+from lavis_aurora.common.summary import DATA_REPORT
 from lavis_aurora.data.checks import FILE, checks_of
 from lavis_aurora.data.media import MediaFiles
 from lavis_aurora.data.texts import UNESCAPE, TokenCounter, TokenLimit, count_texts, has_entity
 
-DATA_REPORT = "data.json"
 # A run looks at its files for so long at most; ``lavis-aurora check`` at all of them.
 LOOK_SECONDS = 20.0
 Level = Literal["note", "warning", "refused"]

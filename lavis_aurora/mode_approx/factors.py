@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lavis_aurora.adapters.sets import AdapterSet, AdapterSets, register_sets
+from lavis_aurora.adapters.sets import AdapterSet, AdapterSets, LowRank, register_sets
 from lavis_aurora.common.errors import AuroraError, did_you_mean
 from lavis_aurora.common.modules import KeepFloat32
 from lavis_aurora.config.method import ModeApproxConfig
@@ -135,6 +136,52 @@ class ModeFactors(AdapterSets):
         """The factors' shapes that follow from slots, rank and sharing."""
         with torch.device("meta"):
             return {key: tuple(parameter.shape) for key, parameter in FactorSet(slots, config).named_parameters()}
+
+    @classmethod
+    def slot_updates(
+        cls, slots: Mapping[str, tuple[int, int]], config: ModeApproxConfig, tensors: Mapping[str, Tensor]
+    ) -> LowRank:
+        """A = U^T and B = V diag(s * lambda * P) of each slot."""
+        with torch.device("meta"):
+            factors = FactorSet(slots, config)
+        factors.load_state_dict(dict(tensors), assign=True)
+        found = {}
+        for k, (slot, (d_in, d_out)) in enumerate(slots.items()):
+            u, v, w = factors.parts([k], d_in, d_out)
+            found[slot] = (u.detach().t(), (v * w).detach())
+        return found
+
+    @classmethod
+    def add_updates(
+        cls, parts: Sequence[tuple[ModeApproxConfig, Mapping[str, Tensor]]], weights: Sequence[float]
+    ) -> tuple[ModeApproxConfig, dict[str, Tensor]]:
+        """A sum of CP decompositions is one, over [U_1 U_2 ...], [V_1 V_2 ...]: its rank is the sum of the ranks.
+
+        Where U and V are equal the rank stays, and P is the sum of lambda * P, each times its weight.
+        """
+        first, reference = parts[0]
+        if any(config.sharing != first.sharing for config, _ in parts):
+            raise AuroraError(
+                "mode_approx.sharing differs: one has U and V for all towers and another for each; export both to "
+                "peft, which can add LoRAs"
+            )
+        shared = [key for key in reference if key.startswith(("U.", "V."))]
+        equal = all(
+            config.rank == first.rank and all(torch.equal(tensors[key], reference[key]) for key in shared)
+            for config, tensors in parts
+        )
+        merged = replace(first, rank=first.rank if equal else sum(config.rank for config, _ in parts))
+        # s differs by the same factor for every width.
+        scaled = [
+            (w * config.scale / merged.scale * math.sqrt(merged.rank / config.rank), tensors)
+            for w, (config, tensors) in zip(weights, parts)
+        ]
+        if equal:
+            products = [w * tensors["coefficients"] * tensors["P"] for w, tensors in scaled]
+            summed = torch.stack(products).sum(dim=0)
+            return merged, {**reference, "P": summed, "coefficients": torch.ones_like(summed)}
+        stacked = {key: torch.cat([tensors[key] for _, tensors in scaled], dim=1) for key in reference}
+        return merged, {**stacked, "coefficients": torch.cat([w * t["coefficients"] for w, t in scaled], dim=1)}
 
     def make_set(self, name: str, config: ModeApproxConfig) -> FactorSet:
         """Fresh factors (dW = 0)."""

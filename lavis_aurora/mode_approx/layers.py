@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_aurora.adapters.sets import UpdatedLayer
+from lavis_aurora.adapters.sets import LowRank, UpdatedLayer
 from lavis_aurora.common.modules import adopt
 from lavis_aurora.mode_approx.factors import FactorSet, ModeFactors, tower_of
 
@@ -80,6 +80,20 @@ class AdaptedLayer(UpdatedLayer):
         """The updates of these weights, of the same shapes, from the set ``name`` (or the pinned one)."""
         source = self.factors[self.pinned or name]
         return {weight: self._delta(source, weight) for weight in self.slots_of}
+
+    def low_rank_updates(self, name: str = "default") -> LowRank:
+        """The updates as LoRA has them, of rank R however many slots a weight has.
+
+        With w_k = s * lambda_k * P_k: slots in its rows share the input, so that A = U^T and B = [V diag(w_1); V
+        diag(w_2); ...]; slots in its columns the output, so that B = V and A = [diag(w_1) U^T, diag(w_2) U^T, ...].
+        """
+        source, found = self.factors[self.pinned or name], {}
+        for weight, slots in self.slots_of.items():
+            d_in, d_out = self.slot_shape(weight)
+            u, v, w = source.parts(slots, d_in, d_out)
+            in_columns = d_in < self._own(weight).shape[1]
+            found[weight] = (_rows(u, w).t(), v) if in_columns else (u.t(), _rows(v, w))
+        return found
 
     def slot_shape(self, weight: str) -> tuple[int, int]:
         """(d_in, d_out) of each slot of a weight."""

@@ -23,13 +23,7 @@ from lavis_aurora.config.models import TUNINGS, BlipAuroraConfig, register_tunin
 from lavis_aurora.encoders.fusion import add_bottlenecks, add_gates
 from lavis_aurora.mode_approx.factors import ModeFactors
 from lavis_aurora.mode_approx.inject import inject_mode_approx
-from lavis_aurora.models.loading import (
-    load_backbone,
-    other_kind,
-    read_content,
-    read_state_dict,
-    without_prefixes,
-)
+from lavis_aurora.models.loading import blip_weights, load_backbone, other_kind, read_content
 from lavis_aurora.models.matching import all_reduce_max_length, to_device
 from lavis_aurora.models.owner import AdapterOwnerMixin, RunState, load_configured_adapter
 
@@ -174,14 +168,15 @@ class AuroraBase(AdapterOwnerMixin, RunState):
         own = ("mode_approx", "baseline")
         new |= {name for name in self.state_dict() if name.partition(".")[0].endswith(("_m", *own))}
         source = f"{key} {url_or_filename}"
-        state = without_prefixes(read_state_dict(url_or_filename, key), self.state_dict().keys())
+        content = read_content(url_or_filename, key)
+        state = blip_weights(content, url_or_filename, key, self.state_dict())
         try:
             state = self.fill_missing_weights(state, source)
             if self.adapters is not None:
                 state = self.adapters.backbone_state(state)
             load_backbone(self, state, source, new)
         except AuroraError as error:
-            raise AuroraError(f"{error}{other_kind(read_content(url_or_filename, key))}") from error
+            raise AuroraError(f"{error}{other_kind(content)}") from error
         self.backbone_source = url_or_filename
         if self.adapters is not None:
             self.adapters.keep_base_heads()

@@ -27,6 +27,7 @@ from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, s
 from lavis_aurora.common.files import is_finite, load_torch, tensor_format, why_unreadable
 from lavis_aurora.common.paths import use_weights_folder
 from lavis_aurora.config.adapter_settings import adapter_settings, check_preprocess, type_settings
+from lavis_aurora.models.hugging_face import from_hugging_face, is_hugging_face, residual_scale
 
 POS_EMBED = "visual_encoder.pos_embed"
 # Under which a file may hold the state dict, beside the optimizer and the like.
@@ -64,6 +65,22 @@ def _state_dict(content: Any, source: str, key: str) -> dict[str, Tensor]:
 
 def read_content(source: str, key: str) -> Any:
     """All that a file holds, tensors and plain values; arguments and errors as of :func:`read_state_dict`."""
+    path = _local_file(source, key)
+    try:
+        found = tensor_format(path)
+        if found == "safetensors":
+            return load_file(path)
+        if found == "torch":
+            return load_torch(path)
+        raise ValueError(f"neither of safetensors nor of torch.save: it begins with {found}")
+    except MemoryError:
+        raise
+    except Exception as error:  # torch, pickle, zipfile and safetensors each have errors of their own
+        raise AuroraError(f"{key}: {path} is not a readable checkpoint ({why_unreadable(error)})") from error
+
+
+def _local_file(source: str, key: str) -> str:
+    """A file on this machine: a URL's is fetched, and of a folder of Hugging Face's it is that of the weights."""
     path = os.path.expanduser(source)
     if is_url(source):
         use_weights_folder()
@@ -76,20 +93,27 @@ def read_content(source: str, key: str) -> Any:
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     if os.path.isfile(os.path.join(folder, CONFIG)) and (folder == path or path.endswith(TENSORS)):
         raise AuroraError(f"{key}: {folder} is an adapter, not a backbone; name it by model.adapter, or adapter=")
+    inside = (os.path.join(path, name) for name in ("model.safetensors", "pytorch_model.bin"))
+    path = next((file for file in inside if os.path.isfile(file)), path)
     if not os.path.isfile(path):
         kind = "a folder; name the file of weights in it" if folder == path else "no such file"
         raise AuroraError(f"{key}: {kind}: {path}")
-    try:
-        found = tensor_format(path)
-        if found == "safetensors":
-            return load_file(path)
-        if found == "torch":
-            return load_torch(path)
-        raise ValueError(f"neither of safetensors nor of torch.save: it begins with {found}")
-    except MemoryError:
-        raise
-    except Exception as error:  # torch, pickle, zipfile and safetensors each have errors of their own
-        raise AuroraError(f"{key}: {path} is not a readable checkpoint ({why_unreadable(error)})") from error
+    return path
+
+
+def blip_weights(content: Any, source: str, key: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a file under the names of LAVIS's models, whoever wrote it.
+
+    Args:
+        content: of the file.
+        source, key: as of :func:`read_state_dict`.
+        own: the state dict of the model that takes them.
+    """
+    state = without_prefixes(_state_dict(content, source, key), own.keys())
+    if not is_hugging_face(state):
+        return state
+    logging.info("%s %s has Hugging Face's names, and no temp: that of the ITC loss stays as it is", key, source)
+    return from_hugging_face(state, own, residual_scale(_local_file(source, key)))
 
 
 def without_prefixes(state: dict[str, Tensor], known: Collection[str]) -> dict[str, Tensor]:
@@ -116,7 +140,7 @@ def other_kind(content: Any) -> str:
             "model.adapter, evaluate it by run.resume_ckpt_path, or make a backbone by lavis-aurora merge"
         )
     if any("vision_model." in name for name in _state_dict(content, "", "")):
-        return "; its names are those of Hugging Face: take the file of the model's own release, e.g. model_base.pth"
+        return "; its names are those of another model of Hugging Face's: take one of BLIP of this kind"
     return ""
 
 
@@ -195,10 +219,10 @@ def load_checked(model: nn.Module, load: Callable[[str], Any], source: str, key:
     Raises:
         AuroraError: none of the model's weights are there, or the file is of another kind.
     """
-    content, own = read_content(source, key), model.state_dict().keys()
-    state = without_prefixes(_state_dict(content, source, key), own)
+    content, own = read_content(source, key), model.state_dict()
+    state = blip_weights(content, source, key, own)
     # Momentum copies start as the weights, of which some of LAVIS's loaders ask for copies.
-    copies = {name: re.sub(r"^(\w+)_m\.", r"\1.", name) for name in own - state.keys()}
+    copies = {name: re.sub(r"^(\w+)_m\.", r"\1.", name) for name in own.keys() - state.keys()}
     state |= {name: state[original] for name, original in copies.items() if original in state}
     with TemporaryDirectory() as folder:
         path, as_lavis = os.path.expanduser(source), content.get("model")

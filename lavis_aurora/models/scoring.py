@@ -53,7 +53,7 @@ class RetrievalScoring:
     @property
     def feature_size(self) -> int:
         """Width of the features that ITC compares."""
-        return self.text_proj.out_features
+        return self.settings.embed_dim
 
     @property
     def image_size(self) -> int:

@@ -11,6 +11,7 @@ from tiny import lavis_towers, tiny_config, tiny_model
 from lavis_aurora import AuroraError, load_adapter, load_model_and_preprocess, save_adapter
 from lavis_aurora.encoders.towers import build_tokenizer
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
+from lavis_aurora.models.hugging_face import to_hugging_face
 from lavis_aurora.models.loading import is_finite, read_state_dict
 from lavis_aurora.models.mode_approx_model import ModeApproxModel
 
@@ -220,11 +221,8 @@ def test_a_path_may_start_at_home(plain, tmp_path, monkeypatch):
 
 
 def huggingface(plain):
-    """Names of transformers' BlipForImageTextRetrieval."""
-    rows = [("visual_encoder.blocks", "vision_model.encoder.layers"), ("visual_encoder", "vision_model.embeddings")]
-    for ours, theirs in rows:
-        plain = {key.replace(ours, theirs): value for key, value in plain.items()}
-    return plain
+    """Names of transformers' BlipModel, whose text tower is another."""
+    return {key.replace("text_encoder", "text_model"): value for key, value in to_hugging_face(plain).items()}
 
 
 def run_checkpoint(plain):
@@ -234,7 +232,7 @@ def run_checkpoint(plain):
 
 OTHERS = {
     "run": (run_checkpoint, "it is a run's checkpoint.*model.adapter.*run.resume_ckpt_path"),
-    "huggingface": (huggingface, "names are those of Hugging Face.* e.g. model_base.pth"),
+    "huggingface": (huggingface, "names are those of another model of Hugging Face.*: take one of BLIP of this kind"),
 }
 
 

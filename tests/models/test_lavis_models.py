@@ -13,6 +13,7 @@ from tiny import activate
 from torch import nn
 
 from lavis_aurora import (
+    AuroraError,
     ModeApproxConfig,
     load_adapter,
     merge_adapter,
@@ -21,6 +22,7 @@ from lavis_aurora import (
     trainable_parameters_summary,
     unmerge_adapter,
 )
+from lavis_aurora.adapters.export import export_lora
 from lavis_aurora.adapters.sets import MOMENTUM_SET
 from lavis_aurora.mode_approx.inject import find_targets
 from lavis_aurora.mode_approx.layers import AdaptedLayer
@@ -237,3 +239,32 @@ def test_layers_of_albef_nlvr_that_share_a_weight_share_its_update():
     cross = [slot for slot in slots if ".crossattention." in slot]
     assert len([slot for slot in cross if slot.endswith("query")]) == 12
     assert len([slot for slot in cross if not slot.endswith("query")]) == 12
+
+
+# Weights that are read without calling a layer.
+NOT_FOR_PEFT = {
+    "clip": "MultiheadAttention, whose weights peft does not update",
+    "clip/resnet": "AttentionPool2d reads its weight and does not call it",
+}
+
+
+@every_word
+@every_model
+def test_peft_adds_the_same_updates(name, word, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = activate(wrapped(name, word))
+    words = NOT_FOR_PEFT.get(name)
+    if words is not None:
+        with pytest.raises(AuroraError, match=words):
+            export_lora(model, tmp_path / "lora")
+        return
+    written = export_lora(model, tmp_path / "lora")
+    assert bool(written.shared) == (name in ("albef_nlvr", "blip_pretrain"))
+    tuned = peft.PeftModel.from_pretrained(copy.deepcopy(plain(name)), str(tmp_path / "lora")).eval()
+    if name not in COPIES:  # whose loss the momentum copies decide too
+        torch.testing.assert_close(loss(name, tuned), loss(name, model), rtol=1e-5, atol=1e-5)
+    expected = merged_state_dict(model)
+    for path in written.layers:
+        layer = tuned.base_model.model.get_submodule(path)
+        merged = layer.base_layer.weight + layer.get_delta_weight("default")
+        torch.testing.assert_close(merged, expected[f"{path}.weight"], rtol=1e-6, atol=1e-6)

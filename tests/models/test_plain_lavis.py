@@ -15,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from tiny import activate, med_config
 
 from lavis_aurora import save_adapter
-from lavis_aurora.cli import loading_instructions
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import ModeApproxModelConfig
 from lavis_aurora.encoders.towers import build_tokenizer
+from lavis_aurora.models.export import loading_instructions
 from lavis_aurora_cli import main
 
 TOKENIZER = package_file("configs/models/tiny")
