@@ -46,8 +46,8 @@ class RunConfig:
         runner: the one that knows these keys.
         lr_sched: linear_warmup_cosine_lr, or linear_warmup_step_lr, which multiplies by lr_decay_rate each epoch.
         init_lr, min_lr: learning rate after the warm-up, and the least one.
-        lr_scales: factors on the learning rate for groups of what is trained, by the names that the log gives them when the
-            model is built, e.g. {heads: 0.1}; all others have 1.
+        lr_scales: factors on the learning rate for groups of what is trained, by the names that the log gives them
+            when the model is built, e.g. {heads: 0.1}; all others have 1.
         warmup_steps: batches in which the rate rises from warmup_lr to init_lr, in as many epochs as they take.
         warmup_lr: rate at which the warm-up starts; below 0: at init_lr.
         lr_decay_rate: of linear_warmup_step_lr.

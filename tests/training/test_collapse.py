@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from distributed import run_processes
 from runs import only_run
 from tiny import project_yaml
 
@@ -96,3 +97,12 @@ def test_a_run_says_what_happened_and_what_to_do(tmp_path, monkeypatch, capsys):
     assert "epoch 51, step 1: for 50 steps the ITC loss has been that of chance, ln(24) = 3.18" in error
     assert "lower run.init_lr (0.001)" in error and "run.stop_collapsed: false" in error
     assert (only_run(tmp_path) / "checkpoint_latest.pth").is_file()
+
+
+def _collapses_in(rank: int, where: tuple[int, ...]) -> int | None:
+    return stopped_at([0.5 * CHANCE, *[CHANCE if rank in where else 0.5 * CHANCE] * 100])
+
+
+@pytest.mark.parametrize("where, step", [((0,), None), ((0, 1), 51)])
+def test_processes_stop_together_by_the_mean_of_their_losses(where, step):
+    assert run_processes(2, _collapses_in, where) == [step, step]
