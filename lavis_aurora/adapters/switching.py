@@ -184,19 +184,24 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     sets.remove_set(name)
 
 
-def parameter_groups(model: nn.Module) -> dict[str, GroupCount]:
-    """Tensors and scalars of what is trained, by group (adapters' own, ``heads``, ``backbone``), then ``frozen``."""
+def trained_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """What is trained, by group: adapters' own, ``heads``, ``backbone``."""
     group_of = {id(p): group for group, p in adapter_parameters(model)}
     group_of.update((id(p), "heads") for p in head_parameters(model))
-    groups: dict[str, GroupCount] = {}
-    frozen = GroupCount(tensors=0, parameters=0)
+    groups: dict[str, list[nn.Parameter]] = {}
     for parameter in model.parameters():
-        group = frozen
         if parameter.requires_grad:
-            group = groups.setdefault(group_of.get(id(parameter), "backbone"), GroupCount(tensors=0, parameters=0))
-        group["tensors"] += 1
-        group["parameters"] += parameter.numel()
-    return {**groups, "frozen": frozen}
+            groups.setdefault(group_of.get(id(parameter), "backbone"), []).append(parameter)
+    return groups
+
+
+def parameter_groups(model: nn.Module) -> dict[str, GroupCount]:
+    """Tensors and scalars of what is trained, by group of :func:`trained_groups`, then of what is ``frozen``."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return {
+        group: GroupCount(tensors=len(parameters), parameters=sum(parameter.numel() for parameter in parameters))
+        for group, parameters in {**trained_groups(model), "frozen": frozen}.items()
+    }
 
 
 def trainable_parameters_summary(model: nn.Module) -> str:

@@ -47,6 +47,8 @@ class RunConfig:
         runner: the one that knows these keys.
         lr_sched: linear_warmup_cosine_lr, or linear_warmup_step_lr, which multiplies by lr_decay_rate each epoch.
         init_lr, min_lr: learning rate after the warm-up, and the least one.
+        lr_scales: factors on the learning rate for groups of what is trained, by the names that the log gives them
+            when the model is built, e.g. {heads: 0.1}; all others have 1.
         warmup_steps: batches in which the rate rises from warmup_lr to init_lr, in as many epochs as they take.
         warmup_lr: rate at which the warm-up starts; below 0: at init_lr.
         lr_decay_rate: of linear_warmup_step_lr.
@@ -81,12 +83,15 @@ class RunConfig:
         dist_timeout_minutes: how long processes of one run wait for each other, at most, before they end; also while
             the main one downloads or makes the data.
         skip_nonfinite: leave out steps whose gradient is not finite, and count them, instead of stopping.
+        stop_collapsed: stop where retrieval has learned to tell pairs apart and then gives all of them the same score
+            for 50 steps, as too high a rate makes it do.
     """
 
     task: str = "retrieval_aurora"
     runner: str = "runner_aurora"
     lr_sched: str = "linear_warmup_cosine_lr"
     init_lr: float = 1e-4
+    lr_scales: dict[str, float] = field(default_factory=dict)
     min_lr: float = 0.0
     warmup_lr: float = -1.0
     warmup_steps: int = 0
@@ -120,6 +125,7 @@ class RunConfig:
     checkpoint_every: int = 0
     save_queue: bool = False
     skip_nonfinite: bool = False
+    stop_collapsed: bool = True
     evaluate: bool = False
 
     def __post_init__(self) -> None:
@@ -133,6 +139,8 @@ class RunConfig:
         _at_least(self, 1, "max_epoch", "accum_grad_iters", "batch_size_train", "batch_size_eval", "log_freq")
         _at_least(self, 0, "init_lr", "min_lr", "weight_decay", "grad_clip", "num_workers", "warmup_steps")
         _at_least(self, 0, "checkpoint_every", "seed")
+        for name, scale in self.lr_scales.items():
+            require(0 <= scale <= 1e4, f"run.lr_scales.{name}", scale, "0 or more, and at most 10^4")
         minutes = self.dist_timeout_minutes
         require(0 < minutes <= 7 * 24 * 60, "run.dist_timeout_minutes", minutes, "above 0 and at most a week, 10080")
         require(0 <= self.beta2 < 1, "run.beta2", self.beta2, "0 or more and below 1")

@@ -1,13 +1,14 @@
-"""What ends a step or a run: losses and gradients that are NaN or infinite, Ctrl-C and SIGTERM."""
+"""What ends a step or a run: NaN and infinite numbers, features that have collapsed, Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -28,6 +29,10 @@ PLACE = ("epoch", "iters")
 MAX_CONSECUTIVE_SKIPS = 10
 # In half precision the scale of the loss is found by halving it, about ten times at the start.
 MAX_OVERFLOWS = 25
+# Shares of the loss of chance: below the one, a model tells pairs apart; above the other, it does not.
+LEARNED, AT_CHANCE = 0.9, 0.99
+CHECK_EVERY, MAX_CHECKS = 25, 2  # steps; such checks in a row
+MIN_CANDIDATES = 8  # with fewer, a loss is too noisy to be judged
 
 
 class _Step(NamedTuple):
@@ -148,6 +153,50 @@ class FiniteGuard:
 
 def _plain(value: Any) -> list[Any]:
     return value.tolist() if isinstance(value, Tensor) else [str(entry) for entry in value]
+
+
+class CollapseGuard:
+    """Stops a run whose model told pairs apart, and gives all of them the same score now.
+
+    Features that are alike for all samples have an ITC loss of ln(candidates) whatever the targets, and little
+    gradient to leave it by. A run that starts there, from random weights, is let go on. Of each ``CHECK_EVERY``
+    steps the mean over processes is read, and that of the first step, before anything is trained.
+
+    Args:
+        run: the ``run:`` part of the YAML, with ``stop_collapsed`` and ``init_lr``.
+    """
+
+    def __init__(self, run: Mapping[str, Any]) -> None:
+        self.enabled, self.rate = bool(run["stop_collapsed"]), float(run["init_lr"])
+        self._shares: list[Tensor] = []
+        self._learned, self._first, self._at_chance = False, True, 0
+
+    def note(self, loss: Tensor | None, candidates: int, place: str) -> None:
+        """Look at the ITC loss of a batch, against that many candidates; there may be none.
+
+        Raises:
+            AuroraError: it was below ``LEARNED`` of the loss of chance, and has been above ``AT_CHANCE`` of it.
+        """
+        if not self.enabled or loss is None or candidates < MIN_CANDIDATES:
+            return
+        self._shares.append((loss.detach().float() / math.log(candidates)).nan_to_num(1.0))
+        if len(self._shares) < CHECK_EVERY and not self._first:
+            return
+        mean = torch.stack(self._shares).mean()
+        self._shares, self._first = [], False
+        if is_dist_avail_and_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        share = float(mean)
+        self._learned |= share < LEARNED
+        self._at_chance = self._at_chance + 1 if share > AT_CHANCE else 0
+        if self._learned and self._at_chance >= MAX_CHECKS:
+            raise AuroraError(
+                f"{place}: for {MAX_CHECKS * CHECK_EVERY} steps the ITC loss has been that of chance, "
+                f"ln({candidates}) = {math.log(candidates):.2f}, after it was lower: the features have collapsed; "
+                f"lower run.init_lr ({self.rate:g}), or that of the heads (run.lr_scales.heads=0.1); "
+                f"run.stop_collapsed: false goes on"
+            )
 
 
 class Stopped(BaseException):

@@ -14,7 +14,6 @@ from typing import Any, Optional, Protocol, runtime_checkable
 import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_world_size, is_dist_avail_and_initialized
-from lavis.common.optims import LinearWarmupCosineLRScheduler, LinearWarmupStepLRScheduler
 from lavis.datasets.data_utils import prepare_sample
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +22,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from lavis_aurora.adapters.companions import trained_buffers
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.samples import BROKEN, report_undecodable
-from lavis_aurora.training.guards import FiniteGuard
+from lavis_aurora.training.guards import CollapseGuard, FiniteGuard
+from lavis_aurora.training.rates import Schedule
 
 Samples = dict[str, Any]
 
@@ -76,7 +76,13 @@ def check_trainable(model: nn.Module, arch: str) -> None:
 
 
 class TrainableTask(Protocol):
-    """What a step asks of a task."""
+    """What a step asks of a task.
+
+    Attributes:
+        candidates: with which the ITC loss of the last batch compared a sample; 0 without such a loss.
+    """
+
+    candidates: int
 
     def losses(self, model: nn.Module, samples: Samples) -> dict[str, Tensor]:
         """Losses of a batch by name; ``loss`` is minimised."""
@@ -90,13 +96,6 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
 
-class Schedule(Protocol):
-    """One of LAVIS's schedules."""
-
-    def step(self, cur_epoch: int, cur_step: int) -> None:
-        """Set the rate of a batch of an epoch, both from 0."""
-
-
 @dataclass
 class TrainingState:
     """What the steps of a run need, and where it stands: all that runner, loop and checkpoints share.
@@ -105,10 +104,11 @@ class TrainingState:
         task: gives the losses of a batch.
         model: on its device, wrapped for several processes.
         loader: of the training samples, see :func:`lavis_aurora.training.order.start_epoch`.
-        optimizer, schedule: LAVIS's.
+        optimizer, schedule: LAVIS's; the first group of the optimizer has the rate of the schedule.
         autocast: what mixed precision computes in; None without.
         scaler: of losses in float16; None without.
         guard: watches the numbers of each step.
+        collapse: stops a run whose features have become alike.
         run: the ``run:`` part of the YAML.
         folder: of the run.
         epoch, step: where training stands: the epoch, from 0, and how many batches of it are done.
@@ -135,6 +135,9 @@ class TrainingState:
     best_metric: float = float("-inf")
     best_epoch: Optional[int] = None
     best_lost: bool = False
+
+    def __post_init__(self) -> None:
+        self.collapse = CollapseGuard(self.run)
 
     @property
     def unwrapped(self) -> Any:
@@ -181,43 +184,6 @@ class TrainingProgress:
         )
 
 
-WITH_WARMUP = (LinearWarmupCosineLRScheduler, LinearWarmupStepLRScheduler)
-
-
-class LongWarmup:
-    """One of LAVIS's schedules, whose warm-up goes on beyond the first epoch; LAVIS would cut it off there.
-
-    At batch n of the run, from 0, in epoch e,
-
-        lr = min(warmup_lr + (init_lr - warmup_lr) * n / warmup_steps, LAVIS's of epoch e)
-
-    Args:
-        schedule: of LAVIS.
-        batches: of an epoch.
-    """
-
-    def __init__(self, schedule: LinearWarmupCosineLRScheduler | LinearWarmupStepLRScheduler, batches: int) -> None:
-        self.schedule, self.batches = schedule, batches
-        if schedule.warmup_steps > batches * schedule.max_epoch:
-            logging.warning(
-                "run.warmup_steps: %d are more than the %d batches of the run; it never reaches run.init_lr",
-                schedule.warmup_steps,
-                batches * schedule.max_epoch,
-            )
-
-    def step(self, cur_epoch: int, cur_step: int) -> None:
-        """Set the rate of a batch of an epoch, both from 0."""
-        groups, done = self.schedule.optimizer.param_groups, cur_epoch * self.batches + cur_step
-        self.schedule.step(cur_epoch=cur_epoch, cur_step=cur_step)
-        if cur_epoch == 0 or done >= self.schedule.warmup_steps:
-            return
-        rates = [group["lr"] for group in groups]
-        # What LAVIS would set, were all batches in its first epoch.
-        self.schedule.step(cur_epoch=0, cur_step=done)
-        for group, rate in zip(groups, rates):
-            group["lr"] = min(group["lr"], rate)
-
-
 def train_steps(state: TrainingState) -> Iterator[int]:
     """Train on what is left of an epoch; LAVIS's own loop waits for the GPU every step.
 
@@ -227,7 +193,8 @@ def train_steps(state: TrainingState) -> Iterator[int]:
         After each step of the optimizer, how many batches of the epoch are done.
 
     Raises:
-        AuroraError: numbers that are not finite, or more broken videos than ``run.max_broken_share``.
+        AuroraError: numbers that are not finite, collapsed features, or more broken videos than
+            ``run.max_broken_share``.
     """
     run, first, steps = state.run, state.step, state.steps
     accumulated, log_freq = int(run["accum_grad_iters"]), int(run["log_freq"])
@@ -251,6 +218,8 @@ def train_steps(state: TrainingState) -> Iterator[int]:
         for key, value in losses.items():
             # Of a step that is skipped, nothing counts.
             state.totals[key] = state.totals.get(key, 0.0) + value.double().nan_to_num(0.0, 0.0, 0.0)
+        place = f"epoch {state.epoch + 1}, step {i + 1}"
+        state.collapse.note(losses.get("loss_itc"), state.task.candidates, place)
         if updates:
             _update(state, losses, samples)
         else:

@@ -28,8 +28,6 @@ from lavis_aurora.training import order
 from lavis_aurora.training.checkpoints import BEST, LATEST
 from lavis_aurora.training.guards import FiniteGuard, Stopped, StopRequest
 from lavis_aurora.training.loop import (
-    WITH_WARMUP,
-    LongWarmup,
     TrainableModel,
     TrainingState,
     check_trainable,
@@ -38,6 +36,7 @@ from lavis_aurora.training.loop import (
     train_steps,
 )
 from lavis_aurora.training.outputs import RunSummary, forget_epoch, save_run_adapter
+from lavis_aurora.training.rates import WITH_WARMUP, LongWarmup, ScaledRates, scale_rates
 from lavis_aurora.training.resuming import RunCheckpoints, load_weights
 
 TRAINING_METRIC = "agg_metrics"
@@ -96,16 +95,22 @@ class AuroraRunner(RunnerBase):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """LAVIS's AdamW over what is trained."""
-        if self._optimizer is None and not any(p.requires_grad for p in self._model.parameters()):
-            raise AuroraError("model.tuning: nothing is trained; use evaluate.py, or another model.tuning")
+        """LAVIS's AdamW over what is trained, groups of it at a rate of their own."""
+        if self._optimizer is None:
+            if not any(p.requires_grad for p in self._model.parameters()):
+                raise AuroraError("model.tuning: nothing is trained; use evaluate.py, or another model.tuning")
+            made = cast(torch.optim.Optimizer, super().optimizer)
+            scale_rates(made, self._model, self.config.run_cfg.lr_scales)
         return cast(torch.optim.Optimizer, super().optimizer)
 
     @property
     def lr_scheduler(self) -> Any:
-        """LAVIS's, with a warm-up of any length."""
-        if self._lr_sched is None and isinstance(super().lr_scheduler, WITH_WARMUP):
-            self._lr_sched = LongWarmup(self._lr_sched, len(self.train_loader))
+        """LAVIS's, with a warm-up of any length, scaled for each group of the optimizer."""
+        if self._lr_sched is None:
+            made = super().lr_scheduler
+            if isinstance(made, WITH_WARMUP):
+                made = LongWarmup(made, len(self.train_loader))
+            self._lr_sched = ScaledRates(made, self.optimizer) if self.config.run_cfg.lr_scales else made
         return self._lr_sched
 
     @property

@@ -107,11 +107,13 @@ class AuroraTaskBase(BaseTask):
         shard_evaluation: whether processes may share an evaluation split by samples; retrieval ranks it as a whole.
         evaluation_method: the model's method by which the task evaluates, see :func:`needed_method`.
         data_report: of the data, on the main process of a run.
+        candidates: with which the ITC loss of the last batch compared a sample; 0 without such a loss.
     """
 
     shard_evaluation = True
     evaluation_method: str | None = None
     data_report: DataReport | None = None
+    candidates: int = 0
     cfg: DictConfig
 
     def build_model(self, cfg: Any) -> nn.Module:
@@ -169,6 +171,9 @@ class AuroraTaskBase(BaseTask):
                 "configuration can (model.base.negative_all_rank: false)"
             ) from error
         self._reported = {key: output[key].detach() for key in output if "loss" in key and output[key] is not None}
+        # BLIP's and ALBEF's.
+        similarity: Tensor | None = getattr(getattr(output, "sims", None), "sim_i2t", None)
+        self.candidates = 0 if similarity is None else similarity.shape[-1]
         loss: Tensor = output["loss"]
         return loss
 
