@@ -17,10 +17,12 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import BertConfig, BertTokenizer
 
+from lavis_aurora.adapters.sets import UpdatedLayer
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import regular
+from lavis_aurora.common.modules import adopt
 from lavis_aurora.config.models import BlipAuroraConfig
-from lavis_aurora.encoders.fused import fuse_text, fuse_vision
+from lavis_aurora.encoders.fused import drops, fuse_text, fuse_vision
 
 # Keys that LAVIS's BERT reads and of which the towers here know one way: its value (the first; those after it compute
 # the same), and why.
@@ -172,18 +174,76 @@ def visual_input(samples: Mapping[str, Any]) -> Tensor:
     raise AuroraError(f"samples: there is neither image nor video, only {', '.join(sorted(samples))}")
 
 
-def encode_visual(encoder: VisionTransformer, visual: Tensor) -> VisualFeatures:
-    """Encode pictures, or videos frame by frame (paper D.3); a video of one frame is a picture.
+class FrozenTokens(NamedTuple):
+    """Tokens of pictures or frames where the part of a vision tower ends that no tuning reaches.
+
+    Attributes:
+        tokens: (pictures or frames, tokens, d), without a gradient.
+        depth: blocks that they have passed; the embedding of patches and positions comes before these.
+        drawn: something was dropped at random in them, so that another pass gives others.
+    """
+
+    tokens: Tensor
+    depth: int
+    drawn: bool
+
+
+def frozen_depth(encoder: VisionTransformer) -> int | None:
+    """How many of the first blocks compute the same whichever adapter is active and whatever is trained.
+
+    None where the embedding of patches and positions is trained already.
+    """
+    embedding = (encoder.cls_token, encoder.pos_embed, *encoder.patch_embed.parameters())
+    if any(parameter.requires_grad for parameter in embedding):
+        return None
+    tuned = (i for i, block in enumerate(encoder.blocks) if _is_tuned(block))
+    return next(tuned, len(encoder.blocks))
+
+
+def _is_tuned(block: nn.Module) -> bool:
+    """Whether anything in a block is trained, or of an adapter, trained or not."""
+    adapted = (isinstance(part, UpdatedLayer) or "adapters" in vars(part) for part in block.modules())
+    return any(adapted) or any(parameter.requires_grad for parameter in block.parameters())
+
+
+@torch.no_grad()
+def frozen_tokens(encoder: VisionTransformer, visual: Tensor) -> FrozenTokens | None:
+    """What does not depend on any tuning: nothing is kept of it for the backward pass. None if nothing is such.
 
     Args:
         encoder: LAVIS's ViT.
         visual: as :func:`visual_input` gives it.
     """
+    depth = frozen_depth(encoder)
+    if depth is None:
+        return None
+    # LAVIS's own forward, of a tower that ends there.
+    first = adopt(type(encoder).__new__(type(encoder)), encoder)
+    first.blocks, first.norm = encoder.blocks[:depth], nn.Identity()
+    frames = visual if visual.dim() == 4 else visual.transpose(1, 2).flatten(0, 1)
+    return FrozenTokens(VisionTransformer.forward(first, frames), depth, encoder.training and drops(first))
+
+
+def encode_visual(encoder: VisionTransformer, visual: Tensor, frozen: FrozenTokens | None = None) -> VisualFeatures:
+    """Encode pictures, or videos frame by frame (paper D.3); a video of one frame is a picture.
+
+    Args:
+        encoder: LAVIS's ViT.
+        visual: as :func:`visual_input` gives it.
+        frozen: what :func:`frozen_tokens` gave for it, if that was called already.
+    """
+    frozen = frozen_tokens(encoder, visual) if frozen is None else frozen
+    if frozen is None:
+        frames = visual if visual.dim() == 4 else visual.transpose(1, 2).flatten(0, 1)
+        tokens = encoder.forward_features(frames)
+    else:
+        tokens = frozen.tokens
+        for block in encoder.blocks[frozen.depth :]:
+            tokens = block(tokens)
+        tokens = encoder.norm(tokens)
     if visual.dim() == 4:
-        tokens = encoder.forward_features(visual)
         return VisualFeatures(tokens, tokens[:, 0])
-    batch = visual.shape[0]
-    frames = encoder.forward_features(visual.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, -1))
+    frames = tokens.unflatten(0, (visual.shape[0], -1))
     return VisualFeatures(frames.flatten(1, 2), frames[:, :, 0].mean(dim=1))
 
 

@@ -19,6 +19,7 @@ from lavis_aurora.baselines.lora import LoraSets, inject_lora
 from lavis_aurora.baselines.uniadapter import UniAdapters
 from lavis_aurora.common.errors import AuroraError, did_you_mean
 from lavis_aurora.config.check import parse_config
+from lavis_aurora.config.method import chosen_layers
 from lavis_aurora.config.models import TUNINGS, BlipAuroraConfig, register_tuning
 from lavis_aurora.encoders.fusion import add_bottlenecks, add_gates
 from lavis_aurora.mode_approx.factors import ModeFactors
@@ -53,7 +54,9 @@ class Places:
 def tune_aurora(model: AuroraBase, cfg: BlipAuroraConfig, places: Places) -> ModeFactors:
     """The method: mode approximation and the gate."""
     factors = inject_mode_approx(model, cfg.mode_approx, places.targets, places.slot_name)
-    add_gates(places.gated, cfg.gate, factors)
+    layers = cfg.mode_approx.layers
+    chosen = chosen_layers("mode_approx.layers", layers, "text_encoder", len(places.gated.encoder.layer))
+    add_gates(places.gated, cfg.gate, factors, chosen)
     return factors
 
 

@@ -22,12 +22,14 @@ from lavis_aurora.common.paths import package_file
 from lavis_aurora.config.models import RetrievalAuroraConfig
 from lavis_aurora.encoders.fused import drops, itm_context, share_image_kv
 from lavis_aurora.encoders.towers import (
+    FrozenTokens,
     VisualFeatures,
     build_text_encoder,
     build_tokenizer,
     build_vision_encoder,
     check_vocabulary,
     encode_visual,
+    frozen_tokens,
     visual_input,
 )
 from lavis_aurora.mode_approx.presets import PRESETS
@@ -127,11 +129,16 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         }
         return {**state, **copies}
 
-    def _teacher(self, image: Tensor, text: dict, visual: VisualFeatures, text_embeds: Tensor) -> TeacherFeatures:
+    def _teacher(
+        self, image: Tensor, frozen: FrozenTokens | None, text: dict, visual: VisualFeatures, text_embeds: Tensor
+    ) -> TeacherFeatures:
         """The momentum towers' features; where a momentum tower is the tower itself, what that has computed."""
         with nullcontext() if self.adapters is None else self.adapters.use(MOMENTUM_SET):
             if not self._teacher_equals_student(self.visual_encoder):
-                visual = encode_visual(getattr(self, "visual_encoder_m", self.visual_encoder), image)
+                tower = getattr(self, "visual_encoder_m", self.visual_encoder)
+                # LAVIS's teacher draws what it drops by itself, and has a tower of its own where all is trained.
+                shared = tower is self.visual_encoder and frozen is not None and not frozen.drawn
+                visual = encode_visual(tower, image, frozen if shared else None)
             if not self._teacher_equals_student(self.text_encoder):
                 encoder = getattr(self, "text_encoder_m", self.text_encoder)
                 text_embeds = encoder.forward_text(text).last_hidden_state
@@ -187,14 +194,16 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         # Processes exchange texts, which must then be of one length.
         texts = samples["text_input"]
         text = self.tokenize(texts, pad_to_longest=True, everywhere=self._gathers, device=image.device)
-        visual = encode_visual(self.visual_encoder, image)
+        # What no tuning reaches is computed once, for model and teacher.
+        frozen = frozen_tokens(self.visual_encoder, image)
+        visual = encode_visual(self.visual_encoder, image, frozen)
         image_embeds = visual.tokens
         text_embeds = self.text_encoder.forward_text(text).last_hidden_state
         image_feat = F.normalize(self.vision_proj(visual.pooled), dim=-1)
         text_feat = F.normalize(self.text_proj(text_embeds[:, 0]), dim=-1)
         with torch.no_grad():
             self._momentum_update()
-            teacher = self._teacher(image, text, visual, text_embeds)
+            teacher = self._teacher(image, frozen, text, visual, text_embeds)
         loss_itc, sims = self._itc_loss(samples, teacher, image_feat, text_feat, idx)
         loss_itm, matching = self._itm_loss(
             image_embeds, text, text_embeds[:, 0], image_feat, text_feat, idx, self._step(samples)
