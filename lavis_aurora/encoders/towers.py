@@ -20,9 +20,10 @@ from transformers import BertConfig, BertTokenizer
 from lavis_aurora.adapters.sets import UpdatedLayer
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import regular
-from lavis_aurora.common.modules import adopt
+from lavis_aurora.common.modules import retyped
 from lavis_aurora.config.models import BlipAuroraConfig
 from lavis_aurora.encoders.fused import drops, fuse_text, fuse_vision
+from lavis_aurora.encoders.merging import merge_in_tower
 
 # Keys that LAVIS's BERT reads and of which the towers here know one way: its value (the first; those after it compute
 # the same), and why.
@@ -62,6 +63,7 @@ def build_vision_encoder(cfg: BlipAuroraConfig) -> VisionTransformerEncoder:
     # Checkpointing is ours, see CheckpointedBlock.
     encoder = plain_vision_encoder(replace(cfg, vit_grad_ckpt=False))
     fuse_vision(encoder, checkpointed=cfg.vit_ckpt_layer if cfg.vit_grad_ckpt else 0)
+    merge_in_tower(encoder, cfg.token_merging)
     return encoder
 
 
@@ -148,7 +150,8 @@ class VisualFeatures(NamedTuple):
     """What the vision encoder makes of pictures or videos of ``frames`` frames.
 
     Attributes:
-        tokens: of all frames, one after the other, for cross-attention: (batch, frames * tokens, d).
+        tokens: of all frames, one after the other, for cross-attention: (batch, frames * tokens, d); of merged ones
+            (``model.token_merging``) a last column holds how many patches each stands for.
         pooled: mean of the frames' [CLS], for ITC: (batch, d).
     """
 
@@ -159,9 +162,14 @@ class VisualFeatures(NamedTuple):
 def visual_input(samples: Mapping[str, Any]) -> Tensor:
     """``image`` (batch, 3, height, width) or ``video`` (batch, 3, frames, height, width) of a batch.
 
+    Or ``tokens`` (batch, tokens, d), of pictures where the frozen part of the tower ends (``run.cache_features``).
+
     Raises:
         AuroraError: there is neither, or its shape is another.
     """
+    if "tokens" in samples:
+        kept: Tensor = samples["tokens"]
+        return kept
     for key, dimensions, shape in (
         ("image", 4, "batch, 3, height, width"),
         ("video", 5, "batch, 3, frames, height, width"),
@@ -206,6 +214,18 @@ def _is_tuned(block: nn.Module) -> bool:
     return any(adapted) or any(parameter.requires_grad for parameter in block.parameters())
 
 
+def frozen_part(encoder: VisionTransformer) -> tuple[VisionTransformer, int] | None:
+    """The tower up to where tuning begins, of the encoder's own modules, and how many blocks it has; None if there
+    is none."""
+    depth = frozen_depth(encoder)
+    if depth is None:
+        return None
+    # LAVIS's own forward then ends there.
+    first = retyped(type(encoder), encoder)
+    first.blocks, first.norm = encoder.blocks[:depth], nn.Identity()
+    return first, depth
+
+
 @torch.no_grad()
 def frozen_tokens(encoder: VisionTransformer, visual: Tensor) -> FrozenTokens | None:
     """What does not depend on any tuning: nothing is kept of it for the backward pass. None if nothing is such.
@@ -214,12 +234,12 @@ def frozen_tokens(encoder: VisionTransformer, visual: Tensor) -> FrozenTokens | 
         encoder: LAVIS's ViT.
         visual: as :func:`visual_input` gives it.
     """
-    depth = frozen_depth(encoder)
-    if depth is None:
+    found = frozen_part(encoder)
+    if found is None:
         return None
-    # LAVIS's own forward, of a tower that ends there.
-    first = adopt(type(encoder).__new__(type(encoder)), encoder)
-    first.blocks, first.norm = encoder.blocks[:depth], nn.Identity()
+    first, depth = found
+    if visual.dim() == 3:
+        return FrozenTokens(visual.to(encoder.pos_embed.dtype), depth, drawn=False)
     frames = visual if visual.dim() == 4 else visual.transpose(1, 2).flatten(0, 1)
     return FrozenTokens(VisionTransformer.forward(first, frames), depth, encoder.training and drops(first))
 
@@ -234,6 +254,8 @@ def encode_visual(encoder: VisionTransformer, visual: Tensor, frozen: FrozenToke
     """
     frozen = frozen_tokens(encoder, visual) if frozen is None else frozen
     if frozen is None:
+        if visual.dim() == 3:
+            raise AuroraError("samples: tokens are given where all of the vision tower is tuned; give image instead")
         frames = visual if visual.dim() == 4 else visual.transpose(1, 2).flatten(0, 1)
         tokens = encoder.forward_features(frames)
     else:
@@ -241,10 +263,10 @@ def encode_visual(encoder: VisionTransformer, visual: Tensor, frozen: FrozenToke
         for block in encoder.blocks[frozen.depth :]:
             tokens = block(tokens)
         tokens = encoder.norm(tokens)
-    if visual.dim() == 4:
-        return VisualFeatures(tokens, tokens[:, 0])
+    if visual.dim() < 5:
+        return VisualFeatures(tokens, tokens[:, 0, : encoder.embed_dim])
     frames = tokens.unflatten(0, (visual.shape[0], -1))
-    return VisualFeatures(frames.flatten(1, 2), frames[:, :, 0].mean(dim=1))
+    return VisualFeatures(frames.flatten(1, 2), frames[:, :, 0, : encoder.embed_dim].mean(dim=1))
 
 
 def compile_layers(model: nn.Module, **options: Any) -> None:

@@ -98,6 +98,8 @@ class AuroraBase(AdapterOwnerMixin, RunState):
     # Sets of another kind than ModeFactors.
     baseline: AdapterSets | None
     settings: BlipAuroraConfig
+    # Of run.cache_features, in place of pictures.
+    takes_tokens = True
 
     @classmethod
     def default_config_path(cls, model_type: str) -> str:
@@ -153,7 +155,7 @@ class AuroraBase(AdapterOwnerMixin, RunState):
     def check_samples(self, samples: Mapping[str, Any]) -> None:
         """Refuse samples that lack what training needs; models call it in ``forward``."""
         missing = [key for key in self.TRAINING_KEYS if key not in samples]
-        if "image" not in samples and "video" not in samples:
+        if not {"image", "video", "tokens"} & set(samples):
             missing.insert(0, "image")
         if missing:
             raise AuroraError(
