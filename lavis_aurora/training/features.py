@@ -30,7 +30,7 @@ from lavis_aurora.data.features import ENDING, FeatureCache, entry_name
 from lavis_aurora.data.samples import CheckedDataset
 from lavis_aurora.encoders.fused import drops
 from lavis_aurora.encoders.towers import frozen_part, frozen_tokens
-from lavis_aurora.evaluation.encode import progress
+from lavis_aurora.evaluation.encode import broadcast, progress
 from lavis_aurora.training.order import random_state, seeded
 
 FORMAT = 1
@@ -96,8 +96,14 @@ def use_features(config: Any, model: nn.Module, datasets: Mapping[str, Mapping[s
         _fill(tower, caches[key], parts, run)
     if is_dist_avail_and_initialized():
         dist.barrier()
-    for cache in caches.values():
+    for key, cache in caches.items():
         cache.scan()
+        lacking = sum(entry not in cache for part in wanted[key] for entry, _ in part.entries())
+        if lacking:
+            raise AuroraError(
+                f"run.cache_features: {cache.folder} has no tokens of {lacking} pictures once it is filled; all "
+                f"processes must see one folder, and no picture may change meanwhile; start the run again"
+            )
 
 
 def _tower(model: nn.Module, arch: str) -> VisionTransformer:
@@ -215,7 +221,8 @@ def _missing(parts: Iterable[_Pictures], cache: FeatureCache) -> list[_Pictures]
         found = list(part.entries())
         part.indices = [found[0][1]]
         part[0]
-        part.indices = [index for entry, index in found if entry not in cache and entry not in known]
+        # The main process's choice: another may look later, when there is more.
+        part.indices = broadcast([i for entry, i in found if entry not in cache and entry not in known])
         known |= {entry for entry, _ in found}
         left += [part] * bool(part.indices)
     return left

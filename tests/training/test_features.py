@@ -6,13 +6,17 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from distributed import ROOT, child_environment
 from PIL import Image
 from runs import assert_same, final, only_run
+from safetensors import safe_open
 from tiny import project_yaml
 from tiny_video import video_project, write_videos
 from tiny_vqa import vqa_project
@@ -20,7 +24,7 @@ from torch import Tensor
 
 from lavis_aurora.data.features import FeatureCache
 from lavis_aurora.encoders import towers
-from lavis_aurora.training import features
+from lavis_aurora.training import features, runner
 from lavis_aurora_cli import evaluate, train
 
 LAYERS = {"mode_approx": {"layers": {"last": 1}}}
@@ -128,13 +132,13 @@ def test_a_picture_that_changes_during_the_run_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     yaml = retrieval(tmp_path)
-    fill = features._fill
+    fill = runner.use_features
 
     def changed(*args: Any) -> None:
         fill(*args)
         os.utime(tmp_path / "data" / "images" / "train" / "003.jpg", ns=(1, 1))
 
-    monkeypatch.setattr(features, "_fill", changed)
+    monkeypatch.setattr(runner, "use_features", changed)
     with pytest.raises(SystemExit):
         start(yaml)
     assert "003.jpg was changed while the run was at work; start the run again" in capsys.readouterr().err
@@ -222,6 +226,22 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path: Path, monkeypat
         start(yaml)
     start(yaml, "run.resume=auto")
     assert_same(final(tmp_path / "whole"), final(tmp_path / "killed"))
+
+
+@pytest.mark.slow
+def test_processes_share_the_work(tmp_path: Path) -> None:
+    """Each picture is computed once, by one of them, and a run in one process then has all."""
+    yaml = retrieval(tmp_path, batch_size_train=2, num_workers=1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += [str(ROOT / "train.py"), "--cfg-path", str(yaml)]
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = []
+    for path in tmp_path.glob("cache/*/*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names.append(len(list(file.keys())))
+    assert names == 6 * [4]  # of each split, half by each
+    start(yaml)
 
 
 @pytest.mark.parametrize(
