@@ -26,7 +26,7 @@ from lavis_aurora.common.modules import retyped
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import RetrievalAuroraConfig, VqaAuroraConfig
 from lavis_aurora.encoders.fusion import add_bottlenecks
-from lavis_aurora.encoders.towers import build_tokenizer, compile_layers, plain_vision_encoder
+from lavis_aurora.encoders.towers import build_tokenizer, compile_layers, frozen_tokens, plain_vision_encoder
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
 
@@ -47,6 +47,21 @@ METHODS = {
     # of a layer has one; with a teacher pass, as the methods have.
     "frozen-flow": ("ours", {"tuning": "frozen"}),
 }
+# METHOD+SETTING...: with less to compute. Of "cached" the features of the frozen layers are there, in half precision.
+SETTINGS: dict[str, dict] = {
+    "last6": {"mode_approx": {"layers": {"last": 6}}},
+    "last3": {"mode_approx": {"layers": {"last": 3}}},
+    "merge16": {"token_merging": 16},
+    "alone": {"momentum": 0},
+    "cached": {},
+}
+METHODS.update(
+    (f"aurora-64+{settings}", METHODS["aurora-64"])
+    for settings in (
+        *("last6", "last3", "merge16", "alone", "last6+cached", "last3+cached", "last6+merge16", "last6+alone"),
+        *("last6+merge16+cached+alone", "last3+merge16+cached+alone"),
+    )
+)
 # Pixels and frames, as the paper trains (D.3).
 TASKS = {"retrieval": (384, 0), "vqa": (480, 0), "video": (224, 8)}
 CAPTIONS = (
@@ -79,7 +94,13 @@ def tower_config(task: str, size: str) -> dict:
 def build(task: str, method: str, size: str, checkpointed: int, mini_batch: int = 0):
     """The model, and the parameters that are trained besides heads (all of them where the backbone is trained)."""
     kind, overrides = METHODS[method]
-    config = {**tower_config(task, size), **overrides}
+    config = OmegaConf.merge(tower_config(task, size), overrides, *(SETTINGS[one] for one in method.split("+")[1:]))
+    config = dict(OmegaConf.to_container(config))
+    if task == "vqa":
+        config.pop("momentum", None)  # there is no teacher
+    if size == "tiny" and "+" in method:  # of 3 layers and 9 patches
+        config["token_merging"] = min(config.get("token_merging", 0), 1)
+        config["mode_approx"]["layers"] = config["mode_approx"].get("layers") and {"last": 1}
     if checkpointed:
         config.update(vit_grad_ckpt=True, vit_ckpt_layer=checkpointed)
     if mini_batch and task != "vqa":  # its questions are not compared with each other
@@ -162,6 +183,15 @@ def samples(task: str, batch: int, size: str, step: int, device: str) -> dict:
     return {**visuals, "text_input": [CAPTIONS[i] for i in repeated], "image_id": ids, **position}
 
 
+def keep_features(model: nn.Module, batch: dict) -> dict:
+    """The batch with tokens in place of its pictures, as run.cache_features gives them; videos stay."""
+    if "video" in batch:
+        return batch
+    frozen = frozen_tokens(model.visual_encoder, batch["image"])
+    rest = {key: value for key, value in batch.items() if key != "image"}
+    return {**rest, "tokens": frozen.tokens.half()}
+
+
 def measure(args: argparse.Namespace) -> dict:
     """Steps of one method: seconds each, peak memory, parameters, checkpoint."""
     torch.manual_seed(0)
@@ -187,6 +217,8 @@ def measure(args: argparse.Namespace) -> dict:
             batch = samples(task, args.batch, args.size, step, device)
             if task == "video" and METHODS[method][0] == "ours":
                 del batch["image"]
+            if "cached" in method:
+                batch = keep_features(model, batch)
             if cuda:
                 torch.cuda.synchronize()
             start, start_processor = time.perf_counter(), time.process_time()

@@ -26,6 +26,7 @@ from lavis_aurora.analysis.results import (
 )
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json
+from lavis_aurora.encoders.merging import patch_shares, traced
 from lavis_aurora.encoders.towers import encode_visual
 from lavis_aurora.evaluation.scores import right_targets
 
@@ -79,13 +80,11 @@ class AttentionPlot(Plot):
                 )
             words, maps = [words[i] for i in shown], maps[shown]
             rows.append({"run": str(run), "label": name, "words": words, "layer": layer, "maps": maps.tolist()})
-        picture = dataset.file(args.picture)
-        return {"picture": picture, "text": text, "relative": args.relative, "rows": rows}
+        return {"picture": dataset.file(args.picture), "text": text, "relative": args.relative, "rows": rows}
 
     def draw(self, numbers: dict[str, Any]) -> Figure:
         """For each run the picture, then a map over it for each word; each map has a scale of its own."""
-        picture = read_visual(numbers["picture"])
-        rows = numbers["rows"]
+        picture, rows = read_visual(numbers["picture"]), numbers["rows"]
         lines = math.ceil((1 + len(rows[0]["words"])) / COLUMNS)
         columns = min(COLUMNS, 1 + len(rows[0]["words"]))
         figure, axes = subplots(len(rows) * lines, columns, 1.6, 1.85)
@@ -141,7 +140,8 @@ def word_maps(model, image: torch.Tensor, text: str, layer: int) -> tuple[list[s
     # LAVIS's encoder drops the maps of cross-attention, its layers do not.
     handle = layers[layer].crossattention.self.register_forward_hook(catch)
     try:
-        embeds, _ = encode_visual(model.visual_encoder, image)
+        with traced(model.visual_encoder):
+            embeds, _ = encode_visual(model.visual_encoder, image)
         model.text_encoder(
             ids,
             attention_mask=tokens.attention_mask,
@@ -152,8 +152,8 @@ def word_maps(model, image: torch.Tensor, text: str, layer: int) -> tuple[list[s
         )
     finally:
         handle.remove()
-    [attention] = caught  # (1, heads, pieces, 1 + patches)
-    patches = attention[0].mean(dim=0)[:, 1:]
+    [attention] = caught  # (1, heads, pieces, tokens)
+    patches = attention[0].mean(dim=0) @ patch_shares(embeds, model.visual_encoder.embed_dim)[0, :, 1:]
     size = model.visual_encoder.patch_embed.patch_size[0]
     grid = patches.unflatten(1, (image.shape[-2] // size, image.shape[-1] // size))
     words: list[str] = []

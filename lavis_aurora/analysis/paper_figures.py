@@ -246,13 +246,25 @@ def method_name(method: str) -> str:
 
     >>> method_name("lavis-uniadapter-512")
     "UniAdapter (r=512), LAVIS's own"
+    >>> method_name("aurora-64+last6+cached")
+    'Aurora (r=64), last 6 layers, features kept'
     """
+    method, *settings = method.split("+")
+    if settings:
+        return ", ".join([method_name(method), *(SETTINGS.get(one, one) for one in settings)])
     if method == "frozen-flow":
         return "frozen, gradients flow"
     if method.startswith("lavis-"):
         return f"{method_name(method[len('lavis-') :])}, LAVIS's own"
     kind, _, rank = method.rpartition("-")
     return f"{NAMES[kind]} (r={rank})" if kind in NAMES else method
+
+
+# What is behind the + of a method.
+SETTINGS = {
+    **{"last6": "last 6 layers", "last3": "last 3 layers", "cached": "features kept"},
+    **{"merge16": "16 tokens merged a layer", "alone": "no teacher"},
+}
 
 
 def _paper_row_name(method: str, unit: str) -> str:

@@ -13,7 +13,7 @@ from lavis_aurora.adapters.sets import AdapterSet, AdapterSets, LowRank, Updated
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.modules import retyped
 from lavis_aurora.config.method import LoraConfig
-from lavis_aurora.mode_approx.inject import find_targets
+from lavis_aurora.mode_approx.inject import choose_layers, find_targets
 
 
 class LoraSet(AdapterSet):
@@ -175,7 +175,7 @@ def inject_lora(model: nn.Module, config: LoraConfig) -> LoraSets:
         config: rank, alpha, dropout and which layers.
 
     Raises:
-        AuroraError: peft is not installed, or a target matches nothing.
+        AuroraError: peft is not installed, a target matches nothing, or the layers are not those of the model.
     """
     try:
         from peft import LoraConfig as PeftConfig  # type: ignore[attr-defined]
@@ -184,7 +184,7 @@ def inject_lora(model: nn.Module, config: LoraConfig) -> LoraSets:
         raise AuroraError(
             f"model.tuning: lora needs the library peft ({error}); pip install 'lavis_aurora[baselines]'"
         ) from error
-    names = find_targets(model, config.targets)
+    names = choose_layers(model, find_targets(model, config.targets), config.layers, "lora.layers")
     alpha: Any = config.alpha  # which may be a fraction here
     settings = PeftConfig(r=config.rank, lora_alpha=alpha, lora_dropout=config.dropout, target_modules=names)
     inject_adapter_in_model(settings, model)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_aurora.adapters.sets import AdapterSet, AdapterSets, register_sets
-from lavis_aurora.config.method import UniAdapterConfig
+from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.config.method import UniAdapterConfig, chosen_layers
 
 
 class UniAdapterSet(AdapterSet):
@@ -71,20 +72,26 @@ class UniAdapters(AdapterSets):
     """Named sets of bottlenecks, one of them active at a time.
 
     Attributes:
+        layers: numbers of the layers with bottlenecks, rising; a set holds them in this order.
         blocks: the feed-forward blocks with a bottleneck parallel to them.
 
     Args:
         depth, dim: layers and width of the towers.
-        config: of the set ``default``.
+        config: of the set ``default``; its ``layers`` have bottlenecks.
     """
 
     tuning: ClassVar[str] = "uniadapter"
     prefix: ClassVar[str] = "uniadapter"
     config_class: ClassVar[type] = UniAdapterConfig
+    layers: list[int]
     blocks: list[nn.Module]
 
     def __init__(self, depth: int, dim: int, config: UniAdapterConfig) -> None:
-        super().__init__({f"layer.{i}": (dim, dim) for i in range(depth)})
+        layers = sorted(chosen_layers("uniadapter.layers", config.layers, "each tower", depth))
+        if not layers:
+            raise AuroraError("uniadapter.layers: no layer is left to adapt; choose one at least")
+        super().__init__({f"layer.{i}": (dim, dim) for i in layers})
+        self.layers = layers
         # Not submodules: they belong to the towers.
         self.__dict__["blocks"] = []
         self.add_set("default", config)

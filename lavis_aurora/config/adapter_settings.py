@@ -32,6 +32,7 @@ from lavis_aurora.config.models import TUNINGS, BlipAuroraConfig
 # Of this package's own models: what they are and how they were tuned.
 BLIP_SETTINGS = (
     *("image_size", "vit_type", "vit", "vit_layer_norm_epsilon", "embed_dim", "max_txt_len"),
+    "token_merging",
     *("vit_drop_path_rate", "vit_grad_ckpt", "vit_ckpt_layer", "train_heads", "train_temp"),
     *("tuning", "mode_approx", "gate", "lora", "uniadapter", "context"),
     *("share_decoder", "mask_question_padding", "rank_chunk"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from lavis_aurora.common.errors import one_of, patterns, require
+from lavis_aurora.common.errors import AuroraError, one_of, patterns, require, shown
 from lavis_aurora.common.registry import Registry
 
 # Filled by lavis_aurora.alignment.gate.register_gate and lavis_aurora.alignment.context.register_context.
@@ -13,6 +14,58 @@ GATE_FORMS: Registry[Any] = Registry("gate.form")
 CONTEXT_FORMS: Registry[Any] = Registry("context.form")
 GATE_INITS = ("zeros", "ones")
 SHARINGS = ("global", "tower")
+
+
+def _by_tower(layers: Any) -> bool:
+    return isinstance(layers, Mapping) and set(layers) != {"last"}
+
+
+def check_layers(key: str, layers: Any) -> None:
+    """Refuse a choice of layers that :func:`chosen_layers` could not read, see :class:`ModeApproxConfig`."""
+    if layers is None:
+        return
+    for part in layers.values() if _by_tower(layers) else [layers]:
+        numbers = [part.get("last")] if isinstance(part, Mapping) and len(part) == 1 else part
+        if not isinstance(numbers, (list, tuple)) or any(type(one) is not int or one < 0 for one in numbers):
+            break
+        if len(set(numbers)) < len(numbers):
+            break
+    else:
+        if layers != {} and (not _by_tower(layers) or all(isinstance(tower, str) for tower in layers)):
+            return
+    raise AuroraError(
+        f"{key}: {shown(layers)} cannot be used; it must be {{last: 6}}, a list of different numbers from 0, or "
+        f"one of these by tower, e.g. {{visual_encoder: {{last: 6}}}}"
+    )
+
+
+def named_towers(layers: Any) -> list[str]:
+    """The towers that a choice of layers names; none where it is one for all."""
+    return list(layers) if _by_tower(layers) else []
+
+
+def chosen_layers(key: str, layers: Any, tower: str, depth: int) -> set[int]:
+    """Which of the ``depth`` layers of a tower are adapted, by number.
+
+    Args:
+        key: of the configuration, for messages.
+        layers: what :func:`check_layers` lets pass; None is all of them, and so is a tower that it does not name.
+        tower: its name, the first part of its layers' names.
+
+    Raises:
+        AuroraError: the tower has fewer layers.
+    """
+    choice = layers.get(tower) if _by_tower(layers) else layers
+    if choice is None:
+        return set(range(depth))
+    last = choice["last"] if isinstance(choice, Mapping) else 0
+    chosen = set(range(max(depth - last, 0), depth)) if isinstance(choice, Mapping) else set(choice)
+    if last > depth or max(chosen, default=0) >= depth:
+        raise AuroraError(
+            f"{key}: {shown(layers)} cannot be used; {tower} has {depth} layers, 0 to {depth - 1}; towers of other "
+            f"depths can be named each, e.g. {{{tower}: {{last: {min(6, depth)}}}}}"
+        )
+    return chosen
 
 
 @dataclass
@@ -33,6 +86,10 @@ class ModeApproxConfig:
             blip2_opt/all_linear, or regular expressions over whole names; one or a list. null is the paper's:
             attention. Output and feed-forward matrices of these names, nd x d or d x nd, are n slots of d x d; of
             other widths, or named by a regular expression, a matrix is one slot.
+        layers: which layers of each tower are adapted: {last: 6}, a list of numbers from 0 such as [6, 7], or one of
+            these by tower, e.g. {visual_encoder: {last: 6}, text_encoder: []}; of towers that are left out, all. The
+            gate stands in the chosen ones of the text encoder. What comes before them in the vision tower is computed
+            once for model and teacher, and keeps nothing for the backward pass. null is the paper's: all.
     """
 
     rank: int = 64
@@ -40,6 +97,7 @@ class ModeApproxConfig:
     sharing: str = "global"
     dropout: float = 0.0
     targets: Any = None
+    layers: Any = None
 
     def __post_init__(self) -> None:
         require(1 <= self.rank <= 2**14, "mode_approx.rank", self.rank, "1 or more, and at most 16384")
@@ -48,6 +106,7 @@ class ModeApproxConfig:
         require(0 <= self.dropout < 1, "mode_approx.dropout", self.dropout, "0 or more and below 1")
         if self.targets is not None:
             self.targets = patterns("mode_approx.targets", self.targets)
+        check_layers("mode_approx.layers", self.layers)
 
 
 @dataclass
@@ -93,18 +152,21 @@ class LoraConfig:
         alpha: the update is multiplied by alpha / rank.
         dropout: probability of dropping a feature that the update reads, in training.
         targets: as of mode_approx; attention and feed_forward give the paper's 10.6M parameters.
+        layers: as of mode_approx.
     """
 
     rank: int = 32
     alpha: float = 32.0
     dropout: float = 0.0
     targets: Any = field(default_factory=lambda: ["attention", "feed_forward"])
+    layers: Any = None
 
     def __post_init__(self) -> None:
         require(1 <= self.rank <= 2**14, "lora.rank", self.rank, "1 or more, and at most 16384")
         require(self.alpha > 0, "lora.alpha", self.alpha, "above 0")
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "0 or more and below 1")
         self.targets = patterns("lora.targets", self.targets)
+        check_layers("lora.layers", self.layers)
 
 
 @dataclass
@@ -114,11 +176,19 @@ class UniAdapterConfig:
     Attributes:
         rank: width of the bottlenecks.
         scale: factor on their output, 0.1 as in its authors' code.
+        layers: as of mode_approx, the same in all towers.
     """
 
     rank: int = 512
     scale: float = 0.1
+    layers: Any = None
 
     def __post_init__(self) -> None:
         require(1 <= self.rank <= 2**14, "uniadapter.rank", self.rank, "1 or more, and at most 16384")
         require(self.scale > 0, "uniadapter.scale", self.scale, "above 0")
+        check_layers("uniadapter.layers", self.layers)
+        if _by_tower(self.layers):
+            raise AuroraError(
+                f"uniadapter.layers: {shown(self.layers)} cannot be used; towers share projections layer by "
+                f"layer, so it must be {{last: 6}} or a list of numbers, for all of them"
+            )

@@ -11,6 +11,7 @@ from lavis_aurora.common.parsing import TRUTH
 
 INFERENCE_METHODS = ("rank", "generate")
 TOKEN_DTYPES = ("float32", "bfloat16")
+CACHE_DTYPES = ("float16", "float32")
 # Beyond these nothing can run, or for longer than can be told; the largest value and what it must be.
 MOST = {
     "token_budget_gb": (float("inf"), "0 or more"),
@@ -82,6 +83,12 @@ class RunConfig:
             is exactly the run that was interrupted.
         dist_timeout_minutes: how long processes of one run wait for each other, at most, before they end; also while
             the main one downloads or makes the data.
+        cache_features: folder for tokens of pictures as they leave the part of the vision tower that no tuning
+            reaches (mode_approx.layers). They are computed before the first step, and take the place of the pictures
+            in training and evaluation, also of later runs with that backbone, layer and preprocessing. For
+            processors that draw nothing at random. null: nothing is kept.
+        cache_dtype: of these tokens, float16 or float32 (bit for bit the results without, and twice the room).
+        cache_limit_gb: 10^9 bytes that the folder may hold, of all caches in it.
         skip_nonfinite: leave out steps whose gradient is not finite, and count them, instead of stopping.
         stop_collapsed: stop where retrieval has learned to tell pairs apart and then gives all of them the same score
             for 50 steps, as too high a rate makes it do.
@@ -124,6 +131,9 @@ class RunConfig:
     resume: str = "none"
     checkpoint_every: int = 0
     save_queue: bool = False
+    cache_features: Optional[str] = None
+    cache_dtype: str = "float16"
+    cache_limit_gb: float = 50.0
     skip_nonfinite: bool = False
     stop_collapsed: bool = True
     evaluate: bool = False
@@ -134,6 +144,8 @@ class RunConfig:
         require(self.amp in (False, True, "bf16"), "run.amp", self.amp, "false, true or bf16")
         one_of("run.device", self.device, ("auto", "cuda", "cpu"))
         one_of("run.resume", self.resume, ("auto", "none"))
+        one_of("run.cache_dtype", self.cache_dtype, CACHE_DTYPES)
+        require(self.cache_limit_gb > 0, "run.cache_limit_gb", self.cache_limit_gb, "above 0")
         if self.resume == "auto" and self.resume_ckpt_path:
             raise AuroraError("run.resume: auto finds the run by itself; leave out run.resume_ckpt_path, or set none")
         _at_least(self, 1, "max_epoch", "accum_grad_iters", "batch_size_train", "batch_size_eval", "log_freq")

@@ -28,6 +28,7 @@ from lavis_aurora.common.files import regular, write_text
 from lavis_aurora.common.media import BrokenVideo, as_shown, read_frames, whole_pictures
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.run import VideoProcessorConfig
+from lavis_aurora.data.features import FeatureCache
 from lavis_aurora.data.media import with_ending
 
 
@@ -111,9 +112,11 @@ class CheckedDataset(Dataset):
     Attributes:
         first_id: what is added to an ``image_id``, see :func:`set_ids_apart`; samples then name their dataset under
             :data:`SET`.
+        features: tokens that stand in for pictures; batches then hold ``tokens`` and no ``image``.
     """
 
     first_id = 0
+    features: FeatureCache | None = None
 
     def __init__(self, inner: Dataset, name: str) -> None:
         self.inner = inner
@@ -156,6 +159,12 @@ class CheckedDataset(Dataset):
             return self.inner[index]
         opened = iter(files)
         reading, processor = copy(self.inner), self.inner.vis_processor
+        if self.features is not None:
+            # LAVIS opens a picture of one pixel and hands on the tokens of the one that it stands for.
+            tokens = self.features.read(files[0])
+            reading.annotation = {index: {**entry, "image": self.features.pixel}}
+            reading.vis_processor = lambda _pixel: tokens
+            return reading[index]
         reading.vis_processor = lambda picture: processor(as_shown(picture, next(opened)))
         return reading[index]
 
@@ -172,8 +181,11 @@ class CheckedDataset(Dataset):
     def collater(self, samples: list[dict]) -> dict:
         """A batch, with tensors as LAVIS 1.0.2 makes them; its main branch leaves numbers in lists."""
         if getattr(type(self.inner), "collater", BaseDataset.collater) is BaseDataset.collater:
-            return default_collate(samples)
-        batch = self.inner.collater(samples)
+            batch = default_collate(samples)
+        else:
+            batch = self.inner.collater(samples)
+        if self.features is not None:
+            batch["tokens"] = batch.pop("image")
         if isinstance(batch.get("weight"), list):  # of answers to train on
             batch["weight"] = torch.Tensor(batch["weight"])
         return batch

@@ -28,6 +28,22 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def attention_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """log n, by which a token of n patches counts as n in a softmax: (batch, 1, 1, tokens), of (batch, tokens).
+
+    ToMe's proportional attention, see :mod:`lavis_aurora.encoders.merging`.
+    """
+    return sizes.log().to(dtype)[:, None, None]
+
+
+def split_sizes(tokens: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The features of image tokens that ``layer`` reads, and the :func:`attention_bias` of merged ones, or None."""
+    width = layer.in_features
+    if tokens.shape[-1] == width:
+        return tokens, None
+    return tokens[..., :width], attention_bias(tokens[..., width], tokens.dtype)
+
+
 class Packing:
     """Several texts that follow one another without padding: a batch of one, (1, tokens, d).
 
@@ -106,6 +122,8 @@ class FusedTextAttention(BertSelfAttention):
         output_attentions: bool = False,
     ) -> tuple:
         """As LAVIS's; with packed texts, ``hidden_states`` is (1, tokens, d)."""
+        if encoder_hidden_states is not None and not self.mask_keys:
+            encoder_hidden_states, encoder_attention_mask = split_sizes(encoder_hidden_states, self.key)
         if output_attentions or head_mask is not None or self.save_attention:
             return super().forward(
                 hidden_states,
@@ -118,7 +136,7 @@ class FusedTextAttention(BertSelfAttention):
             )
         source, mask = hidden_states, attention_mask
         if encoder_hidden_states is not None:
-            source, mask = encoder_hidden_states, encoder_attention_mask if self.mask_keys else None
+            source, mask = encoder_hidden_states, encoder_attention_mask
         if source is hidden_states:
             query, key, value = grouped_linear(source, self.query, self.key, self.value)
         else:
@@ -173,7 +191,12 @@ def drops(module: nn.Module) -> bool:
 
 
 def attend_in_matching(
-    query: Tensor, key: Tensor, value: Tensor, wrong_image: Tensor | None, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    wrong_image: Tensor | None,
+    dropout: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of the three passes of image-text matching.
 
@@ -184,6 +207,7 @@ def attend_in_matching(
             ``wrong_image`` is None, (2 * batch, heads, keys, width).
         wrong_image: which image of the batch each text gets in the second pass, (batch,).
         dropout: probability of dropping an attention weight.
+        bias: of the keys, :func:`attention_bias`; None where none are merged.
 
     Returns:
         (3 * batch, heads, length, width).
@@ -191,22 +215,26 @@ def attend_in_matching(
     right, image_is_wrong, text_is_wrong = query.chunk(3)
     if wrong_image is None:
         (key, other_key), (value, other_value) = key.chunk(2), value.chunk(2)
-        other = scaled_dot_product_attention(image_is_wrong, other_key, other_value, dropout_p=dropout)
+        bias, other_bias = (None, None) if bias is None else bias.chunk(2)
+        other = scaled_dot_product_attention(image_is_wrong, other_key, other_value, other_bias, dropout)
     elif torch.is_grad_enabled():
         # The copies of keys and values are made again in the backward pass rather than kept.
-        other = checkpoint(_attend_to, image_is_wrong, key, value, wrong_image, dropout, use_reentrant=False)
+        other = checkpoint(_attend_to, image_is_wrong, key, value, wrong_image, dropout, bias, use_reentrant=False)
     else:
-        other = _attend_to(image_is_wrong, key, value, wrong_image, dropout)
+        other = _attend_to(image_is_wrong, key, value, wrong_image, dropout, bias)
     # An image's right and wrong text are one long query.
     both = torch.cat([right, text_is_wrong], dim=2)
-    right, text_is_wrong = scaled_dot_product_attention(both, key, value, dropout_p=dropout).chunk(2, dim=2)
+    right, text_is_wrong = scaled_dot_product_attention(both, key, value, bias, dropout).chunk(2, dim=2)
     return torch.cat([right, other, text_is_wrong])
 
 
-def _attend_to(query: Tensor, key: Tensor, value: Tensor, index: Tensor, dropout: float) -> Tensor:
+def _attend_to(
+    query: Tensor, key: Tensor, value: Tensor, index: Tensor, dropout: float, bias: Tensor | None
+) -> Tensor:
     """Query i over the keys ``index[i]``."""
     key, value = key.index_select(0, index), value.index_select(0, index)
-    return scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    bias = None if bias is None else bias.index_select(0, index)
+    return scaled_dot_product_attention(query, key, value, bias, dropout)
 
 
 class MatchingAttention(FusedTextAttention):
@@ -227,10 +255,12 @@ class MatchingAttention(FusedTextAttention):
         """As LAVIS's; within the passes ``encoder_hidden_states`` has fewer rows than ``hidden_states``."""
         if not self.in_matching:
             return super().forward(hidden_states, attention_mask, head_mask, encoder_hidden_states, *args, **kwargs)
-        projected = (self.query(hidden_states), *grouped_linear(encoder_hidden_states, self.key, self.value))
+        tokens, bias = split_sizes(encoder_hidden_states, self.key)
+        projected = (self.query(hidden_states), *grouped_linear(tokens, self.key, self.value))
         query, key, value = (split_heads(x, self.num_attention_heads) for x in projected)
         dropout = self.dropout.p if self.training else 0.0
-        return merge_heads(attend_in_matching(query, key, value, self.wrong_image, dropout)), (key, value)
+        attended = attend_in_matching(query, key, value, self.wrong_image, dropout, bias)
+        return merge_heads(attended), (key, value)
 
 
 def share_image_kv(model: BertModel) -> None:

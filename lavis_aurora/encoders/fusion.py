@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -104,8 +104,8 @@ class GatedLayer(ParallelLayer):
         return apply_gate(self.gate, query, attention_output, mask)
 
 
-def add_gates(encoder: BertModel, config: GateConfig, adapters: AdapterSets) -> None:
-    """Put a gate into every cross-attention layer of ``encoder``, in place. No key of the backbone changes.
+def add_gates(encoder: BertModel, config: GateConfig, adapters: AdapterSets, chosen: Iterable[int]) -> None:
+    """Put a gate into the cross-attention of the ``chosen`` layers, in place. No key of the backbone changes.
 
     While ``adapters`` are disabled, the gates are too.
     """
@@ -113,7 +113,8 @@ def add_gates(encoder: BertModel, config: GateConfig, adapters: AdapterSets) -> 
     if form is None:
         return
     layers = encoder.encoder.layer
-    for i, layer in enumerate(layers):
+    for i in sorted(chosen):
+        layer = layers[i]
         if form.place == "layer":
             gated = layers[i] = make_parallel_layer(layer, GatedLayer)
         else:
@@ -137,7 +138,13 @@ class Bottlenecks(Protocol):
 
 
 class BottleneckSets(Protocol):
-    """Sets of bottlenecks."""
+    """Sets of bottlenecks.
+
+    Attributes:
+        layers: of a tower, those with a bottleneck; the sets number their bottlenecks in this order.
+    """
+
+    layers: list[int]
 
     @property
     def active_set(self) -> Bottlenecks | None:
@@ -201,12 +208,13 @@ def add_bottlenecks(vision: VisionTransformer, texts: Sequence[BertModel], make:
             sets.add_block(block)
         return module
 
-    for i, block in enumerate(vision.blocks):
+    for i, number in enumerate(sets.layers):
+        block = vision.blocks[number]
         block.mlp = attach(retyped(VisionBottleneck, block.mlp), i, block.mlp.fc1, block.mlp.fc2)
     for text in texts:
-        for i, layer in enumerate(text.encoder.layer):
-            new = make_parallel_layer(layer, TextBottleneck)
-            text.encoder.layer[i] = attach(new, i, new.intermediate.dense, new.output.dense)
+        for i, number in enumerate(sets.layers):
+            new = text.encoder.layer[number] = make_parallel_layer(text.encoder.layer[number], TextBottleneck)
+            attach(new, i, new.intermediate.dense, new.output.dense)
     return sets
 
 

@@ -17,10 +17,13 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import BertConfig, BertTokenizer
 
+from lavis_aurora.adapters.sets import UpdatedLayer
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import regular
+from lavis_aurora.common.modules import retyped
 from lavis_aurora.config.models import BlipAuroraConfig
-from lavis_aurora.encoders.fused import fuse_text, fuse_vision
+from lavis_aurora.encoders.fused import drops, fuse_text, fuse_vision
+from lavis_aurora.encoders.merging import merge_in_tower
 
 # Keys that LAVIS's BERT reads and of which the towers here know one way: its value (the first; those after it compute
 # the same), and why.
@@ -60,6 +63,7 @@ def build_vision_encoder(cfg: BlipAuroraConfig) -> VisionTransformerEncoder:
     # Checkpointing is ours, see CheckpointedBlock.
     encoder = plain_vision_encoder(replace(cfg, vit_grad_ckpt=False))
     fuse_vision(encoder, checkpointed=cfg.vit_ckpt_layer if cfg.vit_grad_ckpt else 0)
+    merge_in_tower(encoder, cfg.token_merging)
     return encoder
 
 
@@ -146,7 +150,8 @@ class VisualFeatures(NamedTuple):
     """What the vision encoder makes of pictures or videos of ``frames`` frames.
 
     Attributes:
-        tokens: of all frames, one after the other, for cross-attention: (batch, frames * tokens, d).
+        tokens: of all frames, one after the other, for cross-attention: (batch, frames * tokens, d); of merged ones
+            (``model.token_merging``) a last column holds how many patches each stands for.
         pooled: mean of the frames' [CLS], for ITC: (batch, d).
     """
 
@@ -157,9 +162,14 @@ class VisualFeatures(NamedTuple):
 def visual_input(samples: Mapping[str, Any]) -> Tensor:
     """``image`` (batch, 3, height, width) or ``video`` (batch, 3, frames, height, width) of a batch.
 
+    Or ``tokens`` (batch, tokens, d), of pictures where the frozen part of the tower ends (``run.cache_features``).
+
     Raises:
         AuroraError: there is neither, or its shape is another.
     """
+    if "tokens" in samples:
+        kept: Tensor = samples["tokens"]
+        return kept
     for key, dimensions, shape in (
         ("image", 4, "batch, 3, height, width"),
         ("video", 5, "batch, 3, frames, height, width"),
@@ -172,19 +182,91 @@ def visual_input(samples: Mapping[str, Any]) -> Tensor:
     raise AuroraError(f"samples: there is neither image nor video, only {', '.join(sorted(samples))}")
 
 
-def encode_visual(encoder: VisionTransformer, visual: Tensor) -> VisualFeatures:
-    """Encode pictures, or videos frame by frame (paper D.3); a video of one frame is a picture.
+class FrozenTokens(NamedTuple):
+    """Tokens of pictures or frames where the part of a vision tower ends that no tuning reaches.
+
+    Attributes:
+        tokens: (pictures or frames, tokens, d), without a gradient.
+        depth: blocks that they have passed; the embedding of patches and positions comes before these.
+        drawn: something was dropped at random in them, so that another pass gives others.
+    """
+
+    tokens: Tensor
+    depth: int
+    drawn: bool
+
+
+def frozen_depth(encoder: VisionTransformer) -> int | None:
+    """How many of the first blocks compute the same whichever adapter is active and whatever is trained.
+
+    None where the embedding of patches and positions is trained already.
+    """
+    embedding = (encoder.cls_token, encoder.pos_embed, *encoder.patch_embed.parameters())
+    if any(parameter.requires_grad for parameter in embedding):
+        return None
+    tuned = (i for i, block in enumerate(encoder.blocks) if _is_tuned(block))
+    return next(tuned, len(encoder.blocks))
+
+
+def _is_tuned(block: nn.Module) -> bool:
+    """Whether anything in a block is trained, or of an adapter, trained or not."""
+    adapted = (isinstance(part, UpdatedLayer) or "adapters" in vars(part) for part in block.modules())
+    return any(adapted) or any(parameter.requires_grad for parameter in block.parameters())
+
+
+def frozen_part(encoder: VisionTransformer) -> tuple[VisionTransformer, int] | None:
+    """The tower up to where tuning begins, of the encoder's own modules, and how many blocks it has; None if there
+    is none."""
+    depth = frozen_depth(encoder)
+    if depth is None:
+        return None
+    # LAVIS's own forward then ends there.
+    first = retyped(type(encoder), encoder)
+    first.blocks, first.norm = encoder.blocks[:depth], nn.Identity()
+    return first, depth
+
+
+@torch.no_grad()
+def frozen_tokens(encoder: VisionTransformer, visual: Tensor) -> FrozenTokens | None:
+    """What does not depend on any tuning: nothing is kept of it for the backward pass. None if nothing is such.
 
     Args:
         encoder: LAVIS's ViT.
         visual: as :func:`visual_input` gives it.
     """
-    if visual.dim() == 4:
-        tokens = encoder.forward_features(visual)
-        return VisualFeatures(tokens, tokens[:, 0])
-    batch = visual.shape[0]
-    frames = encoder.forward_features(visual.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, -1))
-    return VisualFeatures(frames.flatten(1, 2), frames[:, :, 0].mean(dim=1))
+    found = frozen_part(encoder)
+    if found is None:
+        return None
+    first, depth = found
+    if visual.dim() == 3:
+        return FrozenTokens(visual.to(encoder.pos_embed.dtype), depth, drawn=False)
+    frames = visual if visual.dim() == 4 else visual.transpose(1, 2).flatten(0, 1)
+    return FrozenTokens(VisionTransformer.forward(first, frames), depth, encoder.training and drops(first))
+
+
+def encode_visual(encoder: VisionTransformer, visual: Tensor, frozen: FrozenTokens | None = None) -> VisualFeatures:
+    """Encode pictures, or videos frame by frame (paper D.3); a video of one frame is a picture.
+
+    Args:
+        encoder: LAVIS's ViT.
+        visual: as :func:`visual_input` gives it.
+        frozen: what :func:`frozen_tokens` gave for it, if that was called already.
+    """
+    frozen = frozen_tokens(encoder, visual) if frozen is None else frozen
+    if frozen is None:
+        if visual.dim() == 3:
+            raise AuroraError("samples: tokens are given where all of the vision tower is tuned; give image instead")
+        frames = visual if visual.dim() == 4 else visual.transpose(1, 2).flatten(0, 1)
+        tokens = encoder.forward_features(frames)
+    else:
+        tokens = frozen.tokens
+        for block in encoder.blocks[frozen.depth :]:
+            tokens = block(tokens)
+        tokens = encoder.norm(tokens)
+    if visual.dim() < 5:
+        return VisualFeatures(tokens, tokens[:, 0, : encoder.embed_dim])
+    frames = tokens.unflatten(0, (visual.shape[0], -1))
+    return VisualFeatures(frames.flatten(1, 2), frames[:, :, 0, : encoder.embed_dim].mean(dim=1))
 
 
 def compile_layers(model: nn.Module, **options: Any) -> None:

@@ -6,14 +6,15 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from typing import Any
 
 from torch import nn
 
 from lavis_aurora.adapters.companions import freeze_norms, has_momentum, momentum_copies
 from lavis_aurora.adapters.sets import MOMENTUM_SET
 from lavis_aurora.adapters.switching import find_adapters
-from lavis_aurora.common.errors import AuroraError, abbreviated
-from lavis_aurora.config.method import ModeApproxConfig
+from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean
+from lavis_aurora.config.method import ModeApproxConfig, chosen_layers, named_towers
 from lavis_aurora.mode_approx.factors import ModeFactors
 from lavis_aurora.mode_approx.layers import AdaptedLayer, ModeApproxLinear, ModeApproxMultiheadAttention
 from lavis_aurora.mode_approx.presets import ATTENTION, PRESETS, expand_presets, is_attention
@@ -60,6 +61,44 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
     for name in names:
         _check_plain(name, modules[name])
     return names
+
+
+def choose_layers(model: nn.Module, names: Sequence[str], layers: Any, key: str) -> list[str]:
+    """Those of the targets ``names`` that stand in the chosen layers of their towers.
+
+    A target's tower is the first part of its name, and the number of its layer the first number in it:
+    ``text_encoder.encoder.layer.3.attention.self.query`` stands in layer 3 of text_encoder.
+
+    Args:
+        model: that has them.
+        names: from :func:`find_targets`.
+        layers: as of :class:`~lavis_aurora.config.method.ModeApproxConfig`.
+        key: of the configuration, for messages.
+
+    Raises:
+        AuroraError: a tower is not there or has fewer layers, a target is in no numbered layer, or none is left.
+    """
+    if layers is None:
+        return list(names)
+    chosen: list[str] = []
+    towers: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+        if not at:
+            raise AuroraError(
+                f"{key}: the target {name} is in no numbered layer; leave {key} out, or let targets name none such"
+            )
+        tower, stack = parts[0], model.get_submodule(".".join(parts[:at]))
+        towers[tower] = None
+        if int(parts[at]) in chosen_layers(key, layers, tower, len(list(stack.children()))):
+            chosen.append(name)
+    for tower in named_towers(layers):
+        if tower not in towers:
+            raise AuroraError(f"{key}.{tower}: no tower with targets{did_you_mean(tower, towers)}")
+    if not chosen:
+        raise AuroraError(f"{key}: no layer is left to adapt; choose one in a tower at least")
+    return chosen
 
 
 def _near(pattern: str, layers: Sequence[str], limit: int = 5) -> str:
@@ -159,7 +198,7 @@ def inject_mode_approx(
 
     Args:
         model: any module; changed in place.
-        config: rank, scale and, if set, the targets.
+        config: rank, scale and, if set, the targets and the layers.
         targets: which layers, unless the configuration says it, see :func:`find_targets`; by default the attention
             projections by their usual names. What a preset names besides those, d x nd or nd x d, is n slots of
             d x d; what a regular expression names is one slot.
@@ -170,18 +209,19 @@ def inject_mode_approx(
         The factors, also at ``model.mode_approx``.
 
     Raises:
-        AuroraError: the model has factors already, a target matches nothing, or a fused layer does not divide.
+        AuroraError: the model has factors already, a target matches nothing, a fused layer does not divide, or
+            ``config.layers`` are not those of the model.
     """
     if find_adapters(model) is not None:
         raise AuroraError("the model has mode_approx factors already; inject them once")
     targets = targets if config.targets is None else config.targets
-    names = find_targets(model, targets)
+    names = choose_layers(model, find_targets(model, targets), config.layers, "mode_approx.layers")
     # What a regular expression names is one slot, as it is.
     by_presets = find_targets(model, [entry for entry in targets if entry in PRESETS])
     in_blocks = {name for name in by_presets if not is_attention(name)}
     slots, rows = _assign_slots(model, names, in_blocks, slot_name)
     # What was targeted, the slots say.
-    factors = ModeFactors(slots, replace(config, targets=None))
+    factors = ModeFactors(slots, replace(config, targets=None, layers=None))
     index = {slot: i for i, slot in enumerate(slots)}
     adapted: dict[int, nn.Module] = {}
     for name in names:

@@ -19,6 +19,7 @@ from lavis_aurora.baselines.lora import LoraSets, inject_lora
 from lavis_aurora.baselines.uniadapter import UniAdapters
 from lavis_aurora.common.errors import AuroraError, did_you_mean
 from lavis_aurora.config.check import parse_config
+from lavis_aurora.config.method import chosen_layers
 from lavis_aurora.config.models import TUNINGS, BlipAuroraConfig, register_tuning
 from lavis_aurora.encoders.fusion import add_bottlenecks, add_gates
 from lavis_aurora.mode_approx.factors import ModeFactors
@@ -47,7 +48,9 @@ class Places:
 def tune_aurora(model: AuroraBase, cfg: BlipAuroraConfig, places: Places) -> ModeFactors:
     """The method: mode approximation and the gate."""
     factors = inject_mode_approx(model, cfg.mode_approx, places.targets, places.slot_name)
-    add_gates(places.gated, cfg.gate, factors)
+    layers = cfg.mode_approx.layers
+    chosen = chosen_layers("mode_approx.layers", layers, "text_encoder", len(places.gated.encoder.layer))
+    add_gates(places.gated, cfg.gate, factors, chosen)
     return factors
 
 
@@ -89,6 +92,8 @@ class AuroraBase(AdapterOwnerMixin, RunState):
     # Sets of another kind than ModeFactors.
     baseline: AdapterSets | None
     settings: BlipAuroraConfig
+    # Of run.cache_features, in place of pictures.
+    takes_tokens = True
 
     @classmethod
     def default_config_path(cls, model_type: str) -> str:
@@ -144,7 +149,7 @@ class AuroraBase(AdapterOwnerMixin, RunState):
     def check_samples(self, samples: Mapping[str, Any]) -> None:
         """Refuse samples that lack what training needs; models call it in ``forward``."""
         missing = [key for key in self.TRAINING_KEYS if key not in samples]
-        if "image" not in samples and "video" not in samples:
+        if not {"image", "video", "tokens"} & set(samples):
             missing.insert(0, "image")
         if missing:
             raise AuroraError(

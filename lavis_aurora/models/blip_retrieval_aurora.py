@@ -13,7 +13,6 @@ from lavis.common.registry import registry
 from lavis.models.blip_models.blip_outputs import BlipIntermediateOutput, BlipOutput, BlipSimilarity
 from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from torch import Tensor, nn
-from transformers import BatchEncoding
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Encoded
 
 from lavis_aurora.adapters.sets import MOMENTUM_SET
@@ -24,17 +23,23 @@ from lavis_aurora.common.paths import package_file
 from lavis_aurora.config.models import RetrievalAuroraConfig
 from lavis_aurora.encoders.fused import drops, itm_context, share_image_kv
 from lavis_aurora.encoders.towers import (
+    FrozenTokens,
     VisualFeatures,
     build_text_encoder,
     build_tokenizer,
     build_vision_encoder,
     check_vocabulary,
-    encode_visual,
     visual_input,
 )
 from lavis_aurora.mode_approx.presets import PRESETS
 from lavis_aurora.models.base import AuroraBase
-from lavis_aurora.models.matching import broadcast_seed, compute_in_parts, gather, sample_hard_negatives
+from lavis_aurora.models.matching import broadcast_seed, gather, sample_hard_negatives
+from lavis_aurora.models.parts import (
+    compute_in_parts,
+    encode_text_in_parts,
+    encode_visual_in_parts,
+    frozen_tokens_in_parts,
+)
 from lavis_aurora.models.scoring import RetrievalScoring
 
 
@@ -130,32 +135,25 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         }
         return {**state, **copies}
 
-    def _teacher(self, image: Tensor, text: dict, visual: VisualFeatures, text_embeds: Tensor) -> TeacherFeatures:
+    def _teacher(
+        self, image: Tensor, frozen: FrozenTokens | None, text: dict, visual: VisualFeatures, text_embeds: Tensor
+    ) -> TeacherFeatures:
         """The momentum towers' features; where a momentum tower is the tower itself, what that has computed."""
         with nullcontext() if self.adapters is None else self.adapters.use(MOMENTUM_SET):
             if not self._teacher_equals_student(self.visual_encoder):
-                visual = self._encode_visual(getattr(self, "visual_encoder_m", self.visual_encoder), image)
+                tower = getattr(self, "visual_encoder_m", self.visual_encoder)
+                # LAVIS's teacher draws what it drops by itself, and has a tower of its own where all is trained.
+                shared = tower is self.visual_encoder and frozen is not None and not frozen.drawn
+                visual = encode_visual_in_parts(tower, self.mini_batch_size, image, frozen if shared else None)
             if not self._teacher_equals_student(self.text_encoder):
                 encoder = getattr(self, "text_encoder_m", self.text_encoder)
-                text_embeds = self._encode_text(encoder, text)
+                text_embeds = encode_text_in_parts(encoder, self.mini_batch_size, text)
         return TeacherFeatures(
             visual.tokens.detach(),
             text_embeds.detach(),
             F.normalize(self.vision_proj_m(visual.pooled), dim=-1),
             F.normalize(self.text_proj_m(text_embeds[:, 0]), dim=-1),
         )
-
-    def _encode_visual(self, encoder: nn.Module, visual: Tensor) -> VisualFeatures:
-        return VisualFeatures(*compute_in_parts(partial(encode_visual, encoder), self.mini_batch_size, visual))
-
-    def _encode_text(self, encoder: nn.Module, text: BatchEncoding) -> Tensor:
-        """Tokens of texts alone, (batch, length, d)."""
-
-        def encode(ids: Tensor, mask: Tensor) -> list[Tensor]:
-            return [encoder.forward_text(BatchEncoding({"input_ids": ids, "attention_mask": mask})).last_hidden_state]
-
-        [tokens] = compute_in_parts(encode, self.mini_batch_size, text.input_ids, text.attention_mask)
-        return tokens
 
     def _teacher_equals_student(self, tower: nn.Module) -> bool:
         """Whether its momentum copy computes exactly the same: same weights, and nothing dropped at random."""
@@ -202,14 +200,17 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         # Processes exchange texts, which must then be of one length.
         texts = samples["text_input"]
         text = self.tokenize(texts, pad_to_longest=True, everywhere=self._gathers, device=image.device)
-        visual = self._encode_visual(self.visual_encoder, image)
+        # What no tuning reaches is computed once, for model and teacher.
+        size = self.mini_batch_size
+        frozen = frozen_tokens_in_parts(self.visual_encoder, size, image)
+        visual = encode_visual_in_parts(self.visual_encoder, size, image, frozen)
         image_embeds = visual.tokens
-        text_embeds = self._encode_text(self.text_encoder, text)
+        text_embeds = encode_text_in_parts(self.text_encoder, size, text)
         image_feat = F.normalize(self.vision_proj(visual.pooled), dim=-1)
         text_feat = F.normalize(self.text_proj(text_embeds[:, 0]), dim=-1)
         with torch.no_grad():
             self._momentum_update()
-            teacher = self._teacher(image, text, visual, text_embeds)
+            teacher = self._teacher(image, frozen, text, visual, text_embeds)
         loss_itc, sims = self._itc_loss(samples, teacher, image_feat, text_feat, idx)
         loss_itm, matching = self._itm_loss(
             image_embeds, text, text_embeds[:, 0], image_feat, text_feat, idx, self._step(samples)

@@ -1,9 +1,7 @@
-"""What makes the losses those of the whole batch: exchange between processes, the same draw of hard negatives, and
-computing a batch in parts."""
+"""What image-text matching exchanges between processes: features, lengths, and the same draw of hard negatives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import cast
 
@@ -12,7 +10,6 @@ import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, get_world_size, is_dist_avail_and_initialized
 from lavis.models.base_model import all_gather_with_grad, concat_all_gather
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import BatchEncoding
 
 
@@ -79,31 +76,3 @@ def sample_hard_negatives(logits: Tensor, same: Tensor, generator: torch.Generat
         exponential = exponential[get_rank() :: columns // rows]
     scores = logits.float().masked_fill(same, float("-inf")) - exponential[:rows].log()
     return scores.argmax(dim=1), ~same.all(dim=1)
-
-
-def compute_in_parts(
-    compute: Callable[..., Iterable[Tensor]], size: int | None, *batch: Tensor, whole: tuple[Tensor, ...] = ()
-) -> list[Tensor]:
-    """What ``compute`` gives for a batch, of which one part's activations at a time are kept.
-
-    In the backward pass each part is computed again, with the same draws of dropout: gradients are those of the whole
-    batch, at the cost of a second forward pass (gradient caching, Gao et al., 2021, which losses over pairs need in
-    place of accumulated gradients).
-
-    Args:
-        compute: from parts of the batch, and ``whole``, to tensors with a row for each sample.
-        size: samples of a part; None: all of them at once.
-        batch: tensors with a row for each sample.
-        whole: further arguments.
-
-    Returns:
-        The tensors of all parts, one after the other.
-    """
-    if size is None or size >= len(batch[0]):
-        return list(compute(*batch, *whole))
-    parts = zip(*(torch.split(tensor, size) for tensor in batch))
-    if torch.is_grad_enabled():
-        computed = [checkpoint(compute, *part, *whole, use_reentrant=False) for part in parts]
-    else:
-        computed = [compute(*part, *whole) for part in parts]
-    return [torch.cat(tensors) for tensors in zip(*computed)]

@@ -27,12 +27,14 @@ KEYS = {"model", "optimizer", "scaler", "epoch", "step", "best_metric", "best_ep
 NON_NUMERIC_KEYS = {
     *("resume", "resume_ckpt_path", "evaluate", "output_dir", "rank", "gpu", "dist_url", "dist_backend"),
     *("num_workers", "log_freq", "checkpoint_every", "distributed", "dist_timeout_minutes", "stop_collapsed"),
+    "cache_limit_gb",
 }
 
 # What may differ besides when a run's best epoch is evaluated.
 OF_NO_EVALUATION = (
     *("world_size", "batch_size_train", "batch_size_eval", "test_splits"),
     *("max_epoch", "save_queue", "skip_nonfinite", "max_broken_share", "compile"),
+    *("cache_features", "cache_dtype"),
 )
 
 

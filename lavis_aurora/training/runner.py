@@ -26,6 +26,7 @@ from lavis_aurora.common.files import appended, write_text
 from lavis_aurora.evaluation.encode import broadcast
 from lavis_aurora.training import order
 from lavis_aurora.training.checkpoints import BEST, LATEST
+from lavis_aurora.training.features import use_features
 from lavis_aurora.training.guards import FiniteGuard, Stopped, StopRequest
 from lavis_aurora.training.loop import (
     TrainableModel,
@@ -195,6 +196,8 @@ class AuroraRunner(RunnerBase):
         if self.resume_ckpt_path or not self.evaluate_only:
             check_trainable(self._model, self.config.model_cfg.arch)
         self.log_config()
+        if self.config.run_cfg.get("cache_features"):
+            use_features(self.config, self.unwrap_dist_model(self.model), self.datasets)
         if self.config.run_cfg.amp is True and not self.cuda_enabled:
             logging.warning("run.amp: true is for a GPU; computing in single precision; bf16 is for CPUs too")
         if self.evaluate_only:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,16 @@ OUT_OF_RANGE = [
     ("model.mode_approx.scale", "0", "above 0"),
     ("model.mode_approx.scale", "-1.5", "above 0"),
     ("model.mode_approx.scale", "nan", "above 0"),
+    *[
+        ("model.mode_approx.layers", value, "it must be {last: 6}, a list of different numbers from 0, or one of")
+        for value in ("6", "last", "{}", "[-1]", "[1, 1]", "[1.5]", "[true]", "{last: -1}", "{last: 2, first: 1}")
+    ],
+    *[
+        ("model.mode_approx.layers", f"{{visual_encoder: {value}}}", "it must be {last: 6}, a list of")
+        for value in ("1", "null", "{last: two}", "{last: 1, first: 1}", "{text_encoder: [1]}")
+    ],
+    ("model.lora.layers", "6", "it must be {last: 6}"),
+    ("model.uniadapter.layers", "{visual_encoder: [1]}", "so it must be {last: 6} or a list of numbers, for all"),
     ("model.gate.form", "residul", "did you mean 'residual'"),
     ("model.gate.init", "zero", "did you mean 'zeros'"),
     ("model.context.form", "atention", "did you mean 'attention'"),
@@ -77,7 +88,8 @@ OUT_OF_RANGE = [
 
 @pytest.mark.parametrize(("key", "value", "need"), OUT_OF_RANGE, ids=[f"{k}={v}" for k, v, _ in OUT_OF_RANGE])
 def test_value_out_of_range_names_key_value_and_need(project: Path, key: str, value: str, need: str) -> None:
-    named = {"model.load_finetuned": "model.finetuned"}.get(key, key.replace("model.mode_approx.", "mode_approx."))
+    own = re.sub("^model.(mode_approx|lora|uniadapter)", r"\1", key)
+    named = {"model.load_finetuned": "model.finetuned"}.get(key, own)
     named = named.replace("model.gate.", "gate.").replace("model.context.", "context.")
     named = "vit.embed_dim" if "multiple of vit" in need else named.replace("model.vit.", "vit.")
     refused(project, f"{named}: ", need, options=[f"{key}={value}"])

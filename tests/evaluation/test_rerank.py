@@ -295,14 +295,13 @@ def test_the_batch_of_an_evaluation_is_that_of_the_towers(
     data = Pictures(20, frames=frames)
     expected = retrieval_scores(model, DataLoader(data, batch_size=4), k_test=3)
     pictures, texts = [], []
-    encode_pictures, encode_texts = model.visual_encoder.forward_features, model.text_encoder.forward_text
-    monkeypatch.setattr(
-        model.visual_encoder, "forward_features", lambda x: pictures.append(len(x)) or encode_pictures(x)
-    )
+    encode_texts = model.text_encoder.forward_text
     monkeypatch.setattr(
         model.text_encoder, "forward_text", lambda x: texts.append(len(x.input_ids)) or encode_texts(x)
     )
+    hook = model.visual_encoder.norm.register_forward_hook(lambda _module, x, _y: pictures.append(len(x[0])))
     scores = retrieval_scores(model, DataLoader(data, batch_size=size), k_test=3)
+    hook.remove()
     each = max(1, frames)
     assert pictures == [len(part) * each for part in torch.arange(20).split(size)]
     assert texts == [len(part) for part in torch.arange(20).split(16 * size)]

@@ -11,14 +11,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.config.models import RetrievalAuroraConfig
-from lavis_aurora.models import matching
-from lavis_aurora.models.matching import compute_in_parts
+from lavis_aurora.models import parts
+from lavis_aurora.models.parts import compute_in_parts
 
 ALL = slice(0, 4)
 FORMS = {
     "aurora": {},
     "residual": {"gate": {"form": "residual"}, "mode_approx": {"targets": "all_linear"}},
     "own_batch": {"negative_all_rank": False, "context": {"form": "mean"}},
+    "last_layer": {"mode_approx": {"layers": {"last": 1}}},
     "checkpointed": {"vit_grad_ckpt": True, "vit_ckpt_layer": 2},
 }
 
@@ -75,7 +76,7 @@ def test_dropout_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return step(model, samples, model)
 
     replayed = dropping()
-    monkeypatch.setattr(matching, "checkpoint", lambda compute, *given, use_reentrant: compute(*given))
+    monkeypatch.setattr(parts, "checkpoint", lambda compute, *given, use_reentrant: compute(*given))
     assert_same(replayed, dropping())
 
 

@@ -26,6 +26,9 @@ def test_a_measurement():
     assert frozen["trained"] == 2 * 128
     # Both count the weights of one plain BLIP, whatever is added.
     assert aurora["backbone"] == frozen["backbone"]
+    less = measure("retrieval", "aurora-64+last6+merge16+cached+alone")
+    check(less)
+    assert less["trained"] == 9 * 2 * 64 + 2 * 128 * 64 + 2 * 128
 
 
 @pytest.mark.slow
