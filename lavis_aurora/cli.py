@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from lavis_aurora.adapters.config import CONFIG, TENSORS, AdapterConfig, read_adapter, read_adapter_config
+from lavis_aurora.adapters.files import truncated_adapter, write_adapter
 from lavis_aurora.adapters.switching import adapters_of, merged_state_dict
 from lavis_aurora.common.errors import AuroraError, did_you_mean, printable
 from lavis_aurora.common.files import atomic_write, use_utf8
@@ -139,6 +140,27 @@ def merge(
     with atomic_write(output) as file:
         torch.save({"model": state}, file)
     return f"{output}: {len(state)} tensors; {loading_instructions(arch, model.settings, Path(output).absolute())}"
+
+
+def truncate(adapter: str, rank: int, output: str | None = None) -> str:
+    """Write an adapter cut to its first components; where it is, and its size, as text.
+
+    Args:
+        adapter: a folder.
+        rank: how many components.
+        output: the folder to write; by default one beside, with the rank in its name.
+
+    Raises:
+        AuroraError: the folder is there already, or the adapter has no such rank.
+    """
+    source = Path(adapter).expanduser()
+    folder = source.with_name(f"{source.resolve().name}_rank{rank}") if output is None else Path(output).expanduser()
+    config, tensors = truncated_adapter(*read_adapter(source), rank, adapter)
+    if folder.exists():
+        raise AuroraError(f"{folder} is there already; name another folder by --out")
+    write_adapter(config, tensors, folder)
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    return f"{folder}: {len(tensors)} tensors, {numbers:,} numbers; no metrics, which were those of the whole adapter"
 
 
 def targets(name: str, model_type: str | None = None) -> str:

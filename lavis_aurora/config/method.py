@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from lavis_aurora.common.errors import one_of, patterns, require
+from lavis_aurora.common.errors import AuroraError, one_of, patterns, require, shown
 from lavis_aurora.common.registry import Registry
 
 # Filled by lavis_aurora.alignment.gate.register_gate and lavis_aurora.alignment.context.register_context.
@@ -13,6 +13,7 @@ GATE_FORMS: Registry[Any] = Registry("gate.form")
 CONTEXT_FORMS: Registry[Any] = Registry("context.form")
 GATE_INITS = ("zeros", "ones")
 SHARINGS = ("global", "tower")
+NESTED_STEPS = ("one", "both", "uniform")
 
 
 @dataclass
@@ -33,6 +34,12 @@ class ModeApproxConfig:
             blip2_opt/all_linear, or regular expressions over whole names; one or a list. null is the paper's:
             attention. Output and feed-forward matrices of these names, nd x d or d x nd, are n slots of d x d; of
             other widths, or named by a regular expression, a matrix is one slot.
+        nested: train an adapter that can be cut to fewer components, see truncate_adapter and run.rank: steps also
+            train its first components alone. It needs about 1.5 times as many steps.
+        nested_ranks: how many components those are, one of these for each such step; those below ``rank`` count.
+        nested_steps: what a step trains: one (all components or the first few of them, as likely), both (all of them,
+            and in every second step, at random, the first few besides, which takes twice as long) or uniform (any
+            number up to ``rank``; nested_ranks are those that run.rank compares).
     """
 
     rank: int = 64
@@ -40,14 +47,31 @@ class ModeApproxConfig:
     sharing: str = "global"
     dropout: float = 0.0
     targets: Any = None
+    nested: bool = False
+    nested_ranks: list[int] = field(default_factory=lambda: [4, 8, 16, 32])
+    nested_steps: str = "one"
 
     def __post_init__(self) -> None:
         require(1 <= self.rank <= 2**14, "mode_approx.rank", self.rank, "1 or more, and at most 16384")
         require(0 < self.scale <= 1e6, "mode_approx.scale", self.scale, "above 0, and at most 1e6")
         one_of("mode_approx.sharing", self.sharing, SHARINGS)
         require(0 <= self.dropout < 1, "mode_approx.dropout", self.dropout, "0 or more and below 1")
+        ranks = self.nested_ranks
+        rising = all(low < high for low, high in zip([0, *ranks], ranks))
+        require(rising, "mode_approx.nested_ranks", ranks, "rising numbers of 1 or more")
+        one_of("mode_approx.nested_steps", self.nested_steps, NESTED_STEPS)
+        if self.nested and not self.smaller_ranks:
+            raise AuroraError(
+                f"mode_approx.nested_ranks: none of {shown(ranks)} is below mode_approx.rank, {self.rank}; name such "
+                f"ranks, or set mode_approx.nested: false"
+            )
         if self.targets is not None:
             self.targets = patterns("mode_approx.targets", self.targets)
+
+    @property
+    def smaller_ranks(self) -> list[int]:
+        """Those of ``nested_ranks`` that are below ``rank``."""
+        return [rank for rank in self.nested_ranks if rank < self.rank]
 
 
 @dataclass
