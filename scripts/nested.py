@@ -37,7 +37,7 @@ METHODS = (*NESTED, "dedicated", "naive")
 OPTIONS = ("model.mode_approx.targets=all_linear", "run.init_lr=1e-2")
 
 
-class Test(Cell):
+class CutTest(Cell):
     """A test of a trained cell's best epoch, of an adapter that is cut to a rank.
 
     Args:
@@ -129,7 +129,10 @@ def table(found: Mapping[str, Mapping[int, Mapping[int, float]]], seconds: Mappi
 
 
 def collect(
-    methods: Sequence[str], seeds: Sequence[int], trained: Mapping[tuple[str, int, int], Cell], tests: Sequence[Test]
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    trained: Mapping[tuple[str, int, int], Cell],
+    tests: Sequence[CutTest],
 ) -> tuple[dict[str, dict[int, dict[int, float]]], dict[str, float]]:
     """Recall by method, seed and rank, and the mean seconds of a seed's training."""
     found: dict[str, dict[int, dict[int, float]]] = {}
@@ -157,9 +160,9 @@ def run(args: argparse.Namespace) -> None:
     write_or_check_plan(folder, cfg_path, options)
     trained = trained_cells(folder, args.methods, args.seeds)
     run_cells([*trained.values()], args.jobs, lambda cell: cell.start(cfg_path, options))
-    cut = [(name, rank) for name, rank in ((m, RANKS[-1]) for m in NESTED) if name in args.methods]
-    cut += [("dedicated", RANKS[-1])] if "naive" in args.methods else []
-    tests = [Test(trained[name, top, seed], rank) for name, top in cut for seed in args.seeds for rank in RANKS[:-1]]
+    cut = ["dedicated" if method == "naive" else method for method in args.methods if method != "dedicated"]
+    whole = [trained[name, RANKS[-1], seed] for name in cut for seed in args.seeds]
+    tests = [CutTest(cell, rank) for cell in whole for rank in RANKS[:-1]]
     run_cells(tests, args.jobs, lambda cell: cell.start(cfg_path, options))
     found, seconds = collect(args.methods, args.seeds, trained, tests)
     auto = {}

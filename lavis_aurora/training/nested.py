@@ -38,8 +38,9 @@ def nested_factors(model: nn.Module) -> ModeFactors | None:
 class NestedSteps:
     """The ranks that each step trains, and an optimizer that leaves the components above them alone.
 
-    To the optimizer a component that was not trained is as if its parameters were not there: neither momentum nor
-    weight decay moves it, and its moments stay. (Its gradients are zeros, which would not keep Adam from it.)
+    Neither momentum nor weight decay moves a component that was not trained, and its moments stay what they are. (Its
+    gradients are zeros, which would not keep Adam from it.) The count of steps, by which Adam corrects its moments at
+    the start, is that of all components.
 
     Args:
         factors: those that are trained.

@@ -8,9 +8,10 @@ from pathlib import Path
 import comparison
 import nested
 import pytest
-from nested import RANKS, Test, area, main, table, trained_cells
+from nested import RANKS, CutTest, area, main, table, trained_cells
 from tiny import project_yaml
 
+from lavis_aurora.common.paths import package_file
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import RetrievalAuroraConfig
 from lavis_aurora.project import load_config
@@ -45,9 +46,10 @@ def test_the_table_has_mean_and_spread(tmp_path):
 @pytest.mark.slow
 def test_a_whole_comparison(tmp_path, monkeypatch, capsys):
     """Trains one nested run and the largest rank alone, cuts and tests both; the second call only prints."""
-    monkeypatch.setitem(comparison.TASKS, "pictures", str(project_yaml(tmp_path)))
+    weights = package_file("configs/models/tiny/model.safetensors")
+    yaml = project_yaml(tmp_path, model={"pretrained": weights})
+    monkeypatch.setitem(comparison.TASKS, "pictures", str(yaml))
     monkeypatch.setattr(nested, "RANKS", (2, 8))
-    monkeypatch.setattr(nested.sys, "argv", ["nested.py"])
     arguments = ["--seeds", "1", "--methods", "both", "naive", "--output", str(tmp_path / "out"), "--jobs", "2"]
     main(arguments)
     first = capsys.readouterr().out
@@ -55,7 +57,7 @@ def test_a_whole_comparison(tmp_path, monkeypatch, capsys):
     content = json.loads((tmp_path / "out" / "nested.json").read_text())
     assert content["recall"].keys() == {"both", "naive"} and content["recall"]["both"]["1"].keys() == {"2", "8"}
     assert content["auto"]["both, seed 1"] in (2, 8)
-    monkeypatch.setattr(Test, "start", None)
+    monkeypatch.setattr(CutTest, "start", None)
     main(arguments)
     assert capsys.readouterr().out.splitlines()[-5:] == first.splitlines()[-5:]
     assert Path(tmp_path / "out" / "both_8_seed1" / "rank_2" / "adapter").is_dir()
