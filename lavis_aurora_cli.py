@@ -26,7 +26,7 @@ EVALUATE = "evaluate a model on the test splits of a project YAML"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """``lavis-aurora COMMAND ...``; see :func:`command_parser`."""
+    """``lavis-aurora COMMAND ...``, see :func:`command_parser`."""
     args = command_parser().parse_args(argv)
     if args.command == "configs" and not args.names:
         print(configs())
@@ -91,6 +91,8 @@ def command_parser() -> argparse.ArgumentParser:
     one.set_defaults(action=_inspect)
 
     _add_adapter_commands(commands)
+
+    _add_rank_commands(commands)
 
     one = commands.add_parser("targets", help="which weights of a model would be adapted")
     one.add_argument(
@@ -157,6 +159,20 @@ def _add_adapter_commands(commands: argparse._SubParsersAction[argparse.Argument
     one.set_defaults(action=_push)
 
 
+def _add_rank_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """What is done with an adapter that was trained with model.mode_approx.nested."""
+    one = commands.add_parser("truncate", help="cut an adapter of model.mode_approx.nested to its first components")
+    one.add_argument("adapter", metavar="FOLDER", help="an adapter folder")
+    one.add_argument("--rank", type=int, required=True, help="how many components, e.g. 16")
+    one.add_argument("--out", metavar="FOLDER", help="the folder to write; FOLDER_rankN by default")
+    one.set_defaults(action=_truncate)
+
+    one = commands.add_parser("rank", help="find the rank that is enough, of a finished run that was nested")
+    one.add_argument("run", metavar="RUN", help="folder of the run; adapter_auto, ranks.json and ranks.png go there")
+    _add_options(one)
+    one.set_defaults(action=_rank)
+
+
 def _add_run_arguments(parser: argparse.ArgumentParser, evaluate: bool) -> None:
     """The arguments of train and evaluate, and what is done with them."""
     parser.add_argument("--cfg-path", required=True, help="project YAML, e.g. projects/aurora/flickr_ret.yaml")
@@ -181,7 +197,24 @@ def _run(args: argparse.Namespace) -> None:
     from lavis_aurora.project import load_config
     from lavis_aurora.training.start import run_config
 
-    run_config(load_config(args.cfg_path, args.options, args.evaluate))
+    cfg = load_config(args.cfg_path, args.options, args.evaluate)
+    folder = run_config(cfg)
+    if cfg.run_cfg.rank is not None and not cfg.run_cfg.evaluate:
+        _draw_ranks(folder)
+
+
+def _draw_ranks(folder: Path) -> None:
+    """The picture of a run's ranks, beside their table."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        from lavis_aurora.analysis.ranks import draw_ranks
+
+        draw_ranks(folder)
+
+
+def _rank(args: argparse.Namespace) -> None:
+    from lavis_aurora.training.start import find_rank
+
+    _draw_ranks(find_rank(args.run, args.options))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -229,6 +262,12 @@ def _push(args: argparse.Namespace) -> None:
     from lavis_aurora.adapters.card import push_adapter
 
     _show(f"{push_adapter(args.adapter, args.repository, args.private)} names this adapter")
+
+
+def _truncate(args: argparse.Namespace) -> None:
+    from lavis_aurora.cli import truncate
+
+    _show(truncate(args.adapter, args.rank, args.out))
 
 
 def _targets(args: argparse.Namespace) -> None:

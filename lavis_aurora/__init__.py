@@ -29,6 +29,7 @@ from lavis_aurora.mode_approx import (
     save_adapter,
     set_adapter,
     trainable_parameters_summary,
+    truncate_adapter,
     unmerge_adapter,
 )
 
@@ -47,6 +48,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "trainable_parameters_summary",
+    "truncate_adapter",
     "unmerge_adapter",
 ]
 

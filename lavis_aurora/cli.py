@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lavis_aurora.adapters.arithmetic import Products, compare_companions, compare_updates
 from lavis_aurora.adapters.card import describe, metrics, without_numbers
 from lavis_aurora.adapters.config import CONFIG, TENSORS, read_adapter, read_adapter_config
+from lavis_aurora.adapters.files import truncated_adapter, write_adapter
 from lavis_aurora.adapters.hub import local_folder
 from lavis_aurora.adapters.sets import KINDS
 from lavis_aurora.adapters.switching import adapters_of
@@ -128,6 +129,27 @@ def _tensor_table(tensors: Mapping[str, Tensor]) -> str:
 
 def _shape(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "number"
+
+
+def truncate(adapter: str, rank: int, output: str | None = None) -> str:
+    """Write an adapter cut to its first components; where it is, and its size, as text.
+
+    Args:
+        adapter: a folder.
+        rank: how many components.
+        output: the folder to write; by default one beside, with the rank in its name.
+
+    Raises:
+        AuroraError: the folder is there already, or the adapter has no such rank.
+    """
+    source = Path(adapter).expanduser()
+    folder = source.with_name(f"{source.resolve().name}_rank{rank}") if output is None else Path(output).expanduser()
+    config, tensors = truncated_adapter(*read_adapter(source), rank, adapter)
+    if folder.exists():
+        raise AuroraError(f"{folder} is there already; name another folder by --out")
+    write_adapter(folder, config, tensors)
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    return f"{folder}: {len(tensors)} tensors, {numbers:,} numbers; no metrics, which were those of the whole adapter"
 
 
 def targets(name: str, model_type: str | None = None) -> str:

@@ -94,8 +94,11 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
     _check_registered("run.lr_sched", run.lr_sched, "lr_scheduler_name_mapping")
     cfg.config.run = run  # a copy
     model_cls = registry.get_model_class(cfg.model_cfg.arch)
+    settings = None
     if hasattr(model_cls, "CONFIG_CLASS"):
-        parse_config(model_cls.CONFIG_CLASS, cfg.model_cfg, "model")
+        settings = parse_config(model_cls.CONFIG_CLASS, cfg.model_cfg, "model")
+    if run.rank is not None and not run.evaluate:
+        _check_nested(settings)
     for name, dataset in cfg.datasets_cfg.items():
         # LAVIS's defaults of some name another.
         _check_registered(f"datasets.{name}", name, "builder_name_mapping")
@@ -103,6 +106,16 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
     _complete_processors(cfg, user)
     _note_learning_rate(cfg)
     return cfg
+
+
+def _check_nested(settings: Any) -> None:
+    """Refuse to look for the rank of what has no order of components."""
+    tuning = getattr(settings, "tuning", "aurora")  # of mode_approx, which has no other
+    if settings is None or tuning != "aurora" or not settings.mode_approx.nested:
+        raise AuroraError(
+            "run.rank: auto needs an adapter of which the first components matter most; train it with model.tuning: "
+            "aurora and model.mode_approx.nested: true, or leave it out"
+        )
 
 
 def _at_home(part: Any) -> Any:

@@ -17,11 +17,13 @@ from typing import Optional
 from lavis_aurora.analysis.drawing import Plot, save
 from lavis_aurora.analysis.examples import ATTENTION, CASES
 from lavis_aurora.analysis.paper_figures import BUBBLES, COST
+from lavis_aurora.analysis.ranks import RANK_PLOT
 from lavis_aurora.analysis.sweep_figures import COMPARISON, CONTEXT, GATE, GATE_INIT, RANK, SHARING
 from lavis_aurora.analysis.weights import DISTRIBUTION
 from lavis_aurora.common.errors import AuroraError
 
-LISTED = (COMPARISON, RANK, CONTEXT, GATE, GATE_INIT, SHARING, ATTENTION, DISTRIBUTION, BUBBLES, CASES, COST)
+SWEEPS = (COMPARISON, RANK, RANK_PLOT, CONTEXT, GATE, GATE_INIT, SHARING)
+LISTED = (*SWEEPS, ATTENTION, DISTRIBUTION, BUBBLES, CASES, COST)
 PLOTS: dict[str, Plot] = {plot.name: plot for plot in LISTED}
 SUFFIXES = (".png", ".pdf", ".svg")
 

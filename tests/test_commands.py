@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from tiny import activate, project_yaml, tiny_model
 from toy import rewrite_adapter
 
-from lavis_aurora import AuroraError, save_adapter
+from lavis_aurora import AuroraError, load_model_and_preprocess, save_adapter
+from lavis_aurora.adapters.config import read_adapter_config
 from lavis_aurora.cli import inspect, targets
 from lavis_aurora.common.paths import package_file
+from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.models.export import merge
 from lavis_aurora.models.mode_approx_model import ModeApproxModel
 from lavis_aurora_cli import PROJECTS, configs, main
@@ -254,3 +257,27 @@ def test_convert_has_options_of_its_own(tmp_path, capsys, failing):
     with pytest.raises(SystemExit):
         main(["convert", "--help"])
     assert "msrvtt_qa" in capsys.readouterr().out
+
+
+# truncate
+
+
+def test_truncate_an_adapter(tmp_path, capsys, failing):
+    """What it writes is a whole adapter folder, which is loaded like any other, with the settings that it says."""
+    name, method = "blip_retrieval_aurora", {"rank": 8, "nested": True, "nested_ranks": [2, 4]}
+    config = OmegaConf.load(BlipRetrievalAurora.default_config_path("tiny")).model
+    model = activate(BlipRetrievalAurora.from_config(OmegaConf.merge(config, {"mode_approx": method}))).eval()
+    save_adapter(model, tmp_path / "whole", metrics={"epoch": 2, "val": {"agg_metrics": 41.0}})
+    main(["truncate", str(tmp_path / "whole"), "--rank", "4"])
+    folder = tmp_path / "whole_rank4"
+    assert str(folder) in capsys.readouterr().out
+    assert read_adapter_config(folder).metrics == {}
+    other, *_ = load_model_and_preprocess(name, adapter=folder, is_eval=True)
+    image = torch.randn(1, 3, 48, 48)
+    with model.mode_approx.first(4), torch.no_grad():
+        expected = model.match(image, ["a red circle"])
+    with torch.no_grad():
+        torch.testing.assert_close(other.match(image, ["a red circle"]).itm_logits, expected.itm_logits)
+    assert failing("truncate", tmp_path / "whole", "--rank", 4).endswith("name another folder by --out")
+    assert "must be 1 to 8" in failing("truncate", tmp_path / "whole", "--rank", 9, "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lavis_aurora.adapters.config import AdapterConfig, read_adapter, tensors_hash
-from lavis_aurora.adapters.files import write_adapter, written_by
+from lavis_aurora.adapters.config import AdapterConfig, read_adapter
+from lavis_aurora.adapters.files import write_adapter
 from lavis_aurora.adapters.sets import KINDS, LowRank
 from lavis_aurora.common.errors import AuroraError, abbreviated, shown
 
@@ -146,18 +146,7 @@ def merge_adapters(
     settings, own = sets.add_updates(parts, weights)
     averaged, companions = _average(read, weights, sets.prefix)
     tensors = {**{f"{sets.prefix}.{key}": tensor.contiguous() for key, tensor in own.items()}, **companions}
-    changed = {key: value for key, value in asdict(settings).items() if value != getattr(config.settings, key)}
-    described = dict(config.model.get("settings") or {})
-    described[config.kind] = {**(described.get(config.kind) or {}), **changed}
-    summed = replace(
-        config,
-        settings=settings,
-        tensors_sha256=tensors_hash(tensors),
-        model={**config.model, "settings": described} if config.model else {},
-        metrics={},  # of the parts
-        versions=written_by(),
-        format=AdapterConfig.format,
-    )
+    summed = replace(config, settings=settings, metrics={})  # those were of the parts
     write_adapter(output, summed, tensors)
     terms = " + ".join(f"{weight:g} {folder}" for weight, folder in zip(weights, folders))
     notes = [f"{output} = {terms}, exactly, of rank {settings.rank}."]

@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lavis_aurora.adapters.companions import BASE, Companions
 from lavis_aurora.adapters.config import (
     CONFIG,
+    FORMAT,
     METADATA,
     TENSORS,
     AdapterConfig,
@@ -27,7 +28,7 @@ from lavis_aurora.adapters.config import (
     tensors_hash,
 )
 from lavis_aurora.adapters.sets import INTERNAL, KINDS, AdapterSets
-from lavis_aurora.adapters.switching import adapters_of, owner_of
+from lavis_aurora.adapters.switching import adapters_of, owner_of, warn_of_order
 from lavis_aurora.common import __version__
 from lavis_aurora.common.errors import AuroraError, abbreviated
 from lavis_aurora.common.files import atomic_write
@@ -64,21 +65,21 @@ def save_adapter(
         settings=sets[name].config,
         slots={slot: list(shape) for slot, shape in sets.slots.items()},
         base=BaseConfig(base_hash(model), owner.base_name(), base_dtype(model)),
-        tensors_sha256=tensors_hash(tensors),
+        tensors_sha256="",
         model={**owner.describe_adapter(), **(description or {})},
         metrics=dict(metrics or {}),
-        versions=written_by(),
     )
     write_adapter(folder, config, tensors)
 
 
-def written_by() -> dict[str, str]:
-    """Versions of what writes an adapter."""
-    return {"lavis_aurora": __version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def write_adapter(folder: str | Path, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
+def write_adapter(folder: str | Path, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
     """Both files of an adapter, or neither.
+
+    Args:
+        folder: made if it is not there; files of an earlier adapter in it are replaced.
+        config: checksum and versions are set to those of what is written, and the rank that a model of it is built
+            with to the adapter's.
+        tensors: in main memory, contiguous.
 
     Raises:
         AuroraError: a value is not finite or no JSON value, or the folder cannot be written.
@@ -86,8 +87,16 @@ def write_adapter(folder: str | Path, config: AdapterConfig, tensors: dict[str, 
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AuroraError(f"{key}: not finite; the adapter was not written to {folder}")
+    versions = {"lavis_aurora": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    config = replace(
+        config,
+        model=_with_settings(config),
+        tensors_sha256=tensors_hash(tensors),
+        versions=versions,
+        format=FORMAT,
+    )
     text = config.to_json()
-    content = safetensors.torch.save(tensors, {METADATA: text})
+    content = safetensors.torch.save(dict(tensors), {METADATA: text})
     folder = Path(folder).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +110,47 @@ def write_adapter(folder: str | Path, config: AdapterConfig, tensors: dict[str, 
             os.fsync(file.fileno())
 
 
-def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", check_base: bool = True) -> None:
+def _with_settings(config: AdapterConfig) -> dict[str, Any]:
+    """What the model says of itself, with the adapter's own settings: those of a model may be of another adapter."""
+    settings = config.model.get("settings") or {}
+    if not isinstance(settings.get(config.kind), dict):
+        return config.model
+    # Which layers were targeted, the slots say; a model is built by its own words for them.
+    own = {key: value for key, value in asdict(config.settings).items() if key != "targets"}
+    return {**config.model, "settings": {**settings, config.kind: {**settings[config.kind], **own}}}
+
+
+def truncated_adapter(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], rank: int, which: str
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Settings and tensors of an adapter cut to its first ``rank`` components; its metrics were those of the whole.
+
+    Args:
+        config, tensors: as :func:`read_adapter` gives them.
+        which: says what it is, in messages.
+
+    Raises:
+        AuroraError: the adapter has no such rank, or is of a kind that cannot be cut.
+    """
+    sets, prefix = KINDS[config.kind], f"{KINDS[config.kind].prefix}."
+    own = {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    try:
+        settings, cut = sets.truncated(config.settings, own, rank)
+    except AuroraError as error:
+        raise AuroraError(f"{which}: {error}") from error
+    warn_of_order(config.settings, which, rank)
+    metrics = config.metrics if rank == config.settings.rank else {}
+    replaced = {prefix + key: tensor for key, tensor in cut.items()}
+    return replace(config, settings=settings, metrics=metrics), {**tensors, **replaced}
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    name: str = "default",
+    check_base: bool = True,
+    rank: int | None = None,
+) -> None:
     """Load an adapter into a model that has the same layers.
 
     Under a new name it is added to the others, frozen, whatever its rank; ``set_adapter`` makes it active. Under a
@@ -115,6 +164,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", ch
         name: what the model shall call it.
         check_base: refuse an adapter that was tuned on other weights than the model's; in another precision they
             cannot be compared, and a warning says so.
+        rank: of an adapter that was trained with ``mode_approx.nested``, the first so many components alone; under
+            several names, one folder serves several ranks.
 
     Raises:
         AuroraError: the folder cannot be read, or does not fit the model; says exactly what differs. The model is
@@ -131,6 +182,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", ch
             f"{folder} is an adapter of {config.kind}, and this model has {sets.kind}; build it with model.tuning: "
             f"{KINDS[config.kind].tuning}"
         )
+    if rank is not None:
+        config, tensors = truncated_adapter(config, tensors, rank, str(folder))
     differences = _differences(model, sets, config, name, check_base)
     if not differences:
         differences = _tensor_differences(sets, tensors)
@@ -220,7 +273,8 @@ def _differences(
             f"{sets.kind}.{key} is {value} there and {own[key]} here (set it alike, or load the adapter under a new "
             f"name)"
             for key, value in asdict(config.settings).items()
-            if own[key] != value
+            # How it was trained does not change what it computes.
+            if own[key] != value and not key.startswith("nested")
         ]
     problems += owner_of(model).adapter_differences(config.model)
     if not problems and check_base:

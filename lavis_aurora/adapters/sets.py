@@ -104,6 +104,19 @@ class AdapterSets(nn.Module):
         """
         raise AuroraError(f"an adapter of {cls.kind} is no update of weights")
 
+    @classmethod
+    def truncated(cls, config: Any, tensors: Mapping[str, Tensor], rank: int) -> tuple[Any, dict[str, Tensor]]:
+        """Settings and tensors of an adapter of ``rank``, the first components of the one that is given.
+
+        Args:
+            config: its settings.
+            tensors: its parameters by name.
+
+        Raises:
+            AuroraError: it has no such rank, or components of this kind cannot be told apart.
+        """
+        raise AuroraError(f"an adapter of {cls.kind} cannot be cut to a lower rank; train one of rank {rank}")
+
     def make_set(self, name: str, config: Any) -> AdapterSet:
         """A fresh set, which changes nothing yet, on the device of the others; :meth:`add_set` puts it in place."""
         raise NotImplementedError
@@ -159,6 +172,13 @@ class AdapterSets(nn.Module):
         self.drop_set(name)
         for part in self.companion_groups().values():
             part.remove(name)
+
+    def truncate_set(self, name: str, rank: int) -> None:
+        """Cut a set to its first ``rank`` components; its parameters stay the same objects, without gradients."""
+        one = self[name]
+        one.config, cut = self.truncated(one.config, dict(one.named_parameters()), rank)
+        for key, parameter in one.named_parameters():
+            parameter.data, parameter.grad = cut[key].detach(), None
 
     def add_teacher(self) -> list[nn.Module]:
         """[the set ``default``, its moving average, which starts equal and frozen]: a pair of LAVIS's model_pairs."""

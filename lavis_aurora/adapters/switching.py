@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +22,7 @@ from lavis_aurora.adapters.companions import (
     norms_of,
     persistent_buffers,
 )
-from lavis_aurora.adapters.sets import AdapterSets, UpdatedLayer
+from lavis_aurora.adapters.sets import MOMENTUM_SET, AdapterSets, UpdatedLayer
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.summary import GroupCount
 
@@ -182,6 +183,43 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     if name == sets.active or name == sets.merged:
         raise AuroraError(f"the adapter {name!r} is active; set_adapter another one first")
     sets.remove_set(name)
+
+
+def truncate_adapter(model: nn.Module, rank: int, name: str | None = None) -> None:
+    """Cut an adapter to its first ``rank`` components, in place: those that ``mode_approx.nested`` has put in order.
+
+    The factors that are left are what they were, and so is their scale: it computes what it computed with these
+    components. It can be saved, merged, loaded and switched like any other, and trained further with a new optimizer.
+
+    Args:
+        model: a model with an adapter.
+        rank: 1 to that of the adapter.
+        name: which adapter; by default the active one.
+
+    Raises:
+        AuroraError: no such adapter or rank, it is merged, or it is of a kind without components; nothing is changed.
+    """
+    sets = adapters_of(model)
+    name = _active(sets.active) if name is None else name
+    sets.check_name(name)
+    if name == sets.merged:
+        raise AuroraError(f"the adapter {name!r} is merged into the weights; unmerge_adapter(model) first")
+    warn_of_order(sets[name].config, f"the adapter {name!r}", rank)
+    sets.truncate_set(name, rank)
+    if name == "default" and MOMENTUM_SET in sets.sets:
+        sets.truncate_set(MOMENTUM_SET, rank)
+
+
+def warn_of_order(settings: Any, which: str, rank: int) -> None:
+    """Say of an adapter that is cut, by its settings, if its components are in no order."""
+    if not getattr(settings, "nested", True) and rank < settings.rank:
+        logging.warning(
+            "%s was not trained with mode_approx.nested: its components are in no order, and with the first %d of %d "
+            "alone it computes something else",
+            which,
+            rank,
+            settings.rank,
+        )
 
 
 def trained_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:

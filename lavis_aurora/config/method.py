@@ -14,6 +14,7 @@ GATE_FORMS: Registry[Any] = Registry("gate.form")
 CONTEXT_FORMS: Registry[Any] = Registry("context.form")
 GATE_INITS = ("zeros", "ones")
 SHARINGS = ("global", "tower")
+NESTED_STEPS = ("one", "both", "uniform")
 
 
 def _by_tower(layers: Any) -> bool:
@@ -90,6 +91,12 @@ class ModeApproxConfig:
             these by tower, e.g. {visual_encoder: {last: 6}, text_encoder: []}; of towers that are left out, all. The
             gate stands in the chosen ones of the text encoder. What comes before them in the vision tower is computed
             once for model and teacher, and keeps nothing for the backward pass. null is the paper's: all.
+        nested: train an adapter that can be cut to fewer components, see truncate_adapter and run.rank: steps also
+            train its first components alone. It needs about 1.5 times as many steps.
+        nested_ranks: how many components those are, one of these for each such step; those below ``rank`` count.
+        nested_steps: what a step trains: one (all components or the first few of them, as likely), both (all of them,
+            and in every second step, at random, the first few besides, which takes twice as long) or uniform (any
+            number up to ``rank``; nested_ranks are those that run.rank compares).
     """
 
     rank: int = 64
@@ -98,15 +105,32 @@ class ModeApproxConfig:
     dropout: float = 0.0
     targets: Any = None
     layers: Any = None
+    nested: bool = False
+    nested_ranks: list[int] = field(default_factory=lambda: [4, 8, 16, 32])
+    nested_steps: str = "one"
 
     def __post_init__(self) -> None:
         require(1 <= self.rank <= 2**14, "mode_approx.rank", self.rank, "1 or more, and at most 16384")
         require(0 < self.scale <= 1e6, "mode_approx.scale", self.scale, "above 0, and at most 1e6")
         one_of("mode_approx.sharing", self.sharing, SHARINGS)
         require(0 <= self.dropout < 1, "mode_approx.dropout", self.dropout, "0 or more and below 1")
+        ranks = self.nested_ranks
+        rising = all(low < high for low, high in zip([0, *ranks], ranks))
+        require(rising, "mode_approx.nested_ranks", ranks, "rising numbers of 1 or more")
+        one_of("mode_approx.nested_steps", self.nested_steps, NESTED_STEPS)
+        if self.nested and not self.smaller_ranks:
+            raise AuroraError(
+                f"mode_approx.nested_ranks: none of {shown(ranks)} is below mode_approx.rank, {self.rank}; name such "
+                f"ranks, or set mode_approx.nested: false"
+            )
         if self.targets is not None:
             self.targets = patterns("mode_approx.targets", self.targets)
         check_layers("mode_approx.layers", self.layers)
+
+    @property
+    def smaller_ranks(self) -> list[int]:
+        """Those of ``nested_ranks`` that are below ``rank``."""
+        return [rank for rank in self.nested_ranks if rank < self.rank]
 
 
 @dataclass

@@ -76,6 +76,9 @@ class RunConfig:
         max_broken_share: share of an epoch's samples whose video may be missing or broken; others are trained on in
             their place, and the run stops above it.
         output_dir: relative paths start at the current directory; each run adds a folder of its own.
+        rank: auto finds the rank of an adapter that is trained with model.mode_approx.nested: at the end all of its
+            ranks are compared on the first of valid_splits, and the smallest within one standard error of the best is
+            written as adapter_auto, with the comparison as ranks.json and ranks.png. Or null.
         resume: auto goes on with the newest run under output_dir of the same configuration, if there is one; an
             evaluation takes the best checkpoint of it, and there must be one. Or none.
         checkpoint_every: steps between checkpoints within an epoch; 0 for none but at its end.
@@ -127,6 +130,7 @@ class RunConfig:
     amp: Any = False
     compile: bool = False
     log_freq: int = 50
+    rank: Optional[str] = None
     resume_ckpt_path: Optional[str] = None
     resume: str = "none"
     checkpoint_every: int = 0
@@ -146,6 +150,10 @@ class RunConfig:
         one_of("run.resume", self.resume, ("auto", "none"))
         one_of("run.cache_dtype", self.cache_dtype, CACHE_DTYPES)
         require(self.cache_limit_gb > 0, "run.cache_limit_gb", self.cache_limit_gb, "above 0")
+        if self.rank is not None:
+            one_of("run.rank", self.rank, ("auto",))
+            if not self.valid_splits and not self.evaluate:
+                raise AuroraError("run.rank: auto compares ranks on the first of run.valid_splits; name one")
         if self.resume == "auto" and self.resume_ckpt_path:
             raise AuroraError("run.resume: auto finds the run by itself; leave out run.resume_ckpt_path, or set none")
         _at_least(self, 1, "max_epoch", "accum_grad_iters", "batch_size_train", "batch_size_eval", "log_freq")

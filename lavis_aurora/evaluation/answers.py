@@ -45,7 +45,8 @@ def vqa_accuracy(
             compared as the model would have them.
 
     Returns:
-        ``accuracy``, and by name ``answer_types`` and ``question_types``, as the annotations name them;
+        ``accuracy``, ``scores`` (of each question), and by name ``answer_types`` and ``question_types``, as the
+        annotations name them;
         ``official_accuracy`` and ``lavis_accuracy``, of VQAv2's and of LAVIS's evaluator on the file as it is;
         ``unreachable`` (see :class:`Unreachable`), if it can be known; ``few_annotators`` (``questions``, and of one
         with the fewest ``question_id`` and ``annotators``), if a question has fewer than ten.
@@ -66,7 +67,7 @@ def vqa_accuracy(
     if generated is not None:
         compared, possible = generated_truths(compared, generated)
         scores = [vqa_score(answers, given.qa[i]["answer"]) for i, answers in zip(asked, compared)]
-    found: dict[str, Any] = {"accuracy": _percent(scores)}
+    found: dict[str, Any] = {"accuracy": _percent(scores), "scores": [100 * score for score in scores]}
     for name in ("answer_type", "question_type"):
         parts: dict[str, list[float]] = defaultdict(list)
         for question, score in zip(asked.values(), scores):
@@ -113,14 +114,24 @@ def exact_match(
     if generated is not None:
         truths, possible = generated_truths(truths, generated)
     right: dict[str, list[bool]] = defaultdict(list)
-    for result, truth in zip(results, truths):
+    for result, is_right in zip(results, exact_matches(results, truths)):
         first = (result["question"].lower().split() or [""])[0]
         word = first if first in QUESTION_WORDS else "other"
-        right[word].append(normalise(result["answer"]) == normalise(truth))
+        right[word].append(is_right)
     words = [word for word in (*QUESTION_WORDS, "other") if word in right]
     metrics: dict[str, Any] = {"agg_metrics": 100 * sum(sum(right[word]) for word in words) / len(results)}
     metrics |= {word: 100 * sum(right[word]) / len(right[word]) for word in words}
     return metrics if possible is None else {**metrics, "unreachable": unreachable_answers(truths, possible)}
+
+
+def exact_matches(results: Sequence[dict[str, Any]], truths: Sequence[str] | None = None) -> list[bool]:
+    """Whether the answer of each result is right; arguments as of :func:`exact_match`.
+
+    Args:
+        truths: instead of the results' own.
+    """
+    truths = [result["truth"] for result in results] if truths is None else truths
+    return [normalise(result["answer"]) == normalise(truth) for result, truth in zip(results, truths)]
 
 
 def check_nan(scores: Tensor) -> None:

@@ -13,6 +13,7 @@ from lavis_aurora.adapters.switching import (
     merged_state_dict,
     set_adapter,
     trainable_parameters_summary,
+    truncate_adapter,
     unmerge_adapter,
 )
 from lavis_aurora.mode_approx.factors import FactorSet, ModeFactors
@@ -36,5 +37,6 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "trainable_parameters_summary",
+    "truncate_adapter",
     "unmerge_adapter",
 ]

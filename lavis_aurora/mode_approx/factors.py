@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_aurora.adapters.sets import AdapterSet, AdapterSets, LowRank, register_sets
-from lavis_aurora.common.errors import AuroraError, did_you_mean
+from lavis_aurora.common.errors import AuroraError, did_you_mean, require
 from lavis_aurora.common.modules import KeepFloat32
 from lavis_aurora.config.method import ModeApproxConfig
 
@@ -45,7 +46,12 @@ class FactorSet(KeepFloat32, AdapterSet):
     Args:
         slots: name of each slot with its (d_in, d_out), in slot order.
         config: rank, scale and sharing.
+
+    Attributes:
+        components: how many of the sum's terms are in use, the first ones; None: all. s stays that of the rank.
     """
+
+    components: int | None = None
 
     def __init__(self, slots: Mapping[str, tuple[int, int]], config: ModeApproxConfig) -> None:
         super().__init__()
@@ -74,17 +80,24 @@ class FactorSet(KeepFloat32, AdapterSet):
         rows: Tensor | list[int] | slice = slots if isinstance(slots, Tensor) else list(slots)
         if isinstance(rows, list) and rows == list(range(rows[0], rows[-1] + 1)):
             rows = slice(rows[0], rows[-1] + 1)  # no copy, and nothing to send to a GPU
-        return self.scale(d_in) * self.coefficients[rows] * self.P[rows]
+        coefficients, p = self._in_use(self.coefficients), self._in_use(self.P)
+        return self.scale(d_in) * coefficients[rows] * p[rows]
+
+    def _in_use(self, factor: Tensor) -> Tensor:
+        """The columns of the components in use; while these are all, the factor itself."""
+        return factor if self.components is None else factor[:, : self.components]
 
     def parts(
         self, slots: Sequence[int] | Tensor, d_in: int, d_out: int, tower: str | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """U (d_in, rank), V (d_out, rank) and s * lambda * P (len(slots), rank): the update in its factors.
 
-        Slots of one weight are of one ``tower``; where it is named, the slots may be a tensor.
+        Slots of one weight are of one ``tower``; where it is named, the slots may be a tensor. Where ``components``
+        says so, rank stands for that number.
         """
         owner = self.owners[slots[0]] if tower is None else self.owner(tower)
-        return self.U[f"{owner}{d_in}"], self.V[f"{owner}{d_out}"], self.slot_weights(slots, d_in)
+        u, v = self._in_use(self.U[f"{owner}{d_in}"]), self._in_use(self.V[f"{owner}{d_out}"])
+        return u, v, self.slot_weights(slots, d_in)
 
     def delta_weight(self, slots: Sequence[int], d_in: int, d_out: int, columns: bool = False) -> Tensor:
         """The update in nn.Linear's layout, the slots stacked in rows: shape (len(slots) * d_out, d_in).
@@ -182,6 +195,37 @@ class ModeFactors(AdapterSets):
             return merged, {**reference, "P": summed, "coefficients": torch.ones_like(summed)}
         stacked = {key: torch.cat([tensors[key] for _, tensors in scaled], dim=1) for key in reference}
         return merged, {**stacked, "coefficients": torch.cat([w * t["coefficients"] for w, t in scaled], dim=1)}
+
+    @classmethod
+    def truncated(
+        cls, config: ModeApproxConfig, tensors: Mapping[str, Tensor], rank: int
+    ) -> tuple[ModeApproxConfig, dict[str, Tensor]]:
+        """The first ``rank`` components of a set, with the scale that leaves s what it was.
+
+        s = scale / (0.1 sqrt(d_in * rank)), and so scale' = scale * sqrt(rank' / rank).
+        """
+        require(1 <= rank <= config.rank, "rank", rank, f"1 to {config.rank}, the adapter's own")
+        scale = config.scale * math.sqrt(rank / config.rank)
+        nested = config.nested and any(smaller < rank for smaller in config.nested_ranks)
+        cut = {key: tensor[:, :rank].contiguous() for key, tensor in tensors.items()}
+        return replace(config, rank=rank, scale=scale, nested=nested), cut
+
+    @contextmanager
+    def first(self, components: int | None) -> Iterator[None]:
+        """Let forwards inside the block use the first ``components`` of every set alone; None: all.
+
+        Each costs as much as that of a set of this rank; s stays that of the set's own. As in :meth:`use`, the
+        backward pass belongs inside the block too.
+        """
+        sets = [self[name] for name in self.sets]
+        before = [one.components for one in sets]
+        for one in sets:
+            one.components = None if components is None or components >= one.config.rank else components
+        try:
+            yield
+        finally:
+            for one, its in zip(sets, before):
+                one.components = its
 
     def make_set(self, name: str, config: ModeApproxConfig) -> FactorSet:
         """Fresh factors (dW = 0)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +23,7 @@ from lavis_aurora.adapters.companions import trained_buffers
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.samples import BROKEN, report_undecodable
 from lavis_aurora.training.guards import CollapseGuard, FiniteGuard
+from lavis_aurora.training.nested import NestedSteps, kept_queues
 from lavis_aurora.training.rates import Schedule
 
 Samples = dict[str, Any]
@@ -50,8 +51,11 @@ class TrainableModel(Protocol):
     def load_run_state(self, state: dict[str, Tensor], source: str) -> None:
         """Load that; an AuroraError that names ``source`` where it does not fit."""
 
-    def queue_state(self) -> dict[str, Tensor]:
+    def queues(self) -> dict[str, Tensor]:
         """Features of earlier batches, by name; empty for most models."""
+
+    def queue_state(self) -> dict[str, Tensor]:
+        """Copies of them, for a checkpoint."""
 
     def load_queue_state(self, state: dict[str, Tensor]) -> bool:
         """Put them back; False where they are not there, or of another kind."""
@@ -109,6 +113,7 @@ class TrainingState:
         scaler: of losses in float16; None without.
         guard: watches the numbers of each step.
         collapse: stops a run whose features have become alike.
+        nested: which ranks a step trains; None where a model has one.
         run: the ``run:`` part of the YAML.
         folder: of the run.
         epoch, step: where training stands: the epoch, from 0, and how many batches of it are done.
@@ -128,6 +133,7 @@ class TrainingState:
     folder: Path
     autocast: Optional[torch.dtype] = None
     scaler: Optional[torch.amp.GradScaler] = None
+    nested: Optional[NestedSteps] = None
     epoch: int = 0
     step: int = 0
     totals: dict[str, Tensor] = field(default_factory=dict)
@@ -243,7 +249,7 @@ def epoch_stats(state: TrainingState) -> dict[str, float]:
 
 
 def _backward(state: TrainingState, samples: Samples, parts: int, begins: bool, updates: bool) -> dict[str, Tensor]:
-    """Add a batch's part to the gradient; its losses, detached.
+    """Add a batch's part to the gradient; its losses, detached: those of the largest rank, if several are trained.
 
     Args:
         state: of the run.
@@ -251,21 +257,26 @@ def _backward(state: TrainingState, samples: Samples, parts: int, begins: bool, 
         parts: batches of the step of the optimizer.
         begins, updates: whether this is the first of them, and the last.
     """
-    model, scaler = state.model, state.scaler
+    model, scaler, nested = state.model, state.scaler, state.nested
     if begins:
         for buffer, before in state.running_stats:
             before.copy_(buffer)
-    with ExitStack() as stack:
-        if not begins:
-            # The student has not moved: the teacher follows it once a step.
-            stack.enter_context(state.unwrapped.frozen_teacher())
-        if not updates and isinstance(model, DistributedDataParallel):
-            stack.enter_context(model.no_sync())
-        device = next(model.parameters()).device.type
-        with torch.autocast(device, dtype=state.autocast, enabled=state.autocast is not None):
-            losses = state.task.losses(model, samples)
-        part = losses["loss"] / parts
-        torch.autograd.backward(part if scaler is None else scaler.scale(part))
+    passes = [0] if nested is None else nested.ranks(samples["epoch"], samples["iters"])
+    for i, rank in enumerate(passes):
+        last = i + 1 == len(passes)
+        with nested.factors.first(rank) if nested is not None else nullcontext(), ExitStack() as stack:
+            if i or not begins:
+                # The student has not moved: the teacher follows it once a step.
+                stack.enter_context(state.unwrapped.frozen_teacher())
+            if not (last and updates) and isinstance(model, DistributedDataParallel):
+                stack.enter_context(model.no_sync())
+            if not last:
+                stack.enter_context(kept_queues(state.unwrapped.queues()))
+            device = next(model.parameters()).device.type
+            with torch.autocast(device, dtype=state.autocast, enabled=state.autocast is not None):
+                losses = state.task.losses(model, samples)
+            part = losses["loss"] / (parts * len(passes))
+            torch.autograd.backward(part if scaler is None else scaler.scale(part))
     return {name: loss.detach() for name, loss in losses.items()}
 
 

@@ -36,6 +36,7 @@ from lavis_aurora.training.loop import (
     in_several_processes,
     train_steps,
 )
+from lavis_aurora.training.nested import AUTO, choose_rank, nested_steps
 from lavis_aurora.training.outputs import RunSummary, forget_epoch, save_run_adapter
 from lavis_aurora.training.rates import WITH_WARMUP, LongWarmup, ScaledRates, scale_rates
 from lavis_aurora.training.resuming import RunCheckpoints, load_weights
@@ -68,8 +69,7 @@ class AuroraRunner(RunnerBase):
             super().setup_output_dir()
             if is_main_process():
                 saved = self.config.config.copy()
-                for key in ("rank", "gpu"):  # this process's own
-                    saved.run.pop(key, None)
+                saved.run.pop("gpu", None)  # this process's own
                 write_text(self.output_dir / "config.yaml", OmegaConf.to_yaml(saved, resolve=True))
         except OSError as error:
             folder = self.config.run_cfg.output_dir
@@ -233,6 +233,7 @@ class AuroraRunner(RunnerBase):
             autocast=self.autocast,
             scaler=self.scaler,
             guard=FiniteGuard(self.output_dir, skip=self.config.run_cfg.skip_nonfinite),
+            nested=nested_steps(self._model, self.optimizer, self.config.run_cfg),
             run=self.config.run_cfg,
             folder=self.output_dir,
         )
@@ -299,6 +300,9 @@ class AuroraRunner(RunnerBase):
             # The model holds the weights that were tested.
             kind, tested = ("best", self.state.best_epoch) if best else ("last", last)
             self._save_adapter(kind, {"epoch": tested, **logs})
+        if self.config.run_cfg.rank == AUTO and not self.evaluate_only:
+            with self.summary.timed("validation"):
+                choose_rank(self)
         self.summary.finish(logs or {})
 
     def _reload_best_model(self, model: nn.Module) -> nn.Module:

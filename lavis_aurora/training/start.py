@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,21 +29,27 @@ from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defin
 
 from lavis_aurora.common.errors import AuroraError, printable
 from lavis_aurora.common.files import writing
+from lavis_aurora.common.summary import read_summary
 from lavis_aurora.data.fetch import use_data_root
 from lavis_aurora.data.report import LOOK_SECONDS
 from lavis_aurora.evaluation.encode import broadcast
+from lavis_aurora.project import load_config
 from lavis_aurora.training.checkpoints import BEST, find_resumable_run, newest_run_differs
 from lavis_aurora.training.data import log, read_data
+from lavis_aurora.training.nested import choose_rank
+from lavis_aurora.training.order import loader_errors
+from lavis_aurora.training.resuming import load_weights
 
 
-def join_processes(run: DictConfig) -> None:
+def join_processes(run: DictConfig, rank: int) -> None:
     """Join the other processes of this run, for tensors on the CPU and on its device; one time limit holds for both.
 
     Args:
-        run: the ``run:`` part of the YAML, with rank and world_size.
+        run: the ``run:`` part of the YAML, with world_size.
+        rank: of this process.
     """
     limit = timedelta(minutes=run.dist_timeout_minutes)
-    store, rank, world = next(rendezvous(run.dist_url, run.rank, run.world_size, timeout=limit))
+    store, rank, world = next(rendezvous(run.dist_url, rank, run.world_size, timeout=limit))
     store.set_timeout(limit)
     store = PrefixStore(_agree_on_name(store, rank, world, limit), store)
     backend = "cpu:gloo,cuda:nccl" if run.device == "cuda" else "gloo"
@@ -211,9 +218,9 @@ def _set_up_processes(run: DictConfig) -> None:
     run.distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not run.distributed:
         # Whatever the YAML says: the run's config.yaml tells what ran.
-        run.rank, run.world_size = 0, 1
+        run.world_size = 1
         return
-    run.rank, run.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    run.world_size = int(os.environ["WORLD_SIZE"])
     run.gpu = int(os.environ.get("LOCAL_RANK", 0))
     if run.device == "cuda":
         if run.gpu >= torch.cuda.device_count():
@@ -221,7 +228,7 @@ def _set_up_processes(run: DictConfig) -> None:
                 f"--nproc_per_node: process {run.gpu} has no GPU of its own, of {torch.cuda.device_count()}"
             )
         torch.cuda.set_device(run.gpu)
-    join_processes(run)
+    join_processes(run, int(os.environ["RANK"]))
 
 
 def _set_seeds(seed: int) -> None:
@@ -260,11 +267,14 @@ def _choose_run(cfg: Config, lock: RunLock) -> tuple[str, str | None]:
     return folder.name, None
 
 
-def _agree_on_run(cfg: Config, lock: RunLock) -> str:
-    """The run's name; it and the checkpoint are the main process's choice."""
+def _agree_on_run(cfg: Config, lock: RunLock, folder: Path | None) -> str:
+    """The run's name, of ``folder`` if it is named; it and the checkpoint are the main process's choice."""
     choice: tuple[str, str | None] | None = None
     try:
-        if get_rank() == 0:
+        if get_rank() == 0 and folder is not None:
+            lock.take(folder)
+            choice = folder.name, None
+        elif get_rank() == 0:
             choice = _choose_run(cfg, lock)
     finally:
         choice = broadcast(choice)
@@ -282,8 +292,13 @@ def _printable_record(record: logging.LogRecord) -> bool:
     return True
 
 
-def run_config(cfg: Config) -> None:
-    """Build task, data, model and runner as configured, and run."""
+def run_config(cfg: Config, finished: Path | None = None) -> Path:
+    """Build task, data, model and runner as configured, and run; the folder of the run.
+
+    Args:
+        cfg: LAVIS's configuration.
+        finished: the folder of a run of it; its best epoch's rank is then chosen, and nothing else is done.
+    """
     run = cfg.run_cfg
     use_data_root()
     _set_up_processes(run)
@@ -291,7 +306,7 @@ def run_config(cfg: Config) -> None:
     for handler in logging.getLogger().handlers:
         handler.addFilter(_printable_record)
     with RunLock() as lock:
-        job_id = _agree_on_run(cfg, lock)
+        job_id = _agree_on_run(cfg, lock, finished)
         _set_seeds(run.seed + get_rank())
         task, datasets = read_data(cfg, LOOK_SECONDS, log)
         model = task.build_model(cfg)
@@ -300,6 +315,30 @@ def run_config(cfg: Config) -> None:
         if get_rank() == 0:
             lock.take(runner.output_dir)
             task.data_report.write(runner.output_dir)
-        runner.train()
+        if finished is None:
+            runner.train()
+        else:
+            with loader_errors():
+                load_weights(model, finished / BEST)
+                choose_rank(runner)
     if dist.is_initialized():
         dist.destroy_process_group()
+    return Path(runner.output_dir)
+
+
+def find_rank(run: str, options: Sequence[str] | None = None) -> Path:
+    """Choose the rank of a finished run, see ``run.rank``; its folder.
+
+    Args:
+        run: that folder.
+        options: ``key=value`` over its configuration, e.g. other paths of the data.
+
+    Raises:
+        AuroraError: it is no folder of a finished run with a best epoch, or its training was not nested.
+    """
+    folder = Path(run).expanduser().absolute()
+    if not (folder / BEST).is_file() or read_summary(folder)["status"] != "finished":
+        raise AuroraError(f"{run}: no folder of a finished run with a {BEST}; let it end by run.resume=auto first")
+    cfg = load_config(str(folder / "config.yaml"), ["run.rank=auto", *(options or [])])
+    cfg.run_cfg.output_dir = str(folder.parent)
+    return run_config(cfg, folder)

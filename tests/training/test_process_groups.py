@@ -43,8 +43,8 @@ def test_one_that_does_not_start_is_named():
 
 def test_all_groups_have_the_limit_of_the_yaml():
     url = f"tcp://127.0.0.1:{free_port()}"
-    run = {"device": "cpu", "rank": 0, "world_size": 1, "dist_url": url, "dist_timeout_minutes": 3.0}
-    join_processes(OmegaConf.create(run))
+    run = {"device": "cpu", "world_size": 1, "dist_url": url, "dist_timeout_minutes": 3.0}
+    join_processes(OmegaConf.create(run), 0)
     try:
         with StopRequest():
             groups = list(dist.distributed_c10d._world.pg_map)

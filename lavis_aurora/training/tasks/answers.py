@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from lavis_aurora.common.answers import (
 from lavis_aurora.common.errors import AuroraError, shown
 from lavis_aurora.common.files import read_json, write_text
 from lavis_aurora.data.report import DataReport, Finding
-from lavis_aurora.evaluation.answers import exact_match, vqa_accuracy
+from lavis_aurora.evaluation.answers import exact_match, exact_matches, vqa_accuracy
 from lavis_aurora.training.tasks.base import AuroraTaskBase, LavisTaskMixin, evaluated_keys
 
 SHOWN_TYPES = 12  # question types that a report lists; VQAv2 has 65
@@ -49,6 +50,7 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
     # What a result is known by, when processes have answered a question twice.
     result_key = "question_id"
     generated: Generated | None = None
+    scores: Sequence[float] | None = ()
 
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
         """Datasets by name and split, their files checked, with what the evaluation of each split needs.
@@ -220,6 +222,7 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
         if split in self.anno_files:
             files = (result_file, self.ques_files[split], self.anno_files[split])
             scores = vqa_accuracy(*files, **self._possible())
+            self.scores = scores.pop("scores")
             path = Path(result_file.replace("_vqa_result.json", "_accuracy.json"))
             found = {key: _plain(value) for key, value in scores.items()}
             write_text(path, json.dumps({"split": split, "questions": count, **found}, indent=1))
@@ -307,6 +310,10 @@ class VideoQaAuroraTask(VqaAuroraTask):
         """Exact match in percent, and the number of questions."""
         results = read_json(result_file)
         scores = exact_match(results, **self._possible())
+        truths: list[str] = [result["truth"] for result in results]
+        if self.generated is not None:
+            truths, _ = generated_truths(truths, self.generated)
+        self.scores = [100.0 * right for right in exact_matches(results, truths)]
         print(report_videos(split, len(results), scores), flush=True)
         logging.info("answers written to %s", result_file)
         metrics = {name: value for name, value in scores.items() if name != "unreachable"}

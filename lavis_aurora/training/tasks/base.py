@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,6 +57,11 @@ def check_model(task: type[BaseTask], model: nn.Module, cfg: Any) -> None:
         AuroraError: names the tasks that the model can do.
     """
     run, method = cfg.run_cfg, needed_method(task)
+    if run.get("rank") and not run.get("evaluate") and getattr(task, "scores", None) is None:
+        raise AuroraError(
+            f"run.rank: auto needs the score of each sample, which run.task {run.task} does not tell; name "
+            f"retrieval_aurora, vqa_aurora or video_qa_aurora, or leave it out"
+        )
     if method is None or not (run.valid_splits or run.test_splits):
         return
     if hasattr(model, method):
@@ -108,12 +114,15 @@ class AuroraTaskBase(BaseTask):
         evaluation_method: the model's method by which the task evaluates, see :func:`needed_method`.
         data_report: of the data, on the main process of a run.
         candidates: with which the ITC loss of the last batch compared a sample; 0 without such a loss.
+        scores: of the split that was evaluated last, on the main process: of each picture with its texts, or of
+            each question, the score; the mean is ``agg_metrics``. None (of the class too) where a task does not tell.
     """
 
     shard_evaluation = True
     evaluation_method: str | None = None
     data_report: DataReport | None = None
     candidates: int = 0
+    scores: Sequence[float] | None = None
     cfg: DictConfig
 
     def build_model(self, cfg: Any) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class RetrievalAuroraTask(LavisTaskMixin, RetrievalTask, AuroraTaskBase):
 
     shard_evaluation = False
     evaluation_method = "retrieval_scores"
+    scores: Sequence[float] | None = ()
 
     def evaluation(self, model: Any, data_loader: Any, **_kwargs: Any) -> dict[str, Any] | None:
         """Metrics, ranks and best candidates of a split, on the main process; None on the others."""
@@ -66,6 +68,8 @@ class RetrievalAuroraTask(LavisTaskMixin, RetrievalTask, AuroraTaskBase):
                 result["metrics"].update({f"{direction}{name}_{key}": value for key, value in metrics.items()})
             ids, values = scores.best(direction, TOP_K_SAVED)
             result["candidates"][direction] = {"ids": ids.tolist(), "scores": values.astype(float).round(4).tolist()}
+        image_of = [dataset.txt2img[i] for i in range(len(dataset.text))]
+        self.scores = image_scores(result["ranks"][i2t], result["ranks"][t2i], image_of)
         result["seconds"] = {**scores.seconds, "all": time.time() - start}
         return result
 
@@ -88,6 +92,21 @@ class RetrievalAuroraTask(LavisTaskMixin, RetrievalTask, AuroraTaskBase):
         write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
         logging.info("metrics, ranks and best candidates written to %s", path)
         return dict(metrics)
+
+
+def image_scores(image_ranks: Sequence[int], text_ranks: Sequence[int], image_of: Sequence[int]) -> list[float]:
+    """Mean recall of each image with its own texts, in percent; the mean over images is that of both directions.
+
+    An image and its texts are found together or not at all: apart, they would count as more than they are.
+
+    Args:
+        image_ranks, text_ranks: of the right candidate of each image and of each text, from 0.
+        image_of: the image of each text.
+    """
+    of_images, of_texts = (np.mean([np.less(ranks, k) for k in TOP], axis=0) for ranks in (image_ranks, text_ranks))
+    own = np.bincount(image_of, weights=of_texts, minlength=len(of_images))
+    both: list[float] = (50 * (of_images + own * len(of_images) / len(of_texts))).tolist()
+    return both
 
 
 # Rows of the table for each direction.

@@ -1,0 +1,197 @@
+r"""Compare one nested training with trainings of each rank, over seeds, on the test split.
+
+    python scripts/nested.py --task pictures --output output/nested --jobs 2
+    python scripts/nested.py --task clips --output output/nested_clips --seeds 1 --methods one dedicated
+
+The same command again goes on. Methods: ``one``, ``both`` and ``uniform`` are values of mode_approx.nested_steps; of
+each run the adapter of the best epoch is cut to every rank and tested. ``dedicated`` trains each rank by itself.
+``naive`` cuts the dedicated run of the largest rank, whose components are in no order. The area is that under the
+mean recall over log2(rank), per unit of it, so that it is a recall too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from comparison import SEEDS, TASKS
+from processes import ROOT, add_jobs_argument, run_all
+from sweep import Cell, report, write_or_check_plan
+
+from lavis_aurora.analysis.results import latest_run
+from lavis_aurora.cli import truncate
+from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.files import read_json, write_text
+from lavis_aurora.common.summary import read_summary
+
+RANKS = (4, 8, 16, 32, 64)
+NESTED = ("one", "both", "uniform")
+METHODS = (*NESTED, "dedicated", "naive")
+# What the comparison of methods found best for this size, see scripts/comparison/aurora_all_linear.yaml.
+OPTIONS = ("model.mode_approx.targets=all_linear", "run.init_lr=1e-2")
+
+
+class CutTest(Cell):
+    """A test of a trained cell's best epoch, of an adapter that is cut to a rank.
+
+    Args:
+        trained: the cell.
+        rank: to which its adapter is cut.
+    """
+
+    def __init__(self, trained: Cell, rank: int) -> None:
+        super().__init__({**trained.settings, "model.mode_approx.rank": str(rank)}, trained.folder / f"rank_{rank}")
+        self.trained, self.rank = trained, rank
+
+    def start(self, cfg_path: str, options: Sequence[str]) -> None:
+        """Cut the adapter, and start evaluate.py with it; its settings are the model's."""
+        run = latest_run(self.trained.folder)
+        assert run is not None
+        adapter = self.folder / "adapter"
+        if not adapter.exists():
+            truncate(str(run / "adapter_best"), self.rank, str(adapter))
+        rest = [one for one in options if not one.startswith("model.mode_approx.")]
+        self.start_run(cfg_path, [*rest, f"model.adapter={adapter}"], evaluate=True)
+
+
+def trained_cells(folder: Path, methods: Sequence[str], seeds: Sequence[int]) -> dict[tuple[str, int, int], Cell]:
+    """The runs to train, by method, largest rank and seed."""
+    wanted = [(method, RANKS[-1]) for method in methods if method in NESTED]
+    if "dedicated" in methods:
+        wanted += [("dedicated", rank) for rank in RANKS]
+    if "naive" in methods and "dedicated" not in methods:
+        wanted.append(("dedicated", RANKS[-1]))
+    cells = {}
+    for seed in seeds:
+        for method, rank in wanted:
+            settings = {"model.mode_approx.rank": str(rank), "run.seed": str(seed)}
+            if method in NESTED:
+                few = ",".join(map(str, RANKS[:-1]))
+                more = {"nested": "true", "nested_ranks": f"[{few}]", "nested_steps": method}
+                settings |= {f"model.mode_approx.{key}": value for key, value in more.items()}
+                settings["run.rank"] = "auto"
+            cells[method, rank, seed] = Cell(settings, folder / f"{method}_{rank}_seed{seed}")
+    return cells
+
+
+def run_cells(cells: Sequence[Cell], jobs: int, start: Callable[[Cell], None]) -> None:
+    """Run what is not finished."""
+    pending = [cell for cell in cells if not cell.is_done()]
+
+    def print_report(active: list[Cell], left: int) -> None:
+        print(report(pending, active, left, jobs), flush=True)
+
+    run_all(pending, jobs, start, Cell.poll, print_report)
+    failed = [cell for cell in cells if cell.result["status"] == "failed"]
+    if failed:
+        raise AuroraError(f"{len(failed)} of {len(cells)} failed, see {failed[0].log}; the same command goes on")
+
+
+def recall(cell: Cell) -> float:
+    """Mean recall on test, in percent."""
+    found: float = cell.result["metrics"]["test"]["agg_metrics"]
+    return found
+
+
+def training_seconds(cell: Cell) -> float:
+    """Of the steps alone."""
+    run = latest_run(cell.folder)
+    assert run is not None
+    return read_summary(run)["seconds"]["training"]
+
+
+def area(recalls: Mapping[int, float]) -> float:
+    """Under recall over log2(rank), by the trapezoid rule, divided by the width."""
+    ranks = sorted(recalls)
+    steps = [
+        (math.log2(high) - math.log2(low)) * (recalls[low] + recalls[high]) / 2 for low, high in zip(ranks, ranks[1:])
+    ]
+    return sum(steps) / (math.log2(ranks[-1]) - math.log2(ranks[0]))
+
+
+def table(found: Mapping[str, Mapping[int, Mapping[int, float]]], seconds: Mapping[str, float]) -> str:
+    """Mean (and spread over seeds) by method and rank in Markdown, the area, and training seconds of a seed."""
+    head = ["method", *map(str, RANKS), "area", "training, s"]
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    for method, by_seed in found.items():
+        row = []
+        for values in (*([one[rank] for one in by_seed.values()] for rank in RANKS), [*map(area, by_seed.values())]):
+            spread = f" ({statistics.stdev(values):.1f})" if len(values) > 1 else ""
+            row.append(f"{statistics.mean(values):.1f}{spread}")
+        lines.append(f"| {method} | " + " | ".join(row) + f" | {seconds[method]:.0f} |")
+    return "\n".join(lines)
+
+
+def collect(
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    trained: Mapping[tuple[str, int, int], Cell],
+    tests: Sequence[CutTest],
+) -> tuple[dict[str, dict[int, dict[int, float]]], dict[str, float]]:
+    """Recall by method, seed and rank, and the mean seconds of a seed's training."""
+    found: dict[str, dict[int, dict[int, float]]] = {}
+    seconds: dict[str, float] = {}
+    for method in methods:
+        source = "dedicated" if method == "naive" else method
+        runs = [cell for (name, rank, _), cell in trained.items() if name == source]
+        if method == "naive":
+            runs = [trained[source, RANKS[-1], seed] for seed in seeds]
+        seconds[method] = sum(training_seconds(cell) for cell in runs) / len(seeds)
+        for seed in seeds:
+            if method == "dedicated":
+                found.setdefault(method, {})[seed] = {rank: recall(trained[method, rank, seed]) for rank in RANKS}
+                continue
+            whole = trained[source, RANKS[-1], seed]
+            cut = {test.rank: recall(test) for test in tests if test.trained is whole}
+            found.setdefault(method, {})[seed] = {**cut, RANKS[-1]: recall(whole)}
+    return found, seconds
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, test, and write the table."""
+    cfg_path, options = str(ROOT / "projects" / "aurora" / TASKS[args.task]), [*OPTIONS, *args.options]
+    folder = args.output.expanduser().absolute()
+    write_or_check_plan(folder, cfg_path, options)
+    trained = trained_cells(folder, args.methods, args.seeds)
+    run_cells([*trained.values()], args.jobs, lambda cell: cell.start(cfg_path, options))
+    cut = ["dedicated" if method == "naive" else method for method in args.methods if method != "dedicated"]
+    whole = [trained[name, RANKS[-1], seed] for name in cut for seed in args.seeds]
+    tests = [CutTest(cell, rank) for cell in whole for rank in RANKS[:-1]]
+    run_cells(tests, args.jobs, lambda cell: cell.start(cfg_path, options))
+    found, seconds = collect(args.methods, args.seeds, trained, tests)
+    auto = {}
+    for (method, _, seed), cell in trained.items():
+        at = latest_run(cell.folder)
+        if method in NESTED and at is not None:
+            auto[f"{method}, seed {seed}"] = read_json(at / "ranks.json")["chosen"]
+    content: dict[str, Any] = {"recall": found, "seconds": seconds, "auto": auto}
+    write_text(folder / "nested.json", json.dumps(content, indent=1) + "\n")
+    print(table(found, seconds))
+    print("run.rank: auto chose " + "; ".join(f"{rank} ({which})" for which, rank in auto.items()))
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=TASKS, default="pictures", help="default: %(default)s")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="default: %(default)s")
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="the same for all runs")
+    parser.add_argument("--output", type=Path, default=Path("output/nested"), help="folder; the same one goes on")
+    add_jobs_argument(parser, 1)
+    try:
+        run(parser.parse_args(argv))
+    except AuroraError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")
+
+
+if __name__ == "__main__":
+    main()
