@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lavis_aurora.adapters.config import AdapterConfig, read_adapter
 from lavis_aurora.adapters.files import write_adapter
-from lavis_aurora.adapters.sets import KINDS, LowRank
+from lavis_aurora.adapters.sets import KINDS
+from lavis_aurora.adapters.updates import LowRank
 from lavis_aurora.common.errors import AuroraError, abbreviated, shown
 
 # Of a model's description, what decides the output besides the tensors.

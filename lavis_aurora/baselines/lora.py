@@ -9,7 +9,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lavis_aurora.adapters.sets import AdapterSet, AdapterSets, LowRank, UpdatedLayer, register_sets
+from lavis_aurora.adapters.sets import AdapterSet, AdapterSets, register_sets
+from lavis_aurora.adapters.updates import LowRank, UpdatedLayer
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.modules import retyped
 from lavis_aurora.config.method import LoraConfig

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import BertConfig, BertTokenizer
 
-from lavis_aurora.adapters.sets import UpdatedLayer
+from lavis_aurora.adapters.updates import UpdatedLayer
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import regular
 from lavis_aurora.common.modules import retyped

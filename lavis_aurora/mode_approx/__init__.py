@@ -3,6 +3,7 @@
 Knows torch, not LAVIS.
 """
 
+from lavis_aurora.adapters.companions import trainable_parameters_summary
 from lavis_aurora.adapters.files import load_adapter, save_adapter
 from lavis_aurora.adapters.switching import (
     bind_companions,
@@ -12,7 +13,6 @@ from lavis_aurora.adapters.switching import (
     merge_adapter,
     merged_state_dict,
     set_adapter,
-    trainable_parameters_summary,
     truncate_adapter,
     unmerge_adapter,
 )

@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lavis_aurora.adapters.sets import AdapterSet, AdapterSets, LowRank, register_sets
+from lavis_aurora.adapters.sets import AdapterSet, AdapterSets, register_sets
+from lavis_aurora.adapters.updates import LowRank
 from lavis_aurora.common.errors import AuroraError, did_you_mean, require
 from lavis_aurora.common.modules import KeepFloat32
 from lavis_aurora.config.method import ModeApproxConfig
@@ -183,7 +184,8 @@ class ModeFactors(AdapterSets):
             config.rank == first.rank and all(torch.equal(tensors[key], reference[key]) for key in shared)
             for config, tensors in parts
         )
-        merged = replace(first, rank=first.rank if equal else sum(config.rank for config, _ in parts))
+        rank = first.rank if equal else sum(config.rank for config, _ in parts)
+        merged = replace(first, rank=rank, nested=False)  # which components come first, no training has said
         # s differs by the same factor for every width.
         scaled = [
             (w * config.scale / merged.scale * math.sqrt(merged.rank / config.rank), tensors)

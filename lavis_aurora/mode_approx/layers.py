@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_aurora.adapters.sets import LowRank, UpdatedLayer
+from lavis_aurora.adapters.updates import LowRank, UpdatedLayer
 from lavis_aurora.common.modules import adopt
 from lavis_aurora.mode_approx.factors import FactorSet, ModeFactors, tower_of
 

@@ -1,16 +1,18 @@
-"""Learning rates: LAVIS's schedules with a warm-up of any length, and scales of the rate for parts of a model."""
+"""What optimises: LAVIS's schedules with a warm-up of any length, rates for parts of a model, mixed precision."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol, cast
 
+import torch
 from lavis.common.optims import LinearWarmupCosineLRScheduler, LinearWarmupStepLRScheduler
+from lavis.runners.runner_base import RunnerBase
 from torch import nn
 from torch.optim import Optimizer
 
-from lavis_aurora.adapters.switching import trained_groups
+from lavis_aurora.adapters.companions import trained_groups
 from lavis_aurora.common.errors import AuroraError, did_you_mean
 
 # In a group of an optimizer: its rate by that of the schedule, as timm and later versions of LAVIS name it.
@@ -108,3 +110,45 @@ class LongWarmup:
         self.schedule.step(cur_epoch=0, cur_step=done)
         for group, rate in zip(groups, rates):
             group["lr"] = min(group["lr"], rate)
+
+
+class OptimizedRunner(RunnerBase):
+    """RunnerBase with rates for parts of a model, a warm-up of any length, and bfloat16."""
+
+    _model: nn.Module
+    _optimizer: Optimizer | None
+    _scaler: torch.amp.GradScaler | None
+    _lr_sched: Any
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """LAVIS's AdamW over what is trained, groups of it at a rate of their own."""
+        if self._optimizer is None:
+            if not any(p.requires_grad for p in self._model.parameters()):
+                raise AuroraError("model.tuning: nothing is trained; use evaluate.py, or another model.tuning")
+            made = cast(Optimizer, super().optimizer)
+            scale_rates(made, self._model, self.config.run_cfg.lr_scales)
+        return cast(Optimizer, super().optimizer)
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """LAVIS's, with a warm-up of any length, scaled for each group of the optimizer."""
+        if self._lr_sched is None:
+            made = super().lr_scheduler
+            if isinstance(made, WITH_WARMUP):
+                made = LongWarmup(made, len(self.train_loader))
+            self._lr_sched = ScaledRates(made, self.optimizer) if self.config.run_cfg.lr_scales else made
+        return self._lr_sched
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What mixed precision computes in; None for single precision."""
+        half = torch.float16 if self.cuda_enabled else None
+        return {"bf16": torch.bfloat16, True: half}.get(self.config.run_cfg.amp)
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """Loss scaling, which float16 needs."""
+        if self._scaler is None and self.autocast is torch.float16:
+            self._scaler = torch.amp.GradScaler("cuda")
+        return self._scaler

@@ -10,12 +10,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import webdataset as wds
 from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.datasets.datasets.dataloader_utils import PrefetchLoader
-from lavis.runners.runner_base import RunnerBase
 from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -38,7 +36,7 @@ from lavis_aurora.training.loop import (
 )
 from lavis_aurora.training.nested import AUTO, choose_rank, nested_steps
 from lavis_aurora.training.outputs import RunSummary, forget_epoch, save_run_adapter
-from lavis_aurora.training.rates import WITH_WARMUP, LongWarmup, ScaledRates, scale_rates
+from lavis_aurora.training.rates import OptimizedRunner
 from lavis_aurora.training.resuming import RunCheckpoints, load_weights
 
 TRAINING_METRIC = "agg_metrics"
@@ -46,7 +44,7 @@ LOG = "log.txt"
 
 
 @registry.register_runner("runner_aurora")
-class AuroraRunner(RunnerBase):
+class AuroraRunner(OptimizedRunner):
     """RunnerBase with what is broken there overridden, and nothing else.
 
     On top of LAVIS: any device, one process or several, outputs under the current directory, the best epoch
@@ -55,9 +53,6 @@ class AuroraRunner(RunnerBase):
 
     _model: nn.Module
     _wrapped_model: nn.Module | None
-    _optimizer: torch.optim.Optimizer | None
-    _scaler: torch.amp.GradScaler | None
-    _lr_sched: Any
 
     def setup_output_dir(self) -> None:
         """Make ``output_dir``/job_id and write the resolved configuration into it."""
@@ -93,39 +88,6 @@ class AuroraRunner(RunnerBase):
     def unwrap_dist_model(self, model: nn.Module) -> nn.Module:
         """The model itself."""
         return model.module if isinstance(model, DistributedDataParallel) else model
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """LAVIS's AdamW over what is trained, groups of it at a rate of their own."""
-        if self._optimizer is None:
-            if not any(p.requires_grad for p in self._model.parameters()):
-                raise AuroraError("model.tuning: nothing is trained; use evaluate.py, or another model.tuning")
-            made = cast(torch.optim.Optimizer, super().optimizer)
-            scale_rates(made, self._model, self.config.run_cfg.lr_scales)
-        return cast(torch.optim.Optimizer, super().optimizer)
-
-    @property
-    def lr_scheduler(self) -> Any:
-        """LAVIS's, with a warm-up of any length, scaled for each group of the optimizer."""
-        if self._lr_sched is None:
-            made = super().lr_scheduler
-            if isinstance(made, WITH_WARMUP):
-                made = LongWarmup(made, len(self.train_loader))
-            self._lr_sched = ScaledRates(made, self.optimizer) if self.config.run_cfg.lr_scales else made
-        return self._lr_sched
-
-    @property
-    def autocast(self) -> torch.dtype | None:
-        """What mixed precision computes in; None for single precision."""
-        half = torch.float16 if self.cuda_enabled else None
-        return {"bf16": torch.bfloat16, True: half}.get(self.config.run_cfg.amp)
-
-    @property
-    def scaler(self) -> torch.amp.GradScaler | None:
-        """Loss scaling, which float16 needs."""
-        if self._scaler is None and self.autocast is torch.float16:
-            self._scaler = torch.amp.GradScaler("cuda")
-        return self._scaler
 
     def create_loaders(
         self,
