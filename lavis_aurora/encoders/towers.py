@@ -23,7 +23,7 @@ from lavis_aurora.common.files import regular
 from lavis_aurora.common.modules import retyped
 from lavis_aurora.config.models import BlipAuroraConfig
 from lavis_aurora.encoders.fused import drops, fuse_text, fuse_vision
-from lavis_aurora.encoders.merging import merge_in_tower
+from lavis_aurora.encoders.merging import MergingBlock, merge_in_tower
 
 # Keys that LAVIS's BERT reads and of which the towers here know one way: its value (the first; those after it compute
 # the same), and why.
@@ -230,15 +230,24 @@ def frozen_part(encoder: VisionTransformer) -> tuple[VisionTransformer, int] | N
 def frozen_tokens(encoder: VisionTransformer, visual: Tensor) -> FrozenTokens | None:
     """What does not depend on any tuning: nothing is kept of it for the backward pass. None if nothing is such.
 
+    Nothing is, too, where the pictures themselves ask for a gradient.
+
     Args:
         encoder: LAVIS's ViT.
         visual: as :func:`visual_input` gives it.
+
+    Raises:
+        AuroraError: tokens that are not of this tower.
     """
     found = frozen_part(encoder)
-    if found is None:
+    if found is None or visual.requires_grad:
         return None
     first, depth = found
     if visual.dim() == 3:
+        width = encoder.embed_dim + (depth > 0 and isinstance(encoder.blocks[0], MergingBlock))
+        if visual.shape[2] != width:
+            shape = tuple(visual.shape)
+            raise AuroraError(f"samples: tokens have shape {shape}; it must be (batch, tokens, {width})")
         return FrozenTokens(visual.to(encoder.pos_embed.dtype), depth, drawn=False)
     frames = visual if visual.dim() == 4 else visual.transpose(1, 2).flatten(0, 1)
     return FrozenTokens(VisionTransformer.forward(first, frames), depth, encoder.training and drops(first))

@@ -136,7 +136,12 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         return {**state, **copies}
 
     def _teacher(
-        self, image: Tensor, frozen: FrozenTokens | None, text: dict, visual: VisualFeatures, text_embeds: Tensor
+        self,
+        image: Tensor,
+        text: dict,
+        visual: VisualFeatures,
+        text_embeds: Tensor,
+        frozen: FrozenTokens | None = None,
     ) -> TeacherFeatures:
         """The momentum towers' features; where a momentum tower is the tower itself, what that has computed."""
         with nullcontext() if self.adapters is None else self.adapters.use(MOMENTUM_SET):
@@ -210,7 +215,7 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         text_feat = F.normalize(self.text_proj(text_embeds[:, 0]), dim=-1)
         with torch.no_grad():
             self._momentum_update()
-            teacher = self._teacher(image, frozen, text, visual, text_embeds)
+            teacher = self._teacher(image, text, visual, text_embeds, frozen)
         loss_itc, sims = self._itc_loss(samples, teacher, image_feat, text_feat, idx)
         loss_itm, matching = self._itm_loss(
             image_embeds, text, text_embeds[:, 0], image_feat, text_feat, idx, self._step(samples)

@@ -172,6 +172,16 @@ def test_it_is_trained_and_recomputed_alike(video: bool) -> None:
     train_steps(model, 1)
 
 
+@torch.no_grad()
+def test_half_precision_computes_nearly_the_same() -> None:
+    model, images = merging().eval(), batch()["image"][:2]
+    exact = model.match(images, ["a red circle"]).itm_logits
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model.match(images, ["a red circle"]).itm_logits
+    assert (rounded - exact).abs().max() < 0.1
+    assert (model.bfloat16().match(images, ["a red circle"]).itm_logits - exact).abs().max() < 0.1
+
+
 def test_the_frozen_part_merges_too() -> None:
     model = merging(mode_approx={"rank": 4, "layers": {"last": 1}}).train()
     images = batch()["image"]

@@ -120,6 +120,25 @@ def test_what_lies_before_the_chosen_layers_is_lavis_and_keeps_nothing() -> None
     assert 0 < less < kept(lambda: encode_visual(aurora(None).train().visual_encoder, image)) / 2
 
 
+def test_pictures_may_ask_for_a_gradient() -> None:
+    model, image = aurora({"last": 1}).eval(), batch()["image"]
+    grads = []
+    for encode in (lambda x: encode_visual(model.visual_encoder, x).tokens, lambda x: without_sharing(model, x)):
+        pixels = image.clone().requires_grad_()
+        encode(pixels).square().sum().backward()
+        grads.append(pixels.grad)
+    assert torch.equal(*grads) and grads[0].abs().sum() > 0
+
+
+def test_tokens_of_another_tower_are_refused() -> None:
+    model = aurora({"last": 1})
+    with pytest.raises(AuroraError, match=r"tokens have shape \(2, 10, 64\); it must be \(batch, tokens, 128\)"):
+        encode_visual(model.visual_encoder, torch.randn(2, 10, 64))
+    model.visual_encoder.cls_token.requires_grad_(True)
+    with pytest.raises(AuroraError, match="tokens are given where all of the vision tower is tuned"):
+        encode_visual(model.visual_encoder, torch.randn(2, 10, 128))
+
+
 @pytest.mark.parametrize("video", [False, True])
 def test_the_teacher_shares_it_and_is_what_it_was(video: bool) -> None:
     model = aurora({"last": 1}).train()
