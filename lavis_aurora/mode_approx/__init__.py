@@ -3,7 +3,6 @@
 Knows torch, not LAVIS.
 """
 
-from lavis_aurora.adapters.companions import trainable_parameters_summary
 from lavis_aurora.adapters.files import load_adapter, save_adapter
 from lavis_aurora.adapters.switching import (
     bind_companions,
@@ -16,6 +15,7 @@ from lavis_aurora.adapters.switching import (
     truncate_adapter,
     unmerge_adapter,
 )
+from lavis_aurora.adapters.trained import trainable_parameters_summary
 from lavis_aurora.mode_approx.factors import FactorSet, ModeFactors
 from lavis_aurora.mode_approx.inject import inject_mode_approx
 from lavis_aurora.mode_approx.layers import AdaptedLayer, ModeApproxLinear, ModeApproxMultiheadAttention

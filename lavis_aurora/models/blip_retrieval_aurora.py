@@ -32,14 +32,9 @@ from lavis_aurora.encoders.towers import (
     visual_input,
 )
 from lavis_aurora.mode_approx.presets import PRESETS
+from lavis_aurora.models import parts
 from lavis_aurora.models.base import AuroraBase
 from lavis_aurora.models.matching import broadcast_seed, gather, sample_hard_negatives
-from lavis_aurora.models.parts import (
-    compute_in_parts,
-    encode_text_in_parts,
-    encode_visual_in_parts,
-    frozen_tokens_in_parts,
-)
 from lavis_aurora.models.scoring import RetrievalScoring
 
 
@@ -149,10 +144,10 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
                 tower = getattr(self, "visual_encoder_m", self.visual_encoder)
                 # LAVIS's teacher draws what it drops by itself, and has a tower of its own where all is trained.
                 shared = tower is self.visual_encoder and frozen is not None and not frozen.drawn
-                visual = encode_visual_in_parts(tower, self.mini_batch_size, image, frozen if shared else None)
+                visual = parts.encode_visual_in_parts(tower, self.mini_batch_size, image, frozen if shared else None)
             if not self._teacher_equals_student(self.text_encoder):
                 encoder = getattr(self, "text_encoder_m", self.text_encoder)
-                text_embeds = encode_text_in_parts(encoder, self.mini_batch_size, text)
+                text_embeds = parts.encode_text_in_parts(encoder, self.mini_batch_size, text)
         return TeacherFeatures(
             visual.tokens.detach(),
             text_embeds.detach(),
@@ -207,10 +202,10 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         text = self.tokenize(texts, pad_to_longest=True, everywhere=self._gathers, device=image.device)
         # What no tuning reaches is computed once, for model and teacher.
         size = self.mini_batch_size
-        frozen = frozen_tokens_in_parts(self.visual_encoder, size, image)
-        visual = encode_visual_in_parts(self.visual_encoder, size, image, frozen)
+        frozen = parts.frozen_tokens_in_parts(self.visual_encoder, size, image)
+        visual = parts.encode_visual_in_parts(self.visual_encoder, size, image, frozen)
         image_embeds = visual.tokens
-        text_embeds = encode_text_in_parts(self.text_encoder, size, text)
+        text_embeds = parts.encode_text_in_parts(self.text_encoder, size, text)
         image_feat = F.normalize(self.vision_proj(visual.pooled), dim=-1)
         text_feat = F.normalize(self.text_proj(text_embeds[:, 0]), dim=-1)
         with torch.no_grad():
@@ -304,7 +299,7 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         # Rows: the pairs as they are; each text with a wrong image; each image with a wrong text.
         batch = (image_embeds, ids, mask, negative_image, world(ids)[negative_text], world(mask)[negative_text])
         compute = self._matching_passes
-        tokens = torch.cat(compute_in_parts(compute, self.mini_batch_size, *batch, whole=(wrong_images,)))
+        tokens = torch.cat(parts.compute_in_parts(compute, self.mini_batch_size, *batch, whole=(wrong_images,)))
         fused = tokens[:, 0]
         if self.training and self.context_form != "none":
             # Also the texts of the other processes are context, as if the batch were in one.
