@@ -18,7 +18,6 @@ from lavis_aurora.analysis.drawing import Plot, hide_axes, subplots
 from lavis_aurora.analysis.results import (
     load_trained,
     read_config,
-    read_visual,
     result_file,
     split_data,
     tuned_model,
@@ -26,6 +25,7 @@ from lavis_aurora.analysis.results import (
 )
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json
+from lavis_aurora.data.samples import read_visual
 from lavis_aurora.encoders.towers import encode_visual
 from lavis_aurora.evaluation.scores import right_targets
 
