@@ -15,6 +15,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ EVALUATE = "evaluate a model on the test splits of a project YAML"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """``lavis-aurora train|evaluate|index|search|answer|check|inspect|merge|targets|configs|...``."""
+    """``lavis-aurora train|evaluate|index|search|answer|app|check|inspect|merge|targets|configs|...``."""
     args = command_parser().parse_args(argv)
     if args.command == "configs" and not args.names:
         print(configs())
@@ -162,6 +163,40 @@ def _add_search_commands(commands: argparse._SubParsersAction[argparse.ArgumentP
     one.add_argument("--answers", metavar="JSON", help="a list of answers to choose from; else they are generated")
     one.add_argument("--out", metavar="FILE", help="answers of a file: .json as VQAv2's (answers.json), or .csv")
     _add_model_arguments(one, _answer)
+    _add_app_command(commands)
+
+
+def _add_app_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """app."""
+    one = commands.add_parser("app", help="a page in the browser: search and ask, adapters side by side")
+    one.add_argument("index", metavar="INDEX", nargs="?", help="an index; the demo's pictures without one")
+    what = "an adapter beside that of the index, of retrieval or of answers; several may be given"
+    one.add_argument("--adapter", metavar="NAME=FOLDER", action="append", default=[], help=what)
+    one.add_argument("--device", default="auto", help="cpu or cuda; a GPU where there is one, by default")
+    one.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine)")
+    one.add_argument("--port", type=int, default=8501, help="(default: %(default)s)")
+    one.set_defaults(action=_app)
+
+
+def app_command(args: argparse.Namespace) -> list[str]:
+    """What runs the page."""
+    page = Path(__file__).with_name("lavis_aurora") / "app.py"
+    server = {"address": args.host, "port": args.port, "headless": "true", "maxUploadSize": 20}
+    options = {**{f"server.{key}": value for key, value in server.items()}, "server.fileWatcherType": "none"}
+    options |= {"browser.gatherUsageStats": "false", "client.toolbarMode": "minimal"}
+    words = [f"--{key}={value}" for key, value in options.items()]
+    given = [*([args.index] if args.index else []), f"--device={args.device}"]
+    given += [f"--adapter={one}" for one in args.adapter]
+    return [sys.executable, "-m", "streamlit", "run", str(page), *words, "--", *given]
+
+
+def _app(args: argparse.Namespace) -> None:
+    if find_spec("streamlit") is None:
+        from lavis_aurora.common.errors import AuroraError
+
+        raise AuroraError("the page needs Streamlit: pip install streamlit")
+    command = app_command(args)
+    os.execv(command[0], command)
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], None]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Optional
+from typing import BinaryIO, Optional
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ class PictureIndex:
     """An index of a folder's pictures and clips, as a model of this package sees them.
 
     An index is bound to its model: backbone, adapter and picture size are told by hashes, and another is refused.
-    Several threads may use one.
+    Several threads may use one; what else uses its model holds ``lock``.
 
     Usage:
         >>> index = PictureIndex("holiday", adapter="output/RUN/adapter_best")
@@ -122,7 +122,7 @@ class PictureIndex:
         self.root = Path(self._settings.root) if root is None and self._settings is not None else Path(root or "")
         self.model = SearchModel(ARCH, source, device)
         self._check()
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._ranker = Ranker(self.model, token_budget_gb)
 
     def _check(self) -> None:
@@ -173,7 +173,7 @@ class PictureIndex:
                 settings.probes, settings.recall = before.probes, before.recall
             if settings != before:
                 self._write(settings)
-            with self._lock:
+            with self.lock:
                 done = update_store(self._store, self.model, self.root, tree, retry_broken)
             known = settings.recall is not None  # tried before: found to be too little, or out of date now
             if len(self) > EXACT and (not known or (settings.probes is not None and done.changes)):
@@ -229,13 +229,13 @@ class PictureIndex:
         words = [word for word in self.model.model.tokenizer.get_vocab() if word.isalpha() and len(word) > 2]
         chosen = sorted(words)[:: max(1, len(words) // MEASURED_TEXTS)][:MEASURED_TEXTS]
         texts = [f"a picture of {word}" for word in chosen]
-        with self._lock, torch.no_grad():
+        with self.lock, torch.no_grad():
             return encode_texts(self.model.model, texts, IMAGE_CHUNK).feats.numpy()
 
     def search(
         self,
         text: str = "",
-        image: str | Path | None = None,
+        image: str | Path | BinaryIO | None = None,
         *,
         plus: str | Sequence[str] = (),
         minus: str | Sequence[str] = (),
@@ -251,7 +251,7 @@ class PictureIndex:
 
         Args:
             text: words.
-            image: a picture or clip.
+            image: a picture or clip; of an open file, a picture.
             plus, minus: a text, or several.
             top: hits.
             rerank: candidates whose ITM is computed; 0 ranks by ITC alone.
@@ -271,7 +271,7 @@ class PictureIndex:
         texts = [text] if text else []
         wanted = [*texts, *([plus] if isinstance(plus, str) else plus)]
         unwanted = [minus] if isinstance(minus, str) else [*minus]
-        with self._lock, torch.no_grad():
+        with self.lock, torch.no_grad():
             query = self._ranker.query(wanted, unwanted, image)
             rerank = rerank if query.wanted else 0
             # A condition may leave too few entries in the parts that would be searched.

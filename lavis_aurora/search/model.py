@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, BinaryIO, Optional
 
 import torch
 from lavis.common.registry import registry
@@ -19,7 +20,7 @@ from torch import Tensor
 from lavis_aurora.adapters.companions import adapter_parameters, persistent_buffers
 from lavis_aurora.adapters.config import read_adapter_config, tensors_hash
 from lavis_aurora.adapters.switching import disable_adapter, find_adapters
-from lavis_aurora.common.errors import AuroraError, require
+from lavis_aurora.common.errors import AuroraError, require, shown
 from lavis_aurora.common.media import BrokenVideo, load_picture
 from lavis_aurora.config.run import VideoProcessorConfig
 from lavis_aurora.data.samples import VideoEvalProcessor, VideoProcessor
@@ -106,14 +107,14 @@ class SearchModel:
             "normalised": str([*_normalised(vis)]),
         }
 
-    def read(self, path: str | Path) -> Tensor:
-        """A picture, (3, height, width), or a clip, (3, frames, height, width).
+    def read(self, path: str | Path | BinaryIO) -> Tensor:
+        """A picture, (3, height, width), or a clip, (3, frames, height, width); of an open file, a picture.
 
         Raises:
             Unreadable: it cannot be read.
         """
         try:
-            if kind_of(str(path)) == CLIP:
+            if isinstance(path, (str, Path)) and kind_of(str(path)) == CLIP:
                 clip: Tensor = self._clip(str(path))
                 return clip
             picture: Tensor = self._picture(load_picture(path))
@@ -124,13 +125,16 @@ class SearchModel:
             raise Unreadable(str(error.__cause__ or error)) from error
 
     def words(self, text: str, key: str = "text") -> str:
-        """A text as the model was taught to read it.
+        """A text as the model was taught to read it; one that is too long for it is cut, which the log says.
 
         Raises:
             AuroraError: nothing is left of it.
         """
         words: str = self._text(text)
         require(bool(words.strip()), key, text, "a text with words")
+        count, most = len(self.model.tokenizer.tokenize(words)) + 2, self.model.max_txt_len  # with [CLS] and [SEP]
+        if count > most:
+            logging.warning("%s: of %s, %d tokens, the model reads the first %d alone", key, shown(text), count, most)
         return words
 
 

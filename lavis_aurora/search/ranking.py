@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -65,7 +65,9 @@ class Ranker:
         self._model, self._left = model, budget_gb * 1e9
         self._tokens = OrderedDict[tuple[str, FileState], Tensor]()
 
-    def query(self, wanted: Sequence[str], unwanted: Sequence[str], image: str | Path | None) -> Query:
+    def query(
+        self, wanted: Sequence[str], unwanted: Sequence[str], image: str | Path | BinaryIO | None
+    ) -> Query:
         """The normalised sum of the features of texts and a picture or clip, less those of unwanted texts.
 
         Raises:
@@ -87,7 +89,8 @@ class Ranker:
             try:
                 pixels = self._model.read(image)
             except Unreadable as error:
-                raise AuroraError(f"cannot read {image} ({error})") from error
+                name = getattr(image, "name", image)
+                raise AuroraError(f"cannot read {name} ({error})") from error
             total += self._encode(pixels)[1]
         size = total.norm()
         if not size > 1e-4:

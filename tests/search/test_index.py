@@ -141,6 +141,13 @@ def test_queries_that_cannot_be_used(indexed, query, message):
         indexed.search(**query)
 
 
+def test_a_text_that_is_cut_is_said(indexed, caplog):
+    indexed.search("a star " * 16 + "a", rerank=0)
+    assert caplog.text == ""
+    indexed.search("a star " * 17, rerank=0)
+    assert "36 tokens, the model reads the first 35 alone" in caplog.text
+
+
 def test_files_that_are_gone_or_changed_are_said(open_index, gallery, caplog):
     index = open_index()
     index.update()
