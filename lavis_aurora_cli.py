@@ -14,9 +14,11 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import lavis_aurora_compat as compat  # before LAVIS, and in data processes that start by importing the program
 
@@ -80,6 +82,8 @@ def command_parser() -> argparse.ArgumentParser:
     _add_run_arguments(commands.add_parser("train", help=TRAIN), evaluate=False)
     _add_run_arguments(commands.add_parser("evaluate", help=EVALUATE), evaluate=True)
 
+    _add_search_commands(commands)
+
     one = commands.add_parser("check", help="report what is in the data of a project YAML, without training")
     one.add_argument("path", metavar="YAML", help="project YAML; run.evaluate=true for what an evaluation reads")
     one.add_argument("--decode", action="store_true", help="read each picture and video, too")
@@ -123,6 +127,86 @@ def command_parser() -> argparse.ArgumentParser:
     one = commands.add_parser("doctor", help="what is installed, whether it works together, what to do if not")
     one.add_argument("--json", action="store_true", help="the same for programs")
     return parser
+
+
+def _add_search_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """index, search and answer."""
+    one = commands.add_parser("index", help="make or update an index of a folder's pictures and clips")
+    one.add_argument("folder", metavar="FOLDER", help="of pictures and clips, with folders in it")
+    one.add_argument("--out", metavar="INDEX", help="where the index is kept; FOLDER/.aurora_index by default")
+    one.add_argument("--retry-broken", action="store_true", help="try files again that could not be read")
+    _add_model_arguments(one, _index)
+
+    one = commands.add_parser("search", help="pictures and clips of an index, by words or by a picture")
+    one.add_argument("index", metavar="INDEX", help="an index, or the folder that it is in")
+    one.add_argument("text", metavar="TEXT", nargs="?", default="", help="e.g. 'two dogs on a beach'")
+    one.add_argument("--image", metavar="FILE", help="what is like this picture or clip; with TEXT: and like it")
+    one.add_argument("--plus", metavar="TEXT", action="append", default=[], help="and like this")
+    one.add_argument("--minus", metavar="TEXT", action="append", default=[], help="and unlike this")
+    one.add_argument("--top", type=int, default=10, metavar="N", help="hits (default: %(default)s)")
+    what = "candidates ranked by ITM too; 0: by ITC alone (default: %(default)s)"
+    one.add_argument("--rerank", type=int, default=32, metavar="N", help=what)
+    what = "weight of ITC in the scores of those (default: %(default)s)"
+    one.add_argument("--itc-weight", type=float, default=1.0, metavar="X", help=what)
+    one.add_argument("--where", metavar="SQL", help="e.g. \"kind = 'clip'\" or \"path LIKE 'holiday/%%'\"")
+    one.add_argument("--sheet", metavar="PNG", help="write a picture of the hits")
+    one.add_argument("--open", action="store_true", help="show a picture of the hits")
+    _add_model_arguments(one, _search)
+
+    one = commands.add_parser("answer", help="questions about a picture, or a file of questions")
+    one.add_argument("questions", metavar="QUESTION", nargs="+", help="about --image; or a file of questions")
+    one.add_argument("--image", metavar="FILE", help="the picture or clip")
+    one.add_argument("--images", metavar="FOLDER", help="where the pictures of a file of questions are")
+    one.add_argument("--answers", metavar="JSON", help="a list of answers to choose from; else they are generated")
+    one.add_argument("--out", metavar="FILE", help="answers of a file: .json as VQAv2's (answers.json), or .csv")
+    _add_model_arguments(one, _answer)
+    _add_app_command(commands)
+
+
+def _add_app_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """app."""
+    one = commands.add_parser("app", help="a page in the browser: search and ask, adapters side by side")
+    one.add_argument("index", metavar="INDEX", nargs="?", help="an index; the demo's pictures without one")
+    what = "an adapter beside that of the index, of retrieval or of answers; several may be given"
+    one.add_argument("--adapter", metavar="NAME=FOLDER", action="append", default=[], help=what)
+    one.add_argument("--device", default="auto", help="cpu or cuda; a GPU where there is one, by default")
+    one.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine)")
+    one.add_argument("--port", type=int, default=8501, help="(default: %(default)s)")
+    one.set_defaults(action=_app)
+
+
+def app_command(args: argparse.Namespace) -> list[str]:
+    """What runs the page."""
+    page = Path(__file__).with_name("lavis_aurora") / "app.py"
+    server = {"address": args.host, "port": args.port, "headless": "true", "maxUploadSize": 20}
+    options = {**{f"server.{key}": value for key, value in server.items()}, "server.fileWatcherType": "none"}
+    options |= {"browser.gatherUsageStats": "false", "client.toolbarMode": "minimal"}
+    words = [f"--{key}={value}" for key, value in options.items()]
+    given = [*([args.index] if args.index else []), f"--device={args.device}"]
+    given += [f"--adapter={one}" for one in args.adapter]
+    return [sys.executable, "-m", "streamlit", "run", str(page), *words, "--", *given]
+
+
+def _app(args: argparse.Namespace) -> None:
+    if find_spec("streamlit") is None:
+        from lavis_aurora.common.errors import AuroraError
+
+        raise AuroraError("the page needs Streamlit: pip install streamlit")
+    command = app_command(args)
+    os.execv(command[0], command)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], None]) -> None:
+    """Which model, and what is done."""
+    parser.add_argument("--adapter", metavar="FOLDER", help="of an adapter; the model is then the one it is of")
+    parser.add_argument("--model-type", help="e.g. coco, or tiny; base by default")
+    parser.add_argument("--pretrained", help="file or URL of the backbone, instead of that of the type")
+    parser.add_argument("--tokenizer", help="hub name or folder of the tokenizer, likewise")
+    parser.add_argument("--med-config-path", help="configuration of the text tower, likewise")
+    parser.add_argument("--frames", type=int, metavar="N", help="of each clip; 8, or as the adapter was tuned")
+    parser.add_argument("--device", default="auto", help="cpu or cuda; a GPU where there is one, by default")
+    parser.add_argument("--json", action="store_true", help="the same for programs")
+    parser.set_defaults(action=action)
 
 
 def _add_adapter_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -286,6 +370,33 @@ def _convert(args: argparse.Namespace) -> None:
     from lavis_aurora.data.convert import main
 
     main(args.arguments)
+
+
+MODEL_ARGUMENTS = ("adapter", "model_type", "pretrained", "tokenizer", "med_config_path", "frames", "device")
+
+
+def _model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    return {key: getattr(args, key) for key in MODEL_ARGUMENTS}
+
+
+def _index(args: argparse.Namespace) -> None:
+    from lavis_aurora.search.commands import index
+
+    _show(index(args.folder, args.out, args.retry_broken, args.json, **_model_arguments(args)))
+
+
+def _search(args: argparse.Namespace) -> None:
+    from lavis_aurora.search.commands import search
+
+    query = {key: getattr(args, key) for key in ("image", "plus", "minus", "top", "rerank", "itc_weight", "where")}
+    _show(search(args.index, args.text, args.json, args.sheet, args.open, query, **_model_arguments(args)))
+
+
+def _answer(args: argparse.Namespace) -> None:
+    from lavis_aurora.search.commands import answer
+
+    files = (args.image, args.images, args.answers, args.out)
+    _show(answer(args.questions, *files, args.json, **_model_arguments(args)))
 
 
 def _show(text: str) -> None:

@@ -18,7 +18,6 @@ from lavis_aurora.analysis.drawing import Plot, hide_axes, subplots
 from lavis_aurora.analysis.results import (
     load_trained,
     read_config,
-    read_visual,
     result_file,
     split_data,
     tuned_model,
@@ -26,6 +25,7 @@ from lavis_aurora.analysis.results import (
 )
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json
+from lavis_aurora.data.samples import read_visual
 from lavis_aurora.encoders.merging import patch_shares, traced
 from lavis_aurora.encoders.towers import encode_visual
 from lavis_aurora.evaluation.scores import right_targets
@@ -124,7 +124,7 @@ def word_maps(model, image: torch.Tensor, text: str, layer: int) -> tuple[list[s
     Returns:
         The words, joined from their pieces, maps (words, rows, columns), and the layer's number.
     """
-    tokens = model.tokenize([text], pad_to_longest=True)
+    tokens = model.tokenize([text], pad_to_longest=True, device=model.device)
     pieces = model.tokenizer.convert_ids_to_tokens(tokens.input_ids[0].tolist())
     ids = tokens.input_ids.clone()
     ids[:, 0] = model.tokenizer.enc_token_id
@@ -141,12 +141,12 @@ def word_maps(model, image: torch.Tensor, text: str, layer: int) -> tuple[list[s
     handle = layers[layer].crossattention.self.register_forward_hook(catch)
     try:
         with traced(model.visual_encoder):
-            embeds, _ = encode_visual(model.visual_encoder, image)
+            embeds, _ = encode_visual(model.visual_encoder, image.to(model.device))
         model.text_encoder(
             ids,
             attention_mask=tokens.attention_mask,
             encoder_hidden_states=embeds,
-            encoder_attention_mask=torch.ones(embeds.shape[:-1], dtype=torch.long),
+            encoder_attention_mask=torch.ones(embeds.shape[:-1], dtype=torch.long, device=model.device),
             output_attentions=True,
             return_dict=True,
         )
@@ -167,7 +167,7 @@ def word_maps(model, image: torch.Tensor, text: str, layer: int) -> tuple[list[s
         else:
             words.append(piece)
             maps.append(one)
-    return words, torch.stack(maps).numpy(), layer
+    return words, torch.stack(maps).cpu().numpy(), layer
 
 
 class CasesPlot(Plot):

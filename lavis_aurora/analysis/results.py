@@ -7,24 +7,21 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lavis.common.registry import registry
 from omegaconf import DictConfig
 from torch import nn
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json, regular, writing
-from lavis_aurora.common.media import BrokenVideo, load_picture, read_frames
 from lavis_aurora.common.summary import SUMMARY, Summary, read_summary
 from lavis_aurora.config.check import READING_ERRORS, read_yaml
 from lavis_aurora.config.dataset_keys import named_splits
 from lavis_aurora.config.models import BlipAuroraConfig
 from lavis_aurora.data.annotations import build_checked
-from lavis_aurora.data.samples import CheckedDataset, uniform_indices
+from lavis_aurora.data.samples import CheckedDataset
 from lavis_aurora.project import AuroraConfig, load_config
 from lavis_aurora.training.checkpoints import BEST, read_checkpoint, read_latest
 
@@ -273,9 +270,6 @@ def compared(records: Sequence[Mapping[str, Any]]) -> list[ComparedMethod]:
     return sorted(found, key=lambda one: (one.parameters, one.label))
 
 
-VIDEOS = (".mp4", ".avi", ".mkv", ".webm", ".mov")
-
-
 def load_run_config(run: str | Path) -> AuroraConfig:
     """The checked configuration of a run's folder."""
     return load_config(str(Path(run) / "config.yaml"))
@@ -322,18 +316,3 @@ def split_data(run: str | Path, split: str) -> CheckedDataset:
             return build_checked(name, config, [split])[split]
         known += named_splits(config)
     raise AuroraError(f"{run}: no split {split!r}; its data have {', '.join(known)}")
-
-
-def read_visual(path: str | Path) -> np.ndarray:
-    """A picture, or the middle frame of a video: (height, width, 3), uint8.
-
-    Raises:
-        AuroraError: it cannot be read.
-    """
-    if Path(path).suffix.lower() not in VIDEOS:
-        return np.asarray(load_picture(path))
-    try:
-        [frame] = read_frames(str(path), partial(uniform_indices, count=1))
-    except BrokenVideo as error:
-        raise AuroraError(f"cannot read {path} ({error})") from error
-    return frame.permute(1, 2, 0).numpy()

@@ -24,6 +24,11 @@ if TYPE_CHECKING:  # where no video is read, PyAV is not imported
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
+# Names' endings.
+PICTURE_ENDINGS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+VIDEO_ENDINGS = (
+    *(".3g2", ".3gp", ".avi", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".webm", ".wmv"),
+)
 # Modes without transparency of which PIL's RGB is what viewers show.
 PLAIN_MODES = ("1", "L", "RGB", "CMYK", "YCbCr")
 # Formats with grey of 16 bits in mode I; in others it has 32, of which nothing says which value is white.

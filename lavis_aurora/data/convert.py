@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 
 from lavis_aurora.common.errors import AuroraError, abbreviated
 from lavis_aurora.common.files import atomic_write, use_utf8, writing
+from lavis_aurora.common.media import VIDEO_ENDINGS
 from lavis_aurora.common.paths import data_root
 from lavis_aurora.data.layouts import Annotations, read_annotations
 from lavis_aurora.data.raw import BENCHMARKS, PARTS, Entries, benchmark_of, entries_of, splits_of
 
 SHOWN = 5
 # Of videos; DiDeMo's names may end in a dot.
-ENDINGS = {"", ".3g2", ".3gp", ".avi", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".mts", ".webm", ".wmv"}
+ENDINGS = {"", *VIDEO_ENDINGS}
 
 
 class Published(NamedTuple):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_world_size, is_dist_avail_and_initialized, is_main_process
@@ -25,7 +26,14 @@ from torchvision.transforms import v2
 
 from lavis_aurora.common.errors import AuroraError, abbreviated
 from lavis_aurora.common.files import regular, write_text
-from lavis_aurora.common.media import BrokenVideo, as_shown, read_frames, whole_pictures
+from lavis_aurora.common.media import (
+    VIDEO_ENDINGS,
+    BrokenVideo,
+    as_shown,
+    load_picture,
+    read_frames,
+    whole_pictures,
+)
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.run import VideoProcessorConfig
 from lavis_aurora.data.features import FeatureCache
@@ -71,6 +79,21 @@ class VideoProcessor(BaseProcessor):
     def from_config(cls, cfg: DictConfig | None = None) -> VideoProcessor:
         """Build from the part of a YAML, every key checked; see :class:`VideoProcessorConfig`."""
         return cls(parse_config(cls.CONFIG_CLASS, cfg or {}, "vis_processor"))
+
+
+def read_visual(path: str | Path) -> np.ndarray:
+    """A picture, or the middle frame of a video: (height, width, 3), uint8.
+
+    Raises:
+        AuroraError: it cannot be read.
+    """
+    if Path(path).suffix.lower() not in VIDEO_ENDINGS:
+        return np.asarray(load_picture(path))
+    try:
+        [frame] = read_frames(str(path), partial(uniform_indices, count=1))
+    except BrokenVideo as error:
+        raise AuroraError(f"cannot read {path} ({error})") from error
+    return frame.permute(1, 2, 0).numpy()
 
 
 @registry.register_processor("aurora_video_train")
