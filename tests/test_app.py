@@ -21,7 +21,8 @@ from lavis_aurora import app as page
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.demo.pictures import generate_pictures
 from lavis_aurora.search import PictureIndex
-from lavis_aurora_cli import app_command, command_parser
+from lavis_aurora_cli import command_parser
+from lavis_aurora_commands import app_command
 
 PAGE = Path(page.__file__)
 
