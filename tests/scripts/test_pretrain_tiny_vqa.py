@@ -27,7 +27,8 @@ def test_questions_drawn_are_those_that_the_picture_answers_and_yes_is_right_as_
     for scene in SCENES:
         by_kind = askable(scene, "clean")
         known = {q.text: q for wordings in by_kind.values() for questions in wordings for q in questions}
-        for text, answer in pretrain_tiny_vqa.draw(pretrain_tiny_vqa.asked_about(scene), 100, rng):
+        drawn = pretrain_tiny_vqa.draw(pretrain_tiny_vqa.asked_about(scene), 100, pretrain_tiny_vqa.SHARES, rng)
+        for text, answer in drawn:
             assert known[text].answer == answer
             kinds[known[text].kind] += 1
             answers[known[text].template][answer] += 1
@@ -37,6 +38,12 @@ def test_questions_drawn_are_those_that_the_picture_answers_and_yes_is_right_as_
     total = sum(pretrain_tiny_vqa.SHARES.values())
     for kind in KINDS:
         assert kinds[kind] / sum(kinds.values()) == pytest.approx(pretrain_tiny_vqa.SHARES[kind] / total, abs=0.05)
+
+
+def test_yes_and_no_are_asked_for_alone_at_first() -> None:
+    asked = pretrain_tiny_vqa.asked_about(SCENES[0])
+    drawn = pretrain_tiny_vqa.draw(asked, 50, pretrain_tiny_vqa.FIRST, random.Random(0))
+    assert {answer for _, answer in drawn} == {"yes", "no"}
 
 
 def test_loss_is_the_models_own() -> None:
@@ -55,11 +62,13 @@ def test_loss_is_the_models_own() -> None:
     assert torch.allclose(pretrain_tiny_vqa.loss_of(model, visual, asked), model(samples).loss, rtol=1e-5)
 
 
-def test_rate_rises_stays_and_falls_to_the_end() -> None:
-    shares = [pretrain_tiny_vqa.share_of_rate(step, 1000) for step in range(1000)]
+@pytest.mark.parametrize("fall", [0.2, 0.5])
+def test_rate_rises_stays_and_falls_to_the_end(fall: float) -> None:
+    shares = [pretrain_tiny_vqa.share_of_rate(step, 1000, fall) for step in range(1000)]
+    top = round(1000 * (1 - fall))
     assert shares[:100] == pytest.approx([(step + 1) / 100 for step in range(100)])
-    assert {*shares[100:801]} == {1.0}
-    assert shares[801:] == pytest.approx([(1000 - step) / 200 for step in range(801, 1000)])
+    assert {*shares[100 : top + 1]} == {1.0}
+    assert shares[top:] == pytest.approx([(1000 - step) / (1000 - top) for step in range(top, 1000)])
 
 
 class Knowing:
