@@ -1,6 +1,8 @@
 """Teach the demo's tiny BLIP, as pretrained for retrieval, to answer questions about clean pictures.
 
-    python scripts/pretrain_tiny_vqa.py          # writes the weights that come with the package, vqa.safetensors
+    python scripts/pretrain_tiny_vqa.py          # writes output/tiny_vqa.safetensors
+
+The weights in the package are those of projects/aurora/demo_vqa_pretrain.yaml: they know positions better.
 
 The vision encoder stays as it is, so that a picture is encoded once. In each step several questions are drawn about
 each picture: a kind, a wording, then an answer, so that yes is right as often as no. The file is then tested: the
@@ -37,7 +39,7 @@ from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
 from lavis_aurora.models.loading import load_model_and_preprocess, load_preprocess
 
 ARCH, DOMAIN = "blip_vqa_aurora", "clean"
-START, TARGET = (package_file(f"configs/models/tiny/{name}.safetensors") for name in ("model", "vqa"))
+START = package_file("configs/models/tiny/model.safetensors")
 # How often each kind is drawn: at first yes and no alone. Retrieval has taught the encoder to tell whether a text
 # fits a picture. Asked for all kinds at once it forgets that before it is of use: yes and no were at chance after
 # 1,500 steps.
@@ -154,7 +156,9 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=3000, help="to train on (default: %(default)s)")
     parser.add_argument("--test", type=int, default=500, help="pictures to test on (default: %(default)s)")
     parser.add_argument("--validate-every", type=int, default=250, metavar="STEPS", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=Path(TARGET), help="default: the file in the package")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/tiny_vqa.safetensors"), help="default: %(default)s"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     cfg = OmegaConf.load(BlipVqaAurora.default_config_path("tiny"))

@@ -14,6 +14,7 @@ from make_tiny_weights import stored_weights
 from safetensors.torch import load_file
 from tiny_vqa import vqa_model
 
+from lavis_aurora.common.paths import package_file
 from lavis_aurora.demo.questions import KINDS, SHAPE_COUNTS, askable, iter_questions
 from lavis_aurora.demo.scenes import iter_scenes
 
@@ -105,7 +106,7 @@ def test_it_writes_the_same_weights_again_and_leaves_the_vision_encoder(tmp_path
     _run(again, monkeypatch)
     assert first.read_bytes() == again.read_bytes()
     written, start = load_file(first), load_file(pretrain_tiny_vqa.START)
-    shipped = load_file(pretrain_tiny_vqa.TARGET)
+    shipped = load_file(package_file("configs/models/tiny/vqa.safetensors"))
     assert {key: value.shape for key, value in written.items()} == {k: value.shape for k, value in shipped.items()}
     vision = [key for key in written if key.startswith("visual_encoder")]
     assert vision and all(torch.equal(written[key], start[key]) for key in vision)
@@ -114,6 +115,9 @@ def test_it_writes_the_same_weights_again_and_leaves_the_vision_encoder(tmp_path
 
 
 def test_shipped_weights_hold_what_this_program_writes() -> None:
-    shipped, kept = load_file(pretrain_tiny_vqa.TARGET), stored_weights(vqa_model(tuning="full"))
+    shipped, kept = (
+        load_file(package_file("configs/models/tiny/vqa.safetensors")),
+        stored_weights(vqa_model(tuning="full")),
+    )
     assert {key: value.shape for key, value in shipped.items()} == {key: value.shape for key, value in kept.items()}
     assert {value.dtype for value in shipped.values()} == {torch.float16}
