@@ -207,8 +207,12 @@ def test_other_modes_are_as_pil_has_them(tmp_path: Path, ending: str, mode: str)
         noise(mode).save(path)
     except OSError:
         pytest.skip(f"no {ending} has mode {mode}")
-    with Image.open(path) as opened:
-        assert difference(load_picture(path), opened.convert("RGB")) == 0
+    with whole_pictures(), Image.open(path) as opened:
+        try:
+            expected = opened.convert("RGB")
+        except OSError:
+            pytest.skip(f"this Pillow cannot read the {ending} of mode {mode} that it writes")  # 11.3, YCbCr in tif
+    assert difference(load_picture(path), expected) == 0
 
 
 # Refused
