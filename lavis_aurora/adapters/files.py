@@ -116,7 +116,7 @@ def _with_settings(config: AdapterConfig) -> dict[str, Any]:
     if not isinstance(settings.get(config.kind), dict):
         return config.model
     # Which layers were targeted, the slots say; a model is built by its own words for them.
-    own = {key: value for key, value in asdict(config.settings).items() if key != "targets"}
+    own = {key: value for key, value in asdict(config.settings).items() if key not in ("targets", "layers")}
     return {**config.model, "settings": {**settings, config.kind: {**settings[config.kind], **own}}}
 
 

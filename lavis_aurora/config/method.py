@@ -92,7 +92,7 @@ class ModeApproxConfig:
             gate stands in the chosen ones of the text encoder. What comes before them in the vision tower is computed
             once for model and teacher, and keeps nothing for the backward pass. null is the paper's: all.
         nested: train an adapter that can be cut to fewer components, see truncate_adapter and run.rank: steps also
-            train its first components alone. It needs about 1.5 times as many steps.
+            train its first components alone. In as many steps all of them together reach less than without.
         nested_ranks: how many components those are, one of these for each such step; those below ``rank`` count.
         nested_steps: what a step trains: one (all components or the first few of them, as likely), both (all of them,
             and in every second step, at random, the first few besides, which takes twice as long) or uniform (any

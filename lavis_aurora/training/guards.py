@@ -32,7 +32,7 @@ MAX_OVERFLOWS = 25
 # Shares of the loss of chance: below the one, a model tells pairs apart; above the other, it does not.
 LEARNED, AT_CHANCE = 0.9, 0.99
 CHECK_EVERY, MAX_CHECKS = 25, 2  # steps; such checks in a row
-MIN_CANDIDATES = 8  # with fewer, a loss is too noisy to be judged
+MIN_PAIRS = 8  # with fewer, a loss is too noisy to be judged
 
 
 class _Step(NamedTuple):
@@ -158,9 +158,9 @@ def _plain(value: Any) -> list[Any]:
 class CollapseGuard:
     """Stops a run whose model told pairs apart, and gives all of them the same score now.
 
-    Features that are alike for all samples have an ITC loss of ln(candidates) whatever the targets, and little
-    gradient to leave it by. A run that starts there, from random weights, is let go on. Of each ``CHECK_EVERY``
-    steps the mean over processes is read, and that of the first step, before anything is trained.
+    Features that are alike for all samples have an ITC loss of ln(pairs) whatever the targets, and little gradient
+    to leave it by. A run that starts there, from random weights, is let go on. Of each ``CHECK_EVERY`` batches the
+    mean over processes is read, and that of the first one, before anything is trained.
 
     Args:
         run: the ``run:`` part of the YAML, with ``stop_collapsed`` and ``init_lr``.
@@ -171,15 +171,16 @@ class CollapseGuard:
         self._shares: list[Tensor] = []
         self._learned, self._first, self._at_chance = False, True, 0
 
-    def note(self, loss: Tensor | None, candidates: int, place: str) -> None:
-        """Look at the ITC loss of a batch, against that many candidates; there may be none.
+    def note(self, in_batch: tuple[Tensor, int] | None, place: str) -> None:
+        """Look at the ITC loss among the pairs of a batch, and how many these are; there may be none.
 
         Raises:
             AuroraError: it was below ``LEARNED`` of the loss of chance, and has been above ``AT_CHANCE`` of it.
         """
-        if not self.enabled or loss is None or candidates < MIN_CANDIDATES:
+        if not self.enabled or in_batch is None or in_batch[1] < MIN_PAIRS:
             return
-        self._shares.append((loss.detach().float() / math.log(candidates)).nan_to_num(1.0))
+        loss, pairs = in_batch
+        self._shares.append((loss.detach().float() / math.log(pairs)).nan_to_num(1.0))
         if len(self._shares) < CHECK_EVERY and not self._first:
             return
         mean = torch.stack(self._shares).mean()
@@ -192,9 +193,9 @@ class CollapseGuard:
         self._at_chance = self._at_chance + 1 if share > AT_CHANCE else 0
         if self._learned and self._at_chance >= MAX_CHECKS:
             raise AuroraError(
-                f"{place}: for {MAX_CHECKS * CHECK_EVERY} steps the ITC loss has been that of chance, "
-                f"ln({candidates}) = {math.log(candidates):.2f}, after it was lower: the features have collapsed; "
-                f"lower run.init_lr ({self.rate:g}), or that of the heads (run.lr_scales.heads=0.1); "
+                f"{place}: for {MAX_CHECKS * CHECK_EVERY} steps the ITC loss among the pairs of a batch has been "
+                f"that of chance, ln({pairs}) = {math.log(pairs):.2f}, after it was lower: the features have "
+                f"collapsed; lower run.init_lr ({self.rate:g}), or that of the heads (run.lr_scales.heads=0.1); "
                 f"run.stop_collapsed: false goes on"
             )
 

@@ -83,10 +83,10 @@ class TrainableTask(Protocol):
     """What a step asks of a task.
 
     Attributes:
-        candidates: with which the ITC loss of the last batch compared a sample; 0 without such a loss.
+        in_batch: the ITC loss among the pairs of the last batch alone, and how many they are; None without one.
     """
 
-    candidates: int
+    in_batch: Optional[tuple[Tensor, int]]
 
     def losses(self, model: nn.Module, samples: Samples) -> dict[str, Tensor]:
         """Losses of a batch by name; ``loss`` is minimised."""
@@ -225,7 +225,7 @@ def train_steps(state: TrainingState) -> Iterator[int]:
             # Of a step that is skipped, nothing counts.
             state.totals[key] = state.totals.get(key, 0.0) + value.double().nan_to_num(0.0, 0.0, 0.0)
         place = f"epoch {state.epoch + 1}, step {i + 1}"
-        state.collapse.note(losses.get("loss_itc"), state.task.candidates, place)
+        state.collapse.note(state.task.in_batch, place)
         if updates:
             _update(state, losses, samples)
         else:

@@ -264,6 +264,8 @@ class AuroraRunner(OptimizedRunner):
             self._save_adapter(kind, {"epoch": tested, **logs})
         if self.config.run_cfg.rank == AUTO and not self.evaluate_only:
             with self.summary.timed("validation"):
+                if not self.test_splits:
+                    self.checkpoints.load_best()  # no test has done it
                 choose_rank(self)
         self.summary.finish(logs or {})
 

@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from distributed import run_processes
+from lavis.models.blip_models.blip_outputs import BlipSimilarity
 from runs import only_run
 from tiny import project_yaml
 
@@ -14,18 +16,19 @@ from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.config.check import parse_run
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.training.guards import CHECK_EVERY, MAX_CHECKS, CollapseGuard
+from lavis_aurora.training.tasks.base import itc_in_batch
 from lavis_aurora_cli import train
 
-CANDIDATES = 32
-CHANCE = math.log(CANDIDATES)
+PAIRS = 32
+CHANCE = math.log(PAIRS)
 
 
-def stopped_at(losses: list[float], candidates: int = CANDIDATES, **run) -> int | None:
+def stopped_at(losses: list[float], pairs: int = PAIRS, **run) -> int | None:
     """The step, from 1, at which the guard stops such a run."""
     guard = CollapseGuard(parse_run(run))
     for step, loss in enumerate(losses, start=1):
         try:
-            guard.note(torch.tensor(loss), candidates, f"step {step}")
+            guard.note((torch.tensor(loss), pairs), f"step {step}")
         except AuroraError:
             return step
     return None
@@ -62,9 +65,9 @@ def test_others_go_on(losses):
 def test_it_can_be_turned_off_and_does_not_judge_a_handful():
     losses = [*[0.5 * CHANCE] * 60, *[CHANCE] * 500]
     assert stopped_at(losses) and stopped_at(losses, stop_collapsed=False) is None
-    assert stopped_at(losses, candidates=4) is None and stopped_at(losses, candidates=0) is None
+    assert stopped_at(losses, pairs=4) is None
     guard = CollapseGuard(parse_run({}))
-    guard.note(None, CANDIDATES, "of a model without such a loss")
+    guard.note(None, "of a model without such a loss")
 
 
 def test_steps_without_a_finite_loss_count_as_chance():
@@ -72,21 +75,14 @@ def test_steps_without_a_finite_loss_count_as_chance():
 
 
 def test_a_run_says_what_happened_and_what_to_do(tmp_path, monkeypatch, capsys):
-    """Of the real losses: the towers' features are replaced by constant ones from the second epoch on."""
+    """Of the real losses: the features are those of a model that tells all apart, from the second epoch on alike."""
     original = BlipRetrievalAurora._itc_loss
 
     def collapsed(self, samples, teacher, image_feat, text_feat, idx):
-        if samples["epoch"]:
-            same = torch.ones_like(image_feat) / 8
-            teacher = teacher._replace(image_feat=same, text_feat=same)
-            image_feat, text_feat = image_feat * 0 + 1 / 8, text_feat * 0 + 1 / 8
-            self.image_queue.fill_(1 / 8)
-            self.text_queue.fill_(1 / 8)
-        else:
-            image_feat, text_feat = teacher.image_feat.clone(), teacher.image_feat.clone()
-            teacher = teacher._replace(text_feat=teacher.image_feat)
-        loss, sims = original(self, samples, teacher, image_feat, text_feat, idx)
-        return (loss if samples["epoch"] else loss * 0.5), sims
+        first = torch.zeros_like(image_feat).index_fill_(1, torch.tensor(0), 1.0)
+        made = first if samples["epoch"] else torch.eye(*image_feat.shape)
+        teacher = teacher._replace(image_feat=made, text_feat=made)
+        return original(self, samples, teacher, image_feat * 0 + made, text_feat * 0 + made, idx)
 
     monkeypatch.setattr(BlipRetrievalAurora, "_itc_loss", collapsed)
     run = {"max_epoch": 60, "batch_size_train": 8, "valid_splits": [], "test_splits": []}
@@ -94,9 +90,32 @@ def test_a_run_says_what_happened_and_what_to_do(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train(["--cfg-path", str(yaml)])
     error = capsys.readouterr().err
-    assert "epoch 51, step 1: for 50 steps the ITC loss has been that of chance, ln(24) = 3.18" in error
+    assert "epoch 51, step 1: for 50 steps the ITC loss among the pairs of a batch has been that of" in error
+    assert "chance, ln(8) = 2.08" in error
     assert "lower run.init_lr (0.001)" in error and "run.stop_collapsed: false" in error
     assert (only_run(tmp_path) / "checkpoint_latest.pth").is_file()
+
+
+def test_a_queue_that_starts_at_random_teaches_nothing():
+    """Features that are alike differ from random ones; among themselves they are at chance, with any queue."""
+    guard, pairs, queue = CollapseGuard(parse_run({})), 8, 1024
+    for step in range(200):
+        feats = F.normalize(torch.ones(pairs, 16) + 0.01 * torch.randn(pairs, 16), dim=1)
+        others = F.normalize(torch.randn(queue, 16) if step < 100 else torch.ones(queue, 16), dim=1)
+        sims = feats @ torch.cat([feats, others]).t() / 0.07
+        output = BlipSimilarity(sim_i2t=sims, sim_i2t_targets=torch.eye(pairs, pairs + queue))
+        if step == 0:
+            assert F.cross_entropy(sims, torch.arange(pairs)) < 0.5 * math.log(pairs + queue)
+        guard.note(itc_in_batch(output), f"step {step}")
+
+
+def test_of_a_batch_its_own_pairs_count():
+    sims, targets = torch.randn(3, 10), torch.rand(3, 10).softmax(dim=1)
+    loss, pairs = itc_in_batch(BlipSimilarity(sim_i2t=sims, sim_i2t_targets=targets))
+    rows = zip(sims[:, :3].softmax(dim=1), targets[:, :3] / targets[:, :3].sum(dim=1, keepdim=True))
+    assert pairs == 3
+    assert loss == pytest.approx(float(sum(-(p.log() * t).sum() for p, t in rows) / 3))
+    assert itc_in_batch(None) is None and itc_in_batch(BlipSimilarity(sim_i2t=sims)) is None
 
 
 def _collapses_in(rank: int, where: tuple[int, ...]) -> int | None:

@@ -26,7 +26,9 @@ from lavis_aurora.encoders.towers import compile_layers
 from lavis_aurora.mode_approx.factors import ModeFactors
 from lavis_aurora.project import load_config
 from lavis_aurora.training import loop
+from lavis_aurora.training.checkpoints import read_checkpoint
 from lavis_aurora.training.nested import NestedSteps, RankRow, enough, nested_steps, standard_error
+from lavis_aurora.training.runner import AuroraRunner
 from lavis_aurora.training.start import find_rank
 from lavis_aurora.training.tasks.base import check_model, runnable_task
 from lavis_aurora.training.tasks.retrieval import image_scores
@@ -298,6 +300,27 @@ def test_auto_writes_the_smallest_rank_that_is_enough(tmp_path, capsys, caplog):
     assert (run / "ranks.png").is_file()
     assert f"run.rank: {chosen} of 8 components are enough" in caplog.text
     assert "enough" in capsys.readouterr().out
+
+
+def test_without_a_test_the_best_epoch_is_ranked_all_the_same(tmp_path, monkeypatch):
+    """The adapter that is cut is the best epoch's, and so the model that is measured must be."""
+    metrics, original = iter([90.0, 10.0, 20.0]), AuroraRunner.eval_epoch
+
+    def eval_epoch(self, split_name, cur_epoch, **kwargs):
+        log = original(self, split_name=split_name, cur_epoch=cur_epoch, **kwargs)
+        if not str(cur_epoch).startswith("rank"):
+            return {**log, "agg_metrics": next(metrics)}
+        measured.append({name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad})
+        return log
+
+    measured: list[dict] = []
+    monkeypatch.setattr(AuroraRunner, "eval_epoch", eval_epoch)
+    run = {"rank": "auto", "test_splits": [], "max_epoch": 3}
+    train(["--cfg-path", str(project_yaml(tmp_path, model=MODEL, run=run))])
+    best = read_checkpoint(only_run(tmp_path) / "checkpoint_best.pth")
+    assert best["epoch"] == 0 and len(measured) == 3
+    for name, value in measured[0].items():
+        assert torch.equal(value, best["model"][name]), name
 
 
 def test_the_rank_of_a_finished_run(tmp_path, monkeypatch):

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from lavis.common.dist_utils import get_world_size
 from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 from lavis.tasks.captioning import CaptionTask
@@ -113,7 +116,7 @@ class AuroraTaskBase(BaseTask):
         shard_evaluation: whether processes may share an evaluation split by samples; retrieval ranks it as a whole.
         evaluation_method: the model's method by which the task evaluates, see :func:`needed_method`.
         data_report: of the data, on the main process of a run.
-        candidates: with which the ITC loss of the last batch compared a sample; 0 without such a loss.
+        in_batch: of the last batch, see :func:`itc_in_batch`.
         scores: of the split that was evaluated last, on the main process: of each picture with its texts, or of
             each question, the score; the mean is ``agg_metrics``. None (of the class too) where a task does not tell.
     """
@@ -121,7 +124,7 @@ class AuroraTaskBase(BaseTask):
     shard_evaluation = True
     evaluation_method: str | None = None
     data_report: DataReport | None = None
-    candidates: int = 0
+    in_batch: tuple[Tensor, int] | None = None
     scores: Sequence[float] | None = None
     cfg: DictConfig
 
@@ -181,10 +184,28 @@ class AuroraTaskBase(BaseTask):
             ) from error
         self._reported = {key: output[key].detach() for key in output if "loss" in key and output[key] is not None}
         # BLIP's and ALBEF's.
-        similarity: Tensor | None = getattr(getattr(output, "sims", None), "sim_i2t", None)
-        self.candidates = 0 if similarity is None else similarity.shape[-1]
+        self.in_batch = itc_in_batch(getattr(output, "sims", None))
         loss: Tensor = output["loss"]
         return loss
+
+
+@torch.no_grad()
+def itc_in_batch(sims: Any) -> tuple[Tensor, int] | None:
+    """ITC loss of images among the pairs of a batch alone, of all processes, and how many these are.
+
+    The queue, which starts at random, has no part in it: a model that has learned nothing tells that from its own.
+
+    Args:
+        sims: BLIP's or ALBEF's similarities; None where a model has none, and then the result is.
+    """
+    similarity, targets = (getattr(sims, name, None) for name in ("sim_i2t", "sim_i2t_targets"))
+    if similarity is None or targets is None:
+        return None
+    # The pairs of the batch stand before the queue.
+    count = min(len(similarity) * get_world_size(), similarity.shape[1])
+    own = targets[:, :count].float()
+    losses = -(F.log_softmax(similarity[:, :count].float(), dim=1) * own).sum(dim=1) / own.sum(dim=1)
+    return losses.mean(), count
 
 
 class LavisTaskMixin(BaseTask):
