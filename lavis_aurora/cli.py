@@ -84,7 +84,9 @@ def diff(first: str, second: str) -> str:
         a, b = (" ".join(one.get(key, "-").split()) for one in said)
         lines += [] if a == b else [f"{key}: A {a}", f"{'':<{len(key)}}  B {b}"]
     updates = compare_updates(*read)
-    if ours.base.sha256 != theirs.base.sha256:
+    if (ours.kind, list(ours.slots)) != (theirs.kind, list(theirs.slots)):
+        lines.append("They update other weights: their hashes do not tell whether the backbone is the same.")
+    elif ours.base.sha256 != theirs.base.sha256:
         lines.append("They are of other backbones: what follows compares updates of different weights.")
     for name, config in (("A", ours), ("B", theirs)):
         alone = [slot for slot in config.slots if slot not in updates]
@@ -135,16 +137,18 @@ def truncate(adapter: str, rank: int, output: str | None = None) -> str:
     """Write an adapter cut to its first components; where it is, and its size, as text.
 
     Args:
-        adapter: a folder.
+        adapter: a folder, or USER/NAME of the hub.
         rank: how many components.
-        output: the folder to write; by default one beside, with the rank in its name.
+        output: the folder to write; by default one beside the folder, with the rank in its name.
 
     Raises:
         AuroraError: the folder is there already, or the adapter has no such rank.
     """
     source = Path(adapter).expanduser()
     folder = source.with_name(f"{source.resolve().name}_rank{rank}") if output is None else Path(output).expanduser()
-    config, tensors = truncated_adapter(*read_adapter(source), rank, adapter)
+    config, tensors = truncated_adapter(*read_adapter(adapter), rank, adapter)
+    if output is None and not source.exists():
+        raise AuroraError(f"--out: name the folder to write; {adapter} is of the hub")
     if folder.exists():
         raise AuroraError(f"{folder} is there already; name another folder by --out")
     write_adapter(folder, config, tensors)

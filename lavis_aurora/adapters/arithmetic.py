@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +14,16 @@ from lavis_aurora.adapters.config import AdapterConfig, read_adapter
 from lavis_aurora.adapters.files import write_adapter
 from lavis_aurora.adapters.sets import KINDS
 from lavis_aurora.adapters.updates import LowRank
-from lavis_aurora.common.errors import AuroraError, abbreviated, shown
+from lavis_aurora.common.errors import AuroraError, abbreviated, require, shown
 
+# Of a model's settings, those of its backbone that decide the output besides the weights.
+BACKBONE_SETTINGS = (
+    *("image_size", "vit_type", "vit", "vit_layer_norm_epsilon", "embed_dim", "max_txt_len", "token_merging"),
+    *("share_decoder", "mask_question_padding"),
+)
 # Of a model's description, what decides the output besides the tensors.
 SAME = ("arch", "vocabulary_sha256", "text_config")
-SAME_SETTINGS = ("tuning", "gate", "share_decoder", "mask_question_padding", "image_size", "max_txt_len", "base")
+SAME_SETTINGS = ("tuning", "gate", "base", *BACKBONE_SETTINGS)
 
 
 @dataclass
@@ -132,6 +138,7 @@ def merge_adapters(
     weights = [1 / len(folders)] * len(folders) if weights is None else list(weights)
     if len(weights) != len(folders):
         raise AuroraError(f"--weights: {len(weights)} for {len(folders)} adapters; give one for each")
+    require(all(map(math.isfinite, weights)), "--weights", weights, "a finite number for each adapter")
     if Path(output).expanduser().exists():
         raise AuroraError(f"{output} is there already; name another folder")
     read = [read_adapter(folder) for folder in folders]
@@ -161,11 +168,11 @@ def _differences(config: AdapterConfig, other: AdapterConfig) -> list[str]:
     if config.kind != other.kind:
         return [f"the one is of {config.kind} and the other of {other.kind}"]
     problems = []
-    if config.base.sha256 != other.base.sha256:
-        names = (f"{one.base.name or 'without a name'}, sha256 {one.base.sha256[:12]}" for one in (config, other))
-        problems.append(f"they were tuned on other backbones ({'; '.join(names)})")
     if list(config.slots.items()) != list(other.slots.items()):
         problems.append("they update other weights (slots)")
+    elif config.base.sha256 != other.base.sha256:
+        names = (f"{one.base.name or 'without a name'}, sha256 {one.base.sha256[:12]}" for one in (config, other))
+        problems.append(f"they were tuned on other backbones ({'; '.join(names)})")
     rows = [(key, config.model.get(key), other.model.get(key)) for key in SAME]
     own, theirs = (one.model.get("settings") or {} for one in (config, other))
     rows += [(f"settings.{key}", own.get(key), theirs.get(key)) for key in SAME_SETTINGS]
@@ -182,7 +189,10 @@ def _average(
         apart = sorted(group.keys() ^ groups[0].keys())
         if apart:
             raise AuroraError(f"only one of the adapters has {abbreviated(apart)}; they cannot be averaged")
-    differ = [key for key, tensor in groups[0].items() if any(not torch.equal(g[key], tensor) for g in groups)]
+    shapes = sorted(key for key, tensor in groups[0].items() if any(g[key].shape != tensor.shape for g in groups))
+    if shapes:
+        raise AuroraError(f"{abbreviated(shapes)} differ in shape; they cannot be averaged")
+    differ = sorted(key for key, tensor in groups[0].items() if any(not torch.equal(g[key], tensor) for g in groups))
     if differ and abs(sum(weights) - 1) > 1e-6:
         raise AuroraError(
             f"{abbreviated(differ)} differ and are no updates, which could be added; give --weights whose sum is 1, "

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from lavis_aurora.adapters.sets import INTERNAL, KINDS, AdapterSets
 from lavis_aurora.adapters.switching import adapters_of, owner_of, warn_of_order
 from lavis_aurora.common import __version__
 from lavis_aurora.common.errors import AuroraError, abbreviated
-from lavis_aurora.common.files import atomic_write
+from lavis_aurora.common.files import atomic_write, new_folder
 
 
 def save_adapter(
@@ -98,16 +99,13 @@ def write_adapter(folder: str | Path, config: AdapterConfig, tensors: Mapping[st
     text = config.to_json()
     content = safetensors.torch.save(dict(tensors), {METADATA: text})
     folder = Path(folder).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AuroraError(f"cannot write {folder} ({error}); name another folder") from error
-    # Both are on the disk before either takes its place; whoever reads between the two renames sees it by the hash.
-    with atomic_write(folder / TENSORS) as tensor_file, atomic_write(folder / CONFIG) as config_file:
-        for file, data in ((tensor_file, content), (config_file, text.encode())):
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    with nullcontext(folder) if folder.exists() else new_folder(folder) as place:
+        # Both are on the disk before either takes its place; who reads between the two renames sees it by the hash.
+        with atomic_write(place / TENSORS) as tensor_file, atomic_write(place / CONFIG) as config_file:
+            for file, data in ((tensor_file, content), (config_file, text.encode())):
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def _with_settings(config: AdapterConfig) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,18 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch import nn
 
+from lavis_aurora.adapters.arithmetic import BACKBONE_SETTINGS
 from lavis_aurora.adapters.card import CARD, model_card
 from lavis_aurora.adapters.config import AdapterConfig, read_adapter_config
 from lavis_aurora.adapters.export import export_lora
 from lavis_aurora.adapters.switching import merged_state_dict
 from lavis_aurora.common.errors import AuroraError, did_you_mean
 from lavis_aurora.common.files import atomic_write, write_text
+from lavis_aurora.config.adapter_settings import type_settings
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import BlipAuroraConfig, ModeApproxModelConfig
 from lavis_aurora.models.hugging_face import export_transformers
-from lavis_aurora.models.loading import load_model_and_preprocess
+from lavis_aurora.models.loading import SOURCES, load_model_and_preprocess
 
 
 def merge(
@@ -41,14 +43,15 @@ def merge(
     Raises:
         AuroraError: the file is there already, the adapter has gates, or backbone and adapter do not fit.
     """
-    if Path(output).exists():
-        raise AuroraError(f"{output} is there already; name another file")
+    place = Path(output).expanduser()
+    if place.exists():
+        raise AuroraError(f"{place} is there already; name another file")
     model, config = _tuned_model(adapter, "merged_state_dict(model)", pretrained, tokenizer, med_config_path)
     state = merged_state_dict(model)
-    with atomic_write(output) as file:
+    with atomic_write(place) as file:
         torch.save({"model": state}, file)
-    said = loading_instructions(config.model["arch"], model.settings, Path(output).absolute())
-    return f"{output}: {len(state)} tensors; {said}"
+    said = loading_instructions(config.model["arch"], model.settings, place.absolute())
+    return "\n".join([f"{place}: {len(state)} tensors; {said}", *_merging_notes(config)])
 
 
 def _tuned_model(adapter: str, in_python: str, *sources: str | None) -> tuple[Any, AdapterConfig]:
@@ -58,7 +61,7 @@ def _tuned_model(adapter: str, in_python: str, *sources: str | None) -> tuple[An
     if arch is None:
         raise AuroraError(f"{adapter} does not name its model; use {in_python} in Python")
     load: Any = partial(load_model_and_preprocess, arch, is_eval=True, adapter=adapter)
-    model, _, _ = load(**dict(zip(("pretrained", "tokenizer", "med_config_path"), sources)))
+    model, _, _ = load(**dict(zip(SOURCES, sources)))
     return model, config
 
 
@@ -88,21 +91,21 @@ def export(
         raise AuroraError(f"--to: unknown format {to!r}{did_you_mean(to, EXPORTS)}")
     if rank is not None and to != "peft":
         raise AuroraError("--rank: is of peft's LoRA; leave it out")
-    if Path(output).expanduser().exists():
-        raise AuroraError(f"{output} is there already; name another folder")
-    model, config = _tuned_model(
-        adapter, f"{EXPORTS[to].__name__}(model, folder)", pretrained, tokenizer, med_config_path
-    )
-    if to == "peft":
-        usage, notes = _to_peft(model, config, output, rank)
-    else:
-        usage, notes = _to_transformers(model, output)
     place = Path(output).expanduser()
+    if place.exists():
+        raise AuroraError(f"{place} is there already; name another folder")
+    sources = (pretrained, tokenizer, med_config_path)
+    model, config = _tuned_model(adapter, f"{EXPORTS[to].__name__}(model, folder)", *sources)
+    if to == "peft":
+        named = [key for key, source in zip(SOURCES, sources) if source is not None]
+        usage, notes = _to_peft(model, config, place, rank, named)
+    else:
+        usage, notes = _to_transformers(model, config, place)
     # A card is shared: it does not say where this machine has the folder.
-    card = model_card(config, to, usage.replace("FOLDER", place.absolute().name), adapter, notes)
+    card = model_card(config, to, usage.replace("FOLDER", repr(place.absolute().name)), adapter, notes)
     write_text(place / CARD, card)
-    code = usage.replace("FOLDER", output).strip().splitlines()
-    return "\n".join([f"{output}: loaded by", *(f"    {line}".rstrip() for line in code), *notes])
+    code = usage.replace("FOLDER", repr(str(place))).strip().splitlines()
+    return "\n".join([f"{place}: loaded by", *(f"    {line}".rstrip() for line in code), *notes])
 
 
 # Formats of the command, and what writes them in Python.
@@ -113,14 +116,14 @@ from lavis_aurora import load_model_and_preprocess
 from peft import PeftModel
 
 backbone, vis, txt = load_model_and_preprocess({arguments}, is_eval=True)  # or LAVIS's own with the same weights
-model = PeftModel.from_pretrained(backbone, "FOLDER").eval()
+model = PeftModel.from_pretrained(backbone, FOLDER).eval()
 """
 RETRIEVAL_USAGE = """
 import torch
 from transformers import BlipForImageTextRetrieval, BlipProcessor
 
-processor = BlipProcessor.from_pretrained("FOLDER")
-model = BlipForImageTextRetrieval.from_pretrained("FOLDER").eval()
+processor = BlipProcessor.from_pretrained(FOLDER)
+model = BlipForImageTextRetrieval.from_pretrained(FOLDER).eval()
 inputs = processor(image, "a red circle", truncation=True, return_tensors="pt")  # image: of PIL
 with torch.no_grad():
     itc = model(**inputs, use_itm_head=False).itm_score  # cosine similarity
@@ -130,16 +133,16 @@ with torch.no_grad():
 VQA_USAGE = """
 from transformers import BlipForQuestionAnswering, BlipProcessor
 
-processor = BlipProcessor.from_pretrained("FOLDER")
-model = BlipForQuestionAnswering.from_pretrained("FOLDER").eval()
+processor = BlipProcessor.from_pretrained(FOLDER)
+model = BlipForQuestionAnswering.from_pretrained(FOLDER).eval()
 inputs = processor(image, "what color is the circle", truncation=True, return_tensors="pt")  # image: of PIL
 answer = processor.decode(model.generate(**inputs, max_length=10)[0], skip_special_tokens=True)
 """
 CAPTION_USAGE = """
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
-processor = BlipProcessor.from_pretrained("FOLDER")
-model = BlipForConditionalGeneration.from_pretrained("FOLDER").eval()
+processor = BlipProcessor.from_pretrained(FOLDER)
+model = BlipForConditionalGeneration.from_pretrained(FOLDER).eval()
 inputs = processor(image, {prompt!r}, return_tensors="pt")  # image: of PIL
 caption = processor.decode(model.generate(**inputs, max_length=30)[0], skip_special_tokens=True)
 """
@@ -150,17 +153,26 @@ USAGES = {
 }
 
 
-def _to_peft(model: nn.Module, config: AdapterConfig, output: str, rank: int | None) -> tuple[str, list[str]]:
-    """Usage of ``FOLDER``, and notes."""
+def _to_peft(
+    model: nn.Module, config: AdapterConfig, output: Path, rank: int | None, named: Sequence[str]
+) -> tuple[str, list[str]]:
+    """Usage of ``FOLDER``, and notes; ``named`` are those of :data:`SOURCES` that are not the type's."""
     written = export_lora(model, output, rank=rank)
     arch, model_type = config.model["arch"], config.model.get("model_type")
-    base = (config.model.get("settings") or {}).get("base") or {}
-    if base:
-        arch, model_type = base["arch"], base.get("model_type")
-    arguments = ", ".join(repr(word) for word in (arch, model_type) if word)
+    settings = config.model.get("settings") or {}
+    if base := settings.get("base"):
+        arch, model_type, settings = base["arch"], base.get("model_type"), base
+    arguments = ", ".join([*(repr(word) for word in (arch, model_type) if word), *(f"{key}=..." for key in named)])
+    usual = type_settings(registry.get_model_class(arch), model_type)
+    others = {key: settings[key] for key in BACKBONE_SETTINGS if key in settings and settings[key] != usual.get(key)}
     notes = [f"LoRA of rank {written.rank} in {len(written.layers)} layers."]
     if written.error:
         notes.append(f"Cut to this rank: || dW - B A || / || dW || = {written.error:.2g}.")
+    if named:
+        notes.append(f"The backbone is not that of the type: name the {', '.join(named)} that it was tuned with.")
+    if others:
+        words = ", ".join(f"{key} {value}" for key, value in others.items())
+        notes.append(f"The backbone is to be built as it was tuned, by a YAML or in Python: {words}.")
     if written.heads:
         notes.append(f"With the heads that were trained: {', '.join(written.heads)}.")
     if written.left_out:
@@ -173,7 +185,7 @@ def _to_peft(model: nn.Module, config: AdapterConfig, output: str, rank: int | N
     return PEFT_USAGE.format(arguments=arguments), notes
 
 
-def _to_transformers(model: nn.Module, output: str) -> tuple[str, list[str]]:
+def _to_transformers(model: nn.Module, config: AdapterConfig, output: Path) -> tuple[str, list[str]]:
     """Usage of ``FOLDER``, and notes."""
     name = export_transformers(model, output)
     prompt = getattr(model, "prompt", None) or ""
@@ -181,12 +193,21 @@ def _to_transformers(model: nn.Module, output: str) -> tuple[str, list[str]]:
     notes = [
         "Texts are to be as LAVIS's processors make them: small letters, without .!\"()*#:;~",
         "The vision tower's weights are scaled: with transformers' epsilon of layer norm they give LAVIS's numbers.",
+        *_merging_notes(config),
     ]
     if getattr(model, "mask_question_padding", False):
         notes.append(
             "Padding of questions was masked in answering, which generate of transformers does not: one at a time."
         )
     return usage, notes
+
+
+def _merging_notes(config: AdapterConfig) -> list[str]:
+    """What no other program does as the tuned model does."""
+    merging = (config.model.get("settings") or {}).get("token_merging")
+    if not merging:
+        return []
+    return [f"It was tuned with token_merging {merging}; with all tokens, as here, scores differ: evaluate it."]
 
 
 # The types of LAVIS that stand in for those which only this package has.

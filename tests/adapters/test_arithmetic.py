@@ -16,6 +16,7 @@ from lavis_aurora.cli import diff, inspect
 from lavis_aurora_cli import main
 
 GATELESS = {"gate": {"form": "none"}}
+WEIGHTS = "${aurora.package:configs/models/tiny/model.safetensors}"
 
 
 def saved(model, folder):
@@ -112,6 +113,8 @@ def test_what_cannot_be_added_is_refused_with_what_differs(tmp_path):
         merge_adapters([a, b], tmp_path / "sum")
     for folders, weights, words in (
         ([a], None, "name two or more"),
+        ([a, a], [0.5, float("nan")], r"--weights: \[0.5, nan\] cannot be used; it must be a finite number for each"),
+        ([a, a], [float("inf"), 0.0], "--weights: .* a finite number"),
         ([a, a], [1.0], "--weights: 1 for 2 adapters"),
         ([a, tmp_path], None, "no adapter folder"),
     ):
@@ -120,6 +123,47 @@ def test_what_cannot_be_added_is_refused_with_what_differs(tmp_path):
     with pytest.raises(AuroraError, match="is there already"):
         merge_adapters([a, a], a)
     assert not (tmp_path / "sum").exists()
+
+
+def test_adapters_of_other_layers_are_not_said_to_be_of_other_backbones(tmp_path):
+    """The hash is of the weights that are adapted, so that it differs with them."""
+    settings = {"pretrained": WEIGHTS, **GATELESS}
+    first, second = (
+        saved(tiny_model(mode_approx={"rank": 2, **one}, **settings), tmp_path / str(i))
+        for i, one in enumerate(({}, {"layers": {"last": 1}}))
+    )
+    with pytest.raises(AuroraError, match=r"cannot be added: they update other weights \(slots\)$"):
+        merge_adapters([first, second], tmp_path / "sum")
+    said = diff(str(first), str(second))
+    assert "They update other weights: their hashes do not tell" in said and "other backbones" not in said
+
+
+@pytest.mark.parametrize("changes", [{"token_merging": 2}, {"embed_dim": 32}, {"vit_layer_norm_epsilon": 1e-5}])
+def test_backbones_that_compute_otherwise_cannot_be_added(tmp_path, changes):
+    folders = [saved(tiny_model(**GATELESS, **one), tmp_path / str(len(one))) for one in ({}, changes)]
+    [key] = changes
+    with pytest.raises(AuroraError, match=f"settings.{key} is None in the one and {changes[key]} in the other"):
+        merge_adapters(folders, tmp_path / "sum")
+
+
+def test_heads_of_other_shapes_are_refused(tmp_path):
+    folders = [saved(tiny_model(**GATELESS, **one), tmp_path / str(len(one))) for one in ({}, {"embed_dim": 32})]
+    for folder in folders:
+        rewrite_adapter(folder, model={})
+    with pytest.raises(AuroraError, match="heads.text_proj.bias, .* differ in shape; they cannot be averaged"):
+        merge_adapters(folders, tmp_path / "sum")
+
+
+def test_of_a_sum_that_cannot_be_written_nothing_is_left(tmp_path, monkeypatch):
+    [_], [a] = toys(tmp_path, {"rank": 2})
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(AuroraError, match="cannot write .*No space left"):
+        merge_adapters([a, a], tmp_path / "sum")
+    assert [path.name for path in tmp_path.iterdir()] == ["a0"]
 
 
 def test_what_is_no_update_can_be_neither_added_nor_compared(tmp_path):
@@ -163,7 +207,9 @@ def test_slots_of_one_alone_and_other_backbones_are_said(tmp_path):
     other = saved(tiny_model(mode_approx={"rank": 2}), tmp_path / "tiny")
     said = diff(str(a), str(other))
     assert "only in A: 5 slots, qkv.query" in said and "only in B: 27 slots" in said
-    assert "They are of other backbones" in said and "base: A without a name" in said
+    assert "They update other weights" in said and "base: A without a name" in said
+    again = diff(str(a), str(saved(adapted_toy(seed=7), tmp_path / "seven")))
+    assert "They are of other backbones" in again
 
 
 def test_inspect_lists_the_adapters_of_a_folder(tmp_path):

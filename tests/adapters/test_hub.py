@@ -141,6 +141,12 @@ for source, seed in (("user/toy", 2), ("user/toy@{first}", 1), ("user/toy", 2)):
         assert torch.equal(value, expected[key])
 from lavis_aurora.cli import inspect
 print(inspect("user/toy"))
+from lavis_aurora.cli import truncate
+try:
+    truncate("user/toy", 2)
+except AuroraError as error:
+    assert "--out: name the folder to write; user/toy is of the hub" in str(error), error
+print(truncate("user/toy", 2, "cut"))
 for source, words in (
     ("user/none", "is no folder here, and the hub gives no such repository ("),
     ("user/none@v1", "no such repository at v1"),
@@ -153,7 +159,7 @@ for source, words in (
         raise SystemExit("not refused")
 """)
     assert said.count(f"user/toy: fetched from the hub; name user/toy@{second} to have this very one again") == 1
-    assert "any nn.Module" in said
+    assert "any nn.Module" in said and "cut: " in said
     names = {path.rpartition("/")[2] for path in hub.handler.seen if "/resolve/" in path}
     assert names == {"adapter_config.json", "adapter_model.safetensors"}
 

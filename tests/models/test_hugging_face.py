@@ -304,6 +304,33 @@ def test_the_command_writes_a_lora_whose_card_can_be_run(adapter, tmp_path, caps
     assert "Cut to this rank: || dW - B A || / || dW || = 0." in capsys.readouterr().out
 
 
+def test_what_the_other_program_must_be_told_is_said(tmp_path, capsys):
+    """Settings and sources that are not the type's, and what neither of the libraries can do."""
+    weights = tmp_path / "own.safetensors"
+    weights.write_bytes(Path(package_file("configs/models/tiny/model.safetensors")).read_bytes())
+    model = activate(tiny_model(pretrained=str(weights), token_merging=2, max_txt_len=20, **GATELESS))
+    save_adapter(model, tmp_path / "adapter")
+    sources = ["--pretrained", str(weights)]
+    said = {}
+    for to in ("peft", "transformers"):
+        main(["export", str(tmp_path / "adapter"), str(tmp_path / f"it's {to}"), "--to", to, *sources])
+        said[to] = capsys.readouterr().out
+        assert f'from_pretrained({"backbone, " * (to == "peft")}"{tmp_path}/it\'s {to}")' in said[to]
+    assert "load_model_and_preprocess('blip_retrieval_aurora', 'tiny', pretrained=..., is_eval=True)" in said["peft"]
+    assert "not that of the type: name the pretrained that it was tuned with." in said["peft"]
+    assert "is to be built as it was tuned, by a YAML or in Python: max_txt_len 20, token_merging 2." in said["peft"]
+    assert "tuned with token_merging 2; with all tokens, as here, scores differ" in said["transformers"]
+    main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged.pth"), *sources])
+    assert "tuned with token_merging 2; with all tokens" in capsys.readouterr().out
+
+
+def test_the_home_folder_is_the_shells(adapter, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    main(["merge", str(adapter[1]), "~/merged.pth"])
+    main(["export", str(adapter[1]), "~/lora", "--to", "peft"])
+    assert (tmp_path / "merged.pth").is_file() and (tmp_path / "lora" / "README.md").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
