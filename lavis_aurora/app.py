@@ -10,6 +10,7 @@ import io
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,28 @@ import lavis_aurora_compat  # noqa: F401
 import numpy as np
 import streamlit as st
 import torch
-from matplotlib import colormaps
-from PIL import Image, ImageOps
+from PIL import Image
 
 from lavis_aurora.analysis.examples import word_maps
 from lavis_aurora.common.errors import AuroraError, printable
 from lavis_aurora.common.media import load_picture
-from lavis_aurora.data.samples import read_visual
+from lavis_aurora.common.paths import package_file
 from lavis_aurora.search.answering import ARCH as ANSWERS
 from lavis_aurora.search.index import PictureIndex
-from lavis_aurora.search.model import ModelSource, SearchModel, Unreadable
+from lavis_aurora.search.model import ModelSource, SearchModel, Unreadable, adapter_hash
 from lavis_aurora.search.ranking import Hit
-from lavis_aurora.search.views import FROZEN, Views, open_views
+from lavis_aurora.search.views import (
+    FROZEN,
+    View,
+    demo_pictures,
+    named_adapters,
+    overlay,
+    share_weights,
+    sized,
+    view,
+    visual,
+)
 
-# Pixels of a side at most, of pictures that are sent to the browser.
-SHOWN_SIDE = 480
 # Pixels of an upload at most: a small file may hold a huge picture.
 LARGEST = 50_000_000
 COLUMNS = 3
@@ -50,6 +58,26 @@ DEMO = (
 )
 
 
+@dataclass(frozen=True)
+class Views:
+    """What a page shows.
+
+    Attributes:
+        indexes: of the backbone or adapter of the index first, then of each adapter of retrieval, by name.
+        views: of all adapters by name, those of answers too.
+        captions: of the demo's pictures, with the file of each; none of one's own pictures.
+    """
+
+    indexes: dict[str, PictureIndex]
+    views: dict[str, View]
+    captions: dict[str, str]
+
+    @property
+    def first(self) -> PictureIndex:
+        """The index that was named."""
+        return next(iter(self.indexes.values()))
+
+
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """What ``lavis-aurora app`` hands on."""
     parser = argparse.ArgumentParser()
@@ -61,8 +89,37 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 @st.cache_resource(show_spinner="loading the models and the index")
 def load(place: str | None, given: tuple[str, ...], device: str) -> Views:
-    """What is shown, kept for all who look."""
-    return open_views(place, given, device)
+    """The index and one for each adapter of retrieval; those that are empty are made, and all of the demo.
+
+    Args:
+        place: an index or the folder that it is in; the demo without.
+        given: of :func:`named_adapters`.
+        device: of :class:`PictureIndex`.
+
+    Raises:
+        AuroraError: what is named cannot be used.
+    """
+    adapters, model_type, captions = named_adapters(given), None, dict[str, str]()
+    if place is None:
+        place, captions = demo_pictures()
+        adapters, model_type = {"tuned": package_file("configs/models/tiny/adapter"), **adapters}, "tiny"
+    views = {name: view(name, folder) for name, folder in adapters.items()}
+    first = PictureIndex(place, model_type=model_type, device=device)
+    own = first.model.source.adapter
+    name = FROZEN if own is None else Path(own).name
+    views, indexes = {name: view(name, own), **views}, {name: first}
+    # Backbone and picture size as the index has them.
+    source = {key: getattr(first.model.source, key) for key in ("pretrained", "tokenizer", "med_config_path")}
+    for name, folder in adapters.items():
+        if views[name].arch == ANSWERS:
+            continue
+        beside = f"{first.place}.{adapter_hash(folder)[:12]}"
+        indexes[name] = PictureIndex(first.root, beside, adapter=folder, device=device, **source)
+        share_weights(first.model.model, indexes[name].model.model)
+    for index in indexes.values():
+        if model_type is not None or not len(index):
+            index.update()
+    return Views(indexes, views, captions)
 
 
 @st.cache_resource(show_spinner="loading a model of answers")
@@ -74,25 +131,6 @@ def answering(adapter: str | None, model_type: str | None, device: str) -> Searc
 def plain(text: str) -> str:
     """Text as it is, where Markdown would be read; nothing in it acts on a terminal or a page."""
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|<>$:~&])", r"\\\1", printable(text))
-
-
-def sized(picture: Image.Image) -> Image.Image:
-    """A copy that is sent to the browser: large ones made small, small ones large enough to be seen."""
-    return ImageOps.contain(picture.convert("RGB"), (SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.BICUBIC)
-
-
-def visual(path: str) -> Image.Image:
-    """A picture, or the middle frame of a clip, as it is shown."""
-    return sized(Image.fromarray(read_visual(path)))
-
-
-def overlay(picture: Image.Image, grid: np.ndarray) -> Image.Image:
-    """Attention of a word, (rows, columns), over a picture."""
-    span = float(grid.max() - grid.min()) or 1.0
-    shades = Image.fromarray((255 * (grid - grid.min()) / span).astype(np.uint8))
-    shades = shades.resize(picture.size, Image.Resampling.BICUBIC)
-    colors = Image.fromarray((colormaps["inferno"](np.asarray(shades))[..., :3] * 255).astype(np.uint8))
-    return Image.blend(picture.convert("RGB"), colors, 0.6)
 
 
 def uploaded(file: Any) -> io.BytesIO | None:

@@ -1,4 +1,4 @@
-"""Several adapters over one index: what each is, its own index beside the first, and the demo's pictures."""
+"""What the page of ``lavis-aurora app`` shows: adapters, the demo's pictures, and pictures at its size."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib import colormaps
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from lavis_aurora.adapters.config import read_adapter
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json
-from lavis_aurora.common.paths import data_root, package_file
+from lavis_aurora.common.paths import data_root
+from lavis_aurora.data.samples import read_visual
 from lavis_aurora.demo.pictures import generate_pictures
-from lavis_aurora.search.answering import ARCH as ANSWERS
-from lavis_aurora.search.index import PictureIndex
-from lavis_aurora.search.model import adapter_hash
 
+# Pixels of a side at most, of pictures that are sent to the browser.
+SHOWN_SIDE = 480
 FROZEN = "frozen"
 DEMO_PICTURES = 200
 
@@ -45,26 +49,6 @@ class View:
         if self.adapter is None:
             return f"{self.name} (no adapter)"
         return f"{self.name} ({self.parameters:,} parameters, {self.megabytes:.2f} MB)"
-
-
-@dataclass(frozen=True)
-class Views:
-    """What a page shows.
-
-    Attributes:
-        indexes: of the backbone or adapter of the index first, then of each adapter of retrieval, by name.
-        views: of all adapters by name, those of answers too.
-        captions: of the demo's pictures, with the file of each; none of one's own pictures.
-    """
-
-    indexes: dict[str, PictureIndex]
-    views: dict[str, View]
-    captions: dict[str, str]
-
-    @property
-    def first(self) -> PictureIndex:
-        """The index that was named."""
-        return next(iter(self.indexes.values()))
 
 
 def named_adapters(given: Sequence[str]) -> dict[str, str]:
@@ -107,40 +91,6 @@ def demo_pictures() -> tuple[str, dict[str, str]]:
     return str(images), {text: str(images / row["image"]) for row in read_json(table) for text in row["caption"]}
 
 
-def open_views(place: str | None, given: Sequence[str], device: str) -> Views:
-    """The index and one for each adapter of retrieval; those that are empty are made, and all of the demo.
-
-    Args:
-        place: an index or the folder that it is in; the demo without.
-        given: of :func:`named_adapters`.
-        device: of :class:`PictureIndex`.
-
-    Raises:
-        AuroraError: what is named cannot be used.
-    """
-    adapters, model_type, captions = named_adapters(given), None, dict[str, str]()
-    if place is None:
-        place, captions = demo_pictures()
-        adapters, model_type = {"tuned": package_file("configs/models/tiny/adapter"), **adapters}, "tiny"
-    views = {name: view(name, folder) for name, folder in adapters.items()}
-    first = PictureIndex(place, model_type=model_type, device=device)
-    own = first.model.source.adapter
-    name = FROZEN if own is None else Path(own).name
-    views, indexes = {name: view(name, own), **views}, {name: first}
-    # Backbone and picture size as the index has them.
-    source = {key: getattr(first.model.source, key) for key in ("pretrained", "tokenizer", "med_config_path")}
-    for name, folder in adapters.items():
-        if views[name].arch == ANSWERS:
-            continue
-        beside = f"{first.place}.{adapter_hash(folder)[:12]}"
-        indexes[name] = PictureIndex(first.root, beside, adapter=folder, device=device, **source)
-        share_weights(first.model.model, indexes[name].model.model)
-    for index in indexes.values():
-        if model_type is not None or not len(index):
-            index.update()
-    return Views(indexes, views, captions)
-
-
 def share_weights(kept: torch.nn.Module, other: torch.nn.Module) -> None:
     """Let ``other`` have the tensors of ``kept`` where they are equal: models of one backbone hold it once."""
     own = dict(kept.named_parameters())
@@ -148,3 +98,22 @@ def share_weights(kept: torch.nn.Module, other: torch.nn.Module) -> None:
         twin = own.get(name)
         if twin is not None and twin.shape == parameter.shape and torch.equal(twin, parameter):
             parameter.data = twin.data
+
+
+def sized(picture: Image.Image) -> Image.Image:
+    """A copy that is sent to the browser: large ones made small, small ones large enough to be seen."""
+    return ImageOps.contain(picture.convert("RGB"), (SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.BICUBIC)
+
+
+def visual(path: str) -> Image.Image:
+    """A picture, or the middle frame of a clip, as it is shown."""
+    return sized(Image.fromarray(read_visual(path)))
+
+
+def overlay(picture: Image.Image, grid: NDArray[np.float32]) -> Image.Image:
+    """Attention of a word, (rows, columns), over a picture."""
+    span = float(grid.max() - grid.min()) or 1.0
+    shades = Image.fromarray((255 * (grid - grid.min()) / span).astype(np.uint8))
+    shades = shades.resize(picture.size, Image.Resampling.BICUBIC)
+    colors = Image.fromarray((colormaps["inferno"](np.asarray(shades))[..., :3] * 255).astype(np.uint8))
+    return Image.blend(picture.convert("RGB"), colors, 0.6)

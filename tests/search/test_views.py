@@ -1,4 +1,4 @@
-"""Several adapters over one index."""
+"""What the page shows: adapters by name, with what each has."""
 
 from __future__ import annotations
 
