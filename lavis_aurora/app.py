@@ -19,52 +19,63 @@ import lavis_aurora_compat  # noqa: F401
 import numpy as np
 import streamlit as st
 import torch
-from matplotlib import colormaps
 from PIL import Image
 
-from lavis_aurora.adapters.config import read_adapter
 from lavis_aurora.analysis.examples import word_maps
 from lavis_aurora.common.errors import AuroraError, printable
 from lavis_aurora.common.media import load_picture
-from lavis_aurora.common.paths import data_root, package_file
-from lavis_aurora.data.samples import read_visual
-from lavis_aurora.demo.pictures import generate_pictures
+from lavis_aurora.common.paths import package_file
 from lavis_aurora.search.answering import ARCH as ANSWERS
 from lavis_aurora.search.index import PictureIndex
 from lavis_aurora.search.model import ModelSource, SearchModel, Unreadable, adapter_hash
 from lavis_aurora.search.ranking import Hit
+from lavis_aurora.search.views import (
+    FROZEN,
+    View,
+    demo_pictures,
+    named_adapters,
+    overlay,
+    share_weights,
+    sized,
+    view,
+    visual,
+)
 
-# Pixels of a side at most, of pictures that are sent to the browser.
-SHOWN_SIDE = 480
 # Pixels of an upload at most: a small file may hold a huge picture.
 LARGEST = 50_000_000
 COLUMNS = 3
-FROZEN = "frozen"
-DEMO_PICTURES = 200
+BROKEN_SHOWN = 20
+UPLOADS = ["jpg", "jpeg", "png", "webp", "gif", "bmp"]
+MARK = "\u2713"
+# Less blank above the first line than Streamlit leaves.
+STYLE = "<style>.stMainBlockContainer {padding-top: 2rem}</style>"
+# Of the demo; one whose picture both models find, at different places.
+FIRST_CAPTION = 3
+DEMO = (
+    "The demo: a tiny BLIP, pretrained on clean pictures of shapes, meets pictures of another look and captions of "
+    "other words. frozen is the model as it was; tuned has an adapter from the first of four epochs on 3,200 "
+    "pictures of that look, none of which is shown here."
+)
 
 
-@dataclass
-class View:
-    """An index or a model of answers with one adapter.
+@dataclass(frozen=True)
+class Views:
+    """What a page shows.
 
     Attributes:
-        name: as shown.
-        adapter: folder; None for the backbone alone.
-        parameters: of the adapter, its heads and gates among them.
-        megabytes: that its file takes.
+        indexes: of the backbone or adapter of the index first, then of each adapter of retrieval, by name.
+        views: of all adapters by name, those of answers too.
+        captions: of the demo's pictures, with the file of each; none of one's own pictures.
     """
 
-    name: str
-    adapter: str | None
-    parameters: int
-    megabytes: float
+    indexes: dict[str, PictureIndex]
+    views: dict[str, View]
+    captions: dict[str, str]
 
     @property
-    def label(self) -> str:
-        """Name, parameters and size."""
-        if self.adapter is None:
-            return f"{self.name} (no adapter)"
-        return f"{self.name} ({self.parameters:,} parameters, {self.megabytes:.2f} MB)"
+    def first(self) -> PictureIndex:
+        """The index that was named."""
+        return next(iter(self.indexes.values()))
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -76,79 +87,39 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def named_adapters(given: Sequence[str]) -> dict[str, str]:
-    """Folders by name, from NAME=FOLDER or FOLDER.
+@st.cache_resource(show_spinner="loading the models and the index")
+def load(place: str | None, given: tuple[str, ...], device: str) -> Views:
+    """The index and one for each adapter of retrieval; those that are empty are made, and all of the demo.
 
-    Raises:
-        AuroraError: two have one name.
-    """
-    found: dict[str, str] = {}
-    for one in given:
-        name, _, folder = one.rpartition("=")
-        name = name or Path(folder).name
-        if name in found or name == FROZEN:
-            raise AuroraError(f"--adapter: {name} is the name of another one; name it otherwise, as NAME={folder}")
-        found[name] = folder
-    return found
-
-
-def demo() -> tuple[str, dict[str, str]]:
-    """The demo's pictures, made on first use, and the adapter that was tuned on others of their kind."""
-    folder = data_root() / "demo_app"
-    if not (folder / "shifted_test.json").is_file():
-        generate_pictures(folder, "shifted", {"test": DEMO_PICTURES})
-    return str(folder / "images"), {"tuned": package_file("configs/models/tiny/adapter")}
-
-
-@st.cache_resource(show_spinner="loading the models")
-def load(place: str | None, given: tuple[str, ...], device: str) -> tuple[dict[str, PictureIndex], dict[str, View]]:
-    """An index for each adapter of retrieval, by name; and all adapters, those of answers too.
+    Args:
+        place: an index or the folder that it is in; the demo without.
+        given: of :func:`named_adapters`.
+        device: of :class:`PictureIndex`.
 
     Raises:
         AuroraError: what is named cannot be used.
     """
-    adapters, model_type = named_adapters(given), None
+    adapters, model_type, captions = named_adapters(given), None, dict[str, str]()
     if place is None:
-        place, more = demo()
-        adapters, model_type = {**more, **adapters}, "tiny"
-    views, retrieval = {}, {}
-    for name, folder in adapters.items():
-        config, tensors = read_adapter(folder)
-        count, size = sum(x.numel() for x in tensors.values()), sum(x.nbytes for x in tensors.values())
-        views[name] = View(name, folder, count, size / 1e6)
-        if config.model.get("arch") != ANSWERS:
-            retrieval[name] = folder
+        place, captions = demo_pictures()
+        adapters, model_type = {"tuned": package_file("configs/models/tiny/adapter"), **adapters}, "tiny"
+    views = {name: view(name, folder) for name, folder in adapters.items()}
     first = PictureIndex(place, model_type=model_type, device=device)
     own = first.model.source.adapter
     name = FROZEN if own is None else Path(own).name
-    views = {name: _own_view(name, own), **views}
-    indexes = {name: first}
-    for name, folder in retrieval.items():
+    views, indexes = {name: view(name, own), **views}, {name: first}
+    # Backbone and picture size as the index has them.
+    source = {key: getattr(first.model.source, key) for key in ("pretrained", "tokenizer", "med_config_path")}
+    for name, folder in adapters.items():
+        if views[name].arch == ANSWERS:
+            continue
         beside = f"{first.place}.{adapter_hash(folder)[:12]}"
-        # Backbone and picture size as the index has them.
-        source = {key: getattr(first.model.source, key) for key in ("pretrained", "tokenizer", "med_config_path")}
         indexes[name] = PictureIndex(first.root, beside, adapter=folder, device=device, **source)
         share_weights(first.model.model, indexes[name].model.model)
     for index in indexes.values():
         if model_type is not None or not len(index):
             index.update()
-    return indexes, views
-
-
-def _own_view(name: str, adapter: str | None) -> View:
-    if adapter is None:
-        return View(name, None, 0, 0)
-    tensors = read_adapter(adapter)[1].values()
-    return View(name, adapter, sum(x.numel() for x in tensors), sum(x.nbytes for x in tensors) / 1e6)
-
-
-def share_weights(kept: torch.nn.Module, other: torch.nn.Module) -> None:
-    """Let ``other`` have the tensors of ``kept`` where they are equal: models of one backbone hold it once."""
-    own = dict(kept.named_parameters())
-    for name, parameter in other.named_parameters():
-        twin = own.get(name)
-        if twin is not None and twin.shape == parameter.shape and torch.equal(twin, parameter):
-            parameter.data = twin.data
+    return Views(indexes, views, captions)
 
 
 @st.cache_resource(show_spinner="loading a model of answers")
@@ -160,27 +131,6 @@ def answering(adapter: str | None, model_type: str | None, device: str) -> Searc
 def plain(text: str) -> str:
     """Text as it is, where Markdown would be read; nothing in it acts on a terminal or a page."""
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|<>$:~&])", r"\\\1", printable(text))
-
-
-def small(picture: Image.Image) -> Image.Image:
-    """A copy that is sent to the browser."""
-    copy = picture.copy()
-    copy.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-    return copy
-
-
-def visual(path: str) -> Image.Image:
-    """A picture, or the middle frame of a clip, made small."""
-    return small(Image.fromarray(read_visual(path)))
-
-
-def overlay(picture: Image.Image, grid: np.ndarray) -> Image.Image:
-    """Attention of a word, (rows, columns), over a picture."""
-    span = float(grid.max() - grid.min()) or 1.0
-    shades = Image.fromarray((255 * (grid - grid.min()) / span).astype(np.uint8))
-    shades = shades.resize(picture.size, Image.Resampling.BICUBIC)
-    colors = Image.fromarray((colormaps["inferno"](np.asarray(shades))[..., :3] * 255).astype(np.uint8))
-    return Image.blend(picture.convert("RGB"), colors, 0.6)
 
 
 def uploaded(file: Any) -> io.BytesIO | None:
@@ -201,7 +151,7 @@ def uploaded(file: Any) -> io.BytesIO | None:
     return content
 
 
-def show_hits(name: str, hits: Sequence[Hit]) -> None:
+def show_hits(name: str, hits: Sequence[Hit], opened: Views, described: str | None, device: str) -> None:
     """A grid of what was found, each with its place before and after reranking."""
     if not hits:
         st.info("Nothing was found.")
@@ -212,65 +162,108 @@ def show_hits(name: str, hits: Sequence[Hit]) -> None:
                     st.image(visual(hit.path))
                 except AuroraError as error:
                     st.error(plain(str(error)))
-                itm = "" if hit.itm is None else f"ITM {hit.itm:.2f}, "
-                st.text(f"{place}. (by ITC {hit.itc_rank}.) {itm}ITC {hit.itc:.2f}\n{printable(Path(hit.path).name)}")
+                mark = f" {MARK}" if hit.path == described else ""
+                lines = [f"{place}. {printable(Path(hit.path).name)}{mark}", f"ITC {hit.itc:.2f}"]
+                if hit.itm is not None:
+                    lines = [lines[0], f"{lines[1]}, ITM {hit.itm:.2f}", f"by ITC alone: {hit.itc_rank}."]
+                st.text("\n".join(lines))
                 if st.button("look closer", key=f"{name} {place}"):
-                    st.session_state.chosen = hit.path
+                    closer_dialog(opened, hit.path, device)
 
 
-def search_page(indexes: Mapping[str, PictureIndex], views: Mapping[str, View], demonstrates: bool) -> None:
-    """Words or a picture; what each adapter finds."""
-    example = "there is a big red star at center over a black backdrop" if demonstrates else ""
+def query_fields(opened: Views) -> tuple[str, str, io.BytesIO | None]:
+    """The words wanted, those not wanted, and the picture that are searched for."""
+    captions = [*opened.captions]
+    st.session_state.setdefault("text", captions[FIRST_CAPTION % len(captions)] if captions else "")
     left, middle, right = st.columns([3, 2, 2])
-    text = left.text_input("Search for", example, max_chars=500, key="text")
+    text = left.text_input("Search for", max_chars=500, key="text")
+    if captions:
+        left.button("another caption of the demo", on_click=_next_caption, args=(captions,), key="another")
     minus = middle.text_input("but not", max_chars=500, key="minus")
-    image = uploaded(right.file_uploader("or for what is like", ["jpg", "jpeg", "png", "webp", "gif", "bmp"]))
-    if not text.strip() and image is None:
+    image = uploaded(right.file_uploader("or for what is like a picture", UPLOADS, key="picture"))
+    return text.strip(), minus.strip(), image
+
+
+def _next_caption(captions: Sequence[str]) -> None:
+    now = st.session_state.text
+    following = captions.index(now) + 1 if now in captions else 0
+    st.session_state.text = captions[following % len(captions)]
+
+
+def search_page(opened: Views, device: str) -> None:
+    """Words or a picture; what each adapter finds."""
+    text, minus, image = query_fields(opened)
+    if not text and image is None:
         st.info("Give words or a picture.")
         return
-    names = [*indexes]
+    names, views = [*opened.indexes], opened.views
     chosen = st.multiselect("Adapters", names, names, format_func=lambda name: views[name].label, key="adapters")
     options = st.expander("Options")
     top = options.slider("pictures", 3, 30, 6, key="top")
     rerank = options.slider("candidates reranked by ITM (0: ITC alone)", 0, 128, 32, key="rerank")
-    weight = options.number_input("weight of ITC", 0.0, 100.0, 15.0 if demonstrates else 1.0, key="weight")
-    for name, column in zip(chosen, st.columns(max(1, len(chosen)))):
+    weight = options.number_input("weight of ITC", 0.0, 100.0, 15.0 if opened.captions else 1.0, key="weight")
+    described = opened.captions.get(text)
+    for name, column in zip(chosen, st.columns(max(1, len(chosen)), gap="large")):
         with column:
             st.subheader(plain(views[name].label))
             try:
-                hits = indexes[name].search(
-                    text.strip(), image, minus=minus.strip() or (), top=top, rerank=rerank, itc_weight=weight
+                hits = opened.indexes[name].search(
+                    text, image, minus=minus or (), top=max(top, rerank), rerank=rerank, itc_weight=weight
                 )
             except AuroraError as error:
                 st.error(plain(str(error)))
                 continue
-            show_hits(name, hits)
+            if described is not None:
+                place = next((f"place {i}" for i, hit in enumerate(hits, 1) if hit.path == described), None)
+                st.text(f"{MARK} the picture with this caption: {place or f'not among the best {len(hits)}'}")
+            show_hits(name, hits[:top], opened, described, device)
         if image is not None:
             image.seek(0)
 
 
-def closer_page(indexes: Mapping[str, PictureIndex], views: Mapping[str, View], device: str) -> None:
-    """The chosen picture: where each word of a text looks, and questions about it."""
-    path = st.session_state.get("chosen")
-    given = uploaded(st.file_uploader("a picture of your own", ["jpg", "jpeg", "png", "webp"], key="asked picture"))
-    source = given if given is not None else path
-    if source is None:
-        st.info("Choose a picture under Search by “look closer”, or give one here.")
-        return
-    picture = small(load_picture(given)) if given is not None else visual(str(path))
-    st.image(picture)
-    if given is None:
-        st.text(printable(str(path)))
-    text = st.text_input("Where do the words of a text look?", st.session_state.get("text", ""), max_chars=500)
-    if text.strip():
-        show_attention(indexes, views, source, picture, text)
-    question = st.text_input("Ask about it", max_chars=500, key="question")
-    if question.strip():
-        show_answers(indexes, views, source, question.strip(), device)
+@st.dialog("A closer look", width="large")
+def closer_dialog(opened: Views, path: str, device: str) -> None:
+    """A picture that was found, over the page."""
+    try:
+        closer(opened, path, visual(path), printable(path), device, "found")
+    except AuroraError as error:
+        st.error(plain(str(error)))
+
+
+def own_page(opened: Views, device: str) -> None:
+    """The same of an uploaded picture."""
+    given = uploaded(st.file_uploader("A picture of your own, to look at and to ask about", UPLOADS, key="own"))
+    if given is not None:
+        closer(opened, given, sized(load_picture(given)), "", device, "own")
+
+
+def closer(opened: Views, source: Any, picture: Image.Image, name: str, device: str, key: str) -> None:
+    """A picture with questions about it, and where each word of a text looks.
+
+    Args:
+        opened: what is shown.
+        source: path or open file.
+        picture: as it is shown.
+        name: likewise.
+        device: of the model of answers.
+        key: begins the keys of the fields.
+    """
+    left, right = st.columns([1, 2])
+    left.image(picture)
+    left.text(name)
+    with right:
+        example = "how many shapes are there?" if opened.captions else None
+        question = st.text_input("Ask about it", max_chars=500, key=f"{key} question", placeholder=example)
+        if question.strip():
+            show_answers(opened, source, question.strip(), device)
+        before = st.session_state.get("text", "")
+        text = st.text_input("Where do the words of a text look?", before, max_chars=500, key=f"{key} text")
+        if text.strip():
+            show_attention(opened.indexes, source, picture, text, key)
 
 
 def show_attention(
-    indexes: Mapping[str, PictureIndex], views: Mapping[str, View], source: Any, picture: Image.Image, text: str
+    indexes: Mapping[str, PictureIndex], source: Any, picture: Image.Image, text: str, key: str
 ) -> None:
     """The map of one word, by each adapter."""
     maps: dict[str, tuple[list[str], np.ndarray]] = {}
@@ -287,19 +280,18 @@ def show_attention(
     words = next(iter(maps.values()))[0]
     if not words:
         return
-    word = st.radio("word", range(len(words)), format_func=lambda i: plain(words[i]), horizontal=True, key="word")
-    for column, (name, (_, grids)) in zip(st.columns(len(maps)), maps.items()):
-        column.image(overlay(picture, grids[word or 0]))
-        column.text(views[name].name)
+    last = len(words) - 1  # of a caption, more likely a thing than the first
+    word = st.radio("word", range(len(words)), last, lambda i: plain(words[i]), horizontal=True, key=f"{key} word")
+    for column, (name, (_, grids)) in zip(st.columns(max(2, len(maps))), maps.items()):
+        column.image(overlay(picture, grids[last if word is None else word]))
+        column.text(f"{name}: bright is where “{words[last if word is None else word]}” looks")
 
 
-def show_answers(
-    indexes: Mapping[str, PictureIndex], views: Mapping[str, View], source: Any, question: str, device: str
-) -> None:
+def show_answers(opened: Views, source: Any, question: str, device: str) -> None:
     """Answers to a question, by the plain model and by each adapter of answers."""
-    first = next(iter(indexes.values()))
+    first = opened.first
     model_type = "tiny" if first.model.source.model_type == "tiny" else None
-    own = {name: view.adapter for name, view in views.items() if name not in indexes}
+    own = {name: view.adapter for name, view in opened.views.items() if name not in opened.indexes}
     for name, adapter in {FROZEN: None, **own}.items():
         try:
             model = answering(adapter, None if adapter else model_type, device)
@@ -311,7 +303,7 @@ def show_answers(
             st.error(plain(str(error)))
             continue
         [answer], [confidence] = found
-        st.text(f"{name}: {answer} ({confidence:.2f})")
+        st.text(f"{name}: {printable(answer)} (confidence {confidence:.2f})")
 
 
 def _pixels(model: SearchModel, source: Any) -> torch.Tensor:
@@ -324,22 +316,30 @@ def main(argv: Sequence[str]) -> None:
     """Draw the page."""
     args = parse_args(argv)
     st.set_page_config("Aurora", layout="wide")
-    st.title("Aurora: search and ask")
+    st.html(STYLE)
+    st.header("Aurora: search and ask")
     try:
-        indexes, views = load(args.index, tuple(args.adapter), args.device)
+        opened = load(args.index, tuple(args.adapter), args.device)
     except AuroraError as error:
         st.error(plain(str(error)))
         return
-    first = next(iter(indexes.values()))
-    st.text(f"{len(first):,} pictures and clips of {printable(str(first.root))}")
-    searching, closer = st.tabs(["Search", "Look closer and ask"])
+    st.text(DEMO if args.index is None else f"{len(opened.first):,} pictures and clips of {_folder(opened)}")
+    broken = opened.first.broken()
+    if broken:
+        left_out = st.expander(f"Files that cannot be read, left out: {len(broken):,}")
+        left_out.text("\n".join(printable(f"{path}: {why}") for path, why in [*broken.items()][:BROKEN_SHOWN]))
+    searching, own = st.tabs(["Search", "Ask about a picture of your own"])
     with searching:
-        if len(first):
-            search_page(indexes, views, args.index is None)
+        if len(opened.first):
+            search_page(opened, args.device)
         else:
-            st.info("The index is empty: there is no picture or clip in its folder.")
-    with closer:
-        closer_page(indexes, views, args.device)
+            st.info(plain(f"The index is empty: there is no picture or clip in {_folder(opened)}."))
+    with own:
+        own_page(opened, args.device)
+
+
+def _folder(opened: Views) -> str:
+    return printable(str(opened.first.root))
 
 
 if __name__ == "__main__":
