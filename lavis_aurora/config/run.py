@@ -130,7 +130,7 @@ class RunConfig:
     amp: Any = False
     compile: bool = False
     log_freq: int = 50
-    rank: Optional[str] = None
+    rank: Any = None
     resume_ckpt_path: Optional[str] = None
     resume: str = "none"
     checkpoint_every: int = 0
@@ -151,7 +151,7 @@ class RunConfig:
         one_of("run.cache_dtype", self.cache_dtype, CACHE_DTYPES)
         require(self.cache_limit_gb > 0, "run.cache_limit_gb", self.cache_limit_gb, "above 0")
         if self.rank is not None:
-            one_of("run.rank", self.rank, ("auto",))
+            one_of("run.rank", str(self.rank), ("auto",))
             if not self.valid_splits and not self.evaluate:
                 raise AuroraError("run.rank: auto compares ranks on the first of run.valid_splits; name one")
         if self.resume == "auto" and self.resume_ckpt_path:

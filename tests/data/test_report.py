@@ -14,7 +14,7 @@ from tiny import project_yaml, tiny_config
 from tiny_video import video_project, write_videos
 from tiny_vqa import vqa_project
 
-from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.errors import AuroraError, shown
 from lavis_aurora.data import report as module
 from lavis_aurora.data.annotations import build_checked
 from lavis_aurora.data.report import DataReport, report_data
@@ -225,7 +225,7 @@ def test_a_picture_that_is_ranked_twice_is_refused_by_any_path(
     if split == "train":
         assert not [finding for finding in report.findings if finding.level == "refused"]
         return
-    said = f"coco_retrieval val: entries 0 ('val/000.jpg') and 2 ({again!r}) are one image, {data / 'images'}"
+    said = f"coco_retrieval val: entries 0 ('val/000.jpg') and 2 ({shown(again)}) are one image, {data / 'images'}"
     _found(report, said, level="refused")
 
 
