@@ -140,7 +140,10 @@ class RunCheckpoints:
                 if moments and moments["exp_avg"].shape != parameter.shape:
                     raise ValueError(f"moments of {moments['exp_avg'].shape} for a parameter of {parameter.shape}")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise AuroraError(f"run.resume_ckpt_path: {path} does not fit the optimizer ({error})") from error
+            raise AuroraError(
+                f"run.resume_ckpt_path: {path} does not fit the optimizer ({error}); go on with the model.tuning and "
+                f"the groups of run.lr_scales that it was trained with"
+            ) from error
         for group, own in zip(optimizer.param_groups, settings):
             group.update(own)
         if scaler and content["scaler"]:

@@ -264,8 +264,9 @@ class AuroraRunner(OptimizedRunner):
             self._save_adapter(kind, {"epoch": tested, **logs})
         if self.config.run_cfg.rank == AUTO and not self.evaluate_only:
             with self.summary.timed("validation"):
-                if not self.test_splits:
-                    self.checkpoints.load_best()  # no test has done it
+                if not self.test_splits:  # no test has done it; the best epoch may be of the run gone on from
+                    self.checkpoints.load_best()
+                    self._save_adapter("best", {"epoch": self.state.best_epoch})
                 choose_rank(self)
         self.summary.finish(logs or {})
 

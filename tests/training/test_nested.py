@@ -321,6 +321,14 @@ def test_without_a_test_the_best_epoch_is_ranked_all_the_same(tmp_path, monkeypa
     assert best["epoch"] == 0 and len(measured) == 3
     for name, value in measured[0].items():
         assert torch.equal(value, best["model"][name]), name
+    # Gone on from in another folder, where no epoch is better.
+    source, run["max_epoch"] = only_run(tmp_path), 4
+    run["resume_ckpt_path"] = str(source / "checkpoint_latest.pth")
+    run["output_dir"] = str(tmp_path / "more" / "output")
+    metrics = iter([5.0])
+    train(["--cfg-path", str(project_yaml(tmp_path, model=MODEL, run=run))])
+    again = only_run(tmp_path / "more") / "adapter_best"
+    assert_same(read_adapter(again)[1], read_adapter(source / "adapter_best")[1])
 
 
 def test_the_rank_of_a_finished_run(tmp_path, monkeypatch):

@@ -333,7 +333,9 @@ def test_moments_of_other_parameters_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         options = ["run.resume=none", f"run.resume_ckpt_path={tmp_path / 'other.pth'}"]
         train(["--cfg-path", str(yaml), "--options", *options])
-    assert "other.pth does not fit the optimizer (moments of torch.Size([1, 1]) for" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "other.pth does not fit the optimizer (moments of torch.Size([1, 1]) for" in error
+    assert "the groups of run.lr_scales that it was trained with" in error
 
 
 def test_a_best_file_that_is_damaged_before_it_is_tested_is_named(tmp_path, monkeypatch, capsys):
