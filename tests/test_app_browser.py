@@ -32,7 +32,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("c
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium, or set CHROMIUM")
 # A file of this name would run a script, and be bold, where names are read as HTML or Markdown.
 EVIL = "<img src=x onerror=document.title='run'> **bold**.jpg"
-WAIT = 60_000
+WAIT = 30_000
 SEARCHES = 20
 
 
