@@ -169,7 +169,7 @@ def test_by_keyboard_alone(page, made):
     """Tab reaches what is needed, Enter and Escape act."""
 
     def reach(role: str, name: str) -> None:
-        at = "(e => `${e.getAttribute('aria-label')} ${e.innerText}`)(document.activeElement)"
+        at = "(e => /INPUT|BUTTON/.test(e.tagName) ? `${e.ariaLabel} ${e.innerText}` : '')(document.activeElement)"
         for _ in range(40):
             page.keyboard.press("Tab")
             if name in page.evaluate(at):
