@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
@@ -91,3 +94,11 @@ def train_epoch(state: TrainingState) -> dict[str, float]:
     for _ in train_steps(state):
         pass
     return epoch_stats(state)
+
+
+def patch_open(monkeypatch: pytest.MonkeyPatch, instead: Callable[..., Any]) -> None:
+    """``instead`` for ``open``, also where pathlib opens."""
+    monkeypatch.setattr(io, "open", instead)
+    monkeypatch.setattr("builtins.open", instead)
+    if sys.version_info[:2] == (3, 10):  # its pathlib keeps the function
+        monkeypatch.setattr("pathlib._NormalAccessor.open", staticmethod(instead))

@@ -18,6 +18,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from runs import patch_open
 from tiny import project_yaml, tiny_model
 
 from lavis_aurora.common.errors import AuroraError
@@ -350,8 +351,7 @@ def test_a_full_disk_is_said_of_every_file(project: Path, capsys, monkeypatch, f
             kwargs.pop("opener", None)  # that of Path.open before Python 3.10 opens its own path
         return original(path, mode, *args, **kwargs)
 
-    monkeypatch.setattr(io, "open", no_space)
-    monkeypatch.setattr("builtins.open", no_space)
+    patch_open(monkeypatch, no_space)
     line = refused(capsys, project)
     [run] = (project.parent / "output").iterdir()
     assert f"cannot write {run / file} (No space left on device); free some space" in line

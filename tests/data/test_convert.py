@@ -20,6 +20,7 @@ from lavis.datasets.datasets.retrieval_datasets import (
     VideoRetrievalEvalDataset,
 )
 from omegaconf import OmegaConf
+from runs import patch_open
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.paths import package_file
@@ -624,7 +625,7 @@ def test_nothing_is_half_written(tmp_path, msrvtt, published, monkeypatch):
             kwargs.pop("opener", None)  # that of Path.open before Python 3.10 opens its own path
         return original("/dev/full" if full else path, "wb" if full else mode, *args, **kwargs)
 
-    monkeypatch.setattr(io, "open", no_space)
+    patch_open(monkeypatch, no_space)
     with pytest.raises(AuroraError, match="cannot write .*retrieval_val.json .No space left"):
         main([*msrvtt, "--split", "7k", "--overwrite"])
     assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == before
