@@ -84,7 +84,8 @@ def test_retrieval_with_its_trained_heads(tmp_path, tuning):
         one.double().match(images, texts) for one in (model, tuned, tiny_model(tuning="frozen"))
     )
     torch.testing.assert_close(found.itc, expected.itc, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(found.itm_logits, expected.itm_logits, rtol=1e-6, atol=1e-6)
+    # What is written is in single precision: on another processor 1.8e-6 were seen.
+    torch.testing.assert_close(found.itm_logits, expected.itm_logits, rtol=1e-6, atol=5e-6)
     assert (plain.itm_logits - expected.itm_logits).abs().max() > 0.05
 
 
