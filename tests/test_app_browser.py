@@ -200,8 +200,8 @@ def test_names_are_shown_as_they_are_and_broken_files_listed(page):
     settle(page)
     page.get_by_text("Files that cannot be read, left out: 1").click()
     page.get_by_text("broken.jpg: ").wait_for()
-    page.get_by_text("Options").click()
     search(page, "a shape")
+    page.get_by_text("Options").click()
     slider = page.get_by_role("slider").first
     slider.focus()
     for _ in range(6):
