@@ -75,7 +75,8 @@ def test_a_task_of_ones_own_reads_its_key_in_a_step(tmp_path: Path, scaled_task:
 
 def test_its_keys_are_checked_like_the_runners(tmp_path: Path, scaled_task: type) -> None:
     path = project(tmp_path)
-    refused(path, "run.loss_scal: unknown key; did you mean 'loss_scale' or 'lr_scales'?", options=["run.loss_scal=2"])
+    near = "run.loss_scal: unknown key; did you mean 'loss_scale' or 'lr_scales'?"
+    refused(path, near, options=["run.loss_scal=2"])
     refused(path, "run.loss_scale: ", "is not a float", options=["run.loss_scale=much"])
     refused(path, "run.loss_scale: 0.0 cannot be used; it must be above 0", options=["run.loss_scale=0"])
     refused(path, "run.token_dtype: ", "bfloat16", options=["run.token_dtype=float16"])
