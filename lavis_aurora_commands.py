@@ -64,16 +64,15 @@ def _add_model_arguments(parser: argparse.ArgumentParser, action: Callable[[argp
     """Which model, and what is done."""
     parser.add_argument("--adapter", metavar="FOLDER", help="of an adapter; the model is then the one it is of")
     parser.add_argument("--model-type", help="e.g. coco, or tiny; base by default")
-    parser.add_argument("--pretrained", help="file or URL of the backbone, instead of that of the type")
-    parser.add_argument("--tokenizer", help="hub name or folder of the tokenizer, likewise")
-    parser.add_argument("--med-config-path", help="configuration of the text tower, likewise")
+    _add_sources(parser)
     parser.add_argument("--frames", type=int, metavar="N", help="of each clip; 8, or as the adapter was tuned")
     parser.add_argument("--device", default="auto", help="cpu or cuda; a GPU where there is one, by default")
     parser.add_argument("--json", action="store_true", help="the same for programs")
     parser.set_defaults(action=action)
 
 
-MODEL_ARGUMENTS = ("adapter", "model_type", "pretrained", "tokenizer", "med_config_path", "frames", "device")
+SOURCES = ("pretrained", "tokenizer", "med_config_path")
+MODEL_ARGUMENTS = ("adapter", "model_type", *SOURCES, "frames", "device")
 
 
 def _model_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -163,7 +162,7 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
 
 
 def _sources(args: argparse.Namespace) -> dict[str, str | None]:
-    return {key: getattr(args, key) for key in ("pretrained", "tokenizer", "med_config_path")}
+    return {key: getattr(args, key) for key in SOURCES}
 
 
 def _diff(args: argparse.Namespace) -> None:
