@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lavis_aurora.adapters.config import AdapterConfig, read_adapter
-from lavis_aurora.adapters.files import write_adapter
+from lavis_aurora.adapters.files import set_tensors, write_adapter
 from lavis_aurora.adapters.sets import KINDS
 from lavis_aurora.adapters.updates import LowRank
 from lavis_aurora.common.errors import AuroraError, abbreviated, require, shown
@@ -99,8 +99,7 @@ def _slots(config: AdapterConfig) -> dict[str, tuple[int, int]]:
 
 def _own(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The set's tensors by their names in it, in single precision."""
-    prefix = f"{KINDS[config.kind].prefix}."
-    return {key[len(prefix) :]: tensor.float() for key, tensor in tensors.items() if key.startswith(prefix)}
+    return {key: tensor.float() for key, tensor in set_tensors(config, tensors).items()}
 
 
 def _pairs(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[tuple[tuple[Tensor, Tensor], ...], ...]:

@@ -118,6 +118,12 @@ def _with_settings(config: AdapterConfig) -> dict[str, Any]:
     return {**config.model, "settings": {**settings, config.kind: {**settings[config.kind], **own}}}
 
 
+def set_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of an adapter's tensors, those of its set, by their names in it; the others are gates and heads."""
+    prefix = f"{KINDS[config.kind].prefix}."
+    return {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
 def truncated_adapter(
     config: AdapterConfig, tensors: Mapping[str, Tensor], rank: int, which: str
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
@@ -130,15 +136,14 @@ def truncated_adapter(
     Raises:
         AuroraError: the adapter has no such rank, or is of a kind that cannot be cut.
     """
-    sets, prefix = KINDS[config.kind], f"{KINDS[config.kind].prefix}."
-    own = {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    sets = KINDS[config.kind]
     try:
-        settings, cut = sets.truncated(config.settings, own, rank)
+        settings, cut = sets.truncated(config.settings, set_tensors(config, tensors), rank)
     except AuroraError as error:
         raise AuroraError(f"{which}: {error}") from error
     warn_of_order(config.settings, which, rank)
     metrics = config.metrics if rank == config.settings.rank else {}
-    replaced = {prefix + key: tensor for key, tensor in cut.items()}
+    replaced = {f"{sets.prefix}.{key}": tensor for key, tensor in cut.items()}
     return replace(config, settings=settings, metrics=metrics), {**tensors, **replaced}
 
 
