@@ -34,6 +34,7 @@ from lavis_aurora.common.files import read_json, write_text
 from lavis_aurora.common.parsing import parse
 from lavis_aurora.common.summary import read_summary
 from lavis_aurora.config.check import read_yaml
+from lavis_aurora.config.models import TUNINGS
 
 TASKS = {"pictures": "demo_ret.yaml", "clips": "demo_video.yaml", "questions": "demo_vqa.yaml"}
 METHODS = ROOT / "scripts" / "comparison"
@@ -90,7 +91,7 @@ class Trial(Cell):
 
     Attributes:
         key: what a record is known by: method, budget, rate (None where nothing is trained) and seed, options and
-            the digest of the project YAML.
+            a digest of what the project YAML makes of them.
     """
 
     def __init__(self, key: Record, settings: dict[str, str], folder: Path) -> None:
@@ -143,8 +144,6 @@ class Comparison:
     took: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        text = self.project.read_text(encoding="utf-8")
-        self.digest = hashlib.sha256("\n".join([text, *self.options]).encode()).hexdigest()[:12]
         if self.results.is_file():
             self.records = read_json(self.results)
 
@@ -165,11 +164,23 @@ class Comparison:
                 if not budget or self.budgets is None or budget in self.budgets:
                     yield name, method, budget
 
+    def digest(self, settings: Mapping[str, str]) -> str:
+        """Of all that such a run is told, besides its rate and seed: not of comments, nor of the other tunings."""
+        options = OmegaConf.from_dotlist([*self.options, *(f"{key}={value}" for key, value in settings.items())])
+        config = OmegaConf.to_container(OmegaConf.merge(read_yaml(str(self.project)), options))
+        model, run = config["model"], config["run"]
+        own = TUNINGS[model["tuning"]].settings
+        for key in {key for tuning in TUNINGS.values() for key in tuning.settings} - set(own):
+            model.pop(key, None)
+        for key in ("init_lr", "seed", "output_dir"):
+            run.pop(key, None)
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
     def trial(self, name: str, method: Method, budget: str, rate: float | None, seed: int) -> Trial:
         key = {"method": name, "label": method.label, "budget": budget, "rate": rate, "seed": seed}
         settings = method.options_at(budget)
-        key.update(project=self.digest, options=[f"{k}={v}" for k, v in settings.items()])
-        folder = f"{name}_{budget}_{'' if rate is None else f'{rate:g}'}_{seed}_{self.digest}"
+        key.update(project=self.digest(settings), options=[f"{k}={v}" for k, v in settings.items()])
+        folder = f"{name}_{budget}_{'' if rate is None else f'{rate:g}'}_{seed}_{key['project']}"
         return Trial(key, settings, self.output / folder)
 
     def missing(self) -> tuple[list[Trial], int]:
@@ -194,7 +205,7 @@ class Comparison:
         return next((one for one in self.records if trial.key.items() <= one.items()), None)
 
     def keep(self, trial: Trial) -> None:
-        """Write the record of a run that has ended; older ones of it, by another project YAML, go."""
+        """Write the record of a run that has ended; older ones of it, by another project, go."""
         same = ("method", "budget", "rate", "seed")
         self.records = [one for one in self.records if any(one[key] != trial.key[key] for key in same)]
         self.records.append(trial.record())

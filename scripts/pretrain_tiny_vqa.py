@@ -43,7 +43,7 @@ START = package_file("configs/models/tiny/model.safetensors")
 # How often each kind is drawn: at first yes and no alone. Retrieval has taught the encoder to tell whether a text
 # fits a picture. Asked for all kinds at once it forgets that before it is of use: yes and no were at chance after
 # 1,500 steps.
-FIRST = {"yes/no": 1.0}
+FIRST = {"yes/no": 1.0, "position": 1.0}
 SHARES = {kind: 2.0 if kind == "yes/no" else 1.0 for kind in KINDS}
 WARMUP = 100
 # What can be asked about a picture: texts by kind, wording and answer.
@@ -145,13 +145,13 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--start", type=Path, default=Path(START), help="weights (default: those for retrieval)")
-    parser.add_argument("--steps", type=int, default=2700, help="default: %(default)s")
-    parser.add_argument("--first", type=int, default=600, help="steps of yes and no alone (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4000, help="default: %(default)s")
+    parser.add_argument("--first", type=int, default=1000, help="steps of yes and no alone (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=24, help="pictures of a step (default: %(default)s)")
     parser.add_argument("--each", type=int, default=4, help="questions about each (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate (default: %(default)s)")
     parser.add_argument(
-        "--fall", type=float, default=0.2, help="share of the steps, in which it falls (default: %(default)s)"
+        "--fall", type=float, default=0.5, help="share of the steps, in which it falls (default: %(default)s)"
     )
     parser.add_argument("--pictures", type=int, default=3000, help="to train on (default: %(default)s)")
     parser.add_argument("--test", type=int, default=500, help="pictures to test on (default: %(default)s)")

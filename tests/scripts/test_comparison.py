@@ -80,6 +80,19 @@ def test_a_record_of_another_project_gives_way_to_the_new_one(results, tmp_path)
     assert json.loads(new.results.read_text()) == new.records
 
 
+def test_a_record_holds_whatever_its_run_does_not_depend_on(results, tmp_path):
+    """Comments and settings of other ways of tuning may change; what the run itself is told may not."""
+    found = Comparison("pictures", {"lora": LORA}, None, tmp_path)
+    before = found.digest(LORA.options_at("small"))
+    text = found.project.read_text()
+    assert "model:\n" in text
+    found.project.write_text("# A comment.\n" + text.replace("model:\n", "model:\n  mode_approx: {rank: 7}\n"))
+    assert found.digest(LORA.options_at("small")) == before
+    assert found.digest(LORA.options_at("big")) != before
+    found.project.write_text(text.replace("model:\n", "model:\n  alpha: 0.123\n"))
+    assert found.digest(LORA.options_at("small")) != before
+
+
 def test_unknown_methods_and_keys_are_named(tmp_path, monkeypatch):
     with pytest.raises(AuroraError, match="--methods lorra: there is no .*lorra.yaml; did you mean 'lora_all'"):
         read_methods(["lorra"])
