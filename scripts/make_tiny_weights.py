@@ -4,8 +4,8 @@
     python train.py --cfg-path projects/aurora/demo_pretrain.yaml
     python scripts/make_tiny_weights.py output/demo_pretrain/RUN/checkpoint_best.pth
 
-For question answering, which starts from those weights, likewise with demo_vqa_pretrain. The weights are stored in
-half precision, without the momentum copies.
+They are stored in half precision, without the momentum copies. From them scripts/pretrain_tiny_vqa.py makes those
+that answer questions.
 """
 
 from __future__ import annotations
@@ -25,24 +25,21 @@ from lavis_aurora.common.paths import package_file
 from lavis_aurora.models.loading import load_model_and_preprocess
 from lavis_aurora.training.checkpoints import read_checkpoint
 
-# By architecture: the file that its type tiny reads, and the run that makes it.
-TARGETS = {
-    "blip_retrieval_aurora": ("model.safetensors", "projects/aurora/demo_pretrain.yaml"),
-    "blip_vqa_aurora": ("vqa.safetensors", "projects/aurora/demo_vqa_pretrain.yaml"),
-}
+ARCH, MADE_BY = "blip_retrieval_aurora", "projects/aurora/demo_pretrain.yaml"
+TARGET = package_file("configs/models/tiny/model.safetensors")
 
 
-def pretrained_model(checkpoint: Path) -> tuple[str, nn.Module]:
-    """Architecture and model of a run that trained every weight."""
+def pretrained_model(checkpoint: Path) -> nn.Module:
+    """The model of a run that trained every weight."""
     state = read_checkpoint(checkpoint)
     cfg = state["config"]["model"]
-    if cfg["arch"] not in TARGETS or cfg["tuning"] != "full":
+    if cfg["arch"] != ARCH or cfg["tuning"] != "full":
         raise AuroraError(f"{checkpoint}: a run of {cfg['arch']} with tuning {cfg['tuning']}, not a pretraining run")
     # A checkpoint holds what the run trained: a frozen ViT comes from where the run had it.
     start = cfg["pretrained"] if cfg.get("freeze_vit") else None
     model = registry.get_model_class(cfg["arch"]).from_config({**cfg, "pretrained": start})
     model.load_run_state(state["model"], str(checkpoint))
-    return cfg["arch"], model
+    return model
 
 
 def stored_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -58,18 +55,15 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="checkpoint_best.pth of a pretraining run")
-    parser.add_argument("--output", type=Path, help="default: the file in the package")
+    parser.add_argument("--output", type=Path, default=Path(TARGET), help="default: the file in the package")
     args = parser.parse_args()
     try:
-        arch, model = pretrained_model(args.checkpoint)
-        name, made_by = TARGETS[arch]
-        output = args.output or Path(package_file(f"configs/models/tiny/{name}"))
-        kept = stored_weights(model)
-        save_file(kept, output, metadata={"made_by": made_by})
-        load_model_and_preprocess(arch, "tiny")
+        kept = stored_weights(pretrained_model(args.checkpoint))
+        save_file(kept, args.output, metadata={"made_by": MADE_BY})
+        load_model_and_preprocess(ARCH, "tiny", pretrained=args.output)
     except AuroraError as error:
         sys.exit(f"error: {error}")
-    print(f"{len(kept)} tensors, {output.stat().st_size / 2**20:.2f} MiB: {output}")
+    print(f"{len(kept)} tensors, {args.output.stat().st_size / 2**20:.2f} MiB: {args.output}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Weights that come with the package: whole, in half precision, from a pretraining run of either demo."""
+"""Weights that come with the package: whole, in half precision, from a pretraining run."""
 
 from __future__ import annotations
 
@@ -10,27 +10,16 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config
-from tiny_vqa import vqa_config
 
 from lavis_aurora import AuroraError
-from lavis_aurora.common.paths import package_file
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
-from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
 from lavis_aurora.training.checkpoints import KEYS, write_checkpoint
 
-KINDS = {"retrieval": (BlipRetrievalAurora, tiny_config), "vqa": (BlipVqaAurora, vqa_config)}
 
-
-@pytest.fixture(params=KINDS)
-def kind(request) -> str:
-    return request.param
-
-
-def _checkpoint(folder: Path, kind: str, **overrides) -> tuple[Path, torch.nn.Module]:
+def _checkpoint(folder: Path, **overrides) -> tuple[Path, torch.nn.Module]:
     """What a run with full tuning leaves, and its model."""
-    cls, defaults = KINDS[kind]
-    cfg = defaults(**{"tuning": "full", **overrides})
-    model = cls.from_config(cfg)
+    cfg = tiny_config(**{"tuning": "full", **overrides})
+    model = BlipRetrievalAurora.from_config(cfg)
     path = folder / "checkpoint_best.pth"
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).state_dict()
     rest = {**dict.fromkeys(KEYS), "optimizer": optimizer, "epoch": 0, "step": 0, "best_metric": 0.0}
@@ -39,41 +28,37 @@ def _checkpoint(folder: Path, kind: str, **overrides) -> tuple[Path, torch.nn.Mo
     return path, model
 
 
-def test_stored_weights_load_as_the_type_tiny_and_are_the_runs(tmp_path: Path, kind: str) -> None:
-    path, model = _checkpoint(tmp_path, kind)
-    _, loaded = make_tiny_weights.pretrained_model(path)
+def test_stored_weights_load_as_the_type_tiny_and_are_the_runs(tmp_path: Path) -> None:
+    path, model = _checkpoint(tmp_path)
+    loaded = make_tiny_weights.pretrained_model(path)
     kept = make_tiny_weights.stored_weights(loaded)
     save_file(kept, tmp_path / "x.safetensors")
-    cls, config = KINDS[kind]
-    fresh = cls.from_config(config(pretrained=str(tmp_path / "x.safetensors"))).state_dict()
+    fresh = BlipRetrievalAurora.from_config(tiny_config(pretrained=str(tmp_path / "x.safetensors"))).state_dict()
     for name, value in make_tiny_weights.stored_weights(model).items():
         assert value.dtype == torch.float16
         assert torch.equal(fresh[name].half(), value), name
 
 
-def test_a_frozen_vision_encoder_comes_from_where_the_run_had_it(tmp_path: Path, kind: str) -> None:
-    cls, config = KINDS[kind]
+def test_a_frozen_vision_encoder_comes_from_where_the_run_had_it(tmp_path: Path) -> None:
     start = tmp_path / "start.pth"
-    torch.save(cls.from_config(config(tuning="full")).state_dict(), start)
-    path, model = _checkpoint(tmp_path, kind, pretrained=str(start), freeze_vit=True)
-    _, loaded = make_tiny_weights.pretrained_model(path)
+    torch.save(BlipRetrievalAurora.from_config(tiny_config(tuning="full")).state_dict(), start)
+    path, model = _checkpoint(tmp_path, pretrained=str(start), freeze_vit=True)
+    loaded = make_tiny_weights.pretrained_model(path)
     stored = make_tiny_weights.stored_weights(loaded)
     assert any(name.startswith("visual_encoder") for name in stored)
     assert all(torch.equal(stored[name], value) for name, value in make_tiny_weights.stored_weights(model).items())
 
 
-def test_shipped_file_holds_what_this_program_writes(kind: str, tmp_path: Path) -> None:
-    path, _ = _checkpoint(tmp_path, kind)
-    arch, model = make_tiny_weights.pretrained_model(path)
-    name, _ = make_tiny_weights.TARGETS[arch]
-    shipped = load_file(package_file(f"configs/models/tiny/{name}"))
-    kept = make_tiny_weights.stored_weights(model)
+def test_shipped_file_holds_what_this_program_writes(tmp_path: Path) -> None:
+    path, _ = _checkpoint(tmp_path)
+    shipped = load_file(make_tiny_weights.TARGET)
+    kept = make_tiny_weights.stored_weights(make_tiny_weights.pretrained_model(path))
     assert {key: value.shape for key, value in shipped.items()} == {key: value.shape for key, value in kept.items()}
     assert {value.dtype for value in shipped.values()} == {torch.float16}
 
 
-def test_other_runs_are_refused(tmp_path: Path, kind: str, monkeypatch) -> None:
-    path, _ = _checkpoint(tmp_path, kind, tuning="aurora")
+def test_other_runs_are_refused(tmp_path: Path, monkeypatch) -> None:
+    path, _ = _checkpoint(tmp_path, tuning="aurora")
     with pytest.raises(AuroraError, match="with tuning aurora, not a pretraining run"):
         make_tiny_weights.pretrained_model(path)
     monkeypatch.setattr("sys.argv", ["make_tiny_weights.py", str(path), "--output", str(tmp_path / "y.safetensors")])

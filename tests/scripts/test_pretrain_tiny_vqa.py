@@ -14,9 +14,9 @@ from make_tiny_weights import stored_weights
 from safetensors.torch import load_file
 from tiny_vqa import vqa_model
 
-from lavis_aurora.common.paths import package_file
 from lavis_aurora.demo.questions import KINDS, SHAPE_COUNTS, askable, iter_questions
 from lavis_aurora.demo.scenes import iter_scenes
+from lavis_aurora.models.loading import load_model_and_preprocess
 
 SCENES = list(islice(iter_scenes("clean", "train", 0, SHAPE_COUNTS), 40))
 
@@ -41,10 +41,11 @@ def test_questions_drawn_are_those_that_the_picture_answers_and_yes_is_right_as_
         assert kinds[kind] / sum(kinds.values()) == pytest.approx(pretrain_tiny_vqa.SHARES[kind] / total, abs=0.05)
 
 
-def test_yes_and_no_are_asked_for_alone_at_first() -> None:
-    asked = pretrain_tiny_vqa.asked_about(SCENES[0])
+def test_yes_no_and_positions_are_asked_for_alone_at_first() -> None:
+    asked, known = pretrain_tiny_vqa.asked_about(SCENES[0]), askable(SCENES[0], "clean")
     drawn = pretrain_tiny_vqa.draw(asked, 50, pretrain_tiny_vqa.FIRST, random.Random(0))
-    assert {answer for _, answer in drawn} == {"yes", "no"}
+    kind_of = {one.text: kind for kind, wordings in known.items() for questions in wordings for one in questions}
+    assert {kind_of[text] for text, _ in drawn} == {"yes/no", "position"}
 
 
 def test_loss_is_the_models_own() -> None:
@@ -106,7 +107,7 @@ def test_it_writes_the_same_weights_again_and_leaves_the_vision_encoder(tmp_path
     _run(again, monkeypatch)
     assert first.read_bytes() == again.read_bytes()
     written, start = load_file(first), load_file(pretrain_tiny_vqa.START)
-    shipped = load_file(package_file("configs/models/tiny/vqa.safetensors"))
+    shipped = load_file(pretrain_tiny_vqa.TARGET)
     assert {key: value.shape for key, value in written.items()} == {k: value.shape for k, value in shipped.items()}
     vision = [key for key in written if key.startswith("visual_encoder")]
     assert vision and all(torch.equal(written[key], start[key]) for key in vision)
@@ -115,9 +116,13 @@ def test_it_writes_the_same_weights_again_and_leaves_the_vision_encoder(tmp_path
 
 
 def test_shipped_weights_hold_what_this_program_writes() -> None:
-    shipped, kept = (
-        load_file(package_file("configs/models/tiny/vqa.safetensors")),
-        stored_weights(vqa_model(tuning="full")),
-    )
+    shipped, kept = load_file(pretrain_tiny_vqa.TARGET), stored_weights(vqa_model(tuning="full"))
     assert {key: value.shape for key, value in shipped.items()} == {key: value.shape for key, value in kept.items()}
     assert {value.dtype for value in shipped.values()} == {torch.float16}
+
+
+def test_shipped_weights_answer_questions_of_each_kind() -> None:
+    model, vision, _ = load_model_and_preprocess("blip_vqa_aurora", "tiny", is_eval=True)
+    _, images = pretrain_tiny_vqa.pictures_of("test", 75, vision["eval"])
+    right = pretrain_tiny_vqa.right_answers(model, images, "test", each=4)
+    assert min(right.values()) > 85, right
