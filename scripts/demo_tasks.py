@@ -14,8 +14,14 @@ from processes import ROOT, TrainingProcess, run_all
 
 from lavis_aurora.common.summary import SUMMARY, Summary, read_summary
 
-LABELS = {"frozen": "frozen backbone", "heads": "heads only", "aurora": "Aurora", "full": "full fine-tuning"}
-COLORS = {"frozen": "#9aa5b1", "heads": "#c9b458", "aurora": "#c2410c", "full": "#1d4e89"}
+LABELS = {
+    **{"frozen": "frozen backbone", "heads": "heads only", "lora": "LoRA", "aurora": "Aurora"},
+    "full": "full fine-tuning",
+}
+COLORS = {"frozen": "#9aa5b1", "heads": "#c9b458", "lora": "#6b8e6e", "aurora": "#c2410c", "full": "#1d4e89"}
+# The project YAMLs have Aurora's rates for parts of it; LoRA of rank 2 trains as many parameters as Aurora of rank 64.
+OTHERS = ("run.lr_scales={}",)
+OPTIONS = {"heads": OTHERS, "lora": (*OTHERS, "model.lora.rank=2"), "full": OTHERS, "frozen": OTHERS}
 Row = dict[str, Any]
 
 
@@ -30,7 +36,7 @@ class Run(TrainingProcess):
         folder: everything that the run writes.
         seed: value of run.seed.
         source: a finished run whose best epoch is evaluated again, with the options.
-        options: KEY=VALUE of this run alone.
+        options: KEY=VALUE of this run alone, besides those of its way of tuning.
         seconds: that it took, once it has ended.
     """
 
@@ -61,7 +67,7 @@ class Run(TrainingProcess):
     def start(self, options: Sequence[str]) -> None:
         """Start it with these options and its own, which count where both name a key."""
         given = [f"model.tuning={self.tuning}", f"run.init_lr={self.rate}", f"run.seed={self.seed}"]
-        given += [*options, *self.options]
+        given += [*OPTIONS.get(self.tuning, ()), *options, *self.options]
         if self.source and self.tuning != "frozen":
             [best] = self.source.folder.glob("*/checkpoint_best.pth")
             given.append(f"run.resume_ckpt_path={best}")

@@ -15,7 +15,7 @@ from tiny_summary import counts, leave_summary
 from lavis_aurora.demo.clips import generate_clips
 from lavis_aurora.demo.question_files import generate_questions, split_files
 
-PARAMETERS = {"frozen": 0, "heads": 50, "aurora": 100, "full": 1000}
+PARAMETERS = {"frozen": 0, "heads": 50, "lora": 100, "aurora": 100, "full": 1000}
 
 
 def _run(folder: Path, task: str, tuning: str, results: dict[str, dict]) -> Run:
@@ -70,7 +70,7 @@ def _vqa(level: float) -> dict[str, dict]:
 
 
 RESULTS = {"retrieval": _retrieval, "vqa": _vqa, "video": _video}
-LEVELS = {"frozen": 20.0, "heads": 30.0, "aurora": 50.0, "full": 60.0}
+LEVELS = {"frozen": 20.0, "heads": 30.0, "lora": 45.0, "aurora": 50.0, "full": 60.0}
 BASELINES = {"retrieval": {}, "video": {}, "vqa": {"guesses": _vqa(10.0)["test_epoch_best_accuracy.json"]}}
 
 
