@@ -116,6 +116,9 @@ def _app(args: argparse.Namespace) -> None:
         from lavis_aurora.common.errors import AuroraError
 
         raise AuroraError("the page needs Streamlit: pip install streamlit")
+    from lavis_aurora.search.commands import check_page
+
+    check_page(args.index, args.adapter)
     command = app_command(args)
     os.execv(command[0], command)
 

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -243,6 +244,7 @@ def _line(error: Exception) -> str:
 def exit_on_error(action: Callable[[], None]) -> None:
     """Run; an AuroraError becomes one line on stderr and exit code 1, a signal 128 + its number."""
     use_utf8()
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # twice the limit PIL refuses
     try:
         action()
         sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parents[1]
+PRELOADED = ["lavis_aurora_compat", "lavis_aurora", "torch.distributed"]
 
 
 def child_environment(**more: str) -> dict[str, str]:
@@ -29,9 +31,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _join(rank: int, world: int, port: int, function: Callable, args: tuple, results: Any) -> None:
+def _join(
+    rank: int, world: int, environment: dict[str, str], function: Callable, args: tuple, results: Any
+) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.clear()  # it is that of the process that was forked
+    os.environ.update(environment)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
         results[rank] = function(rank, *args)
@@ -41,7 +46,11 @@ def _join(rank: int, world: int, port: int, function: Callable, args: tuple, res
 
 def run_processes(world: int, function: Callable, *args: Any) -> list:
     """``function(rank, *args)`` of each process; it must be defined at the top of a module."""
+    # A process that has imported the package is forked, instead of each importing it again.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_join, (world, free_port(), function, args, results), nprocs=world)
+        arguments = (world, environment, function, args, results)
+        mp.start_processes(_join, arguments, nprocs=world, start_method="forkserver")
         return [results[rank] for rank in range(world)]

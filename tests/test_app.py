@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -17,8 +18,8 @@ pytest.importorskip("streamlit")
 pytest.importorskip("lancedb", reason='pip install "lavis-aurora[search]"', exc_type=ImportError)
 from streamlit.testing.v1 import AppTest
 
+from lavis_aurora import AuroraError, save_adapter
 from lavis_aurora import app as page
-from lavis_aurora import save_adapter
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.demo.pictures import generate_pictures
 from lavis_aurora.search import PictureIndex, views
@@ -157,3 +158,18 @@ def test_the_command_is_bound_to_this_machine(tmp_path):
     assert page.parse_args(command[command.index("--") + 1 :]).adapter == ["A=x"]
     assert "--server.address=0.0.0.0" in app_command(command_parser().parse_args(["app", "--host", "0.0.0.0"]))
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["absent"], "absent: no such folder"),
+        (["--adapter=A=absent"], "absent is no adapter folder"),
+        (["--adapter=frozen=absent"], "frozen is the name of another one"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused_before_it_is_served(argv, message, monkeypatch):
+    monkeypatch.setattr(os, "execv", lambda *command: pytest.fail("it is served"))
+    args = command_parser().parse_args(["app", *argv])
+    with pytest.raises(AuroraError, match=message):
+        args.action(args)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from lavis_aurora.common.errors import AuroraError
@@ -63,7 +63,14 @@ def load_picture(source: str | os.PathLike[str] | BinaryIO) -> Image.Image:
         return read_picture(source)
     except Exception as error:  # each of PIL's formats has errors of its own
         name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "the picture")
-        raise AuroraError(f"cannot read {name} ({type(error).__name__}: {error})") from error
+        raise AuroraError(f"cannot read {name} ({unreadable_because(error)})") from error
+
+
+def unreadable_because(error: BaseException) -> str:
+    """Why a picture cannot be read, without its name: of an error of PIL's or of the system's."""
+    if isinstance(error, UnidentifiedImageError):
+        return "cannot identify image file: it is no picture, or damaged"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def read_picture(source: str | os.PathLike[str] | BinaryIO) -> Image.Image:

@@ -2,3 +2,8 @@
 
 Everything follows from a seed.
 """
+
+import warnings
+
+# Of ``python -m`` of a module here: the package, which is imported first, has imported it too; it holds no state.
+warnings.filterwarnings("ignore", "'lavis_aurora.demo", RuntimeWarning, "runpy")

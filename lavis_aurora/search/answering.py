@@ -87,6 +87,18 @@ def read_questions(file: str | Path, images: str | Path | None = None) -> list[Q
     return questions
 
 
+def read_answer_list(file: str | Path) -> list[str]:
+    """The answers to choose from: a json list.
+
+    Raises:
+        AuroraError: it is none of texts, or has none.
+    """
+    found = read_json(file)
+    if not isinstance(found, list) or not found or not all(isinstance(one, str) and one.strip() for one in found):
+        raise AuroraError(f'{file} holds {shown(found)}; it must be a list of answers, as ["yes", "no"]')
+    return found
+
+
 def _question(where: str, number: int, entry: dict[str, Any], folder: Path, numbered: dict[int, Path]) -> Question:
     words, name, given = entry.get("question"), entry.get("image"), entry.get("question_id", number)
     if not isinstance(words, str) or not words.strip():
@@ -184,7 +196,8 @@ def answer_file(
         out: ``.json`` in VQAv2's format (``question_id``, ``answer``, and ``confidence``), or ``.csv``.
 
     Raises:
-        AuroraError: the file is there already, or what is there of it is of other questions or another model.
+        AuroraError: the file is there already, what is there of it is of other questions or another model, or none
+            of the pictures can be read.
     """
     out = Path(out).expanduser()
     if out.suffix.lower() not in FORMATS:
@@ -203,9 +216,12 @@ def answer_file(
             _append(unfinished, [json.dumps(vars(answer)) for answer in batch])
             answers += batch
             bar.update(len(batch))
+    broken = dict.fromkeys(f"{answer.image} ({answer.why})" for answer in answers if answer.why)
+    if all(answer.why for answer in answers):
+        unfinished.unlink()
+        raise AuroraError(f"{out}: no picture can be read ({abbreviated(broken)}); name their folder by --images")
     write_text(out, _text(answers, out.suffix.lower()))
     unfinished.unlink()
-    broken = dict.fromkeys(f"{answer.image} ({answer.why})" for answer in answers if answer.why)
     if broken:
         said = abbreviated(broken)
         logging.warning("%d pictures cannot be read, their questions are left out: %s", len(broken), said)

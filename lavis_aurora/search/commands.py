@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import textwrap
+import warnings
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,12 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from lavis_aurora.common.errors import AuroraError, printable
-from lavis_aurora.common.files import atomic_write, read_json
-from lavis_aurora.data.samples import read_visual
-from lavis_aurora.search.answering import ARCH, Question, answer_file, iter_answers, read_questions
-from lavis_aurora.search.index import PictureIndex
+from lavis_aurora.common.files import atomic_write
+from lavis_aurora.search.answering import (
+    ARCH,
+    Question,
+    answer_file,
+    iter_answers,
+    read_answer_list,
+    read_questions,
+)
+from lavis_aurora.search.index import PictureIndex, find_places
 from lavis_aurora.search.model import ModelSource, SearchModel
 from lavis_aurora.search.ranking import Hit
+from lavis_aurora.search.views import named_adapters, view, visual
 
 # Files that an index names in its report; --json names all.
 SHOWN = 20
@@ -43,7 +51,7 @@ def index(folder: str, out: str | None, retry_broken: bool, as_json: bool, **mod
         lines.append(f"a search finds {100 * found.recall:.1f}% of the true 10 best (approximate index, as measured)")
     if done.broken:
         lines.append(f"{len(done.broken):,} files cannot be read and are left out:")
-        lines += [f"  {path}: {why}" for path, why in [*done.broken.items()][:SHOWN]]
+        lines += [printable(f"  {path}: {why}") for path, why in [*done.broken.items()][:SHOWN]]
         if len(done.broken) > SHOWN:
             lines.append(f"  and {len(done.broken) - SHOWN} more; --json names all")
     return "\n".join(lines)
@@ -67,7 +75,10 @@ def search(
         sheet: file of a PNG that shows the hits.
         show: open the sheet.
     """
-    hits = PictureIndex(place, **model).search(text, **(query or {}))
+    if sheet and Path(sheet).suffix.lower() != ".png":
+        raise AuroraError(f"--sheet: {sheet} is to be a PNG; name it so that it ends in .png")
+    index = PictureIndex(place, **model)
+    hits = index.search(text, **(query or {}))
     lines = []
     if (sheet or show) and hits:
         path = Path(sheet) if sheet else Path(tempfile.mkdtemp(prefix="aurora_search_")) / "hits.png"
@@ -81,10 +92,11 @@ def search(
     head = f"{'':>4}{'score':>8}{'ITM':>8}{'ITC':>8}{'by ITC':>8}  {'':<{width}}  file"
     rows = [
         f"{i:>3}.{hit.score:>8.3f}{'' if hit.itm is None else f'{hit.itm:.3f}':>8}{hit.itc:>8.3f}{hit.itc_rank:>8}"
-        f"  {hit.kind:<{width}}  {hit.path}"
+        f"  {hit.kind:<{width}}  {printable(hit.path)}"
         for i, hit in enumerate(hits, 1)
     ]
-    return "\n".join([head, *rows, *lines] if hits else ["nothing was found"])
+    nothing = "nothing was found" if len(index) else f"the index {index.place} is empty"
+    return "\n".join([head, *rows, *lines] if hits else [nothing])
 
 
 def draw_sheet(hits: Sequence[Hit], path: Path) -> None:
@@ -105,11 +117,12 @@ def draw_sheet(hits: Sequence[Hit], path: Path) -> None:
         axis.set_axis_off()
         if i < len(hits):
             hit = hits[i]
-            axis.imshow(read_visual(hit.path))
+            axis.imshow(visual(hit.path))
             itm = "" if hit.itm is None else f"ITM {hit.itm:.2f}  "
             name = textwrap.shorten(printable(Path(hit.path).name), 28, placeholder="...")
             axis.set_title(f"{i + 1}.  {itm}ITC {hit.itc:.2f}\n{name}", fontsize=8, parse_math=False)
-    with atomic_write(path) as file:
+    with atomic_write(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph ")  # of names in scripts that the font has not: boxes stand there
         figure.savefig(file, format="png", dpi=110)
 
 
@@ -135,12 +148,14 @@ def answer(
         device: of :class:`SearchModel`.
         model: of :class:`ModelSource`.
     """
-    choice = None if answers is None else read_json(answers)
+    choice = None if answers is None else read_answer_list(answers)
     if image is None and len(questions) != 1:
         raise AuroraError("answer takes one file of questions, or --image and questions about it")
     if image is not None and out is not None:
         raise AuroraError("--out: is for a file of questions; the answers about one --image are printed")
     asked = [Question(i, Path(image), text) for i, text in enumerate(questions)] if image is not None else []
+    if image is None and not Path(questions[0]).is_file():
+        raise AuroraError(f"no such file of questions: {questions[0]}; to ask about one picture, add --image FILE")
     asked = asked or read_questions(questions[0], images)
     loaded = SearchModel(ARCH, ModelSource(**model).absolute(), device)
     if image is None:
@@ -153,3 +168,16 @@ def answer(
     if as_json:
         return json.dumps([{key: getattr(one, key) for key in ("question", "answer", "confidence")} for one in found])
     return "\n".join(f"{one.answer}  ({one.confidence:.2f})  {one.question}" for one in found)
+
+
+def check_page(index: str | None, adapters: Sequence[str]) -> None:
+    """Refuse what the page could not show, before it is served.
+
+    Args:
+        index: an index or the folder that it is in; None for the demo.
+        adapters: of :func:`named_adapters`.
+    """
+    if index is not None:
+        find_places(index, None)
+    for name, folder in named_adapters(adapters).items():
+        view(name, folder)

@@ -108,7 +108,7 @@ class PictureIndex:
         paths["med_config_path"] = med_config_path
         given = {key: str(value) for key, value in paths.items() if value is not None}
         source = ModelSource(model_type=model_type, frames=frames, **given).absolute()
-        self.place, root = _places(folder, index)
+        self.place, root = find_places(folder, index)
         self._store = Store(self.place)
         said = self._store.settings()
         if said is None:
@@ -117,8 +117,8 @@ class PictureIndex:
             self._settings = None
         else:
             self._settings = parse(IndexSettings, said, f"the index {self.place}")
+            self._settings.source.check_local(self.place, source)
             source = self._settings.source.overlaid(source)
-            source.check_local(self.place)
         self.root = Path(self._settings.root) if root is None and self._settings is not None else Path(root or "")
         self.model = SearchModel(ARCH, source, device)
         self._check()
@@ -262,12 +262,18 @@ class PictureIndex:
             Hits whose files are still there.
 
         Raises:
-            AuroraError: there is no index yet, no query, or a part of it cannot be read.
+            AuroraError: there is no index yet, its folder is not there, there is no query, or a part of it cannot be
+                read.
         """
         require(top > 0, "top", top, "1 or more")
         require(rerank >= 0, "rerank", rerank, "0 or more")
         if self._settings is None:
             raise AuroraError(f"{self.root} has no index; make it by update(), or lavis-aurora index {self.root}")
+        if not self.root.is_dir():
+            raise AuroraError(
+                f"the index {self.place} is of {self.root}, which is not there; if that has moved, tell the index by "
+                f"lavis-aurora index FOLDER --out {self.place}"
+            )
         texts = [text] if text else []
         wanted = [*texts, *([plus] if isinstance(plus, str) else plus)]
         unwanted = [minus] if isinstance(minus, str) else [*minus]
@@ -280,8 +286,12 @@ class PictureIndex:
             return self._ranker.rank(entries, query, self.root, rerank, itc_weight)[:top]
 
 
-def _places(folder: str | Path, index: str | Path | None) -> tuple[str, Path | None]:
-    """Where the index is, and its folder of pictures, unless the index has to say."""
+def find_places(folder: str | Path, index: str | Path | None) -> tuple[str, Path | None]:
+    """Where the index is, and its folder of pictures, unless the index has to say.
+
+    Raises:
+        AuroraError: there is no such folder.
+    """
     if index is not None:
         return _place(index), Path(folder).expanduser().absolute()
     if "://" in str(folder):

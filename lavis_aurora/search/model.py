@@ -21,7 +21,7 @@ from lavis_aurora.adapters.companions import adapter_parameters, persistent_buff
 from lavis_aurora.adapters.config import read_adapter_config, tensors_hash
 from lavis_aurora.adapters.switching import disable_adapter, find_adapters
 from lavis_aurora.common.errors import AuroraError, require, shown
-from lavis_aurora.common.media import BrokenVideo, load_picture
+from lavis_aurora.common.media import BrokenVideo, load_picture, unreadable_because
 from lavis_aurora.config.run import VideoProcessorConfig
 from lavis_aurora.data.samples import VideoEvalProcessor, VideoProcessor
 from lavis_aurora.models.loading import SOURCES, load_model_and_preprocess
@@ -63,10 +63,15 @@ class ModelSource:
         changed: dict[str, Any] = {**paths, **absolute}
         return replace(self, **changed)
 
-    def check_local(self, index: str) -> None:
-        """Refuse what an index names that is not on this machine: an index decides nothing that others fetch."""
+    def check_local(self, index: str, given: ModelSource) -> None:
+        """Refuse what an index names that is not on this machine: an index decides nothing that others fetch.
+
+        Args:
+            index: where it is.
+            given: what the user names in place of it, which is not looked at here.
+        """
         for key, path in self._paths().items():
-            if not os.path.exists(path):
+            if getattr(given, key) is None and not os.path.exists(path):
                 option = f"--{key.replace('_', '-')}"
                 raise AuroraError(
                     f"{index} was made with {option} {path}, which is no file here; say where it is by {option}"
@@ -122,7 +127,7 @@ class SearchModel:
         except BrokenVideo as error:
             raise Unreadable(str(error)) from error
         except AuroraError as error:
-            raise Unreadable(str(error.__cause__ or error)) from error
+            raise Unreadable(unreadable_because(error.__cause__ or error)) from error
 
     def words(self, text: str, key: str = "text") -> str:
         """A text as the model was taught to read it; one that is too long for it is cut, which the log says.
