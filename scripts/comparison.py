@@ -41,6 +41,8 @@ METHODS = ROOT / "scripts" / "comparison"
 RESULTS = ROOT / "docs" / "comparison"
 SEEDS = (1, 2, 3)  # the first compares the rates
 Record = dict[str, Any]
+RUN = ("method", "budget", "rate", "seed")
+SAME = (*RUN, "project")  # which holds what the options make of it
 
 
 @dataclass
@@ -202,12 +204,11 @@ class Comparison:
 
     def known(self, trial: Trial) -> Record | None:
         """The record of such a run."""
-        return next((one for one in self.records if trial.key.items() <= one.items()), None)
+        return next((one for one in self.records if all(one[key] == trial.key[key] for key in SAME)), None)
 
     def keep(self, trial: Trial) -> None:
         """Write the record of a run that has ended; older ones of it, by another project, go."""
-        same = ("method", "budget", "rate", "seed")
-        self.records = [one for one in self.records if any(one[key] != trial.key[key] for key in same)]
+        self.records = [one for one in self.records if any(one[key] != trial.key[key] for key in RUN)]
         self.records.append(trial.record())
         self.records.sort(key=lambda one: (one["method"], one["budget"], one["rate"] or 0, one["seed"]))
         RESULTS.mkdir(parents=True, exist_ok=True)

@@ -147,14 +147,14 @@ def draw_clips(dataset: Any, path: Path, frames: int = 4) -> None:
 # Rates: of a few tried on the validation split; test was never looked at.
 RETRIEVAL = RetrievalDemo(
     project="demo_ret.yaml",
-    learning_rates={"frozen": 1e-3, "heads": 1e-2, "aurora": 1e-2, "full": 1e-3},
-    lr_grid={"heads": (3e-3, 1e-2, 3e-2), "aurora": (3e-3, 1e-2, 3e-2), "full": (3e-4, 1e-3, 3e-3)},
+    learning_rates={"frozen": 1e-3, "heads": 1e-2, "lora": 3e-3, "aurora": 1e-2, "full": 1e-3},
+    lr_grid={"heads": (3e-3, 1e-2, 3e-2), "lora": (1e-3, 3e-3, 5e-3), "aurora": (3e-3, 1e-2, 3e-2), "full": (3e-4, 1e-3, 3e-3)},
     score="mean recall",
 )
 # Rates: those of the retrieval demo; not searched for yet.
 VIDEO = VideoDemo(
     project="demo_video.yaml",
-    learning_rates={"frozen": 1e-3, "heads": 1e-2, "aurora": 1e-2, "full": 1e-3},
-    lr_grid={"heads": (3e-3, 1e-2, 3e-2), "aurora": (3e-3, 1e-2, 3e-2), "full": (3e-4, 1e-3, 3e-3)},
+    learning_rates={"frozen": 1e-3, "heads": 1e-2, "lora": 3e-3, "aurora": 1e-2, "full": 1e-3},
+    lr_grid={"heads": (3e-3, 1e-2, 3e-2), "lora": (1e-3, 3e-3, 5e-3), "aurora": (3e-3, 1e-2, 3e-2), "full": (3e-4, 1e-3, 3e-3)},
     score="mean recall",
 )

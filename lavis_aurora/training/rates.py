@@ -44,7 +44,7 @@ def scale_rates(optimizer: Optimizer, model: nn.Module, scales: Mapping[str, flo
         if name not in groups:
             raise AuroraError(
                 f"run.lr_scales: the model trains nothing called {name!r}{did_you_mean(name, groups)}; what it "
-                f"trains: {', '.join(groups)}"
+                f"trains: {', '.join(groups)}; one rate for all: run.lr_scales={{}}"
             )
     scale_of = {id(parameter): scale for name, scale in scales.items() for parameter in groups[name]}
     for group in list(optimizer.param_groups):
