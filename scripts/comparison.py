@@ -52,6 +52,7 @@ class Method:
     Attributes:
         label: in tables and pictures.
         options: of its runs, KEY=VALUE.
+        task_options: further ones by task.
         size: key that holds its size, if it has one.
         budgets: that size by the name of a budget of adapter parameters.
         rates: values of run.init_lr to try; none where nothing is trained.
@@ -64,10 +65,11 @@ class Method:
     budgets: dict[str, Any] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
+    task_options: dict[str, list[str]] = field(default_factory=dict)
 
-    def options_at(self, budget: str) -> dict[str, str]:
+    def options_at(self, budget: str, task: str) -> dict[str, str]:
         """Options of its runs at a budget; the one without a name is that of a method of one size."""
-        options = dict(option.split("=", 1) for option in self.options)
+        options = dict(option.split("=", 1) for option in [*self.options, *self.task_options.get(task, ())])
         return {**options, **({self.size: str(self.budgets[budget])} if self.size else {})}
 
 
@@ -180,7 +182,7 @@ class Comparison:
 
     def trial(self, name: str, method: Method, budget: str, rate: float | None, seed: int) -> Trial:
         key = {"method": name, "label": method.label, "budget": budget, "rate": rate, "seed": seed}
-        settings = method.options_at(budget)
+        settings = method.options_at(budget, self.task)
         key.update(project=self.digest(settings), options=[f"{k}={v}" for k, v in settings.items()])
         folder = f"{name}_{budget}_{'' if rate is None else f'{rate:g}'}_{seed}_{key['project']}"
         return Trial(key, settings, self.output / folder)

@@ -19,7 +19,7 @@ LABELS = {
     "full": "full fine-tuning",
 }
 COLORS = {"frozen": "#9aa5b1", "heads": "#c9b458", "lora": "#6b8e6e", "aurora": "#c2410c", "full": "#1d4e89"}
-# The project YAMLs have Aurora's rates for parts of it; LoRA of rank 2 trains as many parameters as Aurora of rank 64.
+# The YAMLs have rates for Aurora's parts; LoRA of rank 2 trains as many parameters as Aurora of rank 64.
 OTHERS = ("run.lr_scales={}",)
 OPTIONS = {"heads": OTHERS, "lora": (*OTHERS, "model.lora.rank=2"), "full": OTHERS, "frozen": OTHERS}
 Row = dict[str, Any]

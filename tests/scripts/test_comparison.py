@@ -83,14 +83,14 @@ def test_a_record_of_another_project_gives_way_to_the_new_one(results, tmp_path)
 def test_a_record_holds_whatever_its_run_does_not_depend_on(results, tmp_path):
     """Comments and settings of other ways of tuning may change; what the run itself is told may not."""
     found = Comparison("pictures", {"lora": LORA}, None, tmp_path)
-    before = found.digest(LORA.options_at("small"))
+    before = found.digest(LORA.options_at("small", "pictures"))
     text = found.project.read_text()
     assert "model:\n" in text
     found.project.write_text("# A comment.\n" + text.replace("model:\n", "model:\n  mode_approx: {rank: 7}\n"))
-    assert found.digest(LORA.options_at("small")) == before
-    assert found.digest(LORA.options_at("big")) != before
+    assert found.digest(LORA.options_at("small", "pictures")) == before
+    assert found.digest(LORA.options_at("big", "pictures")) != before
     found.project.write_text(text.replace("model:\n", "model:\n  alpha: 0.123\n"))
-    assert found.digest(LORA.options_at("small")) != before
+    assert found.digest(LORA.options_at("small", "pictures")) != before
 
 
 def test_unknown_methods_and_keys_are_named(tmp_path, monkeypatch):
@@ -107,7 +107,7 @@ def test_the_runs_of_all_methods_can_be_configured(task, tmp_path):
     """Each YAML, at each of its sizes, for each task."""
     found = Comparison(task, read_methods(None), None, tmp_path)
     for _, method, budget in found.sizes():
-        options = [f"{key}={value}" for key, value in method.options_at(budget).items()]
+        options = [f"{key}={value}" for key, value in method.options_at(budget, task).items()]
         load_config(str(found.project), options)
 
 
