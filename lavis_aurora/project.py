@@ -77,7 +77,9 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
     written = _sections(read_yaml(cfg_path), "")
     given = _sections(read_options(_dot_list(options)), "--options ")
     check_kinds(written, given)
-    user: Any = OmegaConf.create(_at_home(OmegaConf.to_container(OmegaConf.merge(written, given))))
+    merged: Any = OmegaConf.merge(written, given)
+    _clear(merged, given)
+    user: Any = OmegaConf.create(_at_home(OmegaConf.to_container(merged)))
     for name in SECTIONS:
         if not user.get(name):
             raise AuroraError(f"{name}: the section is missing")
@@ -116,6 +118,15 @@ def _check_nested(settings: Any) -> None:
             "run.rank: auto needs an adapter of which the first components matter most; train it with model.tuning: "
             "aurora and model.mode_approx.nested: true, or leave it out"
         )
+
+
+def _clear(merged: DictConfig, given: DictConfig) -> None:
+    """Let a mapping that is given empty, as ``run.lr_scales={}``, be empty, which a merge leaves as it was."""
+    for key, value in given.items():
+        if isinstance(value, DictConfig) and value:
+            _clear(merged[key], value)
+        elif isinstance(value, DictConfig):
+            merged[key] = {}
 
 
 def _at_home(part: Any) -> Any:
@@ -180,10 +191,24 @@ def _take_adapter_settings(user: DictConfig) -> None:
     if folder is None or not keys:
         return
     try:
-        settings = adapter_settings(registry.get_model_class(user.model.arch), read_adapter_config(str(folder)).model)
+        described = read_adapter_config(str(folder)).model
+        settings = adapter_settings(registry.get_model_class(user.model.arch), described)
+        _check_towers(user.model, described)
     except AuroraError as error:
         raise AuroraError(f"model.adapter: {error}") from error
     user.model = OmegaConf.merge({key: settings[key] for key in keys if key in settings}, user.model)
+
+
+def _check_towers(model: DictConfig, described: Mapping[str, Any]) -> None:
+    """Refuse a type whose towers differ from those that an adapter is of, unless the YAML describes some itself."""
+    cls, adapted = registry.get_model_class(model.arch), described.get("model_type")
+    own, other = type_settings(cls, model.model_type), type_settings(cls, adapted) if adapted else {}
+    differing = [key for key in ("vit_type", "vit", "med_config_path") if own.get(key) != other.get(key)]
+    if described.get("arch") == model.arch and differing and other and not any(key in model for key in differing):
+        raise AuroraError(
+            f"{model.adapter} is of the type {adapted}, whose towers differ from those of {model.model_type}; add "
+            f"model.model_type={adapted}"
+        )
 
 
 def _check_registered(key: str, name: Any, kind: str) -> None:

@@ -1,11 +1,13 @@
-"""Run a function, or a program of this project, in processes of their own; functions in several, over gloo."""
+"""Run a function, or a program of this project, in processes of their own; in several, over gloo."""
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import socket
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +33,45 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _join(
-    rank: int, world: int, environment: dict[str, str], function: Callable, args: tuple, results: Any
-) -> None:
-    torch.set_num_threads(1)
-    os.environ.clear()  # it is that of the process that was forked
-    os.environ.update(environment)
+def _join(rank: int, world: int, function: Callable, *args: Any) -> Any:
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
-        results[rank] = function(rank, *args)
+        return function(rank, *args)
     finally:
         dist.destroy_process_group()
 
 
+def _as_program(rank: int, world: int, function: Callable, argv: list[str]) -> str:
+    """What a program prints that is told of the others as torch.distributed.run tells it."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    with redirect_stdout(io.StringIO()) as out:
+        function(argv)
+    return out.getvalue()
+
+
+def _start(rank: int, environment: dict[str, str], function: Callable, args: tuple, results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.clear()  # it is that of the process that was forked
+    os.environ.update(environment)
+    results[rank] = function(rank, *args)
+
+
 def run_processes(world: int, function: Callable, *args: Any) -> list:
     """``function(rank, *args)`` of each process; it must be defined at the top of a module."""
+    return _run(world, _join, world, function, *args)
+
+
+def run_programs(world: int, function: Callable, argv: list[str]) -> list[str]:
+    """What ``function(argv)`` prints in each process of a run, e.g. of the program ``train``."""
+    return _run(world, _as_program, world, function, argv)
+
+
+def _run(world: int, function: Callable, *args: Any) -> list:
     # A process that has imported the package is forked, instead of each importing it again.
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with mp.Manager() as manager:
         results = manager.dict()
-        arguments = (world, environment, function, args, results)
-        mp.start_processes(_join, arguments, nprocs=world, start_method="forkserver")
+        arguments = (environment, function, args, results)
+        mp.start_processes(_start, arguments, nprocs=world, start_method="forkserver")
         return [results[rank] for rank in range(world)]

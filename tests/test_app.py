@@ -160,6 +160,15 @@ def test_the_command_is_bound_to_this_machine(tmp_path):
     shutil.rmtree(tmp_path)
 
 
+def test_the_command_becomes_the_server(made, monkeypatch):
+    served = []
+    monkeypatch.setattr(os, "execv", lambda *command: served.append(command))
+    argv = ["app", str(made / "images"), f"--adapter=A={made / 'adapter'}"]
+    args = command_parser().parse_args(argv)
+    args.action(args)
+    assert served == [(sys.executable, app_command(args))]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from distributed import child_environment
+from distributed import run_programs
 from lavis.common.registry import registry
 from runs import logged, only_run
 from tiny import SPLITS, tiny_config, write_pictures
@@ -180,23 +178,15 @@ def test_zero_shot_tests_an_adapter_of_coco(tmp_path, capsys, coco_adapter, name
     assert figures[0] != figures[1]
 
 
-def test_torchrun_with_two_processes_trains_and_tests_on_videos(tmp_path, capsys, data):
+def test_two_processes_train_and_test_on_videos(tmp_path, capsys, data, monkeypatch):
     """MSR-VTT, two processes with a worker each: the losses are those of one process, and both test all videos."""
     options = [*RETRIEVAL, *RUN, *sizes("msrvtt_retrieval")]
     train(arguments("msrvtt_ret", tmp_path / "one/output", *options, "run.batch_size_train=4"))
     options += ["run.batch_size_train=2", "run.num_workers=1"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [
-        sys.executable,
-        *launcher,
-        str(ROOT / "train.py"),
-        *arguments("msrvtt_ret", tmp_path / "two/output", *options),
-    ]
-    environment = child_environment(AURORA_DATA=str(data))
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setenv("AURORA_DATA", str(data))
+    told = run_programs(2, train, arguments("msrvtt_ret", tmp_path / "two/output", *options))[0]
     logs = []
-    for name, out in (("one", capsys.readouterr().out), ("two", done.stdout)):
+    for name, out in (("one", capsys.readouterr().out), ("two", told)):
         folder = only_run(tmp_path / name)
         check_retrieval(folder, "video", COUNT, out)
         logs.append(logged(folder, "train_loss")[0])

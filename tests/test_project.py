@@ -13,7 +13,10 @@ from tiny import project_yaml, refused, tiny_model
 from tiny_vqa import vqa_model
 
 from lavis_aurora import AuroraError, save_adapter
-from lavis_aurora.project import AuroraConfig, load_config
+from lavis_aurora.common.paths import package_file
+from lavis_aurora.project import AuroraConfig, _check_towers, load_config
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -96,7 +99,7 @@ def test_processors_follow_the_models_picture_size(path: Path, tmp_path: Path) -
     options, inside = [], "base." * ("base" in OmegaConf.load(path).model)
     if path.stem.startswith("zeroshot"):
         save_adapter(tiny_model(), tmp_path)
-        options = [f"model.adapter={tmp_path}"]
+        options = [f"model.adapter={tmp_path}", "model.model_type=tiny"]
     for dataset in load_config(str(path), [f"model.{inside}image_size=96", *options]).datasets_cfg.values():
         assert {processor.image_size for processor in dataset.vis_processor.values()} == {96}
 
@@ -212,6 +215,15 @@ def test_options_override_the_yaml_which_overrides_the_type(project: Path) -> No
     assert isinstance(cfg, AuroraConfig)
 
 
+def test_a_mapping_given_empty_is_empty(project: Path) -> None:
+    written = OmegaConf.load(project)
+    written.run.lr_scales = {"heads": 0.1}
+    OmegaConf.save(written, project)
+    assert load_config(str(project)).run_cfg.lr_scales == {"heads": 0.1}
+    assert load_config(str(project), ["run.lr_scales={}"]).run_cfg.lr_scales == {}
+    assert load_config(str(project), ["run.lr_scales.gate=2"]).run_cfg.lr_scales == {"heads": 0.1, "gate": 2}
+
+
 @pytest.mark.parametrize(
     "options", [["run.max_epoch"], ["run.max_epoch", "2", "run.seed"], ["run.max_epoch=2", "run.seed", "3"]]
 )
@@ -239,6 +251,17 @@ def test_settings_of_the_adapter_stand_in_for_those_left_out(tmp_path, adapter):
     model = load_config(str(project_yaml(tmp_path)), [f"model.adapter={adapter}"]).model_cfg
     assert (model.mode_approx.rank, model.gate.form) == (5, "affine")
     assert model.queue_size == 16
+
+
+def test_an_adapter_of_other_towers_names_its_type():
+    """Before anything is fetched; a type of the same towers is fine."""
+    tiny, project = package_file("configs/models/tiny/adapter"), ROOT / "projects/aurora/flickr_ret.yaml"
+    with pytest.raises(AuroraError, match=r"model.adapter: .* is of the type tiny, .*; add model.model_type=tiny$"):
+        load_config(str(project), [f"model.adapter={tiny}"])
+    said = ["model.model_type=tiny", f"model.adapter={tiny}"]
+    assert load_config(str(project), said).model_cfg.adapter == str(tiny)
+    coco = {"arch": "blip_retrieval_aurora", "model_type": "coco"}
+    _check_towers(OmegaConf.create({**coco, "model_type": "base"}), coco)
 
 
 def test_settings_of_the_yaml_are_kept(tmp_path, adapter):

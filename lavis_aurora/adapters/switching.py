@@ -26,6 +26,9 @@ from lavis_aurora.adapters.sets import MOMENTUM_SET, AdapterSets
 from lavis_aurora.adapters.updates import UpdatedLayer
 from lavis_aurora.common.errors import AuroraError
 
+# Attributes of LAVIS's models as they are here, which hold the sets of their adapters.
+SETS = ("mode_approx", "baseline")
+
 
 class AdapterOwner:
     """Base class of models that have something to say about their adapters; any other nn.Module has them too."""

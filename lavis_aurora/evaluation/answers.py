@@ -107,31 +107,24 @@ def exact_match(
 
     Returns:
         ``agg_metrics`` (overall), a figure for each of :data:`QUESTION_WORDS` that occurs, ``other`` for questions
-        that begin differently; ``unreachable`` (see :class:`Unreachable`), if it can be known.
+        that begin differently; ``scores`` (of each question); ``unreachable`` (see :class:`Unreachable`), if it can
+        be known.
     """
     truths: list[str] = [result["truth"] for result in results]
     possible = answer_list
     if generated is not None:
         truths, possible = generated_truths(truths, generated)
     right: dict[str, list[bool]] = defaultdict(list)
-    for result, is_right in zip(results, exact_matches(results, truths)):
+    scores = [normalise(result["answer"]) == normalise(truth) for result, truth in zip(results, truths)]
+    for result, is_right in zip(results, scores):
         first = (result["question"].lower().split() or [""])[0]
         word = first if first in QUESTION_WORDS else "other"
         right[word].append(is_right)
     words = [word for word in (*QUESTION_WORDS, "other") if word in right]
     metrics: dict[str, Any] = {"agg_metrics": 100 * sum(sum(right[word]) for word in words) / len(results)}
     metrics |= {word: 100 * sum(right[word]) / len(right[word]) for word in words}
+    metrics["scores"] = [100.0 * is_right for is_right in scores]
     return metrics if possible is None else {**metrics, "unreachable": unreachable_answers(truths, possible)}
-
-
-def exact_matches(results: Sequence[dict[str, Any]], truths: Sequence[str] | None = None) -> list[bool]:
-    """Whether the answer of each result is right; arguments as of :func:`exact_match`.
-
-    Args:
-        truths: instead of the results' own.
-    """
-    truths = [result["truth"] for result in results] if truths is None else truths
-    return [normalise(result["answer"]) == normalise(truth) for result, truth in zip(results, truths)]
 
 
 def check_nan(scores: Tensor) -> None:

@@ -14,7 +14,7 @@ from transformers import BatchEncoding
 
 from lavis_aurora.adapters.companions import adapter_parameters
 from lavis_aurora.adapters.sets import AdapterSets
-from lavis_aurora.adapters.switching import bind_companions
+from lavis_aurora.adapters.switching import SETS, bind_companions
 from lavis_aurora.adapters.trained import trainable_parameters_summary
 from lavis_aurora.baselines.lora import LoraSets, inject_lora
 from lavis_aurora.baselines.uniadapter import UniAdapters
@@ -171,8 +171,7 @@ class AuroraBase(AdapterOwnerMixin, RunState):
         """Load backbone weights from a URL or file; see :func:`load_backbone` for what is refused."""
         adapter = {id(parameter) for _, parameter in adapter_parameters(self)}
         new = {name for name, parameter in self.named_parameters() if id(parameter) in adapter}
-        own = ("mode_approx", "baseline")
-        new |= {name for name in self.state_dict() if name.partition(".")[0].endswith(("_m", *own))}
+        new |= {name for name in self.state_dict() if name.partition(".")[0].endswith(("_m", *SETS))}
         source = f"{key} {url_or_filename}"
         content = read_content(url_or_filename, key)
         state = blip_weights(content, url_or_filename, key, self.state_dict())

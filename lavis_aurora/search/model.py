@@ -19,16 +19,13 @@ from torch import Tensor
 
 from lavis_aurora.adapters.companions import adapter_parameters, persistent_buffers
 from lavis_aurora.adapters.config import read_adapter_config, tensors_hash
-from lavis_aurora.adapters.switching import disable_adapter, find_adapters
+from lavis_aurora.adapters.switching import SETS, disable_adapter, find_adapters
 from lavis_aurora.common.errors import AuroraError, require, shown
 from lavis_aurora.common.media import BrokenVideo, load_picture, unreadable_because
 from lavis_aurora.config.run import VideoProcessorConfig
 from lavis_aurora.data.samples import VideoEvalProcessor, VideoProcessor
 from lavis_aurora.models.loading import SOURCES, load_model_and_preprocess
 from lavis_aurora.search.files import CLIP, kind_of
-
-# Where a model of this package keeps the sets of its adapters.
-SETS = ("mode_approx", "baseline")
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,11 @@ def use_features(config: Any, model: nn.Module, datasets: Mapping[str, Mapping[s
             "class": f"{type(processor).__module__}.{type(processor).__qualname__}",
             "keys": OmegaConf.to_container(OmegaConf.create({"_": OmegaConf.select(config.datasets_cfg, key)})),
         }
-        cache = FeatureCache(root, {**about, "preprocessing": preprocessing}, shape, getattr(torch, run.cache_dtype))
+        about_pictures, dtype = {**about, "preprocessing": preprocessing}, getattr(torch, run.cache_dtype)
+        try:
+            cache = FeatureCache(root, about_pictures, shape, dtype)
+        except AuroraError as error:
+            raise AuroraError(f"run.cache_features: {error}") from error
         cache = caches.setdefault(cache.key, cache)
         wanted.setdefault(cache.key, []).append(_Pictures(data, cache, f"datasets.{key}"))
         data.features = cache

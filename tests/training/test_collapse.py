@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distributed import run_processes
-from lavis.models.blip_models.blip_outputs import BlipSimilarity
+from lavis.models.blip_models.blip_outputs import BlipOutput, BlipSimilarity
+from omegaconf import OmegaConf
 from runs import only_run
 from tiny import project_yaml
 
@@ -16,7 +17,8 @@ from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.config.check import parse_run
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.training.guards import CHECK_EVERY, MAX_CHECKS, CollapseGuard
-from lavis_aurora.training.tasks.base import itc_in_batch
+from lavis_aurora.training.tasks import base
+from lavis_aurora.training.tasks.base import AuroraTaskBase, itc_in_batch
 from lavis_aurora_cli import train
 
 PAIRS = 32
@@ -116,6 +118,16 @@ def test_of_a_batch_its_own_pairs_count():
     assert pairs == 3
     assert loss == pytest.approx(float(sum(-(p.log() * t).sum() for p, t in rows) / 3))
     assert itc_in_batch(None) is None and itc_in_batch(BlipSimilarity(sim_i2t=sims)) is None
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_the_loss_of_a_batch_is_computed_where_it_is_looked_at(monkeypatch, watched):
+    asked = []
+    monkeypatch.setattr(base, "itc_in_batch", lambda sims: asked.append(sims))
+    task = AuroraTaskBase()
+    task.cfg = OmegaConf.create({"stop_collapsed": watched})
+    task.train_step(lambda samples: BlipOutput(loss=torch.tensor(1.0)), {})
+    assert len(asked) == watched
 
 
 def _collapses_in(rank: int, where: tuple[int, ...]) -> int | None:

@@ -262,6 +262,13 @@ def test_what_cannot_be_kept_is_refused(tmp_path: Path, options: list, message: 
     assert not list(tmp_path.glob("cache/*/*.safetensors"))
 
 
+def test_a_file_in_place_of_its_folder_is_refused_by_the_key(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        start(retrieval(tmp_path), f"run.cache_features={tmp_path / 'file'}")
+    assert f"run.cache_features: cannot write {tmp_path / 'file'}" in capsys.readouterr().err
+
+
 def test_videos_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     paths = write_videos(tmp_path / "data")
     yaml = video_project(tmp_path, "msrvtt_ret", "msrvtt_retrieval", paths, model=LAYERS, run=kept(tmp_path))

@@ -56,6 +56,7 @@ def test_accuracy_by_question_word():
     ]
     results = [{"question": q, "answer": a, "truth": t} for q, a, t in asked]
     metrics = exact_match(results)
+    assert metrics.pop("scores") == [100, 0, 100, 100, 0, 100]
     assert metrics == pytest.approx(
         {"agg_metrics": 100 * 4 / 6, "what": 200 / 3, "who": 100.0, "how": 0.0, "other": 100.0}
     )
@@ -70,7 +71,8 @@ def test_generated_answers_are_compared_with_the_truth_as_decoded():
     assert exact_match(results)["agg_metrics"] == 25
     decoded = {"10:30": "10 : 30", "café": "cafe", "blue": "blue"}
     metrics = exact_match(results, generated=lambda texts: {one: decoded[one] for one in texts if one in decoded})
-    assert metrics["agg_metrics"] == 50 and metrics["unreachable"] == (4, 1, 75, ["猫"])
+    assert metrics["scores"] == [100, 100, 0, 0] and metrics["agg_metrics"] == 50
+    assert metrics["unreachable"] == (4, 1, 75, ["猫"])
 
 
 # Runs

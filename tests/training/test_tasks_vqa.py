@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from distributed import child_environment
+from distributed import run_programs
 from lavis.tasks.vqa import VQATask
 from omegaconf import OmegaConf
 from runs import logged, only_run
@@ -96,22 +95,16 @@ def test_evaluation_alone_and_from_a_checkpoint(tmp_path):
     assert (second / "result" / "test_epoch_0_vqa_result.json").read_text() == answers
 
 
-def test_torchrun_with_two_processes_trains_and_answers_as_one(tmp_path):
+def test_two_processes_train_and_answer_as_one(tmp_path, monkeypatch):
     """Seven questions, an uneven number: a repeated one is counted once."""
     logs = []
-    for processes, options in ((1, []), (2, ["run.batch_size_train=2"])):
+    for processes, batch in ((1, 4), (2, 2)):
         folder = tmp_path / str(processes)
         folder.mkdir()
         yaml = vqa_project(folder, count=7)
-        if processes == 1:
-            run(yaml)
-        else:
-            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            command = [sys.executable, *launcher, str(ROOT / "train.py"), "--cfg-path", str(yaml)]
-            environment = child_environment()
-            command += ["--options", *options]
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, done.stderr[-3000:]
+        monkeypatch.chdir(folder)
+        argv = ["--cfg-path", str(yaml), "--options", f"run.batch_size_train={batch}"]
+        run_programs(processes, train, argv) if processes > 1 else train(argv)
         output = only_run(folder)
         answers = json.loads((output / "result" / "test_epoch_best_vqa_result.json").read_text())
         assert len(answers) == len({entry["question_id"] for entry in answers}) == 7

@@ -37,7 +37,7 @@ from lavis_aurora.common.answers import (
 from lavis_aurora.common.errors import AuroraError, shown
 from lavis_aurora.common.files import read_json, write_text
 from lavis_aurora.data.report import DataReport, Finding
-from lavis_aurora.evaluation.answers import exact_match, exact_matches, vqa_accuracy
+from lavis_aurora.evaluation.answers import exact_match, vqa_accuracy
 from lavis_aurora.training.tasks.base import AuroraTaskBase, LavisTaskMixin, evaluated_keys
 
 SHOWN_TYPES = 12  # question types that a report lists; VQAv2 has 65
@@ -310,10 +310,7 @@ class VideoQaAuroraTask(VqaAuroraTask):
         """Exact match in percent, and the number of questions."""
         results = read_json(result_file)
         scores = exact_match(results, **self._possible())
-        truths: list[str] = [result["truth"] for result in results]
-        if self.generated is not None:
-            truths, _ = generated_truths(truths, self.generated)
-        self.scores = [100.0 * right for right in exact_matches(results, truths)]
+        self.scores = scores.pop("scores")
         print(report_videos(split, len(results), scores), flush=True)
         logging.info("answers written to %s", result_file)
         metrics = {name: value for name, value in scores.items() if name != "unreachable"}

@@ -116,7 +116,7 @@ class AuroraTaskBase(BaseTask):
         shard_evaluation: whether processes may share an evaluation split by samples; retrieval ranks it as a whole.
         evaluation_method: the model's method by which the task evaluates, see :func:`needed_method`.
         data_report: of the data, on the main process of a run.
-        in_batch: of the last batch, see :func:`itc_in_batch`.
+        in_batch: of the last batch, see :func:`itc_in_batch`; None with ``run.stop_collapsed: false``.
         scores: of the split that was evaluated last, on the main process: of each picture with its texts, or of
             each question, the score; the mean is ``agg_metrics``. None (of the class too) where a task does not tell.
     """
@@ -184,7 +184,8 @@ class AuroraTaskBase(BaseTask):
             ) from error
         self._reported = {key: output[key].detach() for key in output if "loss" in key and output[key] is not None}
         # BLIP's and ALBEF's.
-        self.in_batch = itc_in_batch(getattr(output, "sims", None))
+        watched = self.cfg.get("stop_collapsed", True)
+        self.in_batch = itc_in_batch(getattr(output, "sims", None)) if watched else None
         loss: Tensor = output["loss"]
         return loss
 
