@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from lavis.common.config import Config
@@ -74,12 +74,7 @@ def load_config(cfg_path: str, options: Sequence[str] | None = None, evaluate: b
 def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraConfig:
     if not os.path.exists(cfg_path):
         raise AuroraError("no such file; --cfg-path names a YAML, e.g. projects/aurora/flickr_ret.yaml")
-    written = _sections(read_yaml(cfg_path), "")
-    given = _sections(read_options(_dot_list(options)), "--options ")
-    check_kinds(written, given)
-    merged: Any = OmegaConf.merge(written, given)
-    _clear(merged, given)
-    user: Any = OmegaConf.create(_at_home(OmegaConf.to_container(merged)))
+    user: Any = OmegaConf.create(_at_home(OmegaConf.to_container(merge_options(cfg_path, options))))
     for name in SECTIONS:
         if not user.get(name):
             raise AuroraError(f"{name}: the section is missing")
@@ -108,6 +103,16 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
     _complete_processors(cfg, user)
     _note_learning_rate(cfg)
     return cfg
+
+
+def merge_options(cfg_path: str, options: Sequence[str]) -> DictConfig:
+    """A project YAML with options in it, as they are written: without defaults, and checked in their kinds alone."""
+    written = _sections(read_yaml(cfg_path), "")
+    given = _sections(read_options(_dot_list(list(options))), "--options ")
+    check_kinds(written, given)
+    merged = cast(DictConfig, OmegaConf.merge(written, given))
+    _clear(merged, given)
+    return merged
 
 
 def _check_nested(settings: Any) -> None:

@@ -28,13 +28,14 @@ from omegaconf import OmegaConf
 from processes import ROOT, add_jobs_argument, run_all
 from sweep import Cell, check_cells, time_left
 
-from lavis_aurora.analysis.results import compared, latest_run
+from lavis_aurora.analysis.results import compared, compared_metrics, latest_run
 from lavis_aurora.common.errors import AuroraError, did_you_mean
 from lavis_aurora.common.files import read_json, write_text
 from lavis_aurora.common.parsing import parse
-from lavis_aurora.common.summary import read_summary
+from lavis_aurora.common.summary import Summary, read_summary
 from lavis_aurora.config.check import read_yaml
 from lavis_aurora.config.models import TUNINGS
+from lavis_aurora.project import merge_options
 
 TASKS = {"pictures": "demo_ret.yaml", "clips": "demo_video.yaml", "questions": "demo_vqa.yaml"}
 METHODS = ROOT / "scripts" / "comparison"
@@ -113,16 +114,27 @@ class Trial(Cell):
         if self.result["status"] == "failed":
             return {**self.key, "error": self.result["error"]}
         summary = read_summary(latest_run(self.folder) or self.folder)
-        scores = [one["metrics"]["agg_metrics"] for one in summary["validation"]]
         return {
             **self.key,
             "parameters": summary["parameters"]["groups"],
-            "validation": max(scores, default=None),
+            "validation": best_validation(summary),
             "metrics": summary["metrics"]["test"],
             "seconds": round(summary["seconds"]["training"], 1),
             "versions": summary["versions"],
             "machine": summary["machine"],
         }
+
+
+def best_validation(summary: Summary) -> float | None:
+    """R@1 (mean of both directions), or the accuracy, of the best epoch on the validation split.
+
+    An epoch is chosen by the mean recall, as in LAVIS; of R@5 and R@10 there is nothing left to tell rates apart by.
+    """
+    best = max(summary["validation"], key=lambda one: one["metrics"]["agg_metrics"], default=None)
+    if best is None:
+        return None
+    metrics = best["metrics"]
+    return statistics.mean(metrics[name] for name in compared_metrics(metrics))
 
 
 @dataclass
@@ -170,13 +182,13 @@ class Comparison:
 
     def digest(self, settings: Mapping[str, str]) -> str:
         """Of all that such a run is told, besides its rate and seed: not of comments, nor of the other tunings."""
-        options = OmegaConf.from_dotlist([*self.options, *(f"{key}={value}" for key, value in settings.items())])
-        config = OmegaConf.to_container(OmegaConf.merge(read_yaml(str(self.project)), options))
+        options = [*self.options, *(f"{key}={value}" for key, value in settings.items())]
+        config = OmegaConf.to_container(merge_options(str(self.project), options))
         model, run = config["model"], config["run"]
         own = TUNINGS[model["tuning"]].settings
         for key in {key for tuning in TUNINGS.values() for key in tuning.settings} - set(own):
             model.pop(key, None)
-        for key in ("init_lr", "seed", "output_dir"):
+        for key in ("init_lr", "seed", "output_dir", *(() if run.get("lr_scales") else ("lr_scales",))):
             run.pop(key, None)
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -198,7 +210,8 @@ class Comparison:
                 trials += first
                 later += len(SEEDS) - 1 if size[1].rates else 0
                 continue
-            best = max(search, key=lambda trial: validation(self.known(trial)))
+            # Of equals the highest rate, which is the least likely to end before it has learned.
+            best = max(search, key=lambda trial: (validation(self.known(trial)), trial.key["rate"]))
             if size[1].rates and "error" not in (self.known(best) or {}):
                 more = (self.trial(*size, best.key["rate"], seed) for seed in SEEDS[1:])
                 trials += [trial for trial in more if not self.known(trial)]

@@ -22,7 +22,6 @@ MOMENTUM_SET = "momentum"
 INTERNAL = (MOMENTUM_SET,)
 
 
-
 class AdapterSet(nn.Module):
     """The parameters of one adapter.
 

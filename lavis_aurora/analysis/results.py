@@ -243,6 +243,11 @@ class ComparedMethod:
         return len(self.rates) > 1 and self.rate in (min(self.rates), max(self.rates))
 
 
+def compared_metrics(metrics: Mapping[str, Any]) -> list[str]:
+    """What methods are compared by: R@1 of both directions, reranked, or the accuracy."""
+    return [name for name in metrics if name.endswith("_r1") and name.count("_") == 3] or ["agg_metrics"]
+
+
 def compared(records: Sequence[Mapping[str, Any]]) -> list[ComparedMethod]:
     """The methods of a comparison at their best rates, by budget and parameters.
 
@@ -257,14 +262,13 @@ def compared(records: Sequence[Mapping[str, Any]]) -> list[ComparedMethod]:
         first = min(run["seed"] for run in runs)
         rates = {run["rate"]: run.get("validation") for run in runs if run["seed"] == first}
         known = {rate: score for rate, score in rates.items() if score is not None}
-        rate = max(known, key=lambda one: known[one], default=None)
+        rate = max(known, key=lambda one: (known[one], one or 0), default=None)
         best = [run for run in runs if run["rate"] == rate and "metrics" in run]
         if not best:
             continue
         counts = {name: group["parameters"] for name, group in best[0]["parameters"].items()}
         own = sum(counts.values()) - counts.get("heads", 0)
-        metrics = [name for name in best[0]["metrics"] if name.endswith("_r1") and name.count("_") == 3]
-        scores = {name: [run["metrics"][name] for run in best] for name in metrics or ["agg_metrics"]}
+        scores = {name: [run["metrics"][name] for run in best] for name in compared_metrics(best[0]["metrics"])}
         label, tried = best[0]["label"], {one: score for one, score in rates.items() if one is not None}
         found.append(ComparedMethod(method, label, budget, own, tried, rate, len(best), scores))
     return sorted(found, key=lambda one: (one.parameters, one.label))

@@ -1,8 +1,8 @@
 """What is checked of a dataset beyond the names of its keys: registered for builders, for kinds of data, for classes.
 
-    @register_dataset_checks("my_builder")
-    class MyChecks(DatasetChecks):
-        entries = {"image": FILE, "caption": CAPTION}
+@register_dataset_checks("my_builder")
+class MyChecks(DatasetChecks):
+    entries = {"image": FILE, "caption": CAPTION}
 """
 
 from __future__ import annotations

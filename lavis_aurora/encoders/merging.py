@@ -54,9 +54,7 @@ def merge_tokens(x: Tensor, carried: Tensor, keys: Tensor, r: int) -> tuple[Tens
 
     def summed(y: Tensor) -> Tensor:
         even, odd = y[:, ::2], y[:, 1::2]
-        joined, stay, places = (
-            index.unsqueeze(2).expand(-1, -1, y.shape[2]) for index in (joining, left, partner)
-        )
+        joined, stay, places = (index.unsqueeze(2).expand(-1, -1, y.shape[2]) for index in (joining, left, partner))
         return torch.cat([even.gather(1, stay), odd.scatter_add(1, places, even.gather(1, joined))], dim=1)
 
     x, carried = summed(x * carried[..., :1]), summed(carried)

@@ -196,9 +196,7 @@ class ImageTokens:
         local_indices: this process's images.
     """
 
-    def __init__(
-        self, model: RetrievalModel, data_loader: DataLoader, budget_gb: float, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, model: RetrievalModel, data_loader: DataLoader, budget_gb: float, dtype: torch.dtype) -> None:
         self.encoder, self.dtype, self.budget_gb = ImageEncoder(model, data_loader), dtype, budget_gb
         total = len(data_loader.dataset)
         self.local_indices = list(rank_indices(total))

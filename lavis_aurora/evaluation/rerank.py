@@ -68,9 +68,7 @@ def retrieval_scores(
         images = ImageTokens(
             model, data_loader, token_budget_gb if k_test else 0, torch.bfloat16 if bf16 else token_dtype
         )
-        i2t, t2i = broadcast(
-            (_top_k(images.feats, texts.feats, k_test), _top_k(texts.feats, images.feats, k_test))
-        )
+        i2t, t2i = broadcast((_top_k(images.feats, texts.feats, k_test), _top_k(texts.feats, images.feats, k_test)))
         own = _pair_ids(i2t.indices, len(texts.feats)), _pair_ids(t2i.indices, len(texts.feats), by_text=True)
         keys = torch.cat([one.flatten() for one in own]).unique()
         encoded = time.time()

@@ -65,9 +65,7 @@ class Ranker:
         self._model, self._left = model, budget_gb * 1e9
         self._tokens = OrderedDict[tuple[str, FileState], Tensor]()
 
-    def query(
-        self, wanted: Sequence[str], unwanted: Sequence[str], image: str | Path | BinaryIO | None
-    ) -> Query:
+    def query(self, wanted: Sequence[str], unwanted: Sequence[str], image: str | Path | BinaryIO | None) -> Query:
         """The normalised sum of the features of texts and a picture or clip, less those of unwanted texts.
 
         Raises:

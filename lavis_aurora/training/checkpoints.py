@@ -112,8 +112,10 @@ def _are_processes(value: list[dict[str, Any]]) -> bool:
 # What is right for each entry; those that older versions did not write may be missing.
 ENTRIES: dict[str, Callable[[Any], bool]] = {
     # Running statistics come with a count of batches.
-    "model": lambda value: _are_tensors(value)
-    and all(x.is_floating_point() or (x.dtype == torch.int64 and not x.dim()) for x in value.values()),
+    "model": lambda value: (
+        _are_tensors(value)
+        and all(x.is_floating_point() or (x.dtype == torch.int64 and not x.dim()) for x in value.values())
+    ),
     "queue": _are_tensors,
     "optimizer": _is_adamw,
     "scaler": _is_scaler,

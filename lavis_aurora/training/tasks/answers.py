@@ -183,9 +183,7 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
         return metrics
 
     @staticmethod
-    def save_result(
-        result: list[dict[str, Any]], result_dir: str, filename: str, remove_duplicate: str = ""
-    ) -> str:
+    def save_result(result: list[dict[str, Any]], result_dir: str, filename: str, remove_duplicate: str = "") -> str:
         """Join the results of all processes in one file; arguments and value are LAVIS's.
 
         LAVIS's time grows with the square of the number of results, and its parts stay behind.
