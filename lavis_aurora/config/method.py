@@ -158,14 +158,21 @@ class GateConfig:
         form: residual (ours; equals the backbone at step 0), convex (the paper's words), affine (the form
             in the authors' released code), none.
         init: starting value of gamma and beta. The paper finds zeros better than ones.
+        decoder: of question answering, the answer decoder has gates too, as in the released code; for affine.
     """
 
     form: str = "residual"
     init: str = "zeros"
+    decoder: bool = False
 
     def __post_init__(self) -> None:
         one_of("gate.form", self.form, GATE_FORMS)
         one_of("gate.init", self.init, GATE_INITS)
+        if self.decoder and getattr(GATE_FORMS[self.form], "reads", None) != "positions":
+            raise AuroraError(
+                f"gate.decoder: not with gate.form: {self.form}, which would look ahead, or is none; set "
+                f"gate.form: affine, or leave it out"
+            )
 
 
 @dataclass
@@ -174,7 +181,8 @@ class ContextConfig:
 
     Attributes:
         form: attention (the paper), mean, random, none; in training only. Left out, it is attention with
-            ``tuning: aurora``; the other ways of tuning have none.
+            ``tuning: aurora``; the other ways of tuning have none. mean_right is that of the released code, 0.1 times
+            the mean for right pairs alone, by which the label shows.
     """
 
     form: Optional[str] = None

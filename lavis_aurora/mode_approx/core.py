@@ -77,6 +77,10 @@ class CoreFactorSet(FactorSet):
         mixed = torch.einsum("...r,krs->...ks", x @ u, m)
         return (F.dropout(mixed, dropout) @ v.t()).flatten(-2)
 
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """U, V and the core."""
+        yield from (*super().shared_parameters(), self.core)
+
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(group, parameter) of everything this module trains."""
         for parameter in (*self.U.parameters(), *self.V.parameters()):

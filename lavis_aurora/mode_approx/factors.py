@@ -151,6 +151,10 @@ class FactorSet(KeepFloat32, AdapterSet):
             return x @ (w.unsqueeze(1) * u).flatten(0, 1) @ v.t()
         return (((x @ u).unsqueeze(-2) * w) @ v.t()).flatten(-2)
 
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """What no slot has for itself: U and V."""
+        yield from (*self.U.parameters(), *self.V.parameters())
+
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(group, parameter) of everything this module trains."""
         for parameter in (*self.U.parameters(), *self.V.parameters()):
