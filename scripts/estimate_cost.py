@@ -4,8 +4,8 @@ python scripts/estimate_cost.py                               # the YAMLs of pro
 python scripts/estimate_cost.py projects/aurora/msrvtt_ret.yaml --tflops 110 --processes 1
 
 Nothing is built and nothing measured: products are counted as 2 for each multiplication and addition, layer by layer,
-for BLIP base. tests/scripts/test_estimate_cost.py holds the count beside torch's own (FlopCounterMode). Hours follow from
-the operations a second that a GPU is assumed to sustain, and leave out reading and decoding. Memory is that of
+for BLIP base. tests/scripts/test_estimate_cost.py holds the count beside torch's own (FlopCounterMode). Hours follow
+from the operations a second that a GPU is assumed to sustain, and leave out reading and decoding. Memory is that of
 activations as measured on a CPU in single precision, see docs/performance.md, by tokens.
 """
 

@@ -105,7 +105,7 @@ METHOD_FORMS = {
     "aurora": {"gate.form": "residual", "gate.init": "zeros", "context.form": "attention"},
     "mode_approx": {"gate.form": "none", "context.form": "none"},
 }
-# Keys of this package of which only other values than these are told: what the paper has, or what it does not speak of.
+# Keys of which only other values than these are told: what the paper has, or does not speak of.
 USUAL = {
     "model.mode_approx.form": "cp",
     "model.mode_approx.targets": None,
