@@ -169,7 +169,7 @@ def row(path: Path, processes: int, tflops: float) -> str:
     trained, hours = "- | - | -", "- | -"
     if cost.steps:
         trained = f"{cost.sample / 1e12:.2f} | {cost.steps:,} | {cost.train / 1e15:,.0f}"
-        hours = f"{train:.1f} | {train / processes:.1f}"
+        hours = f"{train:.1f} | {train / processes:.2f}"
     memory = f"{cost.memory / 1e9:.0f}"
     return f"| `{name}` | {trained} | {cost.test / 1e15:,.1f} | {memory} | {hours} | {test:.2f} |"
 
