@@ -190,7 +190,8 @@ def configs(names: Sequence[str] = (), folder: str = ".") -> str:
     Raises:
         AuroraError: no such project, or a file is there already; none is copied then.
     """
-    known = {path.stem: path for path in sorted(PROJECTS.glob("*.yaml"))}
+    paths = [*sorted(PROJECTS.glob("*.yaml")), *sorted(PROJECTS.glob("*/*.yaml"))]
+    known = {path.relative_to(PROJECTS).with_suffix("").as_posix(): path for path in paths}
     if not names:
         width = max(map(len, known))
         lines = ((name, textwrap.wrap(_summary(path), 100)) for name, path in known.items())

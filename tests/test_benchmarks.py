@@ -136,6 +136,10 @@ def check_retrieval(folder: Path, kind: str, texts: int, out: str, split: str = 
         ("flickr_ret", "flickr30k", "image", 2 * COUNT),
         ("msrvtt_ret", "msrvtt_retrieval", "video", COUNT),
         ("didemo_ret", "didemo_retrieval", "video", COUNT),
+        ("released/coco_ret", "coco_retrieval", "image", 2 * COUNT),
+        ("released/flickr_ret", "flickr30k", "image", 2 * COUNT),
+        ("released/msrvtt_ret", "msrvtt_retrieval", "video", COUNT),
+        ("released/didemo_ret", "didemo_retrieval", "video", COUNT),
     ],
 )
 def test_retrieval_trains_and_tests(tmp_path, capsys, project, dataset, kind, texts):
@@ -143,8 +147,10 @@ def test_retrieval_trains_and_tests(tmp_path, capsys, project, dataset, kind, te
     folder = only_run(tmp_path)
     [trained] = logged(folder, "train_loss")
     assert finite(trained) and trained["train_loss"] > 0
-    check_retrieval(folder, kind, texts, capsys.readouterr().out)
-    state = torch.load(folder / "checkpoint_best.pth", weights_only=True)
+    validated = not project.startswith("released")
+    check_retrieval(folder, kind, texts, capsys.readouterr().out, epoch="best" if validated else "0")
+    state = torch.load(folder / f"checkpoint_{'best' if validated else 'latest'}.pth", weights_only=True)
+    assert (folder / ("adapter_best" if validated else "adapter_last")).is_dir()
     assert any(key.startswith("mode_approx") for key in state["model"])
 
 
@@ -198,26 +204,34 @@ def test_two_processes_train_and_test_on_videos(tmp_path, capsys, data, monkeypa
 # Question answering
 
 
-def test_vqav2_trains_and_answers(tmp_path):
+@pytest.mark.parametrize("project", ["vqav2", "released/vqav2"])
+def test_vqav2_trains_and_answers(tmp_path, project):
     options = [*MODEL, *RUN, *sizes("coco_vqa"), "model.vit_drop_path_rate=0"]
-    train(arguments("vqav2", tmp_path / "output", *options))
+    train(arguments(project, tmp_path / "output", *options))
     folder = only_run(tmp_path)
     assert finite(logged(folder, "train_loss")[0])
     answers = json.loads((folder / "result" / "test_epoch_0_vqa_result.json").read_text())
     assert len(answers) == COUNT and all(set(entry) == {"question_id", "answer", "confidence"} for entry in answers)
 
 
-@pytest.mark.parametrize("method", [[], ["run.inference_method=rank"]], ids=["generate", "rank"])
-def test_msrvtt_qa_trains_and_answers(tmp_path, capsys, method):
+@pytest.mark.parametrize(
+    ("project", "method"),
+    [("msrvtt_qa", []), ("msrvtt_qa", ["run.inference_method=rank"]), ("released/msrvtt_qa", [])],
+    ids=["generate", "rank", "released"],
+)
+def test_msrvtt_qa_trains_and_answers(tmp_path, capsys, project, method):
     options = [*MODEL, *RUN, *sizes("msrvtt_qa_aurora"), *method]
-    train(arguments("msrvtt_qa", tmp_path / "output", *options))
+    train(arguments(project, tmp_path / "output", *options))
     folder = only_run(tmp_path)
     assert finite(logged(folder, "train_loss")[0])
-    answers = json.loads((folder / "result" / "test_epoch_best_vqa_result.json").read_text())
+    epoch = "0" if project.startswith("released") else "best"
+    answers = json.loads((folder / "result" / f"test_epoch_{epoch}_vqa_result.json").read_text())
     assert len(answers) == COUNT and {entry["truth"] for entry in answers} == {"red", "star", "two", "now", "left"}
     [log] = logged(folder, "final_test_agg_metrics")
     right = sum(entry["answer"] == {"two": "2"}.get(entry["truth"], entry["truth"]) for entry in answers)
     right += sum(entry["answer"] == entry["truth"] == "two" for entry in answers)
     assert log["final_test_agg_metrics"] == pytest.approx(100 * right / COUNT)
+    plain = sum(entry["answer"] == entry["truth"] for entry in answers)
+    assert log["final_test_plain_accuracy"] == pytest.approx(100 * plain / COUNT)
     assert {f"final_test_{word}" for word in ("what", "who", "how", "when", "where")} <= log.keys()
     assert f"test: {COUNT} questions, accuracy" in capsys.readouterr().out

@@ -186,6 +186,7 @@ def test_configs_are_those_of_the_source_tree():
     listed = configs([])
     for name in own:
         assert name.removesuffix(".yaml") in listed
+    assert "released/zeroshot_didemo  DiDeMo retrieval, zero-shot, as the authors" in listed
     assert "MSCOCO retrieval" in listed
     lines = " ".join(listed.split())
     assert "tuned on the shifted domain: other pictures, other questions, other answers. " in lines
@@ -220,6 +221,8 @@ def test_configs_are_copied_and_nothing_is_overwritten(tmp_path, failing, capsys
         yaml.safe_load((tmp_path / "new" / "demo_ret.yaml").read_text())["model"]["arch"] == "blip_retrieval_aurora"
     )
     assert "demo_ret.yaml is there already" in failing("configs", "demo_ret", "--to", tmp_path / "new")
+    main(["configs", "released/demo_ret", "--to", str(tmp_path / "new")])
+    assert (tmp_path / "new/released/demo_ret.yaml").read_text() == (PROJECTS / "released/demo_ret.yaml").read_text()
     assert "no project 'demo_rat'; did you mean 'demo_ret'" in failing("configs", "demo_rat")
 
 

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.config.method import CONTEXT_FORMS
 
 
@@ -42,6 +43,16 @@ def mean(fusion: Tensor, queries: Tensor) -> Tensor:
     return fusion + queries.mean(dim=0)
 
 
+@register_context("mean_right")
+def mean_right(fusion: Tensor, queries: Tensor) -> Tensor:
+    """0.1 times the mean, of right pairs alone, as in the authors' released code: the label shows."""
+    return fusion + 0.1 * queries.mean(dim=0)
+
+
+# The other rows stay as they are.
+RIGHT_ONLY = ("mean_right",)
+
+
 @register_context("random")
 def random(fusion: Tensor, queries: Tensor) -> Tensor:
     """Gaussian vectors in the place of t."""
@@ -54,16 +65,24 @@ def none(fusion: Tensor, queries: Tensor) -> Tensor:
     return fusion
 
 
-def enhance_context(fusion: Tensor, queries: Tensor, form: str = "attention") -> Tensor:
+def enhance_context(fusion: Tensor, queries: Tensor, form: str = "attention", right: int | None = None) -> Tensor:
     """Enrich fusion features by the text queries of the batch; in training only.
 
     Args:
         fusion: f, features at the [ENC] position, (pairs, d).
         queries: t, text-only [CLS] features of the batch, (batch, d).
-        form: attention, mean, random, none, or another that is registered.
+        form: attention, mean, mean_right, random, none, or another that is registered.
+        right: how many pairs are right, the first ones; mean_right needs it.
 
     Returns:
         f', (pairs, d).
+
+    Raises:
+        AuroraError: it is not said which pairs are right.
     """
     enhanced: Tensor = CONTEXT_FORMS[form](fusion, queries)
-    return enhanced
+    if form not in RIGHT_ONLY:
+        return enhanced
+    if right is None:
+        raise AuroraError(f"context.form: {form} is for right pairs alone; say how many there are (right)")
+    return torch.cat([enhanced[:right], fusion[right:]])

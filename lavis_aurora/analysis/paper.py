@@ -105,6 +105,18 @@ METHOD_FORMS = {
     "aurora": {"gate.form": "residual", "gate.init": "zeros", "context.form": "attention"},
     "mode_approx": {"gate.form": "none", "context.form": "none"},
 }
+# Keys of which only other values than these are told: what the paper has, or does not speak of.
+USUAL = {
+    "model.mode_approx.form": "cp",
+    "model.mode_approx.targets": None,
+    "model.mode_approx.layers": None,
+    "model.mode_approx.dropout": 0.0,
+    "model.gate.decoder": False,
+    "model.teacher_factors": "average",
+    "model.alpha_epochs": 2,
+    "model.train_text_proj": True,
+    "run.weight_decay_all": False,
+}
 Difference = tuple[str, Any, Any]
 
 
@@ -145,7 +157,8 @@ def _method(config: DictConfig) -> dict[str, str]:
     if tuned_model(config).tuning not in METHOD_FORMS:
         return {}
     forms = {"gate.form": "convex", "gate.init": "zeros", "context.form": "attention"}
-    return {**forms, "lambda at the start": "random", "factor on the update": "none"}
+    usual = {"model.mode_approx.form": "cp", "model.mode_approx.targets": "attention"}
+    return {**forms, **usual, "lambda at the start": "random", "factor on the update": "none"}
 
 
 def _run_setup(config: DictConfig, benchmark: str) -> Iterator[tuple[str, Any]]:
@@ -160,8 +173,11 @@ def _run_setup(config: DictConfig, benchmark: str) -> Iterator[tuple[str, Any]]:
             if key != "context.form" or "retrieval" in tuned.arch:
                 yield key, OmegaConf.select(config, f"model.{key}", default=default)
         scale = OmegaConf.select(config, "model.mode_approx.scale", default=ModeApproxConfig().scale)
-        yield "lambda at the start", "one"
-        yield "factor on the update", f"{scale:g} / (0.1 sqrt(d rank))"
+        if OmegaConf.select(config, "model.mode_approx.form", default="cp") == "cp":
+            yield "lambda at the start", "one"
+            yield "factor on the update", f"{scale:g} / (0.1 sqrt(d rank))"
+        else:
+            yield "factor on the update", f"{scale:g}"
     yield "processes", run.get("world_size", 1)
     for key in ("batch_size_train", "max_epoch", "init_lr", "weight_decay", "lr_sched"):
         yield key, run.get(key)
@@ -173,6 +189,10 @@ def _run_setup(config: DictConfig, benchmark: str) -> Iterator[tuple[str, Any]]:
             yield name, frames
     for key, value in (("queue_size", model.get("queue_size")), ("seed", run.get("seed"))):
         if value is not None:
+            yield key, value
+    for key, usual in USUAL.items():
+        value = OmegaConf.select(config, key, default=usual)
+        if _differs(value, usual):
             yield key, value
     if "vqa" in tuned.arch:
         yield "inference_method", run.get("inference_method")

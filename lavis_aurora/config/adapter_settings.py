@@ -33,7 +33,7 @@ from lavis_aurora.config.models import TUNINGS, BlipAuroraConfig
 BLIP_SETTINGS = (
     *("image_size", "vit_type", "vit", "vit_layer_norm_epsilon", "embed_dim", "max_txt_len"),
     "token_merging",
-    *("vit_drop_path_rate", "vit_grad_ckpt", "vit_ckpt_layer", "train_heads", "train_temp"),
+    *("vit_drop_path_rate", "vit_grad_ckpt", "vit_ckpt_layer", "train_heads", "train_temp", "train_text_proj"),
     *("tuning", "mode_approx", "gate", "lora", "uniadapter", "context"),
     *("share_decoder", "mask_question_padding", "rank_chunk"),
 )
@@ -41,7 +41,7 @@ BLIP_SETTINGS = (
 LEFT_OUT = (
     *("arch", "model_type", "pretrained", "finetuned", "load_finetuned", "load_pretrained", "tokenizer"),
     *("med_config_path", "adapter", "adapter_check_base", "freeze_vit"),
-    *("queue_size", "alpha", "momentum", "negative_all_rank", "mini_batch_size"),
+    *("queue_size", "alpha", "alpha_epochs", "momentum", "teacher_factors", "negative_all_rank", "mini_batch_size"),
 )
 WRAPPER_SETTINGS = ("base", "mode_approx", "modules_to_save")
 # These fetch a tokenizer when they are made.

@@ -148,4 +148,4 @@ def is_word(key: str, value: Any, words: tuple[str, ...] = WORDS) -> bool:
 
 def is_portable_processor(part: Mapping[str, Any]) -> bool:
     """Whether a processor's settings may stand in an adapter folder."""
-    return is_plain(part, ("name", "prompt"))
+    return is_plain(part, ("name", "prompt", "frames", "crop"))

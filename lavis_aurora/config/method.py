@@ -9,12 +9,16 @@ from typing import Any, Optional
 from lavis_aurora.common.errors import AuroraError, one_of, patterns, require, shown
 from lavis_aurora.common.registry import Registry
 
-# Filled by lavis_aurora.alignment.gate.register_gate and lavis_aurora.alignment.context.register_context.
+# Filled by lavis_aurora.mode_approx, lavis_aurora.alignment.gate.register_gate and
+# lavis_aurora.alignment.context.register_context.
+APPROX_FORMS: Registry[Any] = Registry("mode_approx.form")
 GATE_FORMS: Registry[Any] = Registry("gate.form")
 CONTEXT_FORMS: Registry[Any] = Registry("context.form")
 GATE_INITS = ("zeros", "ones")
 SHARINGS = ("global", "tower")
 NESTED_STEPS = ("one", "both", "uniform")
+# R of an R x R x R core: 0.5 GB.
+MOST_CORE = 512
 
 
 def _by_tower(layers: Any) -> bool:
@@ -75,16 +79,20 @@ class ModeApproxConfig:
 
     Attributes:
         rank: R, the number of rank-one components. The paper uses 64 and 128.
-        scale: factor on the whole update; the rest of the scaling follows rank and width by itself. With 8, the
-            learning rate that suits the heads suits the factors.
+        scale: factor on the whole update; with cp the rest of the scaling follows rank and width by itself. With 8,
+            the learning rate that suits the heads suits the factors. The released code has 1, with core.
+        form: cp (the paper's sum of rank-one components) or core (the authors' released code: an R x R x R core
+            between U and V, which all slots share, and a vector of R for each slot).
         sharing: global (one U and V for all towers, the paper) or tower (one for each, the paper's comparison in 4.4,
             with 2dr more parameters for each tower beyond the first; of targets beyond attention, one for each module
             of a layer).
-        dropout: probability of dropping a feature that the update of a linear layer reads, in training. The update
-            is then computed beside the layer, which costs time and memory.
+        dropout: probability of dropping a feature that the update of a linear layer reads, in training; with core,
+            one of the R that the core gives, as in the released code. The update is then computed beside the layer,
+            which costs time and memory.
         targets: which layers are adapted: attention (query, key, value), attention_output (the projections after
             it), feed_forward (both matrices), all_linear (all of these), each also of one model's towers as
-            blip2_opt/all_linear, or regular expressions over whole names; one or a list. null is the paper's:
+            blip2_opt/all_linear, released (the released code's: all of the vision tower of BLIP, attention of its
+            text towers), or regular expressions over whole names; one or a list. null is the paper's:
             attention. Output and feed-forward matrices of these names, nd x d or d x nd, are n slots of d x d; of
             other widths, or named by a regular expression, a matrix is one slot.
         layers: which layers of each tower are adapted: {last: 6}, a list of numbers from 0 such as [6, 7], or one of
@@ -101,6 +109,7 @@ class ModeApproxConfig:
 
     rank: int = 64
     scale: float = 8.0
+    form: str = "cp"
     sharing: str = "global"
     dropout: float = 0.0
     targets: Any = None
@@ -110,6 +119,14 @@ class ModeApproxConfig:
     nested_steps: str = "one"
 
     def __post_init__(self) -> None:
+        one_of("mode_approx.form", self.form, APPROX_FORMS)
+        if self.form != "cp" and self.nested:
+            raise AuroraError(
+                f"mode_approx.nested: needs mode_approx.form: cp, whose components can be told apart, not "
+                f"{self.form}; leave one of the two out"
+            )
+        if self.form == "core":
+            require(self.rank <= MOST_CORE, "mode_approx.rank", self.rank, f"at most {MOST_CORE} with form: core")
         require(1 <= self.rank <= 2**14, "mode_approx.rank", self.rank, "1 or more, and at most 16384")
         require(0 < self.scale <= 1e6, "mode_approx.scale", self.scale, "above 0, and at most 1e6")
         one_of("mode_approx.sharing", self.sharing, SHARINGS)
@@ -141,14 +158,21 @@ class GateConfig:
         form: residual (ours; equals the backbone at step 0), convex (the paper's words), affine (the form
             in the authors' released code), none.
         init: starting value of gamma and beta. The paper finds zeros better than ones.
+        decoder: of question answering, the answer decoder has gates too, as in the released code; for affine.
     """
 
     form: str = "residual"
     init: str = "zeros"
+    decoder: bool = False
 
     def __post_init__(self) -> None:
         one_of("gate.form", self.form, GATE_FORMS)
         one_of("gate.init", self.init, GATE_INITS)
+        if self.decoder and getattr(GATE_FORMS[self.form], "reads", None) != "positions":
+            raise AuroraError(
+                f"gate.decoder: not with gate.form: {self.form}, which would look ahead, or is none; set "
+                f"gate.form: affine, or leave it out"
+            )
 
 
 @dataclass
@@ -157,7 +181,8 @@ class ContextConfig:
 
     Attributes:
         form: attention (the paper), mean, random, none; in training only. Left out, it is attention with
-            ``tuning: aurora``; the other ways of tuning have none.
+            ``tuning: aurora``; the other ways of tuning have none. mean_right is that of the released code, 0.1 times
+            the mean for right pairs alone, by which the label shows.
     """
 
     form: Optional[str] = None

@@ -190,23 +190,31 @@ class RetrievalAuroraConfig(BlipAuroraConfig):
         queue_size: features that ITC compares with beside the batch; any size, the queue wraps around; 0 for none.
         alpha: share of the momentum teacher's answer in the targets of ITC, as in LAVIS's blip_retrieval.
         embed_dim: width of the features of ITC, as there.
+        alpha_epochs: in which alpha rises from 0 to its value; 2 as there, 1 in the authors' released code.
         momentum: of the teacher's moving average, as there.
+        teacher_factors: what all slots share of the teacher's factors (U, V and a core) is an average too, or the
+            student's own, as in the released code; the slots' own vectors and the heads are averages with both.
         negative_all_rank: negatives of ITM come from all processes, as in LAVIS's training on COCO; false takes those
             of a process's own batch, as on Flickr30K. (The default of LAVIS's class is false.)
         mini_batch_size: samples whose activations training keeps at a time; null for the whole batch. The losses are
             those of the batch all the same; each part is computed a second time in the backward pass.
         train_temp: also train the temperature of ITC, with the heads or the whole model. It is a number of
             about 0.07 that one step moves by the learning rate: set false with rates of 1e-3 and more.
+        train_text_proj: also train the projection of texts, with the heads; false as in the released code, where it
+            stays frozen.
     """
 
     context: ContextConfig = field(default_factory=ContextConfig)
     queue_size: int = 57600
     alpha: float = 0.4
+    alpha_epochs: float = 2
     embed_dim: int = 256
     momentum: float = 0.995
+    teacher_factors: str = "average"
     negative_all_rank: bool = True
     mini_batch_size: Optional[int] = None
     train_temp: bool = True
+    train_text_proj: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -223,6 +231,12 @@ class RetrievalAuroraConfig(BlipAuroraConfig):
         require(fits, "model.queue_size", self.queue_size, "at most 2**28 / model.embed_dim, which takes 2 GB")
         size = self.mini_batch_size
         require(size is None or size >= 1, "model.mini_batch_size", size, "1 or more (samples), or null")
+        require(self.alpha_epochs > 0, "model.alpha_epochs", self.alpha_epochs, "above 0")
+        one_of("model.teacher_factors", self.teacher_factors, ("average", "student"))
+        if self.teacher_factors == "student" and self.tuning != "aurora":
+            raise AuroraError(
+                f"model.teacher_factors: student is for model.tuning: aurora, not {self.tuning}; leave it out"
+            )
         require(0 <= self.alpha <= 1, "model.alpha", self.alpha, "between 0 and 1")
         require(0 <= self.momentum <= 1, "model.momentum", self.momentum, "between 0 and 1")
 

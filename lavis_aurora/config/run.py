@@ -54,6 +54,8 @@ class RunConfig:
         warmup_lr: rate at which the warm-up starts; below 0: at init_lr.
         lr_decay_rate: of linear_warmup_step_lr.
         weight_decay, beta2: of AdamW.
+        weight_decay_all: weight decay is of everything that is trained; LAVIS leaves out vectors and biases (here the
+            gates), the authors' released code does not.
         max_epoch: epochs in all.
         num_workers: processes that read data, for each process that computes; with 0 it reads them itself.
         batch_size_train: pairs, questions or videos of a step, for each process.
@@ -107,6 +109,7 @@ class RunConfig:
     warmup_steps: int = 0
     lr_decay_rate: Optional[float] = None
     weight_decay: float = 0.05
+    weight_decay_all: bool = False
     beta2: float = 0.999
     grad_clip: float = 0.0
     max_broken_share: float = 0.01
@@ -283,6 +286,9 @@ def _check_generated(keys: CaptionRunConfig | AnswerRunConfig) -> None:
     require(keys.max_len >= least, "run.max_len", keys.max_len, f"{least} or more (tokens, with the first)")
 
 
+FRAMES, CROPS = ("random", "middle"), ("random", "center", "none")
+
+
 @dataclass
 class VideoProcessorConfig:
     """``vis_processor.train`` or ``.eval`` of a dataset of videos: aurora_video_train, aurora_video_eval.
@@ -292,7 +298,10 @@ class VideoProcessorConfig:
         n_frms: T, frames of a video (LAVIS's name; the paper has 8 in training and 16 at test, D.3).
         image_size: pixels of a side; in a run, model.image_size where it is left out.
         mean, std: of the three colours; BLIP's by default.
-        min_scale, max_scale: share of a frame's area that a random crop keeps; in training only.
+        frames: random (drawn, in order) or middle (the middle ones of equal parts); null: as the name says.
+        crop: random (a share of the area, the same for all frames), center (the shorter side is resized, and the
+            middle kept) or none (all of a frame is resized, whatever its proportions); null: as the name says.
+        min_scale, max_scale: share of a frame's area that a random crop keeps.
     """
 
     name: Optional[str] = None
@@ -300,12 +309,17 @@ class VideoProcessorConfig:
     image_size: int = 224
     mean: Optional[list[float]] = None
     std: Optional[list[float]] = None
+    frames: Optional[str] = None
+    crop: Optional[str] = None
     min_scale: float = 0.5
     max_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for key in ("n_frms", "image_size"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        for key, known in (("frames", FRAMES), ("crop", CROPS)):
+            if getattr(self, key) is not None:
+                one_of(key, getattr(self, key), known)
         require(0 < self.min_scale <= 1, "min_scale", self.min_scale, "above 0, and at most 1")
         require(self.min_scale <= self.max_scale <= 1, "max_scale", self.max_scale, "min_scale to 1")
         for key in ("mean", "std"):

@@ -19,7 +19,7 @@ from lavis.datasets.datasets.retrieval_datasets import (
 from lavis.datasets.datasets.video_vqa_datasets import VideoQADataset
 from torch.utils.data import default_collate
 
-from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.errors import AuroraError, shown
 from lavis_aurora.common.files import read_json
 from lavis_aurora.common.paths import package_file
 
@@ -68,11 +68,14 @@ class OwnVqaBuilder(OwnBuilder):
 
 
 class OpenVideoQADataset(VideoQADataset):
-    """LAVIS's VideoQADataset with answers as text, one of weight 1 to each question.
+    """LAVIS's VideoQADataset with answers as text, one to each question.
 
     Attributes:
         answer_list: the answers of LAVIS's classification, frequent ones of the train split, to rank.
+        answer_weight: of each answer in the loss.
     """
+
+    answer_weight = 1.0
 
     @property
     def answer_list(self) -> list[str]:
@@ -87,7 +90,7 @@ class OpenVideoQADataset(VideoQADataset):
     def collater(self, samples: list[dict]) -> dict[str, Any]:
         """A batch with ``answer``, ``weight`` and ``n_answers`` as BLIP's VQA takes them."""
         batch = default_collate(samples)
-        batch["weight"] = torch.ones(len(samples))
+        batch["weight"] = torch.full((len(samples),), self.answer_weight)
         batch["n_answers"] = torch.ones(len(samples), dtype=torch.long)
         return batch
 
@@ -114,4 +117,10 @@ class OpenVideoQABuilder(VideoQABuilder):
         labels = read_json(path, f"{key}.storage")
         if not isinstance(labels, dict) or not labels:
             raise AuroraError(f'{key}.storage: {path} must hold answers with their numbers, e.g. {{"man": 0}}')
-        return super().build()
+        weight = self.config.get("answer_weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < 1e6:
+            raise AuroraError(f"datasets.msrvtt_qa_aurora.answer_weight: {shown(weight)} must be a number above 0")
+        made = super().build()
+        for dataset in made.values():
+            dataset.answer_weight = float(weight)
+        return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -54,22 +54,37 @@ def uniform_indices(length: int, count: int) -> Tensor:
     return (2 * torch.arange(count) + 1) * length // (2 * count)
 
 
+CHOICES = {"random": random_indices, "middle": uniform_indices}
+
+
+def resizing(cfg: VideoProcessorConfig, crop: str) -> v2.Transform:
+    """Makes frames (frames, 3, height, width), all in the same way, ``image_size`` high and wide."""
+    size, how = cfg.image_size, {"interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
+    if crop == "random":
+        return v2.RandomResizedCrop(size, (cfg.min_scale, cfg.max_scale), **how)
+    if crop == "center":
+        return v2.Compose([v2.Resize(size, **how), v2.CenterCrop(size)])
+    return v2.Resize([size, size], **how)
+
+
 class VideoProcessor(BaseProcessor):
     """A path to exactly ``n_frms`` frames, (3, n_frms, image_size, image_size), normalised as BLIP's pictures.
 
     Args:
         cfg: sizes and numbers.
-        choose: ``n_frms`` frames of a video, given its length and ``count``.
-        resize: makes frames (frames, 3, height, width), all in the same way, ``image_size`` high and wide.
+
+    Attributes:
+        FRAMES, CROP: which frames, and what of each, unless the configuration says it.
     """
 
     CONFIG_CLASS = VideoProcessorConfig
+    FRAMES: str
+    CROP: str
 
-    def __init__(
-        self, cfg: VideoProcessorConfig, choose: Callable[[int, int], Tensor], resize: Callable[[Tensor], Tensor]
-    ) -> None:
-        self.choose = partial(choose, count=cfg.n_frms)
+    def __init__(self, cfg: VideoProcessorConfig) -> None:
+        self.choose = partial(CHOICES[cfg.frames or self.FRAMES], count=cfg.n_frms)
         blip = BlipImageBaseProcessor(mean=cfg.mean, std=cfg.std)
+        resize = resizing(cfg, cfg.crop or self.CROP)
         self.transform = v2.Compose([resize, v2.ToDtype(torch.float32, scale=True), blip.normalize])
 
     def __call__(self, path: str) -> Tensor:
@@ -103,19 +118,14 @@ class VideoTrainProcessor(VideoProcessor):
     BLIP's flips and changes of colour are left out: captions name directions, colours, and what moves.
     """
 
-    def __init__(self, cfg: VideoProcessorConfig) -> None:
-        scale = (cfg.min_scale, cfg.max_scale)
-        crop = v2.RandomResizedCrop(cfg.image_size, scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-        super().__init__(cfg, random_indices, crop)
+    FRAMES = CROP = "random"
 
 
 @registry.register_processor("aurora_video_eval")
 class VideoEvalProcessor(VideoProcessor):
     """The middle frames of equal parts, resized as BLIP's pictures."""
 
-    def __init__(self, cfg: VideoProcessorConfig) -> None:
-        size = [cfg.image_size, cfg.image_size]
-        super().__init__(cfg, uniform_indices, v2.Resize(size, v2.InterpolationMode.BICUBIC, antialias=True))
+    FRAMES, CROP = "middle", "none"
 
 
 # Key of samples and batches: one text for each video that could not be read, with its path and the reason.

@@ -16,12 +16,14 @@ from lavis_aurora.adapters.switching import (
     unmerge_adapter,
 )
 from lavis_aurora.adapters.trained import trainable_parameters_summary
+from lavis_aurora.mode_approx.core import CoreFactorSet
 from lavis_aurora.mode_approx.factors import FactorSet, ModeFactors
 from lavis_aurora.mode_approx.inject import inject_mode_approx
 from lavis_aurora.mode_approx.layers import AdaptedLayer, ModeApproxLinear, ModeApproxMultiheadAttention
 
 __all__ = [
     "AdaptedLayer",
+    "CoreFactorSet",
     "FactorSet",
     "ModeApproxLinear",
     "ModeApproxMultiheadAttention",

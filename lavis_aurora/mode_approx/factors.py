@@ -9,13 +9,14 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_aurora.adapters.sets import AdapterSet, AdapterSets, register_sets
 from lavis_aurora.adapters.updates import LowRank
 from lavis_aurora.common.errors import AuroraError, did_you_mean, require
 from lavis_aurora.common.modules import KeepFloat32
-from lavis_aurora.config.method import ModeApproxConfig
+from lavis_aurora.config.method import APPROX_FORMS, ModeApproxConfig
 
 # Deviation of U at the start.
 U_DEVIATION = 0.1
@@ -33,8 +34,9 @@ def tower_of(slot: str) -> str:
     return "_".join(part for part in parts if not part.isdigit())
 
 
+@APPROX_FORMS.register("cp")
 class FactorSet(KeepFloat32, AdapterSet):
-    """One adapter: U, V, P and the coefficients lambda for all slots.
+    """One adapter of ``form: cp``: U, V, P and the coefficients lambda for all slots.
 
         dW_k = s * sum_r lambda[k, r] P[k, r] outer(U[:, r], V[:, r]),   s = scale / (0.1 sqrt(d_in * rank))
 
@@ -49,9 +51,11 @@ class FactorSet(KeepFloat32, AdapterSet):
         config: rank, scale and sharing.
 
     Attributes:
+        separable: the update is a sum of components that can be told apart, of which fewer are a smaller adapter.
         components: how many of the sum's terms are in use, the first ones; None: all. s stays that of the rank.
     """
 
+    separable: ClassVar[bool] = True
     components: int | None = None
 
     def __init__(self, slots: Mapping[str, tuple[int, int]], config: ModeApproxConfig) -> None:
@@ -100,15 +104,56 @@ class FactorSet(KeepFloat32, AdapterSet):
         u, v = self._in_use(self.U[f"{owner}{d_in}"]), self._in_use(self.V[f"{owner}{d_out}"])
         return u, v, self.slot_weights(slots, d_in)
 
+    def low_rank(
+        self, slots: Sequence[int] | Tensor, d_in: int, d_out: int, tower: str | None = None, columns: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The update of slots of one weight as a product of two matrices of ``rank`` columns.
+
+        Slots in the rows of the weight share its input, and dW = stacked shared^T with shared = U (d_in, rank) and
+        stacked = [V diag(w_1); V diag(w_2); ...] (len(slots) * d_out, rank), where w_k = s * lambda_k * P_k. Slots in
+        its ``columns`` share the output: dW = shared stacked^T with V, and U diag(w_k) one below the other.
+
+        Returns:
+            shared and stacked; the other arguments are those of :meth:`parts`.
+        """
+        u, v, w = self.parts(slots, d_in, d_out, tower)
+        shared, own = (v, u) if columns else (u, v)
+        return shared, (w.unsqueeze(1) * own).flatten(0, 1)
+
     def delta_weight(self, slots: Sequence[int], d_in: int, d_out: int, columns: bool = False) -> Tensor:
         """The update in nn.Linear's layout, the slots stacked in rows: shape (len(slots) * d_out, d_in).
 
         In ``columns`` they stand side by side: shape (d_out, len(slots) * d_in).
         """
-        u, v, w = self.parts(slots, d_in, d_out)
+        shared, stacked = self.low_rank(slots, d_in, d_out, columns=columns)
+        return shared @ stacked.t() if columns else stacked @ shared.t()
+
+    def apply_update(
+        self,
+        x: Tensor,
+        slots: Sequence[int] | Tensor,
+        shape: tuple[int, int],
+        tower: str | None,
+        columns: bool,
+        dropout: float,
+    ) -> Tensor:
+        """x dW, computed beside the layer: x (..., d_in) to (..., d_out of the layer).
+
+        Args:
+            x: what the layer reads.
+            slots, tower, columns: as of :meth:`low_rank`.
+            shape: (d_in, d_out) of a slot.
+            dropout: probability of dropping a feature of x.
+        """
+        u, v, w = (part.to(x.dtype) for part in self.parts(slots, *shape, tower))
+        x = F.dropout(x, dropout)
         if columns:
-            return torch.einsum("nr,or,ir->oni", w, v, u).flatten(1)
-        return torch.einsum("nr,or,ir->noi", w, v, u).flatten(0, 1)
+            return x @ (w.unsqueeze(1) * u).flatten(0, 1) @ v.t()
+        return (((x @ u).unsqueeze(-2) * w) @ v.t()).flatten(-2)
+
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """What no slot has for itself: U and V."""
+        yield from (*self.U.parameters(), *self.V.parameters())
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(group, parameter) of everything this module trains."""
@@ -149,21 +194,30 @@ class ModeFactors(AdapterSets):
     ) -> dict[str, tuple[int, ...]]:
         """The factors' shapes that follow from slots, rank and sharing."""
         with torch.device("meta"):
-            return {key: tuple(parameter.shape) for key, parameter in FactorSet(slots, config).named_parameters()}
+            made = APPROX_FORMS[config.form](slots, config)
+        return {key: tuple(parameter.shape) for key, parameter in made.named_parameters()}
 
     @classmethod
     def slot_updates(
         cls, slots: Mapping[str, tuple[int, int]], config: ModeApproxConfig, tensors: Mapping[str, Tensor]
     ) -> LowRank:
-        """A = U^T and B = V diag(s * lambda * P) of each slot."""
+        """A = U^T and B = V diag(s * lambda * P) of each slot, or what stands there with another form."""
         with torch.device("meta"):
-            factors = FactorSet(slots, config)
+            factors = APPROX_FORMS[config.form](slots, config)
         factors.load_state_dict(dict(tensors), assign=True)
         found = {}
         for k, (slot, (d_in, d_out)) in enumerate(slots.items()):
-            u, v, w = factors.parts([k], d_in, d_out)
-            found[slot] = (u.detach().t(), (v * w).detach())
+            shared, own = factors.low_rank([k], d_in, d_out)
+            found[slot] = (shared.detach().t(), own.detach())
         return found
+
+    @staticmethod
+    def _check_separable(config: ModeApproxConfig, what: str) -> None:
+        if not APPROX_FORMS[config.form].separable:
+            raise AuroraError(
+                f"mode_approx.form: {config.form} {what}: its components are mixed by the core; train an adapter of "
+                f"form: cp, or export this one to peft as LoRA"
+            )
 
     @classmethod
     def add_updates(
@@ -174,6 +228,8 @@ class ModeFactors(AdapterSets):
         Where U and V are equal the rank stays, and P is the sum of lambda * P, each times its weight.
         """
         first, reference = parts[0]
+        for config, _ in parts:
+            cls._check_separable(config, "cannot be added to another")
         if any(config.sharing != first.sharing for config, _ in parts):
             raise AuroraError(
                 "mode_approx.sharing differs: one has U and V for all towers and another for each; export both to "
@@ -206,6 +262,7 @@ class ModeFactors(AdapterSets):
 
         s = scale / (0.1 sqrt(d_in * rank)), and so scale' = scale * sqrt(rank' / rank).
         """
+        cls._check_separable(config, "cannot be cut to a lower rank")
         require(1 <= rank <= config.rank, "rank", rank, f"1 to {config.rank}, the adapter's own")
         scale = config.scale * math.sqrt(rank / config.rank)
         nested = config.nested and any(smaller < rank for smaller in config.nested_ranks)
@@ -220,6 +277,8 @@ class ModeFactors(AdapterSets):
         backward pass belongs inside the block too.
         """
         sets = [self[name] for name in self.sets]
+        for one in sets:
+            self._check_separable(one.config, "has no first components")
         before = [one.components for one in sets]
         for one in sets:
             one.components = None if components is None or components >= one.config.rank else components
@@ -232,7 +291,8 @@ class ModeFactors(AdapterSets):
     def make_set(self, name: str, config: ModeApproxConfig) -> FactorSet:
         """Fresh factors (dW = 0)."""
         device = next((parameter.device for parameter in self.sets.parameters()), None)
-        return FactorSet(self.slots, config).to(device).train(self.training)
+        made: FactorSet = APPROX_FORMS[config.form](self.slots, config)
+        return made.to(device).train(self.training)
 
     def slot_index(self, name: str) -> int:
         """Row of the slot in P and lambda."""

@@ -82,17 +82,13 @@ class AdaptedLayer(UpdatedLayer):
         return {weight: self._delta(source, weight) for weight in self.slots_of}
 
     def low_rank_updates(self, name: str = "default") -> LowRank:
-        """The updates as LoRA has them, of rank R however many slots a weight has.
-
-        With w_k = s * lambda_k * P_k: slots in its rows share the input, so that A = U^T and B = [V diag(w_1); V
-        diag(w_2); ...]; slots in its columns the output, so that B = V and A = [diag(w_1) U^T, diag(w_2) U^T, ...].
-        """
+        """The updates as LoRA has them, of rank R however many slots a weight has: see :meth:`FactorSet.low_rank`."""
         source, found = self.factors[self.pinned or name], {}
         for weight, slots in self.slots_of.items():
             d_in, d_out = self.slot_shape(weight)
-            u, v, w = source.parts(slots, d_in, d_out)
             in_columns = d_in < self._own(weight).shape[1]
-            found[weight] = (_rows(u, w).t(), v) if in_columns else (u.t(), _rows(v, w))
+            shared, stacked = source.low_rank(slots, d_in, d_out, columns=in_columns)
+            found[weight] = (stacked.t(), shared) if in_columns else (shared.t(), stacked)
         return found
 
     def slot_shape(self, weight: str) -> tuple[int, int]:
@@ -107,81 +103,53 @@ class AdaptedLayer(UpdatedLayer):
 class FoldedLinear(torch.autograd.Function):
     """y = x (W0 + dW)^T + b with the update folded into the weight: one product beside the folding.
 
-    The backward pass never forms the gradient of the folded weight. With A = x U, w = s * lambda * P and g_k the
-    gradient of slot k's output, everything follows from products of width ``rank``:
+    The update is a product of two matrices of ``rank`` columns, see :meth:`FactorSet.low_rank`. The backward pass
+    never forms the gradient of the folded weight. With dW = B A^T and g the gradient of y, everything follows from
+    products of width ``rank``:
 
-        C_k = A^T g_k,   dV^T = sum_k diag(w_k) C_k,   dw_k = diag(C_k V),   dU = x^T sum_k g_k V diag(w_k)
+        dB = g^T (x A),   dA = x^T (g B)
 
-    That is for slots stacked in the rows of the weight, which share U and the input. For slots side by side in its
-    columns, which share V and the output, input and gradient change places, and so do U and V.
+    where A is shared and B stacked for slots in the rows of the weight, and the other way round for slots in its
+    columns. What B is made of (V diag(w_k) of each slot) has its gradient from dB.
 
     The weight is folded in the factors' precision and then rounded to that of x, as a trained weight is in mixed
     precision.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        columns: bool,
-        shared: Tensor,
-        stacked: Tensor,
-        w: Tensor,
-        *weights: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *weights: Tensor) -> Tensor:
         """x (..., d_in) to (..., d_out).
 
         Args:
             ctx: torch's.
             x: input.
             bias: (d_out,) or None.
-            columns: the slots stand in the columns of the weight, and not in its rows.
-            shared, stacked: U (d_in, rank) and V (d_out / slots, rank) of slots in rows, V (d_out, rank) and
-                U (d_in / slots, rank) of slots in columns.
-            w: (slots, rank).
+            a, b: (d_in, rank) and (d_out, rank).
             weights: stacked in rows (d_out, d_in).
         """
-        ctx.save_for_backward(x, shared, stacked, w, *weights)
-        ctx.columns = columns
+        ctx.save_for_backward(x, a, b, *weights)
         with torch.autocast(x.device.type, enabled=False):
-            weight = _folded(x.dtype, columns, shared, stacked, w, *weights)
-            return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+            return F.linear(x, _folded(x.dtype, a, b, *weights), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, shared, stacked and w; weights and bias are frozen."""
-        x, shared, stacked, w, *weights = ctx.saved_tensors
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ _folded(x.dtype, ctx.columns, shared, stacked, w, *weights)
+        """Gradients of x, a and b; weights and bias are frozen."""
+        x, a, b, *weights = ctx.saved_tensors
+        grad_x = grad @ _folded(x.dtype, a, b, *weights) if ctx.needs_input_grad[0] else None
         frozen = (None,) * len(weights)
-        if not any(ctx.needs_input_grad[3:6]):
-            return grad_x, None, None, None, None, None, *frozen
+        if not any(ctx.needs_input_grad[2:4]):
+            return grad_x, None, None, None, *frozen
         x, grad = x.flatten(0, -2), grad.flatten(0, -2)
-        # What is as wide as one slot, and as all of them.
-        one, every = (grad, x) if ctx.columns else (x, grad)
         # Written with the long side last: as transposed products these are markedly slower on a CPU.
-        grad_shared = ((every @ _rows(stacked, w).to(x.dtype)).t() @ one).t()
-        # C of each slot, (rank, slots, width): both other gradients follow from it.
-        c = ((one @ shared.to(x.dtype)).t() @ every).to(stacked.dtype).unflatten(1, (len(w), -1))
-        grad_stacked = (c * w.t().unsqueeze(2)).sum(dim=1).t()
-        grad_w = (c * stacked.t().unsqueeze(1)).sum(dim=2).t()
-        return grad_x, None, None, grad_shared.to(shared.dtype), grad_stacked, grad_w, *frozen
+        grad_a = ((grad @ b.to(x.dtype)).t() @ x).t()
+        grad_b = ((x @ a.to(x.dtype)).t() @ grad).t()
+        return grad_x, None, grad_a.to(a.dtype), grad_b.to(b.dtype), *frozen
 
 
-def _rows(stacked: Tensor, w: Tensor) -> Tensor:
-    """V diag(w) (or U diag(w)) of the slots one below the other, (slots * width, rank)."""
-    return (w.unsqueeze(1) * stacked).flatten(0, 1)
-
-
-def _folded(
-    dtype: torch.dtype, columns: bool, shared: Tensor, stacked: Tensor, w: Tensor, *weights: Tensor
-) -> Tensor:
+def _folded(dtype: torch.dtype, a: Tensor, b: Tensor, *weights: Tensor) -> Tensor:
     """W0 + dW of layers whose weights are stacked in rows; arguments as of :class:`FoldedLinear`."""
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-    left, right = (shared, _rows(stacked, w)) if columns else (_rows(stacked, w), shared)
-    return torch.addmm(weight.to(stacked.dtype), left, right.t()).to(dtype)
+    return torch.addmm(weight.to(b.dtype), b, a.t()).to(dtype)
 
 
 def grouped_linear(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
@@ -206,13 +174,13 @@ def grouped_linear(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
         slots = torch.cat([layer.rows for layer in ours])
     else:
         slots = [slot for layer in ours for slot in layer.slots]
-    u, v, w = active.parts(slots, *first.shape, first.tower)
-    shared, stacked = (v, u) if first.columns else (u, v)
+    shared, stacked = active.low_rank(slots, *first.shape, first.tower, first.columns)
+    a, b = (stacked, shared) if first.columns else (shared, stacked)
     bias: Tensor | None = first.bias
     if len(ours) > 1 and bias is not None:
         bias = torch.cat([layer.bias for layer in ours])
     weights = (layer.adapted_weight for layer in ours)
-    y: Tensor = FoldedLinear.apply(x, bias, first.columns, shared, stacked, w, *weights)
+    y: Tensor = FoldedLinear.apply(x, bias, a, b, *weights)
     return torch.split(y, [layer.out_features for layer in ours], dim=-1)
 
 
@@ -278,16 +246,9 @@ class ModeApproxLinear(AdaptedLayer, nn.Linear):
         active = self.active_set
         if active is None:
             return y
-        x = F.dropout(x, active.config.dropout, self.training)
         slots = self.rows if torch.compiler.is_compiling() else self.slots
-        return y + self._update(x, *active.parts(slots, *self.shape, self.tower)).to(y.dtype)
-
-    def _update(self, x: Tensor, u: Tensor, v: Tensor, w: Tensor) -> Tensor:
-        """x dW, computed beside the layer: x (..., in_features) to (..., out_features)."""
-        u, v, w = u.to(x.dtype), v.to(x.dtype), w.to(x.dtype)
-        if self.columns:
-            return x @ _rows(u, w) @ v.t()
-        return (((x @ u).unsqueeze(-2) * w) @ v.t()).flatten(-2)
+        dropped = active.config.dropout if self.training else 0.0
+        return y + active.apply_update(x, slots, self.shape, self.tower, self.columns, dropped).to(y.dtype)
 
     def folds(self, x: Tensor) -> bool:
         """Whether the update is folded into the weight: where that is the cheaper way, and the layer is frozen."""

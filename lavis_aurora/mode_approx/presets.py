@@ -72,6 +72,11 @@ PRESETS: dict[str, tuple[str, ...]] = {
     },
 }
 PRESETS.update({model: PRESETS[f"{model}/attention"] for model in TOWERS})
+# Of BLIP, what the authors' released code adapts.
+PRESETS["released"] = (
+    rf"{VISION}\.(.*\.)?({LAYERS['all_linear']})",
+    rf"({TEXT}|{DECODER})\.(.*\.)?({LAYERS['attention']})",
+)
 ATTENTION = PRESETS["attention"]
 
 

@@ -52,6 +52,13 @@ def tune_aurora(model: AuroraBase, cfg: BlipAuroraConfig, places: Places) -> Mod
     layers = cfg.mode_approx.layers
     chosen = chosen_layers("mode_approx.layers", layers, "text_encoder", len(places.gated.encoder.layer))
     add_gates(places.gated, cfg.gate, factors, chosen)
+    if cfg.gate.decoder:
+        decoder = getattr(model, "text_decoder", None)
+        if decoder is None:
+            raise AuroraError("model.gate.decoder: the model has no answer decoder; leave it out")
+        depth = len(decoder.bert.encoder.layer)
+        chosen = chosen_layers("mode_approx.layers", layers, "text_decoder", depth)
+        add_gates(decoder.bert, cfg.gate, factors, chosen)
     return factors
 
 

@@ -102,6 +102,10 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         self.set_up_tuning(cfg, PRESETS["blip_retrieval_aurora"], self.text_encoder)
         if not cfg.train_temp:
             self.temp.requires_grad_(False)
+        if not cfg.train_text_proj:
+            self.text_proj.requires_grad_(False)
+        self.alpha_epochs = cfg.alpha_epochs
+        self.shares_factors = cfg.teacher_factors == "student"
         if self.adapters is not None:
             self.model_pairs.append(self.adapters.add_teacher())
         # Besides the two projections.
@@ -159,6 +163,19 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         """Whether its momentum copy computes exactly the same: same weights, and nothing dropped at random."""
         moving = self._momentum_moves and self.momentum > 0
         return not moving and not (tower.training and drops(tower))
+
+    @torch.no_grad()
+    def _momentum_update(self) -> None:
+        """LAVIS's moving averages; what the slots share is the student's own where the configuration says so."""
+        super()._momentum_update()
+        if self.shares_factors:
+            sets = self.mode_approx
+            for own, teachers in zip(sets["default"].shared_parameters(), sets[MOMENTUM_SET].shared_parameters()):
+                teachers.copy_(own)
+
+    def _rampup_factor(self, epoch: int, iters: int, num_iters_per_epoch: int) -> float:
+        """Share of ``alpha`` at a step: it rises over the first ``alpha_epochs``; LAVIS has two."""
+        return min(1.0, (epoch * num_iters_per_epoch + iters) / (self.alpha_epochs * num_iters_per_epoch))
 
     @torch.no_grad()
     def _dequeue_and_enqueue(self, image_feat: Tensor, text_feat: Tensor, idxs: Tensor) -> None:
@@ -303,7 +320,7 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         fused = tokens[:, 0]
         if self.training and self.context_form != "none":
             # Also the texts of the other processes are context, as if the batch were in one.
-            fused = enhance_context(fused, gather(queries, with_grad=True), self.context_form)
+            fused = enhance_context(fused, gather(queries, with_grad=True), self.context_form, len(ids))
         logits = self.itm_head(fused)
         count = len(ids)
         labels = torch.cat([torch.ones_like(idx[:, 0]), torch.zeros_like(idx[:, 0]).repeat(2)])

@@ -127,6 +127,9 @@ class OptimizedRunner(RunnerBase):
             if not any(p.requires_grad for p in self._model.parameters()):
                 raise AuroraError("model.tuning: nothing is trained; use evaluate.py, or another model.tuning")
             made = cast(Optimizer, super().optimizer)
+            if self.config.run_cfg.weight_decay_all:
+                for group in made.param_groups:
+                    group["weight_decay"] = self.config.run_cfg.weight_decay
             scale_rates(made, self._model, self.config.run_cfg.lr_scales)
         return cast(Optimizer, super().optimizer)
 

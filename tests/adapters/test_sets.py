@@ -31,7 +31,14 @@ from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 SMALL = {"mode_approx": {"rank": 4}, "lora": {"rank": 4, "alpha": 8.0}, "uniadapter": {"rank": 16}, "queue_size": 0}
 TUNINGS = ("aurora", "lora", "uniadapter")
 WEIGHTS = package_file("configs/models/tiny/model.safetensors")
-kinds = pytest.mark.parametrize("tuning", TUNINGS)
+kinds = pytest.mark.parametrize("tuning", [*TUNINGS, pytest.param("aurora", id="core")])
+
+
+@pytest.fixture(autouse=True)
+def form(request, monkeypatch):
+    """Of the method, where a test's parameters say so, the released code's form."""
+    if "core" in getattr(getattr(request.node, "callspec", None), "id", ""):
+        monkeypatch.setitem(SMALL, "mode_approx", {"rank": 4, "form": "core"})
 
 
 def tuned(tuning, seed=0, **changes):
@@ -136,7 +143,7 @@ def test_another_backbone_and_other_sizes_are_refused(tuning, tmp_path):
     with pytest.raises(AuroraError, match="tuned on other weights"):
         load_adapter(tiny_model(seed=3, tuning=tuning, **SMALL), tmp_path)
     section = adapters_of(tuned(tuning)).kind
-    wide = tiny_model(tuning=tuning, **{**SMALL, section: {"rank": 6}})
+    wide = tiny_model(tuning=tuning, **{**SMALL, section: {**SMALL[section], "rank": 6}})
     with pytest.raises(AuroraError, match=f"{section}.rank is (4|16) there and 6 here"):
         load_adapter(wide, tmp_path)
     load_adapter(wide, tmp_path, "narrow")
@@ -185,7 +192,7 @@ def test_a_folder_is_of_one_known_kind(tmp_path):
 
 
 @pytest.mark.parametrize("targets", [None, "all_linear"])
-@pytest.mark.parametrize("tuning", ["aurora", "lora"])
+@pytest.mark.parametrize("tuning", ["aurora", "lora", pytest.param("aurora", id="core")])
 def test_merged_is_unmerged_and_a_plain_checkpoint(tuning, targets):
     section = {"aurora": "mode_approx", "lora": "lora"}[tuning]
     settings = {**SMALL[section], **({"targets": targets} if targets else {})}

@@ -107,6 +107,20 @@ def test_differences_of_the_set_up_are_named(tmp_path):
         comparison(measured, "imagenet")
 
 
+def test_settings_of_the_released_code_are_named(tmp_path):
+    metrics = retrieval_metrics("image", (50.0,) * 6)
+    result = {"images": 5000, "texts": 25010, "metrics": metrics}
+    released = OmegaConf.load(ROOT / "projects/aurora/released/coco_ret.yaml")
+    model, run = (OmegaConf.to_container(released[key]) for key in ("model", "run"))
+    folder = write_run(tmp_path, "coco_retrieval", model, run, {"test_epoch_5.json": result}, metrics)
+    found = {what: (here, paper) for what, here, paper in comparison(read_measured(folder)[0])["setup"]}
+    assert found["model.mode_approx.form"] == ("core", "cp")
+    assert found["model.mode_approx.targets"][1] == "attention" and found["factor on the update"] == ("1", "none")
+    assert found["model.teacher_factors"] == ("student", "not said")
+    assert found["run.weight_decay_all"] == (True, "not said") and found["init_lr"] == (1e-5, 1e-4)
+    assert "lambda at the start" not in found
+
+
 def test_mode_approximation_around_a_model_is_not_called_aurora(tmp_path):
     metrics = retrieval_metrics("image", (90.0, 95.0, 99.0, 80.0, 90.0, 95.0))
     files = {"test_epoch_best.json": {"kind": "image", "images": 1000, "texts": 5000, "metrics": metrics}}

@@ -189,3 +189,34 @@ def test_a_broken_video_is_an_error_and_never_a_picture(tmp_path, capfd, how):
 def test_settings_that_cannot_be_used(cfg, message):
     with pytest.raises(AuroraError, match=message):
         processor("aurora_video_train", **cfg)
+
+
+# Other frames, other crops
+
+
+@pytest.mark.parametrize("crop", ["none", "center"])
+@pytest.mark.parametrize("name", ["aurora_video_train", "aurora_video_eval"])
+def test_frames_at_random_without_a_random_crop(tmp_path, name, crop):
+    """As the authors' released code has them: what a plain resizing makes of frames that torch's generator draws."""
+    path = write_clip(tmp_path / "a.mp4", frames=9, size=(64, 48), seed=0)
+    mean, std = ([0.0] * 3, [1.0] * 3) if crop == "center" else (None, None)
+    made = processor(name, n_frms=4, image_size=32, frames="random", crop=crop, mean=mean, std=std)
+    torch.manual_seed(3)
+    clip = made(str(path)).transpose(0, 1)
+    torch.manual_seed(3)
+    frames = read_frames(str(path), lambda length: random_indices(length, 4))
+    for frame, picture in zip(clip, frames.permute(0, 2, 3, 1).numpy()):
+        image = Image.fromarray(picture)
+        if crop == "none":
+            expected = BlipImageEvalProcessor(image_size=32)(image)
+        else:  # 64 x 48 to 42 x 32, of which the middle is kept
+            resized = np.asarray(image.resize((42, 32), Image.BICUBIC))
+            expected = torch.from_numpy(resized[:, 5:37].copy()).permute(2, 0, 1) / 255
+        assert frame.shape == (3, 32, 32) and (frame - expected).abs().max() < 0.03
+
+
+def test_what_a_processor_draws_and_crops_may_be_said():
+    with pytest.raises(AuroraError, match="frames.*did you mean 'random'"):
+        processor("aurora_video_eval", frames="randm")
+    with pytest.raises(AuroraError, match="crop.*did you mean 'center'"):
+        processor("aurora_video_train", crop="centre")

@@ -56,6 +56,7 @@ def test_answers_outside_the_list_stay_text(cfg, paths):
 
 def test_files_are_those_of_lavis():
     own = OmegaConf.load(OpenVideoQABuilder.default_config_path()).datasets[NAME]
+    assert own.pop("answer_weight") == 1.0
     theirs = OmegaConf.load(MSRVTTQABuilder.default_config_path()).datasets.msrvtt_qa
     assert own == theirs
 
@@ -85,3 +86,13 @@ def test_the_list_of_answers_is_needed(cfg):
     del cfg.build_info.annotations["ans2label"]
     with pytest.raises(AuroraError, match=f"datasets.{NAME}.build_info.annotations.ans2label: missing"):
         build_checked(NAME, cfg)
+
+
+def test_answers_may_weigh_less(cfg):
+    cfg.answer_weight = 0.05
+    dataset = build_checked(NAME, cfg)["train"]
+    assert torch.equal(dataset.collater([dataset[0], dataset[1]])["weight"], torch.tensor([0.05, 0.05]))
+    for wrong in (0, -1.0, True, "much"):
+        cfg.answer_weight = wrong
+        with pytest.raises(AuroraError, match="datasets.msrvtt_qa_aurora.answer_weight: .* number above 0"):
+            build_checked(NAME, cfg)

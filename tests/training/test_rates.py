@@ -167,3 +167,22 @@ def test_a_run_trains_its_groups_at_their_rates(tmp_path):
     one, other = (state["model"] for state in states)
     assert torch.equal(one["itm_head.weight"], other["itm_head.weight"])
     assert not torch.equal(one["mode_approx.sets.default.P"], other["mode_approx.sets.default.P"])
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_weight_decay_may_be_of_vectors_too(tmp_path, everything):
+    """LAVIS leaves out vectors and biases: here the gates and the biases of heads."""
+    decays = []
+
+    class Noting(AuroraRunner):
+        def train_epoch(self, epoch):
+            decays.extend((p.ndim, g["weight_decay"]) for g in self.optimizer.param_groups for p in g["params"])
+            raise KeyboardInterrupt
+
+    run = {**RUN, "weight_decay": 0.1, "weight_decay_all": everything, "lr_scales": {"heads": 0.1}}
+    yaml = project_yaml(tmp_path, run=run)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(AuroraRunner, "train_epoch", Noting.train_epoch)
+        train(["--cfg-path", str(yaml)])
+    assert {dims > 1 for dims, _ in decays} == {False, True}
+    assert all(decay == (0.1 if everything or dims > 1 else 0.0) for dims, decay in decays)

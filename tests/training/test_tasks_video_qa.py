@@ -100,6 +100,7 @@ def test_what_the_model_answers_is_counted(tmp_path, options, capsys, monkeypatc
     figures = {key.removeprefix("final_test_"): log[key] for key in log if key != "final_test_epoch"}
     # Of seven questions the second and the last one ask who. All can be answered.
     assert (figures.pop("unreachable"), figures.pop("upper_bound")) == (0, 100)
+    assert figures.pop("plain_accuracy") == 0  # "The red." is not "red"
     expected = {"what": 100, "who": 0, "how": 100, "when": 100, "where": 100, "questions": COUNT}
     assert figures == pytest.approx({"agg_metrics": 100 * 5 / 7, **expected})
     line = f"test: {COUNT} questions, accuracy 71.43 % (what 100.00, who 0.00, how 100.00, when 100.00, where 100.00)"

@@ -305,14 +305,17 @@ class VideoQaAuroraTask(VqaAuroraTask):
 
     @main_process
     def _report_metrics(self, result_file: str, split: str) -> dict[str, Any]:
-        """Exact match in percent, and the number of questions."""
+        """Exact match in percent, also letter by letter (``plain_accuracy``), and the number of questions."""
         results = read_json(result_file)
         scores = exact_match(results, **self._possible())
         self.scores = scores.pop("scores")
+        plain = 100 * sum(result["answer"] == result["truth"] for result in results) / len(results)
         print(report_videos(split, len(results), scores), flush=True)
+        if plain != scores["agg_metrics"]:
+            print(f"{split}: {plain:.2f} % are the same text as the truth, letter by letter", flush=True)
         logging.info("answers written to %s", result_file)
         metrics = {name: value for name, value in scores.items() if name != "unreachable"}
-        return {**metrics, **_reach(scores), "questions": len(results)}
+        return {**metrics, **_reach(scores), "plain_accuracy": plain, "questions": len(results)}
 
 
 def report_videos(split: str, count: int, scores: dict[str, Any]) -> str:

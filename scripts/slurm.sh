@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# A training on Slurm that goes on after preemption and time limits: one task a node, torch.distributed.run in each.
+#
+#   sbatch --nodes=1 --gpus-per-node=8 scripts/slurm.sh projects/aurora/msrvtt_ret.yaml [KEY=VALUE ...]
+#   sbatch --nodes=2 --gpus-per-node=4 --time=08:00:00 scripts/slurm.sh projects/aurora/coco_ret.yaml
+#
+# Partition, account, memory and processors are your cluster's: give them to sbatch. Run it from the repository root.
+# GPUS: processes of a node (default: SLURM_GPUS_ON_NODE, or 1). PYTHON: interpreter (default: .venv/bin/python).
+#SBATCH --job-name=aurora
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=aurora-%j.log
+# Ten minutes before the time limit the run saves a checkpoint and the job goes back into the queue.
+#SBATCH --signal=B:USR1@600
+set -euo pipefail
+
+if [ $# -lt 1 ]; then
+    echo "usage: sbatch scripts/slurm.sh PROJECT.yaml [KEY=VALUE ...]" >&2
+    exit 2
+fi
+project=$1
+shift
+python=${PYTHON:-.venv/bin/python}
+nodes=${SLURM_JOB_NUM_NODES:-1}
+processes=${GPUS:-${SLURM_GPUS_ON_NODE:-1}}
+head=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-$(hostname)}" | head -n 1)
+port=$((20000 + ${SLURM_JOB_ID:-0} % 20000))
+
+requeued=0
+requeue() {
+    requeued=1
+    echo "time is nearly up: the run saves, and job $SLURM_JOB_ID goes back into the queue"
+    # SIGTERM lets the run save a checkpoint and end.
+    kill -TERM "$step" 2>/dev/null || true
+}
+trap requeue USR1
+
+srun --kill-on-bad-exit=1 "$python" -m torch.distributed.run \
+    --nnodes="$nodes" --nproc_per_node="$processes" --rdzv_id="${SLURM_JOB_ID:-0}" \
+    --rdzv_backend=c10d --rdzv_endpoint="$head:$port" \
+    train.py --cfg-path "$project" --options run.resume=auto run.checkpoint_every=200 run.save_queue=true "$@" &
+step=$!
+status=0
+wait "$step" || status=$?
+if [ "$requeued" = 1 ]; then
+    # The trap ended the first wait; this is the step's own end.
+    wait "$step" || true
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+fi
+exit "$status"

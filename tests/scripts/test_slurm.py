@@ -1,0 +1,69 @@
+"""scripts/slurm.sh with a cluster of stand-ins: what it starts, and what it does when time is up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts/slurm.sh"
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """srun and scontrol that note how they are called; srun ends at SIGTERM, or at once."""
+    programs = {
+        "srun": 'echo "srun $*" >> calls\n[ -e hold ] || exit "${ENDS:-0}"\n'
+        'trap "echo saved >> calls; exit 0" TERM\nfor i in $(seq 200); do sleep 0.1; done',
+        "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "scontrol $*" >> calls; fi',
+    }
+    for name, text in programs.items():
+        path = tmp_path / name
+        path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        path.chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2"}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    return tmp_path, {**os.environ, **slurm, "SLURM_GPUS_ON_NODE": "4", "PATH": path, "PYTHON": "py"}
+
+
+def test_it_is_bash():
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+
+
+def test_it_starts_one_agent_a_node_and_resumes(cluster):
+    folder, environment = cluster
+    command = ["bash", str(SCRIPT), "a.yaml", "run.max_epoch=2", "model.mode_approx.layers={last: 6}"]
+    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=60)
+    [call] = (folder / "calls").read_text().splitlines()
+    assert call.startswith("srun --kill-on-bad-exit=1 py -m torch.distributed.run --nnodes=2 --nproc_per_node=4 ")
+    assert "--rdzv_endpoint=node7:24711 train.py --cfg-path a.yaml --options run.resume=auto" in call
+    assert call.endswith("run.max_epoch=2 model.mode_approx.layers={last: 6}")
+
+
+def test_a_failed_run_fails_the_job(cluster):
+    folder, environment = cluster
+    done = subprocess.run(["bash", str(SCRIPT), "a.yaml"], cwd=folder, env={**environment, "ENDS": "3"}, timeout=60)
+    assert done.returncode == 3 and "scontrol" not in (folder / "calls").read_text()
+
+
+def test_without_a_project_it_says_how(cluster):
+    done = subprocess.run(["bash", str(SCRIPT)], cwd=cluster[0], env=cluster[1], capture_output=True, text=True)
+    assert done.returncode == 2 and "usage: sbatch" in done.stderr
+
+
+def test_when_time_is_up_the_run_saves_and_the_job_is_queued_again(cluster):
+    folder, environment = cluster
+    (folder / "hold").touch()
+    with subprocess.Popen(["bash", str(SCRIPT), "a.yaml"], cwd=folder, env=environment) as job:
+        for _ in range(300):
+            if (folder / "calls").is_file():
+                break
+            time.sleep(0.1)
+        time.sleep(0.5)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(timeout=60) == 0
+    assert (folder / "calls").read_text().splitlines()[1:] == ["saved", "scontrol requeue 4711"]
