@@ -148,9 +148,7 @@ def main() -> int:
     print(*(f"\n{name}: skipped, {reason}" for name, reason in missing.items()))
     print(", ".join(f"{key} {value}" for key, value in about.items() if key != "seconds"))
     skipped = sum(one.status == SKIPPED for one in rows)
-    print(
-        f"\n{len(rows)} checks: {failed} failed, {skipped} skipped, {sum(seconds.values()):.0f} s; see {args.out}"
-    )
+    print(f"\n{len(rows)} checks: {failed} failed, {skipped} skipped, {sum(seconds.values()):.0f} s; see {args.out}")
     return 1 if failed else 0
 
 
