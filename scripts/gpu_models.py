@@ -11,11 +11,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from gpu_report import DTYPES, MEASURED, SKIPPED, Row, Setting, relative_error, row
+from gpu_report import DTYPES, MEASURED, SKIPPED, Row, Setting, relative_error, relative_errors, row
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,7 +102,7 @@ def losses_and_gradients(model: nn.Module, batches: list[dict[str, Any]]) -> dic
 
 
 def _same(check: str, found: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> Row:
-    errors = {name: relative_error(found[name], value) for name, value in expected.items()}
+    errors = relative_errors(found, expected, "loss")
     worst = max(errors, key=lambda name: errors[name])
     return row(check, errors[worst] <= bound, f"{errors[worst]:.1e} ({worst})", f"{bound:.1e}")
 
@@ -222,7 +223,8 @@ def check_time(setting: Setting) -> Iterator[Row]:
         **{"amp": setting.device.type == "cuda", "compile": False, "checkpointed": 0, "mini_batch": 0},
         **{"threads": os.cpu_count(), "clock": "wall", "size": setting.size, "profile": False, "out": None},
     )
-    medians = bench_train.run_all(args)["retrieval"]
+    with redirect_stdout(sys.stderr):  # its progress
+        medians = bench_train.run_all(args)["retrieval"]
     unit = medians["aurora-64"]
     for method, one in medians.items():
         times, memory = one["seconds"] / unit["seconds"], one["memory"] / unit["memory"]

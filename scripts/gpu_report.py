@@ -85,11 +85,21 @@ def computed(case: Case, device: torch.device, dtype: Optional[torch.dtype]) -> 
     return found
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm; 0 where both are 0, infinite where a number is not finite."""
+def relative_error(found: Tensor, expected: Tensor, least: float = 1e-12) -> float:
+    """Norm of the difference over the norm, or over ``least``; infinite where a number is not finite."""
     if not found.isfinite().all():
         return float("inf")
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
+    return float((found - expected).norm() / expected.norm().clamp(min=least))
+
+
+def relative_errors(
+    found: dict[str, Tensor], expected: dict[str, Tensor], result: str = "result"
+) -> dict[str, float]:
+    """Of a result and of gradients; one that nearly cancels out is measured by a thousandth of the largest."""
+    gradients = {name: value for name, value in expected.items() if name != result}
+    least = max([float(value.norm()) / 1000 for value in gradients.values()] + [1e-12])
+    errors = {name: relative_error(found[name], value, least) for name, value in gradients.items()}
+    return {result: relative_error(found[result], expected[result]), **errors}
 
 
 def compare(name: str, case: Case, setting: Setting, depth: float = 1) -> Iterator[Row]:
@@ -97,7 +107,7 @@ def compare(name: str, case: Case, setting: Setting, depth: float = 1) -> Iterat
     expected = computed(case, torch.device("cpu"), None)
     for precision in setting.precisions:
         found = computed(case, setting.device, DTYPES[precision])
-        errors = {key: relative_error(found[key], value) for key, value in expected.items()}
+        errors = relative_errors(found, expected, "result")
         result = errors.pop("result")
         bounds = [depth * bound for bound in BOUNDS[precision]]
         texts, holds = [f"{result:.1e}"], result <= bounds[0]
