@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Builds the wheel, checks that it carries the package data, and loads a model from it in a fresh
-# environment, outside the source tree. Dependencies come from .venv (scripts/setup_env.sh).
+# Builds the source distribution, and from it the wheel; checks both (twine) and that the wheel carries the package data;
+# loads a model from the wheel in a fresh environment, outside the source tree. Dependencies come from .venv
+# (scripts/setup_env.sh).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -28,8 +29,9 @@ for file in setup.cfg pyproject.toml README.md LICENSE lavis_aurora_*.py; do
 done
 # lavis_aurora/projects is a link to projects/aurora.
 cp -R lavis_aurora projects requirements "$work/source/"
-quietly "$python" -m pip wheel --no-deps --no-build-isolation --wheel-dir "$work/wheel" "$work/source"
-wheel=$(echo "$work"/wheel/lavis_aurora-*.whl)
+quietly "$python" -m build --no-isolation --outdir "$work/dist" "$work/source"
+quietly "$python" -m twine check --strict "$work"/dist/*
+wheel=$(echo "$work"/dist/lavis_aurora-*.whl)
 
 "$python" - "$wheel" "$root" <<'PY'
 import pathlib

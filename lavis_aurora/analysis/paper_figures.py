@@ -244,10 +244,11 @@ def paper_ratios() -> dict[str, dict[str, dict[str, float]]]:
 def method_name(method: str) -> str:
     """A method of the benchmark program, as the paper writes it.
 
-    >>> method_name("lavis-uniadapter-512")
-    "UniAdapter (r=512), LAVIS's own"
-    >>> method_name("aurora-64+last6+cached")
-    'Aurora (r=64), last 6 layers, features kept'
+    Examples:
+        >>> method_name("lavis-uniadapter-512")
+        "UniAdapter (r=512), LAVIS's own"
+        >>> method_name("aurora-64+last6+cached")
+        'Aurora (r=64), last 6 layers, features kept'
     """
     method, *settings = method.split("+")
     if settings:

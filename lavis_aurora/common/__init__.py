@@ -3,4 +3,4 @@
 Standard library and torch.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -28,8 +28,9 @@ class AuroraError(ValueError):
 def printable(text: str, keep: str = "") -> str:
     r"""The text with whatever does not show as it is escaped: control characters, ANSI escapes, direction marks.
 
-    >>> printable("a\x1b[2Jb")
-    'a\\x1b[2Jb'
+    Examples:
+        >>> printable("a\x1b[2Jb")
+        'a\\x1b[2Jb'
 
     Args:
         text: of any origin.
@@ -43,8 +44,9 @@ def printable(text: str, keep: str = "") -> str:
 def shown(value: object) -> str:
     """A value as a message names it: on one line and short, whatever a file holds.
 
-    >>> shown("x" * 1000 + "y")[-10:]
-    "xxxxxxxxy'"
+    Examples:
+        >>> shown("x" * 1000 + "y")[-10:]
+        "xxxxxxxxy'"
     """
     text = _REPR.repr(value)
     return text if len(text) <= 2 * MAX_SHOWN else f"{text[: 2 * MAX_SHOWN]}..."
@@ -62,8 +64,9 @@ def did_you_mean(name: str, known: Iterable[str], limit: int = 3) -> str:
 def abbreviated(names: Iterable[str], limit: int = 4, separator: str = ", ") -> str:
     """The first ``limit`` of the names, and how many more there are.
 
-    >>> abbreviated("abcdef")
-    'a, b, c, d and 2 more'
+    Examples:
+        >>> abbreviated("abcdef")
+        'a, b, c, d and 2 more'
     """
     names = list(map(printable, names))
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

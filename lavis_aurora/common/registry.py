@@ -16,7 +16,7 @@ class Registry(Mapping[str, Entry]):
     Args:
         key: which key of a YAML names them, for messages.
 
-    Example:
+    Examples:
         >>> FORMS: Registry[Callable] = Registry("gate.form")
         >>> @FORMS.register("residual")
         ... def residual(): ...

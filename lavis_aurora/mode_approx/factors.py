@@ -173,7 +173,7 @@ class ModeFactors(AdapterSets):
         slots: name of each slot with its (d_in, d_out), in order.
         config: rank and scale of the set ``default``.
 
-    Example:
+    Examples:
         >>> with model.mode_approx.use("momentum"):
         ...     teacher = model.visual_encoder(image)
         >>> with model.mode_approx.disabled():

@@ -58,7 +58,7 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
         - flickr: BLIP base fine-tuned on Flickr30K.
         - tiny: a BLIP of 1.6M weights that comes with this package, for the demo and for tests.
 
-    Usage:
+    Examples:
         >>> from lavis_aurora import load_model_and_preprocess
         >>> model, vis, txt = load_model_and_preprocess("blip_retrieval_aurora", "tiny")
         >>> scores = model.match(vis["eval"](picture).unsqueeze(0), ["a circle", "a star"])

@@ -59,7 +59,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         - vqav2: BLIP base fine-tuned on VQAv2, as LAVIS's blip_vqa vqav2.
         - tiny: a BLIP of 2.4M weights that come with the package, for the demo and for tests.
 
-    Usage:
+    Examples:
         >>> from lavis_aurora import load_model_and_preprocess
         >>> model, vis, txt = load_model_and_preprocess("blip_vqa_aurora", "tiny", is_eval=True)
         >>> samples = {"image": vis["eval"](picture).unsqueeze(0), "text_input": [txt["eval"]("What is this?")]}

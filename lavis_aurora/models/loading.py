@@ -278,7 +278,7 @@ def load_model_and_preprocess(
     Raises:
         AuroraError: no such name or type, or the weights cannot be loaded.
 
-    Example:
+    Examples:
         >>> model, vis, txt = load_model_and_preprocess("blip_retrieval_aurora", "tiny")
         >>> model, vis, txt = load_model_and_preprocess("blip_retrieval_aurora", adapter="output/RUN/adapter_best")
     """

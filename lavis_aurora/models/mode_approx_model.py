@@ -58,7 +58,7 @@ class ModeApproxModel(AdapterOwner, RunState, BaseModel):
         - default: in YAMLs, where ``model.base`` names the model.
         - ARCH/TYPE: any registered model, e.g. blip_vqa/vqav2, in load_model_and_preprocess.
 
-    Usage:
+    Examples:
         >>> from lavis_aurora import load_model_and_preprocess
         >>> model, vis, txt = load_model_and_preprocess("mode_approx", "blip_vqa/vqav2")
 

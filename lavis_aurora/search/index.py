@@ -70,7 +70,7 @@ class PictureIndex:
     An index is bound to its model: backbone, adapter and picture size are told by hashes, and another is refused.
     Several threads may use one; what else uses its model holds ``lock``.
 
-    Usage:
+    Examples:
         >>> index = PictureIndex("holiday", adapter="output/RUN/adapter_best")
         >>> index.update()
         >>> for hit in index.search("two dogs on a beach", minus="people", top=5):
