@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -150,6 +151,12 @@ def test_tensorboard_shows_of_a_resumed_run_what_followed(folder):
 
 def wandb_records(path: Path) -> Iterator[bytes]:
     """The messages in a file of wandb, in blocks as LevelDB's log has them."""
+    # Its own process may still be writing after finish.
+    for _ in range(120):
+        size = path.stat().st_size
+        time.sleep(0.5)
+        if size == path.stat().st_size and size:
+            break
     data, place, record = path.read_bytes(), 7, b""
     while place + 7 <= len(data):
         _crc, length, kind = struct.unpack("<IHB", data[place : place + 7])
