@@ -142,10 +142,10 @@ def add_adapter_commands(commands: argparse._SubParsersAction[argparse.ArgumentP
     _add_sources(one)
     one.set_defaults(action=_merge)
 
-    one = commands.add_parser("export", help="write a tuned model as other libraries load it: peft, transformers")
+    one = commands.add_parser("export", help="write a tuned model for other libraries: peft, transformers, ONNX")
     one.add_argument("adapter", metavar="ADAPTER", help="an adapter folder; its gate.form must be none")
     one.add_argument("output", metavar="FOLDER", help="the folder to write")
-    one.add_argument("--to", required=True, metavar="FORMAT", help="peft (a LoRA) or transformers (a merged model)")
+    one.add_argument("--to", required=True, metavar="FORMAT", help="peft (a LoRA), or merged: transformers, onnx")
     one.add_argument("--rank", type=int, help="of peft's LoRA, to make it smaller; the adapter's own otherwise")
     _add_sources(one)
     one.set_defaults(action=_export)

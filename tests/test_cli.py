@@ -23,7 +23,7 @@ from lavis_aurora_cli import end_with_parent, evaluate, main, train
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a run may leave before its first epoch has ended.
-HARMLESS = {"config.yaml", "data.json", "log.txt", "summary.json", "result"}
+HARMLESS = {"config.yaml", "data.json", "log.txt", "metrics.csv", "summary.json", "result"}
 COUNT = 4
 
 

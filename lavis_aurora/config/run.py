@@ -12,6 +12,7 @@ from lavis_aurora.common.parsing import TRUTH
 INFERENCE_METHODS = ("rank", "generate")
 TOKEN_DTYPES = ("float32", "bfloat16")
 CACHE_DTYPES = ("float16", "float32")
+LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 # Beyond these nothing can run, or for longer than can be told; the largest value and what it must be.
 MOST = {
     "token_budget_gb": (float("inf"), "0 or more"),
@@ -68,6 +69,8 @@ class RunConfig:
         test_splits: tested after training, with the best epoch, and by an evaluation.
         amp: mixed precision: bf16 (bfloat16, on a GPU or a CPU), or true (float16 with scaled losses, on a GPU).
         log_freq: steps between lines of the log.
+        loggers: where numbers go besides the log and metrics.csv, which is always written: tensorboard, wandb and
+            mlflow, each with the library's own environment variables (WANDB_MODE, MLFLOW_TRACKING_URI).
         resume_ckpt_path: checkpoint to continue in a new folder, or to evaluate.
         device: auto (a GPU if there is one), cuda or cpu.
         batch_size_eval: samples of an evaluation that are in the towers at once, pictures or whole videos; of
@@ -133,6 +136,7 @@ class RunConfig:
     amp: Any = False
     compile: bool = False
     log_freq: int = 50
+    loggers: list[str] = field(default_factory=list)
     rank: Any = None
     resume_ckpt_path: Optional[str] = None
     resume: str = "none"
@@ -152,6 +156,8 @@ class RunConfig:
         one_of("run.device", self.device, ("auto", "cuda", "cpu"))
         one_of("run.resume", self.resume, ("auto", "none"))
         one_of("run.cache_dtype", self.cache_dtype, CACHE_DTYPES)
+        for name in self.loggers:
+            one_of("run.loggers", name, LOGGERS)
         require(self.cache_limit_gb > 0, "run.cache_limit_gb", self.cache_limit_gb, "above 0")
         if self.rank is not None:
             one_of("run.rank", str(self.rank), ("auto",))

@@ -1,4 +1,4 @@
-"""A tuned model for other programs: plain LAVIS, peft, transformers; what the commands merge and export do."""
+"""A tuned model for other programs: plain LAVIS, peft, transformers, ONNX; what the commands merge and export do."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import BlipAuroraConfig, ModeApproxModelConfig
 from lavis_aurora.models.hugging_face import export_transformers
 from lavis_aurora.models.loading import SOURCES, load_model_and_preprocess
+from lavis_aurora.models.onnx import check_onnx, export_onnx
 
 
 def merge(
@@ -91,6 +92,8 @@ def export(
         raise AuroraError(f"--to: unknown format {to!r}{did_you_mean(to, EXPORTS)}")
     if rank is not None and to != "peft":
         raise AuroraError("--rank: is of peft's LoRA; leave it out")
+    if to == "onnx":
+        check_onnx()
     place = Path(output).expanduser()
     if place.exists():
         raise AuroraError(f"{place} is there already; name another folder")
@@ -99,6 +102,8 @@ def export(
     if to == "peft":
         named = [key for key, source in zip(SOURCES, sources) if source is not None]
         usage, notes = _to_peft(model, config, place, rank, named)
+    elif to == "onnx":
+        usage, notes = _to_onnx(model, place)
     else:
         usage, notes = _to_transformers(model, config, place)
     # A card is shared: it does not say where this machine has the folder.
@@ -109,7 +114,11 @@ def export(
 
 
 # Formats of the command, and what writes them in Python.
-EXPORTS: dict[str, Callable[..., Any]] = {"peft": export_lora, "transformers": export_transformers}
+EXPORTS: dict[str, Callable[..., Any]] = {
+    "peft": export_lora,
+    "transformers": export_transformers,
+    "onnx": export_onnx,
+}
 # The model is whichever has the backbone's weights.
 PEFT_USAGE = """
 from lavis_aurora import load_model_and_preprocess
@@ -145,6 +154,20 @@ processor = BlipProcessor.from_pretrained(FOLDER)
 model = BlipForConditionalGeneration.from_pretrained(FOLDER).eval()
 inputs = processor(image, {prompt!r}, return_tensors="pt")  # image: of PIL
 caption = processor.decode(model.generate(**inputs, max_length=30)[0], skip_special_tokens=True)
+"""
+ONNX_USAGE = """
+from onnxruntime import InferenceSession
+from transformers import BlipProcessor
+
+processor = BlipProcessor.from_pretrained(FOLDER)
+image_tower, text_tower, matching = (
+    InferenceSession(FOLDER + "/" + name) for name in ("image_tower.onnx", "text_tower.onnx", "matching.onnx")
+)
+inputs = dict(processor(image, "a red circle", truncation=True, return_tensors="np"))  # image: of PIL
+feature, tokens = image_tower.run(None, {"pixel_values": inputs.pop("pixel_values")})
+[words] = text_tower.run(None, inputs)
+itc = feature @ words.T  # cosine similarity
+[itm] = matching.run(None, {"tokens": tokens, **inputs})  # probability of a match
 """
 USAGES = {
     "BlipForImageTextRetrieval": RETRIEVAL_USAGE,
@@ -200,6 +223,18 @@ def _to_transformers(model: nn.Module, config: AdapterConfig, output: Path) -> t
             "Padding of questions was masked in answering, which generate of transformers does not: one at a time."
         )
     return usage, notes
+
+
+def _to_onnx(model: nn.Module, output: Path) -> tuple[str, list[str]]:
+    """Usage of ``FOLDER``, and notes."""
+    names = export_onnx(model, output)
+    sizes = (f"{name} {sum(file.stat().st_size for file in output.glob(f'{name}*')) / 1e6:.0f} MB" for name in names)
+    notes = [
+        f"{', '.join(sizes)}, in single precision.",
+        "Texts are to be as LAVIS's processors make them: small letters, without .!\"()*#:;~",
+        "Of a video, average the features of its frames and give matching their tokens one after the other.",
+    ]
+    return ONNX_USAGE, notes
 
 
 def _merging_notes(config: AdapterConfig) -> list[str]:

@@ -186,7 +186,7 @@ def export_transformers(model: nn.Module, folder: str | Path) -> str:
         except SafetensorError as error:
             raise AuroraError(f"cannot write {folder} ({error}); free some space or name another folder") from error
         config.save_pretrained(place)
-        _processor(model, plain, config, place).save_pretrained(place)
+        blip_processor(model, plain, config.vision_config.image_size, place).save_pretrained(place)
     return name
 
 
@@ -224,15 +224,14 @@ def _configuration(plain: Any, name: str) -> tuple[Any, float]:
     return config, scale
 
 
-def _processor(model: nn.Module, plain: Any, config: Any, folder: Path) -> Any:
-    """Pictures and texts as LAVIS's eval processors and tokenizer make them.
+def blip_processor(model: nn.Module, plain: Any, side: int, folder: Path) -> Any:
+    """Pictures of ``side`` pixels, and texts, as LAVIS's eval processors and tokenizer make them: a BlipProcessor.
 
     The tokenizer begins questions with [ENC], as LAVIS's model does by itself. Captions begin with [CLS] for ITC and
     with [ENC] for ITM.
     """
     preprocess = owner_of(model).describe_adapter().get("preprocess") or {}
     settings = (preprocess.get("vis_processor") or {}).get("eval") or {}
-    side = config.vision_config.image_size
     images = transformers.BlipImageProcessor(
         size={"height": side, "width": side},
         image_mean=list(settings.get("mean") or MEAN),

@@ -27,7 +27,7 @@ KEYS = {"model", "optimizer", "scaler", "epoch", "step", "best_metric", "best_ep
 NON_NUMERIC_KEYS = {
     *("resume", "resume_ckpt_path", "evaluate", "output_dir", "rank", "gpu", "dist_url", "dist_backend"),
     *("num_workers", "log_freq", "checkpoint_every", "distributed", "dist_timeout_minutes", "stop_collapsed"),
-    "cache_limit_gb",
+    *("cache_limit_gb", "loggers"),
 }
 
 # What may differ besides when a run's best epoch is evaluated.

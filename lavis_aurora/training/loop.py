@@ -23,6 +23,7 @@ from lavis_aurora.adapters.companions import trained_buffers
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.samples import BROKEN, report_undecodable
 from lavis_aurora.training.guards import CollapseGuard, FiniteGuard
+from lavis_aurora.training.loggers import Loggers
 from lavis_aurora.training.nested import NestedSteps, kept_queues
 from lavis_aurora.training.rates import Schedule
 
@@ -114,10 +115,12 @@ class TrainingState:
         guard: watches the numbers of each step.
         collapse: stops a run whose features have become alike.
         nested: which ranks a step trains; None where a model has one.
+        loggers: are given the losses of every ``log_freq``-th step.
         run: the ``run:`` part of the YAML.
         folder: of the run.
         epoch, step: where training stands: the epoch, from 0, and how many batches of it are done.
         totals: of these batches, the sum of each loss on this process.
+        gradient_norm: of the last step of the optimizer, before it was clipped.
         running_stats: buffers that training changes, and their values before the step of the optimizer.
         best_metric, best_epoch: of the best epoch so far.
         best_lost: its file is; the epoch that the run goes on from is the first to be compared with.
@@ -134,9 +137,11 @@ class TrainingState:
     autocast: Optional[torch.dtype] = None
     scaler: Optional[torch.amp.GradScaler] = None
     nested: Optional[NestedSteps] = None
+    loggers: Loggers = field(default_factory=Loggers)
     epoch: int = 0
     step: int = 0
     totals: dict[str, Tensor] = field(default_factory=dict)
+    gradient_norm: Any = float("nan")
     running_stats: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     best_metric: float = float("-inf")
     best_epoch: Optional[int] = None
@@ -154,6 +159,11 @@ class TrainingState:
     def steps(self) -> int:
         """Batches of an epoch."""
         return len(self.loader)
+
+    @property
+    def batches(self) -> int:
+        """Done since the start of the run."""
+        return self.epoch * self.steps + self.step
 
 
 class TrainingProgress:
@@ -232,7 +242,10 @@ def train_steps(state: TrainingState) -> Iterator[int]:
             state.guard.note(get_total_norm(_gradients(state.optimizer)), losses.values(), samples)
         state.step = i + 1
         if state.step % log_freq == 0 or state.step == steps:
-            progress.log(i, {key: float(v) for key, v in losses.items()}, state.optimizer.param_groups[0]["lr"])
+            shown, lr = {key: float(v) for key, v in losses.items()}, state.optimizer.param_groups[0]["lr"]
+            progress.log(i, shown, lr)
+            logged = {**shown, "lr": lr, "gradient_norm": float(state.gradient_norm)}
+            state.loggers.scalars("train", logged, state.batches, state.epoch)
         if updates:
             yield state.step
     state.guard.flush()
@@ -285,7 +298,7 @@ def _update(state: TrainingState, losses: dict[str, Tensor], samples: Samples) -
     optimizer, scaler = state.optimizer, state.scaler
     if scaler is not None:
         scaler.unscale_(optimizer)
-    norm = get_total_norm(_gradients(optimizer))
+    norm = state.gradient_norm = get_total_norm(_gradients(optimizer))
     if clip := float(state.run["grad_clip"]):
         clip_grads_with_norm_(_trained(optimizer), clip, norm)
     if state.guard.accepts(norm, losses.values(), samples, scaled=scaler is not None):

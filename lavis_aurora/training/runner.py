@@ -26,6 +26,7 @@ from lavis_aurora.training import order
 from lavis_aurora.training.checkpoints import BEST, LATEST
 from lavis_aurora.training.features import use_features
 from lavis_aurora.training.guards import FiniteGuard, Stopped, StopRequest
+from lavis_aurora.training.loggers import Loggers
 from lavis_aurora.training.loop import (
     TrainableModel,
     TrainingState,
@@ -53,6 +54,7 @@ class AuroraRunner(OptimizedRunner):
 
     _model: nn.Module
     _wrapped_model: nn.Module | None
+    state: Any = None  # a TrainingState, once it trains
 
     def setup_output_dir(self) -> None:
         """Make ``output_dir``/job_id and write the resolved configuration into it."""
@@ -134,13 +136,15 @@ class AuroraRunner(OptimizedRunner):
 
     def train(self) -> None:
         """Train, select the best epoch on the first validation split, and test; or only evaluate."""
-        self.summary = RunSummary(self.output_dir, self.config, self._model, self.datasets)
+        self.summary, self.loggers = RunSummary(self.output_dir, self.config, self._model, self.datasets), Loggers()
         with StopRequest() as self.stop, order.loader_errors():
             try:
                 self._train()
             except BaseException:
                 self.summary.write_stopped()
+                self.loggers.close(failed=True)
                 raise
+            self.loggers.close(failed=False)
 
     def log_config(self) -> None:
         """LAVIS's, into log.txt."""
@@ -152,6 +156,8 @@ class AuroraRunner(OptimizedRunner):
         forget_epoch(self.output_dir / LOG, f"{split_name}_epoch", stats.get("epoch"))
         with appended(self.output_dir / LOG):
             super().log_stats(stats, split_name)
+        step, best = (0, None) if self.state is None else (self.state.batches, self.state.best_epoch)
+        self.loggers.epoch(split_name, stats, step, best)
 
     def _train(self) -> None:
         start = time.time()
@@ -182,6 +188,7 @@ class AuroraRunner(OptimizedRunner):
         if not self.test_splits:
             raise AuroraError("run.test_splits: name a split to evaluate")
         self.summary.write()
+        self.loggers.start(self.config, self.output_dir)
         return 0
 
     def _fit(self) -> int:
@@ -198,12 +205,14 @@ class AuroraRunner(OptimizedRunner):
             nested=nested_steps(self._model, self.optimizer, self.config.run_cfg),
             run=self.config.run_cfg,
             folder=self.output_dir,
+            loggers=self.loggers,
         )
         self.checkpoints = RunCheckpoints(self.output_dir, self.config, state)
         resumed = self.checkpoints.resume()
         if resumed is not None:
             self.summary.resume(resumed.parent, state.epoch)
         self.summary.write()
+        self.loggers.start(self.config, self.output_dir, state.batches)
         if state.best_lost and self.valid_splits:
             self._validate_again()
         while state.epoch < self.max_epoch:
@@ -316,6 +325,7 @@ class AuroraRunner(OptimizedRunner):
             if log is not None:
                 logs[split] = log
                 self.log_stats({"epoch": epoch, **log, "best_epoch": state.best_epoch}, split)
+                self.loggers.cases(f"{split}/cases", self.task.cases, state.batches)
                 self.summary.add_validation(epoch, split, log, state.best_epoch)
         return logs
 

@@ -36,6 +36,7 @@ from lavis_aurora.evaluation.encode import broadcast
 from lavis_aurora.project import load_config
 from lavis_aurora.training.checkpoints import BEST, find_resumable_run, newest_run_differs
 from lavis_aurora.training.data import log, read_data
+from lavis_aurora.training.loggers import check_loggers
 from lavis_aurora.training.nested import choose_rank
 from lavis_aurora.training.order import loader_errors
 from lavis_aurora.training.resuming import load_weights
@@ -301,6 +302,7 @@ def run_config(cfg: Config, finished: Path | None = None) -> Path:
     """
     run = cfg.run_cfg
     use_data_root()
+    check_loggers(run.loggers)
     _set_up_processes(run)
     setup_logger()
     for handler in logging.getLogger().handlers:

@@ -34,6 +34,7 @@ def test_a_run_leaves_configuration_checkpoints_results_and_log(tmp_path, capsys
         "config.yaml",
         "data.json",
         "log.txt",
+        "metrics.csv",
         "summary.json",
         "checkpoint_best.pth",
         "checkpoint_latest.pth",

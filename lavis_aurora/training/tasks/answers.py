@@ -38,7 +38,7 @@ from lavis_aurora.common.errors import AuroraError, shown
 from lavis_aurora.common.files import read_json, write_text
 from lavis_aurora.data.report import DataReport, Finding
 from lavis_aurora.evaluation.answers import exact_match, vqa_accuracy
-from lavis_aurora.training.tasks.base import AuroraTaskBase, LavisTaskMixin, evaluated_keys
+from lavis_aurora.training.tasks.base import AuroraTaskBase, LavisTaskMixin, evaluated_keys, extremes
 
 SHOWN_TYPES = 12  # question types that a report lists; VQAv2 has 65
 
@@ -126,6 +126,7 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
 
     def evaluation(self, model: Any, data_loader: Any, **_kwargs: Any) -> list[dict[str, Any]]:
         """Answers of this process to its share of the questions."""
+        self._evaluated, self._judged = data_loader.dataset, []
         self.answer_list = getattr(data_loader.dataset, "answer_list", None)
         self.generated = self._as_generated(model)
         answers: list[dict[str, Any]] = super().evaluation(model, data_loader)
@@ -207,6 +208,17 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
                 part.unlink()
         return str(path)
 
+    def cases(self) -> list[tuple[str, str]]:
+        """Questions that are answered worst and best, where their true answers are known."""
+        dataset: Any = self._evaluated
+        places = {str(entry.get(self.result_key)): i for i, entry in enumerate(dataset.annotation)}
+        found = []
+        for one in (self._judged[i] for i in extremes(self.scores or ())) if self._judged else ():
+            place = places[str(one[self.result_key])]
+            words = f"{dataset.annotation[place]['question']}\n{one['answer']} (true: {one['truth']})"
+            found.append((dataset.file(place), words))
+        return found
+
     @main_process
     def _report_metrics(self, result_file: str, split: str) -> dict[str, Any]:
         """VQAv2's accuracy in percent, over all questions and by answer type; None where answers are not known.
@@ -221,6 +233,10 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
             files = (result_file, self.ques_files[split], self.anno_files[split])
             scores = vqa_accuracy(*files, **self._possible())
             self.scores = scores.pop("scores")
+            given = {str(one["question_id"]): one for one in read_json(result_file)}
+            asked = read_json(self.anno_files[split])["annotations"]
+            asked = {str(one["question_id"]): [x["answer"] for x in one["answers"]] for one in asked}
+            self._judged = [{**given[i], "truth": max(said, key=said.count)} for i, said in asked.items()]
             path = Path(result_file.replace("_vqa_result.json", "_accuracy.json"))
             found = {key: _plain(value) for key, value in scores.items()}
             write_text(path, json.dumps({"split": split, "questions": count, **found}, indent=1))
@@ -310,6 +326,7 @@ class VideoQaAuroraTask(VqaAuroraTask):
         scores = exact_match(results, **self._possible())
         self.scores = scores.pop("scores")
         plain = 100 * sum(result["answer"] == result["truth"] for result in results) / len(results)
+        self._judged = results
         print(report_videos(split, len(results), scores), flush=True)
         if plain != scores["agg_metrics"]:
             print(f"{split}: {plain:.2f} % are the same text as the truth, letter by letter", flush=True)

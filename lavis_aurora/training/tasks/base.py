@@ -106,6 +106,12 @@ def evaluated_keys(run: DictConfig) -> tuple[str, ...]:
     return ("test_splits",) if run.get("evaluate") else ("valid_splits", "test_splits")
 
 
+def extremes(scores: Sequence[float], count: int = 4) -> list[int]:
+    """The places of the lowest and of the highest scores, so many of each, from the lowest on."""
+    ordered = sorted(range(len(scores)), key=scores.__getitem__)
+    return ordered if len(ordered) <= 2 * count else ordered[:count] + ordered[-count:]
+
+
 class AuroraTaskBase(BaseTask):
     """Last of a task's bases, :class:`LavisTaskMixin` being the first.
 
@@ -150,6 +156,13 @@ class AuroraTaskBase(BaseTask):
 
     def complete_report(self, report: DataReport, datasets: dict[str, dict[str, Any]]) -> None:
         """Hook: add to the report of the data what the task alone knows; here nothing."""
+
+    def cases(self) -> list[tuple[str, str]]:
+        """Hook: samples of the split that was evaluated last, the worst first, then the best; here none.
+
+        Of each the file of its picture or video, and in words what was asked of it and what was found.
+        """
+        return []
 
     def print_findings(self, split: str) -> None:
         """Print what the report of the data says of a split, below its figures."""

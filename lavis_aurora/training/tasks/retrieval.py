@@ -17,7 +17,7 @@ from lavis.tasks.retrieval import RetrievalTask
 from lavis_aurora.common.files import write_text
 from lavis_aurora.config.run import RetrievalRunConfig
 from lavis_aurora.evaluation.scores import TOP, chance_recall, own_targets, recall_metrics, right_targets
-from lavis_aurora.training.tasks.base import AuroraTaskBase, LavisTaskMixin
+from lavis_aurora.training.tasks.base import AuroraTaskBase, LavisTaskMixin, extremes
 
 # Candidates of each query that a result file holds, best first, with their scores.
 TOP_K_SAVED = 10
@@ -71,7 +71,18 @@ class RetrievalAuroraTask(LavisTaskMixin, RetrievalTask, AuroraTaskBase):
         image_of = [dataset.txt2img[i] for i in range(len(dataset.text))]
         self.scores = image_scores(result["ranks"][i2t], result["ranks"][t2i], image_of)
         result["seconds"] = {**scores.seconds, "all": time.time() - start}
+        self._evaluated = dataset, result["ranks"][t2i]
         return result
+
+    def cases(self) -> list[tuple[str, str]]:
+        """Pictures that are found worst and best together with their texts, each with its first text."""
+        dataset, ranks = self._evaluated
+        found = []
+        for i in extremes(self.scores or ()):
+            text = dataset.img2txt[i][0]
+            words = f"{dataset.text[text]}\nrank {ranks[text] + 1} of {len(dataset.image)}"
+            found.append((dataset.file(i), words))
+        return found
 
     def after_evaluation(
         self, val_result: dict[str, Any] | None, split_name: str, epoch: int | str, **_kwargs: Any
