@@ -78,12 +78,12 @@ make_environment() {
 install_all() {
     if has_uv; then
         uv pip install --python "$VENV_PYTHON" --compile-bytecode -c constraints.txt \
-            -e ".[test,baselines,search]" "${LAVIS[@]}"
+            -e ".[test,baselines,search,open_clip]" "${LAVIS[@]}"
         return
     fi
     local pip=("$VENV_PYTHON" -m pip install --disable-pip-version-check --no-input)
     "${pip[@]}" --upgrade "pip>=24" &&
-        "${pip[@]}" -e ".[test,baselines,search]" -c constraints.txt &&
+        "${pip[@]}" -e ".[test,baselines,search,open_clip]" -c constraints.txt &&
         "${pip[@]}" --no-deps "${LAVIS[@]}" -c constraints.txt
 }
 
