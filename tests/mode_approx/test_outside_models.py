@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from outside_models import MODELS, build, output
+from safetensors.torch import load_file
 from torch import nn
 
 from lavis_aurora import (
@@ -27,6 +29,7 @@ from lavis_aurora import (
     trainable_parameters_summary,
     unmerge_adapter,
 )
+from lavis_aurora.adapters.export import export_lora
 from lavis_aurora.mode_approx.inject import find_targets
 from lavis_aurora.mode_approx.presets import OTHERS
 
@@ -152,6 +155,53 @@ def test_whether_gradients_are_wanted_changes_nothing(name):
     """torch's fused kernels, which take the weights of attentions as they are, run where no gradient is wanted."""
     model = adapted(name, random=True)
     torch.testing.assert_close(values(name, model), output(name, model).detach(), rtol=1e-5, atol=1e-5)
+
+
+# What peft does not adapt, or not as it is adapted here; of all_linear, output projections of nn.MultiheadAttention.
+NOT_FOR_PEFT = {
+    (
+        "open_clip/coca",
+        "attention",
+    ): r"attn_pool\.attn is a MultiheadAttention of several input weights \(q_proj_weight,",
+    ("open_clip/resnet", "attention"): "AttentionPool2d reads its weight and does not call it",
+    ("open_clip/resnet", "all_linear"): "AttentionPool2d reads its weight and does not call it",
+}
+OUTPUT = "peft adapts the output projection of a MultiheadAttention only with its other weights"
+
+
+@every_word
+@every_model
+def test_as_lora_it_is_the_same_update(name, word, tmp_path: Path):
+    """Every B A is what merging adds, and peft computes the same with them."""
+    model = adapted(name, word, random=True)
+    attentions = [key for key, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    words = NOT_FOR_PEFT.get((name, word), OUTPUT if attentions and word == "all_linear" else None)
+    if words is not None:
+        with pytest.raises(AuroraError, match=words):
+            export_lora(model, tmp_path / "lora")
+        assert not list(tmp_path.iterdir())
+        return
+    written = export_lora(model, tmp_path / "lora")
+    assert written.attentions == attentions
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    merged, before = merged_state_dict(model), plain(name).state_dict()
+    for path in written.layers:
+        a, b = (tensors.pop(f"base_model.model.{path}.lora_{kind}.weight") for kind in "AB")
+        key = f"{path}.in_proj_weight" if path in attentions else f"{path}.weight"
+        torch.testing.assert_close(b @ a, merged[key] - before[key], rtol=1e-4, atol=1e-6)
+    assert len(tensors) == 2 * len(attentions) and not any(tensor.any() for tensor in tensors.values())
+
+    peft = pytest.importorskip("peft")
+    if attentions and not hasattr(peft.tuners.lora.layer, "MultiheadAttention"):
+        with pytest.raises(ValueError, match="MultiheadAttention"):
+            peft.PeftModel.from_pretrained(copy.deepcopy(plain(name)), str(tmp_path / "lora"))
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        tuned = peft.PeftModel.from_pretrained(copy.deepcopy(plain(name)), str(tmp_path / "lora")).eval()
+    inside = tuned.base_model.model
+    torch.testing.assert_close(values(name, inside), values(name, model), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(values(name, tuned.merge_and_unload()), values(name, model), rtol=1e-4, atol=1e-5)
 
 
 def test_a_tower_without_such_layers_is_named():
