@@ -85,9 +85,14 @@ def missing_lavis() -> Optional[str]:
 
 def why_lavis_fails(error: Exception) -> str:
     """What to do where LAVIS is installed and cannot be imported."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if release("transformers") >= (4, 27):
+        return (
+            f"LAVIS runs with transformers 4.26, and {version('transformers')} is installed ({reason}); adapters for "
+            f"other models work in an environment without LAVIS, see docs/any_model.md"
+        )
     if _TOO_LATE and release("tokenizers") >= (0, 14):
         return BEFORE_US
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
     return missing_lavis() or f"LAVIS cannot be imported ({reason}); `lavis-aurora doctor` looks for the cause"
 
 

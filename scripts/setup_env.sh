@@ -78,12 +78,12 @@ make_environment() {
 install_all() {
     if has_uv; then
         uv pip install --python "$VENV_PYTHON" --compile-bytecode -c constraints.txt \
-            -e ".[test,baselines,search,tensorboard,onnx,docs]" "${LAVIS[@]}"
+            -e ".[dev]" "${LAVIS[@]}"
         return
     fi
     local pip=("$VENV_PYTHON" -m pip install --disable-pip-version-check --no-input)
     "${pip[@]}" --upgrade "pip>=24" &&
-        "${pip[@]}" -e ".[test,baselines,search,tensorboard,onnx,docs]" -c constraints.txt &&
+        "${pip[@]}" -e ".[dev]" -c constraints.txt &&
         "${pip[@]}" --no-deps "${LAVIS[@]}" -c constraints.txt
 }
 

@@ -100,6 +100,15 @@ def test_lavis_imported_first_is_said() -> None:
     assert last == f"ImportError: {lavis_aurora_compat.BEFORE_US}"
 
 
+def test_a_transformers_that_lavis_does_not_run_with_is_said() -> None:
+    """Also where it was imported first: another order would be no way out."""
+    later = LATER.replace('"0.23.3" if name == "tokenizers"', '"4.57.6" if name == "transformers"')
+    gone = "import transformers.modeling_utils as m\ndel m.apply_chunking_to_forward\n"
+    last = _python(f"{later}{gone}import lavis_aurora").stderr.splitlines()[-1]
+    assert last.startswith("ImportError: LAVIS runs with transformers 4.26, and 4.57.6 is installed (ImportError: ")
+    assert last.endswith("in an environment without LAVIS, see docs/any_model.md")
+
+
 def test_a_spawned_data_process_imports_the_stand_ins_before_lavis() -> None:
     """What it is sent begins with this package's class around the data, whatever program started it."""
     data = SeededDataset(RetrievalDataset.__new__(RetrievalDataset), seed=0)

@@ -42,6 +42,8 @@ class ExportedLora:
         left_out: parameters that were trained with it and are not: peft has no place for them.
         shared: layers that share their weight with others. peft computes right with them, but its merge_and_unload
             would add the update once for each; merge here.
+        attentions: those of the layers that are nn.MultiheadAttention, which peft adapts from 0.15 on; an older one
+            refuses the folder.
     """
 
     layers: list[str]
@@ -50,6 +52,7 @@ class ExportedLora:
     heads: list[str]
     left_out: list[str]
     shared: list[str]
+    attentions: list[str]
 
 
 def export_lora(
@@ -89,6 +92,10 @@ def export_lora(
             raise AuroraError(f"{key}: not finite; nothing was written to {folder}")
     targets = _targets(backbone, updates, tensors, heads)
     size = len(next(iter(updates.values()))[0])
+    layers = dict(weight_layers(backbone, sets))
+    attentions = [path for path in updates if isinstance(layers[path], nn.MultiheadAttention)]
+    for path in attentions:
+        tensors.update(_no_update_of_output(path, layers[path], size))
     # Copies: A is U of all layers, and safetensors takes no tensor twice.
     values = {
         PREFIX + key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -98,11 +105,10 @@ def export_lora(
         (place / TENSORS).write_bytes(safetensors.torch.save(values, {"format": "pt"}))
         text = json.dumps(_peft_config(size, targets, list(heads)), indent=1)
         (place / CONFIG).write_text(text + "\n", encoding="utf-8")
-    layers = dict(weight_layers(backbone, sets))
-    weights = {path: id(layers[path].adapted_weights()["weight"]) for path in updates}
+    weights = {path: id(next(iter(layers[path].adapted_weights().values()))) for path in updates}
     counts = Counter(weights.values())
     shared = [path for path, weight in weights.items() if counts[weight] > 1]
-    return ExportedLora(list(updates), size, error, list(heads), left_out, shared)
+    return ExportedLora(list(updates), size, error, list(heads), left_out, shared, attentions)
 
 
 def _peft_config(rank: int, targets: list[str] | str, heads: list[str]) -> dict[str, Any]:
@@ -128,13 +134,19 @@ def _layer_updates(backbone: nn.Module, sets: AdapterSets, name: str) -> LowRank
     for path, layer in weight_layers(backbone, sets):
         if layer.pinned is not None:
             continue
-        if not isinstance(layer, nn.Linear):
+        weights = list(layer.adapted_weights())
+        if weights not in (["weight"], ["in_proj_weight"]):
             raise AuroraError(
-                f"{path} is a {_kind(layer)}, whose weights peft does not update as this adapter does; {MERGE}, or "
-                f"adapt nn.Linear layers only"
+                f"{path} is a {_kind(layer)} of several input weights ({', '.join(weights)}), which peft does not "
+                f"adapt; {MERGE}"
             )
         parent, _, child = path.rpartition(".")
         owner = backbone.get_submodule(parent)
+        if isinstance(owner, nn.MultiheadAttention):
+            raise AuroraError(
+                f"{path}: peft adapts the output projection of a {_kind(owner)} only with its other weights, and "
+                f"adds its update twice (0.21 does); {MERGE}"
+            )
         if _reads_weight(owner, child):
             raise AuroraError(
                 f"{path}: {_kind(owner)} reads its weight and does not call it, so that peft's LoRA would do nothing "
@@ -143,8 +155,15 @@ def _layer_updates(backbone: nn.Module, sets: AdapterSets, name: str) -> LowRank
         first = seen.setdefault(id(layer), path)
         if first != path:
             raise AuroraError(f"{path} and {first} are one layer, and peft would adapt the one place alone; {MERGE}")
-        updates[path] = layer.low_rank_updates(name)["weight"]
+        updates[path] = layer.low_rank_updates(name)[weights[0]]
     return updates
+
+
+def _no_update_of_output(path: str, attention: nn.Module, rank: int) -> dict[str, Tensor]:
+    """A and B of zeros for the output projection, which peft adapts with an attention and would say are missing."""
+    d_out, d_in = attention.get_submodule("out_proj").get_parameter("weight").shape
+    lora = f"{path}.base_layer.out_proj.lora"
+    return {f"{lora}_A.weight": torch.zeros(rank, d_in), f"{lora}_B.weight": torch.zeros(d_out, rank)}
 
 
 def _kind(module: nn.Module) -> str:
@@ -158,7 +177,7 @@ def _reads_weight(owner: nn.Module, child: str) -> bool:
         code = inspect.getsource(type(owner).forward)
     except (OSError, TypeError):
         return False
-    return re.search(rf"self\.{re.escape(child)}\.weight\b(?!\.(dtype|device|shape))", code) is not None
+    return re.search(rf"self\.{re.escape(child)}\.(in_proj_)?weight\b(?!\.(dtype|device|shape))", code) is not None
 
 
 def _heads(

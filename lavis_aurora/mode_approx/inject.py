@@ -17,7 +17,7 @@ from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean
 from lavis_aurora.config.method import ModeApproxConfig, chosen_layers, named_towers
 from lavis_aurora.mode_approx.factors import ModeFactors
 from lavis_aurora.mode_approx.layers import AdaptedLayer, ModeApproxLinear, ModeApproxMultiheadAttention
-from lavis_aurora.mode_approx.presets import ATTENTION, PRESETS, expand_presets, is_attention
+from lavis_aurora.mode_approx.presets import ATTENTION, PRESETS, TOWER_END, expand_presets, is_attention
 
 # Input weights of nn.MultiheadAttention with the projections in their rows: one for all, or three where the widths
 # of keys or values differ from that of the queries.
@@ -27,8 +27,8 @@ IN_WEIGHTS = {
     "k_proj_weight": ("key",),
     "v_proj_weight": ("value",),
 }
-# Linear layers that hold query, key and value stacked in their rows, by the last part of their name.
-FUSED = {"qkv": ("query", "key", "value")}
+# Linear layers that hold several projections stacked in their rows, by the last part of their name.
+FUSED = {"qkv": ("query", "key", "value"), "kv": ("key", "value")}
 
 
 def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -53,8 +53,12 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
             if not matches:
                 other = next((name for name in modules if re.fullmatch(pattern, name)), None)
                 which = f", but {other}, a {type(modules[other]).__name__}" if other else ""
+                # Of a model's preset, the tower; the word alone asks for no tower.
+                tower = f" in {pattern.partition(TOWER_END)[0]}" if entry in PRESETS and TOWER_END in pattern else ""
+                word = f"; {entry.partition('/')[2] or 'attention'} alone names those of any model" if tower else ""
                 raise AuroraError(
-                    f"target {entry!r} matches no linear or nn.MultiheadAttention layer{which}{_near(entry, layers)}"
+                    f"target {entry!r} matches no linear or nn.MultiheadAttention layer{tower}{which}{word}"
+                    f"{_near(entry, layers)}"
                 )
             found |= matches
     names = [name for name in layers if name in found]
@@ -104,7 +108,7 @@ def choose_layers(model: nn.Module, names: Sequence[str], layers: Any, key: str)
 def _near(pattern: str, layers: Sequence[str], limit: int = 5) -> str:
     """Presets or layers that may be meant; layers that differ in numbers alone count as one."""
     presets = get_close_matches(pattern, PRESETS)
-    if presets:
+    if presets and pattern not in PRESETS:
         return f"; did you mean the preset {' or '.join(map(repr, presets))}?"
     kinds = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", r"\\d+", name) for name in layers))
     near = get_close_matches(pattern, kinds)

@@ -1,4 +1,6 @@
-"""Which layers are adapted: words for kinds of linear layers, and the towers of LAVIS's models by registered name.
+"""Which layers are adapted: words for kinds of linear layers, and the towers of models by name.
+
+Models of LAVIS have the names that they are registered by, those of transformers ``hf_`` and their ``model_type``.
 
 A preset is a list of regular expressions over layer names. Momentum copies follow the layers that they are copies of
 and are named nowhere. Left out are the models that cannot be tuned so:
@@ -17,11 +19,11 @@ from collections.abc import Sequence
 # Linear layers of a transformer, and its nn.MultiheadAttention, by their usual names. Layers of other names need a
 # pattern of their own.
 LAYERS = {
-    # Query, key and value.
-    "attention": r"query|key|value|qkv|[qkv]_proj|attn|self_attn|multihead_attn",
+    # Query, key and value. SigLIP pools by one attention more, nn.MultiheadAttention or (in timm) two layers.
+    "attention": r"query|key|value|qkv|[qkv]_proj|attn|self_attn|multihead_attn|head\.attention|attn_pool\.(q|kv)",
     # What follows an attention. NLVR has one for each image and, in upper layers, one that merges both.
     "attention_output": (
-        r"(out|o)_proj|(temporal_)?attn\.proj|temporal_fc|attnpool\.c_proj"
+        r"(out|o)_proj|(temporal_)?attn\.proj|temporal_fc|attnpool\.c_proj|attn_pool\.proj|self_attn\.projection"
         r"|(cross)?attention\.output\.(dense\d?|merge_layer)"
     ),
     # Both matrices; the Q-Former has a pair for queries.
@@ -33,7 +35,7 @@ VISION, TEXT, DECODER = "visual_encoder", "text_encoder", "text_decoder"
 # In BLIP-2 the other towers are left as they are.
 QFORMER = ("Qformer",)
 # The image tower of CLIP is a transformer, or a ResNet with attention pooling, which has no feed-forward layers.
-CLIP = ("(visual|transformer)",)
+CLIP = ("visual|transformer",)
 TOWERS: dict[str, tuple[str, ...]] = {
     "albef_classification": (VISION, TEXT),
     "albef_feature_extractor": (VISION, TEXT),
@@ -61,17 +63,29 @@ TOWERS: dict[str, tuple[str, ...]] = {
     "clip": CLIP,
     "clip_feature_extractor": CLIP,
 }
+# Models of other libraries. A tower without such layers is an error, so that none is left out unseen.
+OTHERS: dict[str, tuple[str, ...]] = {
+    "hf_bert": (r"(bert\.)?encoder",),
+    "hf_blip": ("vision_model", "text_(model|encoder|decoder)"),
+    "hf_clip": ("vision_model", "text_model"),
+    "hf_siglip": ("vision_model", "text_model"),
+    "hf_vit": (r"(vit\.)?encoder",),
+    # The text tower of CLIP itself stands at the top; CoCa has a decoder besides.
+    "open_clip": ("visual", "transformer|text|text_decoder"),
+}
 
+# What follows a tower in the patterns of a model's preset.
+TOWER_END = r"\.(.*\.)?"
 # WORD: such layers of any model. MODEL/WORD: those of the model's towers. MODEL: its attention, as in the paper.
 PRESETS: dict[str, tuple[str, ...]] = {
     **{word: (rf"(.*\.)?({names})",) for word, names in LAYERS.items()},
     **{
-        f"{model}/{word}": tuple(rf"{tower}\.(.*\.)?({names})" for tower in towers)
-        for model, towers in TOWERS.items()
+        f"{model}/{word}": tuple(f"({tower}){TOWER_END}({names})" for tower in towers)
+        for model, towers in {**TOWERS, **OTHERS}.items()
         for word, names in LAYERS.items()
     },
 }
-PRESETS.update({model: PRESETS[f"{model}/attention"] for model in TOWERS})
+PRESETS.update({model: PRESETS[f"{model}/attention"] for model in (*TOWERS, *OTHERS)})
 # Of BLIP, what the authors' released code adapts.
 PRESETS["released"] = (
     rf"{VISION}\.(.*\.)?({LAYERS['all_linear']})",

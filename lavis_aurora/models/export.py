@@ -200,6 +200,8 @@ def _to_peft(
         notes.append(f"With the heads that were trained: {', '.join(written.heads)}.")
     if written.left_out:
         notes.append(f"Without {', '.join(written.left_out)}, for which peft has no place.")
+    if written.attentions:
+        notes.append(f"{len(written.attentions)} of them are nn.MultiheadAttention, which peft adapts from 0.15 on.")
     if written.shared:
         notes.append(
             f"{len(written.shared)} layers share weights: peft's merge_and_unload would add their updates twice, so "

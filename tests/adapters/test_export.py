@@ -201,9 +201,9 @@ def test_what_is_no_update_of_weights_is_refused(tmp_path):
 def test_layers_that_peft_would_pass_by_are_refused(tmp_path):
     """torch's own transformer computes with weights and calls no layer: a LoRA there would silently do nothing."""
     for targets, words in (
-        (["self_attn"], "is a MultiheadAttention, whose weights peft does not update"),
+        (["self_attn"], "TransformerEncoderLayer reads its weight and does not call it"),
         (["linear1"], "TransformerEncoderLayer reads its weight and does not call it"),
-        ([r"self_attn\.out_proj"], "MultiheadAttention reads its weight and does not call it"),
+        ([r"self_attn\.out_proj"], "peft adapts the output projection of a MultiheadAttention only with its other"),
     ):
         model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
         inject_mode_approx(model, ModeApproxConfig(rank=2), targets)

@@ -68,7 +68,7 @@ def test_any_supported_python_is_enough(tmp_path: Path, setup: Setup, version: s
     assert calls[0] == f"python{version} -m venv --clear .venv"
     assert [call.partition("--no-input ")[2] for call in calls[1:]] == [
         "--upgrade pip>=24",
-        "-e .[test,baselines,search,tensorboard,onnx,docs] -c constraints.txt",
+        "-e .[dev] -c constraints.txt",
         "--no-deps salesforce-lavis transformers peft -c constraints.txt",
     ]
 
@@ -87,7 +87,7 @@ def test_uv_installs_where_it_is_and_its_cache_is_named(tmp_path: Path, setup: S
     assert _calls(tmp_path) == [
         f"uv venv --quiet --seed --clear --python {tmp_path}/bin/python3.12 .venv",
         "uv pip install --python .venv/bin/python --compile-bytecode -c constraints.txt "
-        "-e .[test,baselines,search,tensorboard,onnx,docs] salesforce-lavis transformers peft",
+        "-e .[dev] salesforce-lavis transformers peft",
     ]
 
 
