@@ -1,7 +1,7 @@
 """Time a merged BLIP in torch and in onnxruntime, side by side on a CPU, and the sizes of its files.
 
-    python scripts/bench_onnx.py                      # BLIP base at 384 pixels with random weights
-    python scripts/bench_onnx.py --type tiny --repeat 20
+python scripts/bench_onnx.py                      # BLIP base at 384 pixels with random weights
+python scripts/bench_onnx.py --type tiny --repeat 20
 """
 
 from __future__ import annotations

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +19,8 @@ from lavis_aurora.alignment.context import enhance_context
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.config.models import RetrievalAuroraConfig
-from lavis_aurora.encoders.fused import drops, itm_context, share_image_kv
+from lavis_aurora.encoders.fused import itm_context, share_image_kv
 from lavis_aurora.encoders.towers import (
-    FrozenTokens,
-    VisualFeatures,
     build_text_encoder,
     build_tokenizer,
     build_vision_encoder,
@@ -36,19 +32,11 @@ from lavis_aurora.models import parts
 from lavis_aurora.models.base import AuroraBase
 from lavis_aurora.models.matching import broadcast_seed, gather, sample_hard_negatives
 from lavis_aurora.models.scoring import RetrievalScoring
-
-
-class TeacherFeatures(NamedTuple):
-    """Tokens of images and texts by the momentum towers, (batch, length, d), and ITC features, (batch, embed_dim)."""
-
-    image_embeds: Tensor
-    text_embeds: Tensor
-    image_feat: Tensor
-    text_feat: Tensor
+from lavis_aurora.models.teacher import MomentumTeacher, TeacherFeatures
 
 
 @registry.register_model("blip_retrieval_aurora")
-class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
+class BlipRetrievalAurora(MomentumTeacher, RetrievalScoring, AuroraBase, BlipRetrieval):
     """BLIP retrieval model tuned by Aurora (paper 3.2, 3.3).
 
     Supported model types:
@@ -133,49 +121,6 @@ class BlipRetrievalAurora(RetrievalScoring, AuroraBase, BlipRetrieval):
             if key.startswith(f"{tower}.")
         }
         return {**state, **copies}
-
-    def _teacher(
-        self,
-        image: Tensor,
-        text: dict,
-        visual: VisualFeatures,
-        text_embeds: Tensor,
-        frozen: FrozenTokens | None = None,
-    ) -> TeacherFeatures:
-        """The momentum towers' features; where a momentum tower is the tower itself, what that has computed."""
-        with nullcontext() if self.adapters is None else self.adapters.use(MOMENTUM_SET):
-            if not self._teacher_equals_student(self.visual_encoder):
-                tower = getattr(self, "visual_encoder_m", self.visual_encoder)
-                # LAVIS's teacher draws what it drops by itself, and has a tower of its own where all is trained.
-                shared = tower is self.visual_encoder and frozen is not None and not frozen.drawn
-                visual = parts.encode_visual_in_parts(tower, self.mini_batch_size, image, frozen if shared else None)
-            if not self._teacher_equals_student(self.text_encoder):
-                encoder = getattr(self, "text_encoder_m", self.text_encoder)
-                text_embeds = parts.encode_text_in_parts(encoder, self.mini_batch_size, text)
-        return TeacherFeatures(
-            visual.tokens.detach(),
-            text_embeds.detach(),
-            F.normalize(self.vision_proj_m(visual.pooled), dim=-1),
-            F.normalize(self.text_proj_m(text_embeds[:, 0]), dim=-1),
-        )
-
-    def _teacher_equals_student(self, tower: nn.Module) -> bool:
-        """Whether its momentum copy computes exactly the same: same weights, and nothing dropped at random."""
-        moving = self._momentum_moves and self.momentum > 0
-        return not moving and not (tower.training and drops(tower))
-
-    @torch.no_grad()
-    def _momentum_update(self) -> None:
-        """LAVIS's moving averages; what the slots share is the student's own where the configuration says so."""
-        super()._momentum_update()
-        if self.shares_factors:
-            sets = self.mode_approx
-            for own, teachers in zip(sets["default"].shared_parameters(), sets[MOMENTUM_SET].shared_parameters()):
-                teachers.copy_(own)
-
-    def _rampup_factor(self, epoch: int, iters: int, num_iters_per_epoch: int) -> float:
-        """Share of ``alpha`` at a step: it rises over the first ``alpha_epochs``; LAVIS has two."""
-        return min(1.0, (epoch * num_iters_per_epoch + iters) / (self.alpha_epochs * num_iters_per_epoch))
 
     @torch.no_grad()
     def _dequeue_and_enqueue(self, image_feat: Tensor, text_feat: Tensor, idxs: Tensor) -> None:

@@ -78,6 +78,8 @@ def test_no_room_for_a_file_is_no_damage(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", full)
     with pytest.raises(MemoryError, match="you tried to allocate 8 bytes"):
         load_torch(tmp_path / "a")
+
+
 def test_what_could_not_be_appended_whole_is_taken_back(tmp_path):
     path = tmp_path / "log.txt"
     path.write_text("first\n")

@@ -155,8 +155,6 @@ def test_a_teacher_that_is_the_model_itself_is_not_computed(tuning, momentum):
     assert len(passes) == (3 if once else 4)
 
 
-
-
 @pytest.mark.parametrize("gate", ["residual", "convex", "affine", "none"])
 def test_only_adapter_and_heads_change(gate):
     """Law 4: the backbone is bit-identical after training, and every trained parameter has a gradient."""

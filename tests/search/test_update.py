@@ -72,7 +72,7 @@ def test_only_what_is_new_or_changed_is_worked_on(open_index, gallery, tmp_path,
     shutil.copy(shapes / "00000.jpg", gallery / "copy of a picture.jpg")  # its content is known
     shutil.copy(shapes / "00001.jpg", shapes / "00002.jpg")  # as that of 00001 is
     os.utime(shapes / "00003.jpg")
-    (shapes / "00004.jpg").rename(gallery / "it's \"moved\" ü.jpg")
+    (shapes / "00004.jpg").rename(gallery / 'it\'s "moved" ü.jpg')
     (shapes / "00005.jpg").unlink()
     (shapes / "00006.jpg").write_bytes((shapes / "00006.jpg").read_bytes() + b" ")
     done = open_index().update()

@@ -143,8 +143,9 @@ def test_groups_have_the_schedule_times_their_scale():
     one, other = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
     optimizer = torch.optim.SGD([{"params": [one]}, {"params": [other], "lr_scale": 0.25}], lr=9.0)
     made = LinearWarmupCosineLRScheduler(optimizer, max_epoch=EPOCHS, warmup_steps=8, warmup_start_lr=0.05, **RATES)
-    schedule, plain = ScaledRates(LongWarmup(made, BATCHES), optimizer), rates(
-        LinearWarmupCosineLRScheduler, warmup_steps=8, warmup_start_lr=0.05
+    schedule, plain = (
+        ScaledRates(LongWarmup(made, BATCHES), optimizer),
+        rates(LinearWarmupCosineLRScheduler, warmup_steps=8, warmup_start_lr=0.05),
     )
     found = []
     for epoch in range(EPOCHS):

@@ -19,10 +19,6 @@ ROOT = Path(__file__).resolve().parents[2]
 NO_RANDOM_NEGATIVES = {"queue_size": 16, "alpha": 0.4}
 
 
-
-
-
-
 def run(yaml: Path, *options: str) -> None:
     train(["--cfg-path", str(yaml), *(["--options", *options] if options else [])])
 
