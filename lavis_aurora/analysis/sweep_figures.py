@@ -301,7 +301,7 @@ class ComparisonPlot(Plot):
                     rates.plot(*zip(*tried), "o-", **style)
         metric = "R@1, mean of both directions" if len(numbers["metrics"]) > 1 else "accuracy"
         scores.set(xscale="log", xlabel="adapter parameters", ylabel=f"test: {metric}, percent")
-        rates.set(xscale="log", xlabel="rate (run.init_lr)", ylabel="validation score, percent")
+        rates.set(xscale="log", xlabel="rate (run.init_lr)", ylabel=f"validation: {metric}, percent")
         rates.set_title(f"rates, at {numbers['budget']} parameters")
         scores.set_title(f"{numbers['task']}: each method at its best rate")
         scores.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
