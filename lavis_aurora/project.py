@@ -111,7 +111,7 @@ def merge_options(cfg_path: str, options: Sequence[str]) -> DictConfig:
     given = _sections(read_options(_dot_list(list(options))), "--options ")
     check_kinds(written, given)
     merged = cast(DictConfig, OmegaConf.merge(written, given))
-    _clear(merged, given)
+    _clear(merged, cast("dict[str, Any]", OmegaConf.to_container(given)))  # as they are written: nothing is resolved
     return merged
 
 
@@ -125,12 +125,12 @@ def _check_nested(settings: Any) -> None:
         )
 
 
-def _clear(merged: DictConfig, given: DictConfig) -> None:
+def _clear(merged: DictConfig, given: Mapping[str, Any]) -> None:
     """Let a mapping that is given empty, as ``run.lr_scales={}``, be empty, which a merge leaves as it was."""
     for key, value in given.items():
-        if isinstance(value, DictConfig) and value:
+        if isinstance(value, dict) and value:
             _clear(merged[key], value)
-        elif isinstance(value, DictConfig):
+        elif isinstance(value, dict):
             merged[key] = {}
 
 

@@ -224,6 +224,11 @@ def test_a_mapping_given_empty_is_empty(project: Path) -> None:
     assert load_config(str(project), ["run.lr_scales.gate=2"]).run_cfg.lr_scales == {"heads": 0.1, "gate": 2}
 
 
+def test_an_option_may_refer_to_what_the_yaml_says(project: Path) -> None:
+    run = load_config(str(project), ["run.output_dir=output/top_${run.k_test}", "run.lr_scales={}"]).run_cfg
+    assert run.output_dir == f"output/top_{run.k_test}"
+
+
 @pytest.mark.parametrize(
     "options", [["run.max_epoch"], ["run.max_epoch", "2", "run.seed"], ["run.max_epoch=2", "run.seed", "3"]]
 )

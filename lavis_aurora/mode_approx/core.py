@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_aurora.config.method import APPROX_FORMS, ModeApproxConfig
-from lavis_aurora.mode_approx.factors import FactorSet
+from lavis_aurora.mode_approx.factors import FactorSet, slot_rows
 
 
 @APPROX_FORMS.register("core")
@@ -47,7 +47,7 @@ class CoreFactorSet(FactorSet):
 
     def slot_weights(self, slots: Sequence[int] | Tensor, d_in: int) -> Tensor:
         """s M_k of the slots, shape (len(slots), rank, rank)."""
-        rows = self.P[slots if isinstance(slots, Tensor) else list(slots)]
+        rows = slot_rows(self.P, slots)
         # Where mixed precision computes the layer, the factors stay in their own.
         with torch.autocast(rows.device.type, enabled=False):
             return self.scale(d_in) * torch.einsum("ijc,kc->kij", self.core, rows)

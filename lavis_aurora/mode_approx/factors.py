@@ -34,6 +34,15 @@ def tower_of(slot: str) -> str:
     return "_".join(part for part in parts if not part.isdigit())
 
 
+def slot_rows(factor: Tensor, slots: Sequence[int] | Tensor) -> Tensor:
+    """The rows of a factor that are those of the slots."""
+    if isinstance(slots, Tensor):
+        return factor[slots]
+    if list(slots) == list(range(slots[0], slots[-1] + 1)):
+        return factor[slots[0] : slots[-1] + 1]  # no copy, and nothing to send to a GPU
+    return factor[list(slots)]
+
+
 @APPROX_FORMS.register("cp")
 class FactorSet(KeepFloat32, AdapterSet):
     """One adapter of ``form: cp``: U, V, P and the coefficients lambda for all slots.
@@ -82,11 +91,8 @@ class FactorSet(KeepFloat32, AdapterSet):
 
     def slot_weights(self, slots: Sequence[int] | Tensor, d_in: int) -> Tensor:
         """s * lambda * P of the slots, shape (len(slots), rank)."""
-        rows: Tensor | list[int] | slice = slots if isinstance(slots, Tensor) else list(slots)
-        if isinstance(rows, list) and rows == list(range(rows[0], rows[-1] + 1)):
-            rows = slice(rows[0], rows[-1] + 1)  # no copy, and nothing to send to a GPU
         coefficients, p = self._in_use(self.coefficients), self._in_use(self.P)
-        return self.scale(d_in) * coefficients[rows] * p[rows]
+        return self.scale(d_in) * slot_rows(coefficients, slots) * slot_rows(p, slots)
 
     def _in_use(self, factor: Tensor) -> Tensor:
         """The columns of the components in use; while these are all, the factor itself."""

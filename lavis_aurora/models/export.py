@@ -234,7 +234,8 @@ def _to_onnx(model: nn.Module, output: Path) -> tuple[str, list[str]]:
     notes = [
         f"{', '.join(sizes)}, in single precision.",
         "Texts are to be as LAVIS's processors make them: small letters, without .!\"()*#:;~",
-        "Of a video, average the features of its frames and give matching their tokens one after the other.",
+        "Of a video, give matching the tokens of its frames one after the other; no file has its ITC feature: "
+        "averaged features of frames are not that.",
     ]
     return ONNX_USAGE, notes
 

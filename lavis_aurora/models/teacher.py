@@ -61,10 +61,14 @@ class MomentumTeacher:
     def _momentum_update(self) -> None:
         """LAVIS's moving averages; what the slots share is the student's own where the configuration says so."""
         super()._momentum_update()
+        for trained, copies in self.model_pairs:
+            for own, copy in zip(trained.parameters(), copies.parameters()):
+                if not own.requires_grad:
+                    copy.copy_(own)  # rounding moves their average off, and no checkpoint holds it
         if self.shares_factors:
             sets = self.mode_approx
-            for own, teachers in zip(sets["default"].shared_parameters(), sets[MOMENTUM_SET].shared_parameters()):
-                teachers.copy_(own)
+            for own, copy in zip(sets["default"].shared_parameters(), sets[MOMENTUM_SET].shared_parameters()):
+                copy.copy_(own)
 
     def _rampup_factor(self, epoch: int, iters: int, num_iters_per_epoch: int) -> float:
         """Share of ``alpha`` at a step: it rises over the first ``alpha_epochs``; LAVIS has two."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import importlib
+import io
 import logging
 import math
 import os
@@ -73,15 +74,17 @@ class MetricsFile:
         self._path, self._last = run.folder / METRICS, run.step
         rows: list[list[str]] = []
         if self._path.is_file():
-            with self._path.open(encoding="utf-8", newline="") as file:
-                # A line that a killed run has cut off goes too.
-                rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdecimal()]
-        self._rows = [row for row in rows if int(row[0]) <= run.step]
+            # What a run that was killed has cut off goes too: a line without an end, and zeros in place of text.
+            text = self._path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
+            rows = list(csv.reader(text.split("\n")[:-1]))
+        whole = (row for row in rows if len(row) == len(COLUMNS) and row[0].isdecimal())
+        self._rows = [row for row in whole if int(row[0]) <= run.step]
         self._rewrite()
 
     def _rewrite(self) -> None:
-        lines = (",".join(COLUMNS), *(",".join(row) for row in self._rows))
-        write_text(self._path, "\n".join(lines) + "\n")
+        lines = io.StringIO()
+        csv.writer(lines, lineterminator="\n").writerows([COLUMNS, *self._rows])
+        write_text(self._path, lines.getvalue())
 
     def scalars(self, values: Mapping[str, float], step: int, epoch: int) -> None:
         """Append; an evaluation that is done again at the step resumed from replaces its lines."""
@@ -275,7 +278,7 @@ class Loggers:
         The mean losses of an epoch are named train_epoch: train are those of single steps.
         """
         epoch = stats["epoch"] if isinstance(stats.get("epoch"), int) else best
-        name = "train_epoch" if split == "train" else split.removeprefix("final_")
+        name = "train_epoch" if split == "train" else split
         self.scalars(name, {key: value for key, value in stats.items() if key != "epoch"}, step, epoch or 0)
 
     def text(self, title: str, text: str) -> None:

@@ -120,7 +120,7 @@ class TrainingState:
         folder: of the run.
         epoch, step: where training stands: the epoch, from 0, and how many batches of it are done.
         totals: of these batches, the sum of each loss on this process.
-        gradient_norm: of the last step of the optimizer, before it was clipped.
+        gradient_norm: of the last step of the optimizer, before it was clipped; None before the first.
         running_stats: buffers that training changes, and their values before the step of the optimizer.
         best_metric, best_epoch: of the best epoch so far.
         best_lost: its file is; the epoch that the run goes on from is the first to be compared with.
@@ -141,7 +141,7 @@ class TrainingState:
     epoch: int = 0
     step: int = 0
     totals: dict[str, Tensor] = field(default_factory=dict)
-    gradient_norm: Any = float("nan")
+    gradient_norm: Optional[Tensor] = None
     running_stats: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     best_metric: float = float("-inf")
     best_epoch: Optional[int] = None
@@ -244,8 +244,8 @@ def train_steps(state: TrainingState) -> Iterator[int]:
         if state.step % log_freq == 0 or state.step == steps:
             shown, lr = {key: float(v) for key, v in losses.items()}, state.optimizer.param_groups[0]["lr"]
             progress.log(i, shown, lr)
-            logged = {**shown, "lr": lr, "gradient_norm": float(state.gradient_norm)}
-            state.loggers.scalars("train", logged, state.batches, state.epoch)
+            logged = shown if state.gradient_norm is None else {**shown, "gradient_norm": float(state.gradient_norm)}
+            state.loggers.scalars("train", {**logged, "lr": lr}, state.batches, state.epoch)
         if updates:
             yield state.step
     state.guard.flush()

@@ -157,7 +157,10 @@ class AuroraRunner(OptimizedRunner):
         with appended(self.output_dir / LOG):
             super().log_stats(stats, split_name)
         step, best = (0, None) if self.state is None else (self.state.batches, self.state.best_epoch)
-        self.loggers.epoch(split_name, stats, step, best)
+        tested = split_name.removeprefix("final_")
+        # A split that is validated on has the last epoch's numbers at this step; it is tested with the best.
+        twice = not self.evaluate_only and tested in self.valid_splits
+        self.loggers.epoch(split_name if twice else tested, stats, step, best)
 
     def _train(self) -> None:
         start = time.time()

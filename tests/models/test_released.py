@@ -77,6 +77,13 @@ def test_projection_of_texts_and_temperature_stay():
     assert all(".gate." in n for n, p in model.named_parameters() if p.requires_grad and n.startswith("text_encoder"))
 
 
+def test_the_teachers_projection_is_the_frozen_one_to_the_last_bit():
+    model = tiny_model(**{**RETRIEVAL, "momentum": 0.9})
+    train_steps(model)
+    assert torch.equal(model.text_proj_m.weight, model.text_proj.weight)
+    assert not torch.equal(model.vision_proj_m.weight, model.vision_proj.weight)
+
+
 def test_the_teacher_has_the_students_factors_and_its_own_average_of_the_vectors():
     model = activate(tiny_model(**{**RETRIEVAL, "momentum": 0.75}))
     sets = model.mode_approx.sets

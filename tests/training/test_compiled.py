@@ -14,12 +14,20 @@ from lavis_aurora.models.mode_approx_model import ModeApproxModel
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tuning", "targets"), [("aurora", None), ("aurora", "all_linear"), ("lora", None)])
-def test_losses_and_gradients(tuning, targets):
+@pytest.mark.parametrize(
+    ("tuning", "method"),
+    [
+        ("aurora", {}),
+        ("aurora", {"targets": "all_linear"}),
+        ("aurora", {"targets": "released", "form": "core", "scale": 1.0}),
+        ("lora", {}),
+    ],
+    ids=["aurora", "all_linear", "core", "lora"],
+)
+def test_losses_and_gradients(tuning, method):
     """Also with a recomputed layer, a teacher pass and matching's passes; nothing falls back to Python."""
-    method = {"tuning": tuning, "mode_approx": {"targets": targets}}
-    model = tiny_model(**method, queue_size=20, vit_grad_ckpt=True, vit_ckpt_layer=1)
-    activate(model, std=0.1 if targets else 0.2).train()
+    model = tiny_model(tuning=tuning, mode_approx=method, queue_size=20, vit_grad_ckpt=True, vit_ckpt_layer=1)
+    activate(model, std=0.1 if method else 0.2).train()
     compiled = copy.deepcopy(model)
     compile_layers(compiled)
     torch._dynamo.utils.counters.clear()

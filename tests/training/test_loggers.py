@@ -113,6 +113,32 @@ def test_a_resumed_run_has_each_step_once_and_the_numbers_of_one_that_was_not_st
     assert metrics(folder) == metrics(only_run(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("cut", ["4,0,train/loss,0.1", '4,0,"a, b/lo', "4,0,tra\0\0\0\0", "\0" * 9, "\udcff"])
+def test_of_a_file_that_was_cut_off_whole_lines_stay(folder, cut):
+    path = folder / METRICS
+    for step, rest in ((0, cut), (4, "")):
+        loggers = Loggers()
+        loggers.start(Config(), folder, step)
+        loggers.scalars("a, b", {"loss": 0.125}, step + 3, 0)
+        loggers.close(failed=False)
+        with path.open("a", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(rest)
+    assert path.read_text() == 'step,epoch,metric,value\n3,0,"a, b/loss",0.125\n7,0,"a, b/loss",0.125\n'
+
+
+def test_a_split_that_is_validated_on_and_tested_has_a_name_for_each(tmp_path):
+    run(project_yaml(tmp_path), "run.max_epoch=2", "run.valid_splits=[test]", "run.test_splits=[test]")
+    found, lines = metrics(only_run(tmp_path)), logged(only_run(tmp_path), "final_test_agg_metrics")
+    assert list(found["test/agg_metrics"]) == [2, 4] and list(found["final_test/agg_metrics"]) == [4]
+    assert found["final_test/agg_metrics"][4][1] == pytest.approx(lines[0]["final_test_agg_metrics"], rel=1e-6)
+
+
+def test_a_norm_is_logged_once_there_is_one(tmp_path):
+    run(project_yaml(tmp_path), "run.max_epoch=1", "run.log_freq=1", "run.accum_grad_iters=2")
+    found = metrics(only_run(tmp_path))
+    assert list(found["train/loss"]) == [1, 2] and list(found["train/gradient_norm"]) == [2]
+
+
 def test_an_evaluation_leaves_its_metrics(tmp_path):
     evaluate(["--cfg-path", str(project_yaml(tmp_path))])
     assert metrics(only_run(tmp_path))["test/agg_metrics"].keys() == {0}

@@ -48,6 +48,14 @@ def image_project(folder: Path, **run) -> Path:
     return project_yaml(folder, model=MODEL, datasets=CROPS, run={**RUN, **run})
 
 
+def released_project(folder: Path) -> Path:
+    """The core with its dropout, and a teacher that has the student's factors."""
+    method = {"form": "core", "rank": 4, "scale": 1.0, "dropout": 0.1, "targets": "released"}
+    model = {**MODEL, "mode_approx": method, "gate": {"form": "affine"}, "context": {"form": "mean_right"}}
+    model.update(teacher_factors="student", train_text_proj=False, train_temp=False, momentum=0.9)
+    return project_yaml(folder, model=model, datasets=CROPS, run={**RUN, "weight_decay_all": True})
+
+
 def video_retrieval_project(folder: Path) -> Path:
     """Frames and crops are drawn at random, and another clip for one that is broken."""
     paths = write_videos(folder / "data")
@@ -88,6 +96,7 @@ def stop_in(monkeypatch, step: int) -> None:
 
 PROJECTS = {
     "retrieval": image_project,
+    "released": released_project,
     "vqa": lambda folder: vqa_project(folder, run=RUN),
     "video retrieval": video_retrieval_project,
     "video qa": video_qa_project,
