@@ -77,7 +77,11 @@ def model_card(
         notes: what must be known besides, a sentence each.
     """
     said = describe(config)
-    rows = {key: " ".join(value.split()) for key, value in said.items() if not key.startswith("metrics: ")}
+    rows = {
+        key: "; ".join(" ".join(line.split()) for line in value.splitlines())
+        for key, value in said.items()
+        if not key.startswith("metrics: ")
+    }
     sections = [
         f"---\nlibrary_name: {library}\ntags:\n- aurora\n- {config.kind.replace('_', '-')}\n---",
         f"# {rows['model']}, tuned by {config.kind}",

@@ -216,7 +216,7 @@ def _to_transformers(model: nn.Module, config: AdapterConfig, output: Path) -> t
     prompt = getattr(model, "prompt", None) or ""
     usage = USAGES[name].replace("{prompt!r}", repr(prompt.strip() or None))
     notes = [
-        "Texts are to be as LAVIS's processors make them: small letters, without .!\"()*#:;~",
+        "Prepare texts as LAVIS's processors do: lower case, without .!\"()*#:;~",
         "The vision tower's weights are scaled: with transformers' epsilon of layer norm they give LAVIS's numbers.",
         *_merging_notes(config),
     ]
@@ -233,7 +233,7 @@ def _to_onnx(model: nn.Module, output: Path) -> tuple[str, list[str]]:
     sizes = (f"{name} {sum(file.stat().st_size for file in output.glob(f'{name}*')) / 1e6:.0f} MB" for name in names)
     notes = [
         f"{', '.join(sizes)}, in single precision.",
-        "Texts are to be as LAVIS's processors make them: small letters, without .!\"()*#:;~",
+        "Prepare texts as LAVIS's processors do: lower case, without .!\"()*#:;~",
         "Of a video, average the features of its frames and give matching their tokens one after the other.",
     ]
     return ONNX_USAGE, notes
