@@ -19,7 +19,7 @@ def cluster(tmp_path):
     programs = {
         "srun": 'echo "srun $*" >> calls\n[ -e hold ] || exit "${ENDS:-0}"\n'
         'trap "echo saved >> calls; exit 0" TERM\nfor i in $(seq 200); do sleep 0.1; done',
-        "scontrol": 'if [ "$1" = show ]; then echo node7; seq -f node%g 8 20000; else echo "scontrol $*" >> calls; fi',
+        "scontrol": 'if [ "$1" = show ]; then echo node7; seq -f n%g 8 20000; else echo "scontrol $*" >> calls; fi',
     }
     for name, text in programs.items():
         path = tmp_path / name
