@@ -233,7 +233,7 @@ def _to_onnx(model: nn.Module, output: Path) -> tuple[str, list[str]]:
     sizes = (f"{name} {sum(file.stat().st_size for file in output.glob(f'{name}*')) / 1e6:.0f} MB" for name in names)
     notes = [
         f"{', '.join(sizes)}, in single precision.",
-        "Prepare texts as LAVIS's processors do: lower case, without .!\"()*#:;~",
+        "Texts are to be as LAVIS's processors make them: small letters, without .!\"()*#:;~",
         "Of a video, average the features of its frames and give matching their tokens one after the other.",
     ]
     return ONNX_USAGE, notes
