@@ -65,7 +65,8 @@ def _adapter_list(folders: Iterable[Path]) -> str:
             rows.append((str(folder), str(error)))
             continue
         said, last = describe(config), ["", *metrics(config).values()][-1]
-        words = f"{said['model']}; {config.kind}: {said[config.kind]}; base {said['base']}; {last}"
+        slots = f"; slots {said['slots']}" if said["slots"] else ""
+        words = f"{said['model']}; {config.kind}: {said[config.kind]}{slots}; base {said['base']}; {last}"
         rows.append((str(folder), words))
     width = max(len(folder) for folder, _ in rows)
     return "\n".join(f"{folder:<{width}}  {words.rstrip('; ')}" for folder, words in rows)

@@ -5,7 +5,7 @@
 
 The first parts need torch and safetensors alone, the others LAVIS; of what cannot run it is said why. A table is
 printed; with machine and versions it is written to ``--out``. The exit status is 0 where everything held, 1 where
-something did not or there was no time for it, and 2 without a GPU.
+something did not or there was no time for it, and 2 without a GPU or without torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ from pathlib import Path
 try:
     import torch
 except ImportError as error:
-    sys.exit(f"check_gpu: {sys.executable} has no torch ({error}); set PYTHON to one that has: {{.venv/bin/python}}")
+    print(
+        f"check_gpu: {sys.executable} has no torch ({error}): nothing was checked; run scripts/setup_env.sh, "
+        f"or set PYTHON to an interpreter that has it",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 ROOT = Path(__file__).resolve().parents[1] / "projects" / "aurora"
 # BLIP base.
@@ -176,23 +177,39 @@ def row(path: Path, processes: int, tflops: float) -> str:
 
 def table(paths: Sequence[Path], processes: int, tflops: float) -> str:
     """All of them."""
-    heads = ["project", "TFLOP a sample", f"steps of {processes} processes", "training, PFLOP", "test, PFLOP"]
-    heads += ["GB a process", "training, hours of 1 GPU", f"of {processes} GPUs", "test, hours of 1 GPU"]
+    plural = "" if processes == 1 else "s"
+    heads = ["project", "TFLOP a sample", f"steps of {processes} process{'es' if plural else ''}"]
+    heads += ["training, PFLOP", "test, PFLOP", "GB a process", "training, hours of 1 GPU"]
+    heads += [f"of {processes} GPU{plural}", "test, hours of 1 GPU"]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     return "\n".join([*lines, *(row(path, processes, tflops) for path in paths)])
 
 
+def unknown_data(path: Path) -> list[str]:
+    """The data sets of a YAML whose size is not known here."""
+    return sorted(set(OmegaConf.load(path).datasets) - set(DATA))
+
+
 def benchmark_yamls() -> list[Path]:
     """Of projects/aurora, those whose data are known."""
-    return [path for path in sorted(ROOT.rglob("*.yaml")) if set(OmegaConf.load(path).datasets) <= set(DATA)]
+    return [path for path in sorted(ROOT.rglob("*.yaml")) if not unknown_data(path)]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("yamls", nargs="*", type=Path, help="projects of the paper's benchmarks; default: all")
     parser.add_argument("--processes", type=int, default=8, help="that train together")
     parser.add_argument("--tflops", type=float, default=50.0, help="10^12 operations a second that a GPU sustains")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.processes < 1 or args.tflops <= 0:
+        parser.error("--processes and --tflops are to be above 0")
+    for path in args.yamls:
+        try:
+            unknown = unknown_data(path)
+        except (OSError, YAMLError, AttributeError, TypeError) as error:
+            parser.error(f"{path}: no YAML of a run: {error}")
+        if unknown:
+            parser.error(f"{path}: how large {', '.join(unknown)} is, is not known here; known: {', '.join(DATA)}")
     print(table([path.resolve() for path in args.yamls] or benchmark_yamls(), args.processes, args.tflops))
 
 

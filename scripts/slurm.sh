@@ -15,16 +15,27 @@
 #SBATCH --signal=B:USR1@600
 set -euo pipefail
 
-if [ $# -lt 1 ]; then
-    echo "usage: sbatch scripts/slurm.sh PROJECT.yaml [KEY=VALUE ...]" >&2
-    exit 2
-fi
+usage="usage: sbatch [--nodes=N --gpus-per-node=N --time=HH:MM:SS ...] scripts/slurm.sh PROJECT.yaml [KEY=VALUE ...]"
+case "${1:-}" in
+    -h | --help) echo "$usage"; exit 0 ;;
+    "" | -*) echo "$usage" >&2; exit 2 ;;
+esac
 project=$1
 shift
+if [ ! -f "$project" ]; then
+    echo "slurm.sh: no file $project in $PWD; submit it from the repository root" >&2
+    exit 2
+fi
+if ! command -v srun >/dev/null || ! command -v scontrol >/dev/null; then
+    echo "slurm.sh: srun and scontrol are not here: this is for a Slurm cluster; elsewhere run python train.py" >&2
+    exit 2
+fi
 python=${PYTHON:-.venv/bin/python}
 nodes=${SLURM_JOB_NUM_NODES:-1}
 processes=${GPUS:-${SLURM_GPUS_ON_NODE:-1}}
-head=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-$(hostname)}" | head -n 1)
+# All are read: a pipe to head could end scontrol, and by pipefail this script, with a broken pipe.
+hosts=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-$(hostname)}")
+head=${hosts%%$'\n'*}
 port=$((20000 + ${SLURM_JOB_ID:-0} % 20000))
 
 requeued=0

@@ -26,7 +26,7 @@ def describe(config: AdapterConfig) -> dict[str, str]:
         "model": " ".join(str(model[key]) for key in ("arch", "model_type") if model.get(key)) or "any nn.Module",
         "base": f"{config.base.name or 'without a name'} (sha256 {config.base.sha256[:12]})",
         # Which layers were targeted, the slots say.
-        config.kind: ", ".join(f"{key} {value}" for key, value in vars(config.settings).items() if value is not None),
+        config.kind: ", ".join(f"{key} {value}" for key, value in _settings(config).items()),
         "slots": ", ".join(f"{count} of {shape}" for shape, count in widths.items()),
         "targets": f"\n{'':<17}".join(_slot_groups(config.slots)),
     }
@@ -38,6 +38,12 @@ def describe(config: AdapterConfig) -> dict[str, str]:
     if config.format == 1:
         lines["checksum"] = "of the tensors alone (an older version's); load and save the adapter to cover all"
     return lines
+
+
+def _settings(config: AdapterConfig) -> dict[str, object]:
+    """Those that are set; what nested training would do only where it was done."""
+    given = {key: value for key, value in vars(config.settings).items() if value is not None}
+    return {key: value for key, value in given.items() if given.get("nested") or not key.startswith("nested")}
 
 
 def metrics(config: AdapterConfig) -> dict[str, str]:
@@ -77,7 +83,11 @@ def model_card(
         notes: what must be known besides, a sentence each.
     """
     said = describe(config)
-    rows = {key: " ".join(value.split()) for key, value in said.items() if not key.startswith("metrics: ")}
+    rows = {
+        key: "; ".join(" ".join(line.split()) for line in value.splitlines())
+        for key, value in said.items()
+        if not key.startswith("metrics: ")
+    }
     sections = [
         f"---\nlibrary_name: {library}\ntags:\n- aurora\n- {config.kind.replace('_', '-')}\n---",
         f"# {rows['model']}, tuned by {config.kind}",

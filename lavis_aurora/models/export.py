@@ -216,7 +216,7 @@ def _to_transformers(model: nn.Module, config: AdapterConfig, output: Path) -> t
     prompt = getattr(model, "prompt", None) or ""
     usage = USAGES[name].replace("{prompt!r}", repr(prompt.strip() or None))
     notes = [
-        "Texts are to be as LAVIS's processors make them: small letters, without .!\"()*#:;~",
+        "Prepare texts as LAVIS's processors do: lower case, without .!\"()*#:;~",
         "The vision tower's weights are scaled: with transformers' epsilon of layer norm they give LAVIS's numbers.",
         *_merging_notes(config),
     ]

@@ -128,6 +128,7 @@ main(["push", {str(tmp_path / "toy2")!r}, "user/toy"])
     assert files["adapter_model.safetensors"] == (tmp_path / "toy1" / "adapter_model.safetensors").read_bytes()
     card = files["README.md"].decode()
     assert "library_name: lavis_aurora" in card and "load_adapter(model, 'user/toy')" in card
+    assert "| targets | qkv: query, key, value; query, key |" in card
     hub.handler.seen.clear()
     said = hub(f"""
 import torch

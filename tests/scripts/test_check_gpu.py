@@ -96,6 +96,13 @@ def test_without_a_gpu_it_says_so():
     assert done.stderr.splitlines()[-1].startswith(f"check_gpu: torch {torch.__version__} sees no GPU")
 
 
+def test_without_torch_it_says_so():
+    command = [sys.executable, "-S", "-E", str(ROOT / "scripts/check_gpu.py")]  # -S: nothing that is installed
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert "has no torch" in done.stderr and "set PYTHON to an interpreter that has it" in done.stderr
+
+
 def test_what_needs_torch_alone_runs_without_lavis(tmp_path: Path):
     path = tmp_path / "found" / "check.json"
     command = [sys.executable, "-c", WITHOUT_LAVIS, "--device", "cpu", "--out", str(path)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from estimate_cost import DATA, benchmark_yamls, estimate, retrieval_sample, table, vision
+from estimate_cost import DATA, benchmark_yamls, estimate, main, retrieval_sample, table, vision
 from omegaconf import OmegaConf
 from tiny import tiny_model
 from tiny_retrieval import batch
@@ -61,3 +61,26 @@ def test_figures_follow_the_yaml():
 def test_the_page_has_the_table_of_the_script():
     page = (ROOT / "docs/reproduce.md").read_text()
     assert table(benchmark_yamls(), 8, 50.0) in page
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["projects/aurora/own_ret.yaml"], "how large own_retrieval is, is not known here; known: coco_retrieval, "),
+        (["nothing.yaml"], "nothing.yaml: no YAML of a run: "),
+        (["README.md"], "README.md: no YAML of a run: "),
+        (["setup.cfg"], "setup.cfg: no YAML of a run: "),
+        (["--processes", "0"], "are to be above 0"),
+        (["--tflops", "0"], "are to be above 0"),
+    ],
+)
+def test_what_it_cannot_count_is_an_error(given, said, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        main(given)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_one_process_is_one(capsys):
+    main([str(ROOT / "projects/aurora/coco_ret.yaml"), "--processes", "1"])
+    assert "| steps of 1 process |" in (said := capsys.readouterr().out) and "| of 1 GPU |" in said

@@ -19,12 +19,13 @@ def cluster(tmp_path):
     programs = {
         "srun": 'echo "srun $*" >> calls\n[ -e hold ] || exit "${ENDS:-0}"\n'
         'trap "echo saved >> calls; exit 0" TERM\nfor i in $(seq 200); do sleep 0.1; done',
-        "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "scontrol $*" >> calls; fi',
+        "scontrol": 'if [ "$1" = show ]; then echo node7; seq -f n%g 8 20000; else echo "scontrol $*" >> calls; fi',
     }
     for name, text in programs.items():
         path = tmp_path / name
         path.write_text(f"#!/usr/bin/env bash\n{text}\n")
         path.chmod(0o755)
+    (tmp_path / "a.yaml").touch()
     slurm = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2"}
     path = f"{tmp_path}:{os.environ['PATH']}"
     return tmp_path, {**os.environ, **slurm, "SLURM_GPUS_ON_NODE": "4", "PATH": path, "PYTHON": "py"}
@@ -53,6 +54,28 @@ def test_a_failed_run_fails_the_job(cluster):
 def test_without_a_project_it_says_how(cluster):
     done = subprocess.run(["bash", str(SCRIPT)], cwd=cluster[0], env=cluster[1], capture_output=True, text=True)
     assert done.returncode == 2 and "usage: sbatch" in done.stderr
+
+
+def test_help_is_no_project(cluster):
+    command = ["bash", str(SCRIPT), "--help"]
+    done = subprocess.run(command, cwd=cluster[0], env=cluster[1], capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: sbatch" in done.stdout and not (cluster[0] / "calls").exists()
+
+
+def test_a_project_that_is_not_there_starts_nothing(cluster):
+    command = ["bash", str(SCRIPT), "b.yaml"]
+    done = subprocess.run(command, cwd=cluster[0], env=cluster[1], capture_output=True, text=True)
+    assert done.returncode == 2 and "no file b.yaml in" in done.stderr and not (cluster[0] / "calls").exists()
+
+
+def test_without_slurm_it_says_so(cluster):
+    folder, environment = cluster
+    for name in ("srun", "scontrol"):
+        (folder / name).unlink()
+    command = ["bash", str(SCRIPT), "a.yaml"]
+    environment = {**environment, "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "this is for a Slurm cluster" in done.stderr
 
 
 def test_when_time_is_up_the_run_saves_and_the_job_is_queued_again(cluster):
