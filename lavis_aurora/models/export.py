@@ -233,7 +233,7 @@ def _to_onnx(model: nn.Module, output: Path) -> tuple[str, list[str]]:
     sizes = (f"{name} {sum(file.stat().st_size for file in output.glob(f'{name}*')) / 1e6:.0f} MB" for name in names)
     notes = [
         f"{', '.join(sizes)}, in single precision.",
-        "Texts are to be as LAVIS's processors make them: small letters, without .!\"()*#:;~",
+        "Texts are to be as LAVIS's processors make them: lower case, without .!\"()*#:;~",
         "Of a video, give matching the tokens of its frames one after the other; no file has its ITC feature: "
         "averaged features of frames are not that.",
     ]

@@ -40,7 +40,7 @@ def test_unknown_key_gets_the_nearest_valid_name(project: Path, where: str, key:
 
 
 def test_unknown_key_without_a_near_name_gets_all_names(project: Path) -> None:
-    refused(project, "model.gate.zzz: unknown key; known: form, init", options=["model.gate.zzz=1"])
+    refused(project, "model.gate.zzz: unknown key; known: decoder, form, init", options=["model.gate.zzz=1"])
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ def test_every_preset_is_built_here():
     models = {name.partition("/")[0] for name in BUILDERS} | set(ALIASES)
     assert models == set(TOWERS)
     every = models | set(OTHERS)  # those are built in tests/outside_models.py
-    assert set(PRESETS) == {*LAYERS, *every, *(f"{model}/{word}" for model in every for word in LAYERS)}
+    # released is tried in tests/models/test_released.py.
+    assert set(PRESETS) - {"released"} == {*LAYERS, *every, *(f"{model}/{word}" for model in every for word in LAYERS)}
     for alias, name in ALIASES.items():
         for word in LAYERS:
             assert PRESETS[f"{alias}/{word}"] == PRESETS[f"{name}/{word}"]

@@ -77,6 +77,7 @@ def adapter(tmp_path):
     return model, tmp_path / "adapter"
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_folder_whose_card_can_be_run(adapter, tmp_path, capsys, monkeypatch):
     model, folder = adapter
     main(["export", str(folder), str(tmp_path / "out"), "--to", "onnx"])

@@ -107,9 +107,10 @@ def test_answer(run, failing, gallery, tmp_path, monkeypatch):
     image = gallery / "shapes/00000.jpg"
     one, two = run("answer", "--image", image, "how many shapes?", "is there a star?", *MODEL).splitlines()
     assert one.endswith("  how many shapes?") and two.endswith("  is there a star?")
-    [told] = json.loads(run("answer", "--image", image, "how many shapes?", "--json", *MODEL))
+    [told, _] = json.loads(run("answer", "--image", image, "how many shapes?", "is there a star?", "--json", *MODEL))
     assert one == f"{told['answer']}  ({told['confidence']:.2f})  how many shapes?"
 
+    [told] = json.loads(run("answer", "--image", image, "how many shapes?", "--json", *MODEL))
     (gallery / "q.json").write_text(json.dumps([{"image": "shapes/00000.jpg", "question": "how many shapes?"}]))
     (tmp_path / "choice.json").write_text('["one", "two", "three"]')
     assert run("answer", gallery / "q.json", *MODEL) == "answers.json: 1 answers\n"
