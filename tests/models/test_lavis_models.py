@@ -91,7 +91,11 @@ def test_every_preset_is_built_here():
     assert models == set(TOWERS)
     every = models | set(OTHERS)  # those are built in tests/outside_models.py
     # released is tried in tests/models/test_released.py.
-    assert set(PRESETS) - {"released"} == {*LAYERS, *every, *(f"{model}/{word}" for model in every for word in LAYERS)}
+    assert set(PRESETS) - {"released"} == {
+        *LAYERS,
+        *every,
+        *(f"{model}/{word}" for model in every for word in LAYERS),
+    }
     for alias, name in ALIASES.items():
         for word in LAYERS:
             assert PRESETS[f"{alias}/{word}"] == PRESETS[f"{name}/{word}"]
