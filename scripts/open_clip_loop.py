@@ -58,7 +58,7 @@ class Pairs(Dataset):
 
 def train(model: nn.Module, pairs: Dataset | list[Any], epochs: int, batch: int, lr: float) -> None:
     """Minimize OpenCLIP's contrastive loss over whatever is trainable."""
-    loader = DataLoader(pairs, batch, shuffle=True, drop_last=True)
+    loader = DataLoader(pairs, min(batch, len(pairs)), shuffle=True, drop_last=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
     loss_of = open_clip.ClipLoss()
@@ -81,7 +81,7 @@ def recall(model: nn.Module, pairs: Dataset | list[Any]) -> str:
     scores = torch.cat([part[0] for part in parts]) @ torch.cat([part[1] for part in parts]).t()
     found = []
     for name, one in (("image-to-text", scores), ("text-to-image", scores.t())):
-        place = (one > one.diagonal()[:, None]).sum(dim=1)
+        place = (one >= one.diagonal()[:, None]).sum(dim=1) - 1  # of equals the right one is the last
         found.append(f"{name} R@1 {100 * (place < 1).float().mean():.1f} R@5 {100 * (place < 5).float().mean():.1f}")
     return ", ".join(found)
 

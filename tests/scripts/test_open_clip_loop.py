@@ -49,6 +49,29 @@ def test_recall_counts_both_directions() -> None:
     assert found == "image-to-text R@1 66.7 R@5 100.0, text-to-image R@1 66.7 R@5 100.0"
 
 
+def test_a_model_that_tells_nothing_apart_finds_nothing() -> None:
+    class Same(torch.nn.Module):
+        def forward(self, images, tokens):
+            return images * 0, tokens * 0
+
+    found = open_clip_loop.recall(Same(), [(torch.ones(3), torch.ones(3))] * 6)
+    assert found == "image-to-text R@1 0.0 R@5 0.0, text-to-image R@1 0.0 R@5 0.0"
+
+
+def test_fewer_pairs_than_a_batch_are_one(capsys) -> None:
+    class Linear(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.eye(3))
+
+        def forward(self, images, tokens):
+            return images @ self.weight, tokens, torch.tensor(1.0)
+
+    model = Linear()
+    open_clip_loop.train(model, list(zip(torch.eye(3), torch.eye(3))), epochs=1, batch=64, lr=0.1)
+    assert "epoch 0: loss" in capsys.readouterr().out and not torch.equal(model.weight, torch.eye(3))
+
+
 @pytest.mark.parametrize("given", [["--train", "a.json"], ["--model", "ViT-B-32"]])
 def test_half_of_what_belongs_together_is_refused(tmp_path: Path, capsys, given: list[str]) -> None:
     with pytest.raises(SystemExit):
