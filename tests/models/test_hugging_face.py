@@ -281,7 +281,7 @@ def test_the_command_writes_a_model_whose_card_can_be_run(adapter, tmp_path, cap
     said, card = capsys.readouterr().out, (tmp_path / "out" / "README.md").read_text()
     assert "BlipForImageTextRetrieval.from_pretrained" in said
     for words in ("library_name: transformers", "| base | blip_retrieval_aurora/tiny (sha256 ", "rank 4, scale 8.0",
-                  "text_to_image_r1 41.23", "small letters",
+                  "text_to_image_r1 41.23", "lower case",
                   "| flickr30k, train | trained on: 145,000 samples, 29,000 images |"):  # fmt: skip
         assert words in card
     scope = usage(tmp_path / "out")
