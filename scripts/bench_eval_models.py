@@ -46,7 +46,7 @@ class RandomTokenEncoder(nn.Module):
 
     def __init__(self, tokens: int, frames: int) -> None:
         super().__init__()
-        self.tokens, self.frames = tokens, frames
+        self.tokens, self.frames, self.embed_dim = tokens, frames, 768
         self.precision = nn.Parameter(torch.zeros(()))  # a model in half precision shows by its parameters
 
     def forward_features(self, pixels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, Optional
 
@@ -173,9 +173,11 @@ def held(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
-    alive = {
-        x.data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)
-    }
+    alive = {}
+    for x in gc.get_objects():
+        if type(x) in (Tensor, nn.Parameter):
+            with suppress(RuntimeError):  # what the compiler keeps of a tensor has no size
+                alive[x.data_ptr()] = x.untyped_storage().nbytes()
     return sum(alive.values())
 
 

@@ -196,11 +196,13 @@ class FrozenTokens(NamedTuple):
     drawn: bool
 
 
-def frozen_depth(encoder: VisionTransformer) -> int | None:
+def frozen_depth(encoder: nn.Module) -> int | None:
     """How many of the first blocks compute the same whichever adapter is active and whatever is trained.
 
-    None where the embedding of patches and positions is trained already.
+    None where the embedding of patches and positions is trained already, or the tower is none of LAVIS's ViTs.
     """
+    if not isinstance(encoder, VisionTransformer):
+        return None
     embedding = (encoder.cls_token, encoder.pos_embed, *encoder.patch_embed.parameters())
     if any(parameter.requires_grad for parameter in embedding):
         return None
