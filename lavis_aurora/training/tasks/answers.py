@@ -126,7 +126,7 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
 
     def evaluation(self, model: Any, data_loader: Any, **_kwargs: Any) -> list[dict[str, Any]]:
         """Answers of this process to its share of the questions."""
-        self._evaluated, self._judged = data_loader.dataset, []
+        self._evaluated, self._judged = data_loader.dataset, list
         self.answer_list = getattr(data_loader.dataset, "answer_list", None)
         self.generated = self._as_generated(model)
         answers: list[dict[str, Any]] = super().evaluation(model, data_loader)
@@ -210,10 +210,11 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
 
     def cases(self) -> list[tuple[str, str]]:
         """Questions that are answered worst and best, where their true answers are known."""
-        dataset: Any = self._evaluated
+        dataset, judged = self._evaluated, self._judged()
         places = {str(entry.get(self.result_key)): i for i, entry in enumerate(dataset.annotation)}
         found = []
-        for one in (self._judged[i] for i in extremes(self.scores or ())) if self._judged else ():
+        for i in extremes(self.scores or ()) if judged else ():
+            one = judged[i]
             place = places[str(one[self.result_key])]
             words = f"{dataset.annotation[place]['question']}\n{one['answer']} (true: {one['truth']})"
             found.append((dataset.file(place), words))
@@ -233,10 +234,7 @@ class VqaAuroraTask(LavisTaskMixin, VQATask, AuroraTaskBase):
             files = (result_file, self.ques_files[split], self.anno_files[split])
             scores = vqa_accuracy(*files, **self._possible())
             self.scores = scores.pop("scores")
-            given = {str(one["question_id"]): one for one in read_json(result_file)}
-            asked = read_json(self.anno_files[split])["annotations"]
-            asked = {str(one["question_id"]): [x["answer"] for x in one["answers"]] for one in asked}
-            self._judged = [{**given[i], "truth": max(said, key=said.count)} for i, said in asked.items()]
+            self._judged = partial(_with_truths, result_file, self.anno_files[split])
             path = Path(result_file.replace("_vqa_result.json", "_accuracy.json"))
             found = {key: _plain(value) for key, value in scores.items()}
             write_text(path, json.dumps({"split": split, "questions": count, **found}, indent=1))
@@ -299,6 +297,14 @@ def report(split: str, count: int, scores: dict[str, Any] | None) -> str:
     return "\n".join([text, *_caveats(split, count, scores)])
 
 
+def _with_truths(result_file: str, annotation_file: str) -> list[dict[str, Any]]:
+    """Answers with the commonest one of the annotators as ``truth``, in the order of the annotations."""
+    given = {str(one["question_id"]): one for one in read_json(result_file)}
+    asked = read_json(annotation_file)["annotations"]
+    said = {str(one["question_id"]): [answer["answer"] for answer in one["answers"]] for one in asked}
+    return [{**given[i], "truth": max(answers, key=answers.count)} for i, answers in said.items()]
+
+
 @registry.register_task("video_qa_aurora")
 class VideoQaAuroraTask(VqaAuroraTask):
     """Answers to questions about videos, or pictures (own_vqa), generated (D.3) or ranked, and how many are right."""
@@ -326,7 +332,7 @@ class VideoQaAuroraTask(VqaAuroraTask):
         scores = exact_match(results, **self._possible())
         self.scores = scores.pop("scores")
         plain = 100 * sum(result["answer"] == result["truth"] for result in results) / len(results)
-        self._judged = results
+        self._judged = partial(list, results)
         print(report_videos(split, len(results), scores), flush=True)
         if plain != scores["agg_metrics"]:
             print(f"{split}: {plain:.2f} % are the same text as the truth, letter by letter", flush=True)
