@@ -30,6 +30,10 @@ def test_questions_drawn_are_those_that_the_picture_answers_and_yes_is_right_as_
         known = {q.text: q for wordings in by_kind.values() for questions in wordings for q in questions}
         drawn = pretrain_tiny_vqa.draw(pretrain_tiny_vqa.asked_about(scene), 100, pretrain_tiny_vqa.SHARES, rng)
         for text, answer in drawn:
+            if text.startswith("say "):
+                assert text == f"say {answer}"
+                kinds["word"] += 1
+                continue
             assert known[text].answer == answer
             kinds[known[text].kind] += 1
             answers[known[text].template][answer] += 1
@@ -37,7 +41,7 @@ def test_questions_drawn_are_those_that_the_picture_answers_and_yes_is_right_as_
         if {*counts} == {"yes", "no"}:
             assert 0.4 < counts["yes"] / sum(counts.values()) < 0.6, template
     total = sum(pretrain_tiny_vqa.SHARES.values())
-    for kind in KINDS:
+    for kind in (*KINDS, "word"):
         assert kinds[kind] / sum(kinds.values()) == pytest.approx(pretrain_tiny_vqa.SHARES[kind] / total, abs=0.05)
 
 
@@ -126,3 +130,4 @@ def test_shipped_weights_answer_questions_of_each_kind() -> None:
     _, images = pretrain_tiny_vqa.pictures_of("test", 75, vision["eval"])
     right = pretrain_tiny_vqa.right_answers(model, images, "test", each=4)
     assert min(right.values()) > 85, right
+    assert pretrain_tiny_vqa.words_said(model, images[0]) == 100
