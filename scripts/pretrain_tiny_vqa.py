@@ -3,10 +3,10 @@
     python scripts/pretrain_tiny_vqa.py
 
 The vision encoder stays as it is, so that a picture is encoded once. In each step several questions are drawn about
-each picture: a kind, a wording, then an answer, so that yes is right as often as no. "say mint" is asked too, with every word that
-is an answer in some domain: a decoder taught never to give a word would never give it, and a large BLIP has read all
-of them. What they look like it does not learn. The file is then tested: the shares of right answers by kind, on test
-pictures.
+each picture: a kind, a wording, then an answer, so that yes is right as often as no. "say mint" is asked too, with
+every word that is an answer in some domain: a decoder taught never to give a word would never give it, and a large
+BLIP has read all of them. What they look like it does not learn. The file is then tested: the shares of right answers
+by kind, on test pictures.
 """
 
 from __future__ import annotations
