@@ -282,6 +282,7 @@ class FrontierPlot(Plot):
             best = frontier([(point[key], point["mean"]) for point in points])
             axis.step(*zip(*best), where="post", color="black", linewidth=0.8, zorder=0)
             axis.margins(0.08)
+            axis.set_xlim(left=0)  # so that a tenth looks like a tenth
             _widen(axis)
             names = [(_with_seeds(point), point[key], point["mean"], PALE) for point in points]
             label_points(axis, names)

@@ -214,7 +214,7 @@ def test_the_frontier_joins_scores_with_the_costs_that_yamls_name(joined):
         [line] = [line for line in axis.lines if line.get_drawstyle() == "steps-post"]
         assert line.get_xydata().tolist() == [[0.25, 97.0]]
         assert {text.get_text() for text in axis.texts} == {"Aurora", "LoRA"}
-        assert axis.get_ylim()[1] - axis.get_ylim()[0] >= MIN_AXIS_SPAN
+        assert axis.get_ylim()[1] - axis.get_ylim()[0] >= MIN_AXIS_SPAN and axis.get_xlim()[0] == 0
 
 
 def test_a_frontier_of_one_seed_says_so(joined):
