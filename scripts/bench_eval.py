@@ -2,6 +2,7 @@
 
     python scripts/bench_eval.py                          # both kinds, medians of 3 runs
     python scripts/bench_eval.py --kinds images --runs 1  # a first look
+    python scripts/bench_eval.py --merge 16               # ours with model.token_merging too
     python scripts/bench_eval.py --device cuda --rows 16
 
 BLIP base with random weights, k candidates a query. Each run is a process of its own; LAVIS's and ours take turns.
@@ -38,7 +39,13 @@ from measuring import environment_info, measure_in_subprocess, resident_memory
 from torch import nn
 from torch.utils.data import DataLoader
 
-IMPLEMENTATIONS = ("lavis", "ours")
+IMPLEMENTATIONS = ("lavis", "ours", "merged")  # the last with --merge
+
+MERGED = {
+    "pairs_per_second": "pairs reranked per second",
+    "cpu_seconds": "processor seconds for them",
+    "tower_seconds": "vision tower, seconds each",
+}
 
 
 class Timer:
@@ -124,10 +131,11 @@ def worker(args: argparse.Namespace) -> None:
     """One run in this process; the results go to a file."""
     if args.device == "cpu":
         torch.set_num_threads(args.threads)
-    kind, ours = KINDS[args.worker[1]], args.worker[0] == "ours"
-    model = build(kind, args.worker[0], args.device)
+    kind, ours = KINDS[args.worker[1]], args.worker[0] != "lavis"
+    merge = args.merge if args.worker[0] == "merged" else 0
+    model = build(kind, args.worker[0], args.device, merge)
     tower = model.visual_encoder
-    stand_in = RandomTokenEncoder((kind.side // 16) ** 2 + 1, max(1, kind.frames))
+    stand_in = RandomTokenEncoder((kind.side // 16) ** 2 + 1, max(1, kind.frames), merge)
     model.visual_encoder = stand_in
     if kind.frames and not ours:
         model.visual_encoder = model.vision_proj = VideoAsImageModel(stand_in, model.vision_proj)
@@ -154,8 +162,9 @@ def worker(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace) -> dict:
     """All runs, LAVIS's and ours in turns."""
-    jobs = [(side, kind, run) for kind in args.kinds for run in range(args.runs) for side in IMPLEMENTATIONS]
-    found: dict = {kind: {side: [] for side in IMPLEMENTATIONS} for kind in args.kinds}
+    sides = IMPLEMENTATIONS if args.merge else IMPLEMENTATIONS[:2]
+    jobs = [(side, kind, run) for kind in args.kinds for run in range(args.runs) for side in sides]
+    found: dict = {kind: {side: [] for side in sides} for kind in args.kinds}
     took: dict = {}
     with tempfile.TemporaryDirectory() as folder:
         for i, (side, kind, run) in enumerate(jobs):
@@ -164,13 +173,13 @@ def measure(args: argparse.Namespace) -> dict:
             print(f"{i + 1}/{len(jobs)}: {side}, {kind}, run {run + 1} ({left})", file=sys.stderr, flush=True)
             start, path = time.time(), Path(folder) / f"{i}.pt"
             arguments = ["--worker", side, kind, "--result", str(path)]
-            arguments += [f"--{key}={getattr(args, key)}" for key in ("k", "rows", "device", "threads")]
+            arguments += [f"--{key}={getattr(args, key)}" for key in ("k", "rows", "device", "threads", "merge")]
             arguments += ["--profile"] if args.profile and run == 0 else []
             measure_in_subprocess(__file__, arguments, args.threads, f"bench_eval: {side}, {kind}")
             took[side, kind] = time.time() - start
             found[kind][side].append(torch.load(path, weights_only=False))
             if Path(f"{path}.profile").exists():
-                print(f"{kind}, ours:\n" + Path(f"{path}.profile").read_text(encoding="utf-8"), file=sys.stderr)
+                print(f"{kind}, {side}:\n" + Path(f"{path}.profile").read_text(encoding="utf-8"), file=sys.stderr)
     return found
 
 
@@ -229,6 +238,12 @@ def table(summary: dict) -> str:
             f"| {kind}: largest difference of scores | {row['max_score_difference']:.1e} "
             f"| | scores vary by {row['score_deviation']:.2f} |"
         )
+        if "merged" in row:
+            lines += [
+                f"| {kind}, tokens merged: {text} | {ours[key]:.2f} (none merged) | {row['merged'][key]:.2f} "
+                f"| {row['merged'][key] / ours[key]:.2f} |"
+                for key, text in MERGED.items()
+            ]
     return "\n".join(lines)
 
 
@@ -240,6 +255,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=1, help="images, and captions, that LAVIS reranks in a run")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--merge", type=int, default=0, metavar="R", help="measure ours with token_merging R too")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", help="also write all figures here")

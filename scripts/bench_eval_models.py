@@ -42,20 +42,29 @@ class FakeRetrievalDataset(Dataset):
 
 
 class RandomTokenEncoder(nn.Module):
-    """Stands in for the vision tower: random tokens, the same for the same picture, or frame of a video."""
+    """Stands in for the vision tower: random tokens, the same for the same picture, or frame of a video.
 
-    def __init__(self, tokens: int, frames: int) -> None:
+    With ``merge`` as many as BLIP base's 12 layers leave that merge so many each, and the patches of each behind it.
+    """
+
+    def __init__(self, tokens: int, frames: int, merge: int = 0) -> None:
         super().__init__()
+        self.patches, self.merged = tokens, merge > 0
+        for _ in range(12):
+            tokens -= min(merge, (tokens - 1) // 2)
         self.tokens, self.frames, self.embed_dim = tokens, frames, 768
         self.precision = nn.Parameter(torch.zeros(()))  # a model in half precision shows by its parameters
 
     def forward_features(self, pixels: Tensor) -> Tensor:
-        """(batch, 3, height, width) to (batch, tokens, 768)."""
+        """(batch, 3, height, width) to (batch, tokens, 768), or 769."""
         made = []
         for position, seed in enumerate(pixels[:, 0, 0, 0].long().tolist()):
             generator = torch.Generator().manual_seed(1000 * seed + position % self.frames)
             made.append(torch.randn(self.tokens, 768, generator=generator))
-        return torch.stack(made).to(pixels.device)
+        found = torch.stack(made)
+        if self.merged:
+            found = torch.cat([found, torch.full_like(found[..., :1], self.patches / self.tokens)], dim=2)
+        return found.to(pixels.device)
 
 
 class VideoAsImageModel(nn.Module):
@@ -76,8 +85,12 @@ class VideoAsImageModel(nn.Module):
         return self.projection(self.pooled)
 
 
-def build(kind: Workload, side: str, device: str) -> nn.Module:
-    """BLIP base with random weights and an active adapter, as LAVIS's model or as ours; the same for both."""
+def build(kind: Workload, side: str, device: str, merge: int = 0) -> nn.Module:
+    """BLIP base with random weights and an active adapter, as LAVIS's model or as ours; the same for both.
+
+    Args:
+        merge: ``model.token_merging`` of ours.
+    """
     from lavis.models import BlipRetrieval
     from lavis.models.med import XBertEncoder
     from lavis.models.vit import VisionTransformerEncoder
@@ -90,16 +103,15 @@ def build(kind: Workload, side: str, device: str) -> nn.Module:
 
     vocabulary = package_file("configs/models/tiny")
     cfg = OmegaConf.load(BlipRetrievalAurora.default_config_path("base")).model
-    cfg = OmegaConf.merge(
-        cfg, {"pretrained": None, "queue_size": 0, "image_size": kind.side, "tokenizer": vocabulary}
-    )
+    own = {"pretrained": None, "queue_size": 0, "image_size": kind.side, "tokenizer": vocabulary}
+    cfg = OmegaConf.merge(cfg, own, {"token_merging": merge})
     torch.manual_seed(0)
     ours = BlipRetrievalAurora.from_config(cfg)
     for factor in ours.mode_approx.sets["default"].V.values():
         nn.init.normal_(factor, std=0.02)
     for head in (ours.vision_proj, ours.text_proj, ours.itm_head):
         nn.init.normal_(head.weight, std=0.3)
-    if side == "ours":
+    if side != "lavis":
         return ours.eval().to(device)
     merged = {**ours.state_dict(), **merged_weights(ours, "default")}
     towers = (cls.from_config(cfg) for cls in (VisionTransformerEncoder, XBertEncoder))

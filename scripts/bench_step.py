@@ -37,6 +37,7 @@ METHODS = {
     "lavis-uniadapter-512": ("lavis", {"tuning": "uniadapter", "uniadapter": {"rank": 512}}),
     "full": ("ours", {"tuning": "full"}),
     "lora-32": ("ours", {"tuning": "lora", "lora": {"rank": 32}}),
+    "lora-attention-32": ("ours", {"tuning": "lora", "lora": {"rank": 32, "targets": ["attention"]}}),
     "uniadapter-512": ("ours", {"tuning": "uniadapter", "uniadapter": {"rank": 512}}),
     "uniadapter-128": ("ours", {"tuning": "uniadapter", "uniadapter": {"rank": 128}}),
     "aurora-128": ("ours", {"tuning": "aurora", "mode_approx": {"rank": 128}}),
@@ -49,19 +50,23 @@ METHODS = {
 }
 # METHOD+SETTING...: with less to compute. Of "cached" the features of the frozen layers are there, in half precision.
 SETTINGS: dict[str, dict] = {
-    "last6": {"mode_approx": {"layers": {"last": 6}}},
-    "last3": {"mode_approx": {"layers": {"last": 3}}},
+    **{f"last{n}": {"mode_approx": {"layers": {"last": n}}} for n in (8, 6, 4, 3)},
     "merge16": {"token_merging": 16},
     "alone": {"momentum": 0},
     "cached": {},
 }
-METHODS.update(
-    (f"aurora-64+{settings}", METHODS["aurora-64"])
-    for settings in (
+LESS = {
+    "aurora-64": (
         *("last6", "last3", "merge16", "alone", "last6+cached", "last3+cached", "last6+merge16", "last6+alone"),
         *("last6+merge16+cached+alone", "last3+merge16+cached+alone"),
-    )
-)
+    ),
+    # As the demos tune: 8 and 4 of 12 layers are their 2 and 1 of 3, and without a teacher, as they are.
+    "aurora-all-64": (
+        *("alone", "last8+alone", "last4+alone", "merge16+alone", "last8+merge16+alone", "last4+merge16+alone"),
+    ),
+    **dict.fromkeys(("full", "lora-32", "lora-attention-32", "uniadapter-128"), ("alone",)),
+}
+METHODS.update((f"{name}+{settings}", METHODS[name]) for name, several in LESS.items() for settings in several)
 # Pixels and frames, as the paper trains (D.3).
 TASKS = {"retrieval": (384, 0), "vqa": (480, 0), "video": (224, 8)}
 CAPTIONS = (
@@ -100,7 +105,8 @@ def build(task: str, method: str, size: str, checkpointed: int, mini_batch: int 
         config.pop("momentum", None)  # there is no teacher
     if size == "tiny" and "+" in method:  # of 3 layers and 9 patches
         config["token_merging"] = min(config.get("token_merging", 0), 1)
-        config["mode_approx"]["layers"] = config["mode_approx"].get("layers") and {"last": 1}
+        if layers := config.get("mode_approx", {}).get("layers"):
+            layers["last"] = max(1, layers["last"] // 4)
     if checkpointed:
         config.update(vit_grad_ckpt=True, vit_ckpt_layer=checkpointed)
     if mini_batch and task != "vqa":  # its questions are not compared with each other
@@ -116,7 +122,8 @@ def build(task: str, method: str, size: str, checkpointed: int, mini_batch: int 
         model.text_encoder.embeddings.LayerNorm.bias.requires_grad_(True)
         model._momentum_moves = True
     heads = {id(p) for name, p in model.named_parameters() if name.partition(".")[0] in HEADS}
-    trained = [p for p in model.parameters() if p.requires_grad and (id(p) not in heads or method.endswith("full"))]
+    whole = METHODS[method][1]["tuning"] == "full"
+    trained = [p for p in model.parameters() if p.requires_grad and (id(p) not in heads or whole)]
     return model, trained
 
 

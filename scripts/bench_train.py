@@ -22,10 +22,13 @@ from pathlib import Path
 from bench_step import METHODS, TASKS, measure
 from measuring import measure_in_subprocess
 
-from lavis_aurora.analysis.paper_figures import UNITS, method_name
+from lavis_aurora.analysis.paper import UNITS, method_name
+from lavis_aurora.analysis.sweep_figures import method_costs
 from lavis_aurora.common.files import atomic_write
 
 MB = 1e6
+# The methods that figures.py frontier draws, and their unit.
+FRONTIER = "frontier"
 
 
 def measure_apart(args: argparse.Namespace, task: str, method: str) -> dict:
@@ -61,6 +64,13 @@ def run_all(args: argparse.Namespace) -> dict:
             with atomic_write(args.out) as file:
                 file.write(json.dumps({"arguments": vars(args), "results": medians}, indent=1).encode())
     return medians
+
+
+def expanded(methods: list[str]) -> list[str]:
+    """Methods with those of the frontier in place of its name, in the order of METHODS."""
+    costs = method_costs(Path(__file__).with_name("comparison")).values() if FRONTIER in methods else ()
+    wanted = {*methods, *costs, *(UNITS[:1] if costs else ())}
+    return [method for method in METHODS if method in wanted]
 
 
 def summary(rounds: list[dict]) -> dict:
@@ -122,7 +132,14 @@ def tables(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=[*METHODS, FRONTIER],
+        metavar="METHOD",
+        default=list(METHODS),
+        help=f"{', '.join(METHODS)} (default: all); {FRONTIER}: the unit and the cost: of scripts/comparison/*.yaml",
+    )
     parser.add_argument("--batch", type=int, default=2, help="pairs, questions or videos of a step")
     parser.add_argument("--steps", type=int, default=2, help="measured steps of a process")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them")
@@ -151,6 +168,7 @@ def main() -> None:
         logging.disable(logging.WARNING)
         print(json.dumps(measure(args)))
         return
+    args.methods = expanded(args.methods)
     if args.out and not Path(args.out).absolute().parent.is_dir():
         parser.error(f"--out {args.out}: no such folder")
     results = run_all(args)

@@ -58,6 +58,7 @@ class Method:
         budgets: that size by the name of a budget of adapter parameters.
         rates: values of run.init_lr to try; none where nothing is trained.
         tasks: that it can do.
+        cost: row of scripts/bench_train.py that such a step costs on BLIP base, for ``figures.py frontier``.
     """
 
     label: str
@@ -67,6 +68,7 @@ class Method:
     rates: list[float] = field(default_factory=list)
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
     task_options: dict[str, list[str]] = field(default_factory=dict)
+    cost: Optional[str] = None
 
     def options_at(self, budget: str, task: str) -> dict[str, str]:
         """Options of its runs at a budget; the one without a name is that of a method of one size."""

@@ -84,6 +84,31 @@ def spread_labels(heights: Sequence[float], gap: float, top: float = 0.98) -> li
     return moved
 
 
+def label_points(axis: Axes, names: Sequence[tuple[str, float, float, str]], gap: float = 0.062) -> None:
+    """Write names in a column right of a panel, from low to high, with a line from each to its point.
+
+    Args:
+        axis: with its final limits.
+        names: text, x, y and colour of each point.
+        gap: least distance of two names, in heights of the panel.
+    """
+    to_panel = axis.transData + axis.transAxes.inverted()
+    order = sorted(names, key=lambda one: (one[2], one[1]))
+    heights = spread_labels([float(to_panel.transform((one[1], one[2]))[1]) for one in order], gap)
+    for (text, x, y, color), height in zip(order, heights):
+        axis.annotate(
+            text,
+            (x, y),
+            (1.03, height),
+            "data",
+            "axes fraction",
+            fontsize=7,
+            va="center",
+            color="black",
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.8},
+        )
+
+
 def save(figure: Figure, numbers: dict[str, Any], path: str | Path) -> tuple[Path, Path]:
     """Write the picture, and its numbers as json beside it; returns both paths.
 

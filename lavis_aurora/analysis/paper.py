@@ -1,4 +1,4 @@
-"""The paper's tables, and what differs between the set-up of a run and the paper's (4.1, D.3)."""
+"""The paper's tables, costs as they count them, and how the set-up of a run differs from the paper's (4.1, D.3)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lavis_aurora.analysis.results import tuned_model
 from lavis_aurora.common.errors import AuroraError, did_you_mean
+from lavis_aurora.common.files import read_json
 from lavis_aurora.config.method import ModeApproxConfig
 
 # BLIP base: layers of each tower and their width.
@@ -21,6 +22,19 @@ DIRECTIONS = {
     "text_to_image": "text to image",
     "video_to_text": "video to text",
     "text_to_video": "text to video",
+}
+# What scripts/bench_train.py measures: key, column of table 5, title.
+COSTS = {"seconds": ("time", "time of a step"), "memory": ("memory", "memory above the model")}
+# The paper's unit of cost. In LAVIS's own model first: that is how its UniAdapter ran.
+UNITS = ("lavis-uniadapter-512", "uniadapter-512")
+NAMES = {  # of the benchmark's methods
+    **{"aurora": "Aurora", "aurora-all": "Aurora, all linear", "uniadapter": "UniAdapter"},
+    **{"lora": "LoRA", "lora-attention": "LoRA, attention"},
+}
+# What is behind the + of a method.
+SETTINGS = {
+    **{f"last{n}": f"last {n} layers" for n in (8, 6, 4, 3)},
+    **{"cached": "features kept", "merge16": "16 tokens merged a layer", "alone": "no teacher"},
 }
 
 
@@ -220,3 +234,59 @@ def _frames(config: DictConfig, kind: str) -> Optional[int]:
         if frames is not None:
             return frames
     return None
+
+
+def read_costs(path: str | Path) -> dict[str, Any]:
+    """``tasks``: of each its ``unit`` and ``methods``, as ratios to it and ``measured``; ``machine``, ``arguments``.
+
+    Args:
+        path: of the json that scripts/bench_train.py --out wrote.
+
+    Raises:
+        AuroraError: it is another file.
+    """
+    content = read_json(path)
+    results = content.get("results") if isinstance(content, dict) else None
+    if not results or not all(isinstance(methods, dict) for methods in results.values()):
+        raise AuroraError(f"{path}: holds no results; name the file that scripts/bench_train.py --out wrote")
+    tasks = {}
+    for task, methods in results.items():
+        unit = next((one for one in UNITS if one in methods), next(iter(methods)))
+        tasks[task] = {
+            "unit": unit,
+            "methods": {
+                name: {key: one[key] / methods[unit][key] for key in COSTS} | {"measured": {k: one[k] for k in COSTS}}
+                for name, one in methods.items()
+            },
+        }
+    machine = next(iter(next(iter(results.values())).values())).get("machine", {})
+    return {"tasks": tasks, "machine": machine, "arguments": content.get("arguments", {})}
+
+
+def paper_ratios() -> dict[str, dict[str, dict[str, float]]]:
+    """Table 5: by benchmark and method, time and memory in units of UniAdapter with rank 512."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in paper_tables()["tables"]["5"]["rows"]:
+        for benchmark, values in row["results"].items():
+            found.setdefault(benchmark, {})[f"{row['method']} (r={row['rank']})"] = values
+    return found
+
+
+def method_name(method: str) -> str:
+    """A method of the benchmark program, as the paper writes it.
+
+    Examples:
+        >>> method_name("lavis-uniadapter-512")
+        "UniAdapter (r=512), LAVIS's own"
+        >>> method_name("aurora-64+last6+cached")
+        'Aurora (r=64), last 6 layers, features kept'
+    """
+    method, *settings = method.split("+")
+    if settings:
+        return ", ".join([method_name(method), *(SETTINGS.get(one, one) for one in settings)])
+    if method == "frozen-flow":
+        return "frozen, gradients flow"
+    if method.startswith("lavis-"):
+        return f"{method_name(method[len('lavis-') :])}, LAVIS's own"
+    kind, _, rank = method.rpartition("-")
+    return f"{NAMES[kind]} (r={rank})" if kind in NAMES else method

@@ -11,10 +11,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lavis_aurora.analysis.compare import Measured, benchmark_of, comparison, read_measured
-from lavis_aurora.analysis.drawing import FULL, OTHER, OURS, PALE, Plot, despine, spread_labels, subplots
-from lavis_aurora.analysis.paper import DIRECTIONS, label, metric_title, paper_rows, paper_tables
-from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.common.files import read_json
+from lavis_aurora.analysis.drawing import FULL, OTHER, OURS, PALE, Plot, despine, label_points, subplots
+from lavis_aurora.analysis.paper import (
+    COSTS,
+    DIRECTIONS,
+    UNITS,
+    label,
+    method_name,
+    metric_title,
+    paper_ratios,
+    paper_rows,
+    paper_tables,
+    read_costs,
+)
 
 # Both metrics of each panel; with one there is none to compare with, and the other axis shows the parameters.
 AXES: dict[str, tuple[Optional[str], str]] = {
@@ -33,10 +42,6 @@ BENCHMARKS = {
     "video": {"msrvtt_retrieval": "o", "didemo_retrieval": "s"},
 }
 PAPER_MARKER = {"color": "black", "markerfacecolor": "none", "markersize": 8}
-KEYS = {"seconds": ("time", "time of a step"), "memory": ("memory", "memory above the model")}
-# The paper's unit of cost. In LAVIS's own model first: that is how its UniAdapter ran.
-UNITS = ("lavis-uniadapter-512", "uniadapter-512")
-NAMES = {"uniadapter": "UniAdapter", "aurora": "Aurora", "aurora-all": "Aurora, all linear", "lora": "LoRA"}
 
 
 class BubblesPlot(Plot):
@@ -128,31 +133,6 @@ def _add_point(panels: dict[str, dict[str, Any]], measured: Measured) -> None:
         panels[name]["measured"].append(point)
 
 
-def label_points(axis: Axes, names: Sequence[tuple[str, float, float, str]], gap: float = 0.062) -> None:
-    """Write names in a column right of a panel, from low to high, with a line from each to its point.
-
-    Args:
-        axis: with its final limits.
-        names: text, x, y and colour of each point.
-        gap: least distance of two names, in heights of the panel.
-    """
-    to_panel = axis.transData + axis.transAxes.inverted()
-    order = sorted(names, key=lambda one: (one[2], one[1]))
-    heights = spread_labels([float(to_panel.transform((one[1], one[2]))[1]) for one in order], gap)
-    for (text, x, y, color), height in zip(order, heights):
-        axis.annotate(
-            text,
-            (x, y),
-            (1.03, height),
-            "data",
-            "axes fraction",
-            fontsize=7,
-            va="center",
-            color="black",
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.8},
-        )
-
-
 def _axis_title(metric: str) -> str:
     words = {"tunable": "trained parameters", "test_dev": "accuracy, test-dev", "test_std": "accuracy, test-std"}
     return metric and (words.get(metric) or metric_title(f".{metric}").rstrip(", "))
@@ -174,25 +154,7 @@ class CostPlot(Plot):
 
     def numbers(self, args: argparse.Namespace) -> dict[str, Any]:
         """Ratios to the unit by task and method, and the paper's of the same methods."""
-        content = read_json(args.bench)
-        results = content.get("results") if isinstance(content, dict) else None
-        if not results or not all(isinstance(methods, dict) for methods in results.values()):
-            raise AuroraError(
-                f"{args.bench}: holds no results; name the file that scripts/bench_train.py --out wrote"
-            )
-        tasks = {}
-        for task, methods in results.items():
-            unit = next((one for one in UNITS if one in methods), next(iter(methods)))
-            tasks[task] = {
-                "unit": unit,
-                "methods": {
-                    name: {key: one[key] / methods[unit][key] for key in KEYS}
-                    | {"measured": {k: one[k] for k in KEYS}}
-                    for name, one in methods.items()
-                },
-            }
-        machine = next(iter(next(iter(results.values())).values())).get("machine", {})
-        return {"bench": str(args.bench), "tasks": tasks, "machine": machine, "paper": paper_ratios()}
+        return {"bench": str(args.bench), **read_costs(args.bench), "paper": paper_ratios()}
 
     def draw(self, numbers: dict[str, Any]) -> Figure:
         """Two panels for each task, time and memory; bars are measured, hollow markers the paper's."""
@@ -205,7 +167,7 @@ class CostPlot(Plot):
             paper = {}
             if task["unit"] in UNITS:
                 paper = {benchmark: numbers["paper"].get(benchmark, {}) for benchmark in BENCHMARKS.get(name, {})}
-            for key, (column, title) in KEYS.items():
+            for key, (column, title) in COSTS.items():
                 axis = next(panels)
                 _bars(axis, methods, [task["methods"][method][key] for method in methods])
                 for benchmark, values in paper.items():
@@ -230,42 +192,6 @@ class CostPlot(Plot):
         device = numbers["machine"].get("device", "")
         figure.suptitle(f"Training cost: bars measured{f' on {device}' if device else ''}")
         return figure
-
-
-def paper_ratios() -> dict[str, dict[str, dict[str, float]]]:
-    """Table 5: by benchmark and method, time and memory in units of UniAdapter with rank 512."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for row in paper_tables()["tables"]["5"]["rows"]:
-        for benchmark, values in row["results"].items():
-            found.setdefault(benchmark, {})[f"{row['method']} (r={row['rank']})"] = values
-    return found
-
-
-def method_name(method: str) -> str:
-    """A method of the benchmark program, as the paper writes it.
-
-    Examples:
-        >>> method_name("lavis-uniadapter-512")
-        "UniAdapter (r=512), LAVIS's own"
-        >>> method_name("aurora-64+last6+cached")
-        'Aurora (r=64), last 6 layers, features kept'
-    """
-    method, *settings = method.split("+")
-    if settings:
-        return ", ".join([method_name(method), *(SETTINGS.get(one, one) for one in settings)])
-    if method == "frozen-flow":
-        return "frozen, gradients flow"
-    if method.startswith("lavis-"):
-        return f"{method_name(method[len('lavis-') :])}, LAVIS's own"
-    kind, _, rank = method.rpartition("-")
-    return f"{NAMES[kind]} (r={rank})" if kind in NAMES else method
-
-
-# What is behind the + of a method.
-SETTINGS = {
-    **{"last6": "last 6 layers", "last3": "last 3 layers", "cached": "features kept"},
-    **{"merge16": "16 tokens merged a layer", "alone": "no teacher"},
-}
 
 
 def _paper_row_name(method: str, unit: str) -> str:

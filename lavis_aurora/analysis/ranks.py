@@ -1,4 +1,4 @@
-"""Plot of the ranks of nested runs: recall or accuracy against rank, with what runs of each rank alone reach."""
+"""Plots of the rank: a sweep of it (figure 3), and the ranks of one nested run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,134 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lavis_aurora.analysis.drawing import FULL, OURS, Plot, despine, save, subplots
+from lavis_aurora.analysis.drawing import CYCLE, FULL, OTHER, OURS, Plot, despine, save, spread_labels, subplots
+from lavis_aurora.analysis.paper import (
+    DIRECTIONS,
+    LAYERS,
+    WIDTH,
+    aurora_count,
+    label,
+    lora_count,
+    paper_tables,
+    uniadapter_count,
+)
+from lavis_aurora.analysis.results import read_table, series
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json
+from lavis_aurora.evaluation.scores import TOP
+
+RANK_KEY = "model.mode_approx.rank"
+RANKS = (4, 8, 16, 32, 64, 128, 256, 512)
+METHODS = {"LoRA": (lora_count, FULL), "UniAdapter": (uniadapter_count, OTHER), "Aurora": (aurora_count, OURS)}
 
 
 class RankPlot(Plot):
+    """Recall against the rank R, and parameters against it together with LoRA and UniAdapter."""
+
+    name = "rank"
+    about = "recall and parameters against the rank (figure 3)"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("table", metavar="SWEEP.CSV", help=f"of scripts/sweep.py, over {RANK_KEY} and seeds")
+        parser.add_argument("--split", default="test")
+        parser.add_argument("--layers", type=int, default=LAYERS, help="L of the counts; BLIP base's by default")
+        parser.add_argument("--width", type=int, default=WIDTH, help="d of the counts; BLIP base's by default")
+
+    def numbers(self, args: argparse.Namespace) -> dict[str, Any]:
+        """Recalls by direction and rank, counts by method and rank."""
+        columns = list(read_table(args.table, RANK_KEY)[0])
+        panels = {}
+        for direction in DIRECTIONS:
+            names = [f"{args.split}.{direction}_r{k}" for k in TOP]
+            if all(name in columns for name in names):
+                panels[direction] = names
+        accuracy = f"{args.split}.agg_metrics"
+        if not panels and accuracy in columns:
+            panels["accuracy"] = [accuracy]
+        if not panels:
+            raise AuroraError(
+                f"{args.table}: has no recalls and no accuracy of the split {args.split!r}; see --split"
+            )
+        found = series(args.table, RANK_KEY, [name for names in panels.values() for name in names])
+        ranks = sorted(found, key=int)
+        sizes = {
+            name: [count(rank, args.layers, args.width) for rank in RANKS] for name, (count, _) in METHODS.items()
+        }
+        base = (args.layers, args.width) == (LAYERS, WIDTH)
+        return {
+            "table": str(args.table),
+            "panels": panels,
+            "ranks": [int(rank) for rank in ranks],
+            "values": {rank: found[rank] for rank in ranks},
+            "counts": {"layers": args.layers, "width": args.width, "ranks": list(RANKS), **sizes},
+            "paper": paper_counts() if base else [],
+        }
+
+    def draw(self, numbers: dict[str, Any]) -> Figure:
+        """A panel of recalls for each direction, and one of counts."""
+        panels, ranks = numbers["panels"], numbers["ranks"]
+        figure, axes = subplots(1, len(panels) + 1, 3.9, 3.5)
+        for axis, (direction, metrics) in zip(axes, panels.items()):
+            names: list[tuple[float, str, str]] = []
+            for metric, color in zip(metrics, CYCLE):
+                shown = [numbers["values"][str(rank)][metric] for rank in ranks]
+                name = f"R@{metric.rpartition('_r')[2]}" if "_r" in metric else "accuracy"
+                means = [one["mean"] for one in shown]
+                axis.errorbar(ranks, means, [one["spread"] or 0 for one in shown], color=color, marker="o", capsize=3)
+                names.append((means[-1], name, color))
+            axis.set_title(DIRECTIONS.get(direction, direction))
+            _rank_axis(axis, ranks)
+            low, high = axis.get_ylim()
+            names.sort()
+            heights = spread_labels([(mean - low) / (high - low) for mean, _, _ in names], gap=0.055)
+            for height, (_, name, color) in zip(heights, names):
+                place = (ranks[-1], low + height * (high - low))
+                axis.annotate(name, place, (7, 0), "data", "offset points", va="center", color=color)
+        axes[0].set_ylabel("percent")
+        axis, counts = axes[-1], numbers["counts"]
+        for name, (_, color) in METHODS.items():
+            axis.plot(counts["ranks"], counts[name], color=color, marker=".")
+            last = (counts["ranks"][-1], counts[name][-1])
+            axis.annotate(name, last, (5, 0), "data", "offset points", va="center", color=color)
+            points = [(one["rank"], one["tunable"]) for one in numbers["paper"] if one["method"] == name]
+            if points:
+                axis.plot(*zip(*points), "o", color=color, markerfacecolor="none", markersize=9)
+        if numbers["paper"]:
+            axis.plot([], [], "o", color="black", markerfacecolor="none", markersize=9, label="paper's table 1")
+        axis.plot([], [], color="black", marker=".", label="formulas of appendix E")
+        axis.legend(frameon=False, loc="upper left", fontsize=8)
+        axis.set_yscale("log")
+        axis.set_ylim(top=axis.get_ylim()[1] * 5)
+        axis.set_title(f"trained parameters, L = {counts['layers']}, d = {counts['width']}")
+        _rank_axis(axis, counts["ranks"])
+        cells = {len(one["cells"]) for by_metric in numbers["values"].values() for one in by_metric.values()}
+        note = f"mean and standard deviation of {max(cells)} seeds" if max(cells) > 1 else "one seed"
+        figure.suptitle(f"The rank R: what it gives ({note}) and what it costs")
+        return figure
+
+
+def paper_counts() -> list[dict[str, Any]]:
+    """What table 1 of the paper says that LoRA, UniAdapter and Aurora train."""
+    rows = [row for row in paper_tables()["tables"]["1"]["rows"] if row["method"] in METHODS]
+    return [
+        {"method": row["method"], "label": label(row), **{k: row[k] for k in ("rank", "tunable")}} for row in rows
+    ]
+
+
+def _rank_axis(axis, ranks: list[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ranks, [str(rank) for rank in ranks])
+    # Names stand right of the lines.
+    axis.set_xlim(right=ranks[-1] * (ranks[-1] / ranks[0]) ** 0.3 if len(ranks) > 1 else None)
+    axis.set_xlabel("rank R")
+    axis.minorticks_off()
+    despine(axis)
+
+
+RANK = RankPlot()
+
+
+class NestedRankPlot(Plot):
     """``ranks.json`` of a nested run, see ``run.rank``."""
 
     name = "ranks"
@@ -54,7 +177,7 @@ class RankPlot(Plot):
         return figure
 
 
-RANK_PLOT = RankPlot()
+RANK_PLOT = NestedRankPlot()
 
 
 def draw_ranks(folder: Path) -> Path:

@@ -1,38 +1,29 @@
-"""Plots of a sweep: the forms of one part of the method (figures 4 and 6, and 4.4), and the rank (figure 3)."""
+"""Plots of sweeps, the forms of one part of the method (figures 4 and 6, and 4.4), and of comparisons of methods."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from omegaconf import DictConfig
 
-from lavis_aurora.analysis.drawing import CYCLE, FULL, OTHER, OURS, PALE, Plot, despine, spread_labels, subplots
-from lavis_aurora.analysis.paper import (
-    DIRECTIONS,
-    LAYERS,
-    WIDTH,
-    aurora_count,
-    label,
-    lora_count,
-    metric_title,
-    paper_tables,
-    uniadapter_count,
-)
+from lavis_aurora.analysis.drawing import CYCLE, OURS, PALE, Plot, despine, label_points, subplots
+from lavis_aurora.analysis.paper import COSTS, method_name, metric_title, read_costs
 from lavis_aurora.analysis.results import ComparedMethod, compared, read_table, series
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json
-from lavis_aurora.evaluation.scores import TOP
+from lavis_aurora.config.check import read_yaml
 
 RECALLS = ("image_to_text_r1", "text_to_image_r1", "video_to_text_r1", "text_to_video_r1", "agg_metrics")
 MIN_AXIS_SPAN = 6.0  # percent; what differs by less is hardly more than chance, and shall not look like more
-RANK_KEY = "model.mode_approx.rank"
-RANKS = (4, 8, 16, 32, 64, 128, 256, 512)
-METHODS = {"LoRA": (lora_count, FULL), "UniAdapter": (uniadapter_count, OTHER), "Aurora": (aurora_count, OURS)}
 
 
 @dataclass
@@ -89,9 +80,7 @@ class Ablation(Plot):
             axis.set_xticks(range(len(values)), [numbers["labels"][value] for value in values])
             axis.set_xlim(-0.7, len(values) - 0.5)
             axis.set_title(metric_title(metric, any(other.endswith("_r1") for other in metrics)))
-            low, high = axis.get_ylim()
-            missing = max(MIN_AXIS_SPAN - (high - low), 0) / 2
-            axis.set_ylim(low - missing, high + missing)
+            _widen(axis)
             despine(axis)
         axes[0].set_ylabel("percent")
         seeds = sorted({len(found[metric]["cells"]) for found in values.values() for metric in found})
@@ -99,6 +88,13 @@ class Ablation(Plot):
         spread = "mean, standard deviation and each of" if seeds[-1] > 1 else "of"
         figure.suptitle(f"{self.title}: {spread} {count} seed{'s' if seeds[-1] > 1 else ''}")
         return figure
+
+
+def _widen(axis: Axes) -> None:
+    """Let the axis of percent span :data:`MIN_AXIS_SPAN`."""
+    low, high = axis.get_ylim()
+    missing = max(MIN_AXIS_SPAN - (high - low), 0) / 2
+    axis.set_ylim(low - missing, high + missing)
 
 
 def default_metrics(table: str) -> list[str]:
@@ -149,112 +145,6 @@ SHARING = Ablation(
 )
 
 
-class RankPlot(Plot):
-    """Recall against the rank R, and parameters against it together with LoRA and UniAdapter."""
-
-    name = "rank"
-    about = "recall and parameters against the rank (figure 3)"
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("table", metavar="SWEEP.CSV", help=f"of scripts/sweep.py, over {RANK_KEY} and seeds")
-        parser.add_argument("--split", default="test")
-        parser.add_argument("--layers", type=int, default=LAYERS, help="L of the counts; BLIP base's by default")
-        parser.add_argument("--width", type=int, default=WIDTH, help="d of the counts; BLIP base's by default")
-
-    def numbers(self, args: argparse.Namespace) -> dict[str, Any]:
-        """Recalls by direction and rank, counts by method and rank."""
-        columns = list(read_table(args.table, RANK_KEY)[0])
-        panels = {}
-        for direction in DIRECTIONS:
-            names = [f"{args.split}.{direction}_r{k}" for k in TOP]
-            if all(name in columns for name in names):
-                panels[direction] = names
-        accuracy = f"{args.split}.agg_metrics"
-        if not panels and accuracy in columns:
-            panels["accuracy"] = [accuracy]
-        if not panels:
-            raise AuroraError(
-                f"{args.table}: has no recalls and no accuracy of the split {args.split!r}; see --split"
-            )
-        found = series(args.table, RANK_KEY, [name for names in panels.values() for name in names])
-        ranks = sorted(found, key=int)
-        sizes = {
-            name: [count(rank, args.layers, args.width) for rank in RANKS] for name, (count, _) in METHODS.items()
-        }
-        base = (args.layers, args.width) == (LAYERS, WIDTH)
-        return {
-            "table": str(args.table),
-            "panels": panels,
-            "ranks": [int(rank) for rank in ranks],
-            "values": {rank: found[rank] for rank in ranks},
-            "counts": {"layers": args.layers, "width": args.width, "ranks": list(RANKS), **sizes},
-            "paper": paper_counts() if base else [],
-        }
-
-    def draw(self, numbers: dict[str, Any]) -> Figure:
-        """A panel of recalls for each direction, and one of counts."""
-        panels, ranks = numbers["panels"], numbers["ranks"]
-        figure, axes = subplots(1, len(panels) + 1, 3.9, 3.5)
-        for axis, (direction, metrics) in zip(axes, panels.items()):
-            names: list[tuple[float, str, str]] = []
-            for metric, color in zip(metrics, CYCLE):
-                shown = [numbers["values"][str(rank)][metric] for rank in ranks]
-                name = f"R@{metric.rpartition('_r')[2]}" if "_r" in metric else "accuracy"
-                means = [one["mean"] for one in shown]
-                axis.errorbar(ranks, means, [one["spread"] or 0 for one in shown], color=color, marker="o", capsize=3)
-                names.append((means[-1], name, color))
-            axis.set_title(DIRECTIONS.get(direction, direction))
-            _rank_axis(axis, ranks)
-            low, high = axis.get_ylim()
-            names.sort()
-            heights = spread_labels([(mean - low) / (high - low) for mean, _, _ in names], gap=0.055)
-            for height, (_, name, color) in zip(heights, names):
-                place = (ranks[-1], low + height * (high - low))
-                axis.annotate(name, place, (7, 0), "data", "offset points", va="center", color=color)
-        axes[0].set_ylabel("percent")
-        axis, counts = axes[-1], numbers["counts"]
-        for name, (_, color) in METHODS.items():
-            axis.plot(counts["ranks"], counts[name], color=color, marker=".")
-            last = (counts["ranks"][-1], counts[name][-1])
-            axis.annotate(name, last, (5, 0), "data", "offset points", va="center", color=color)
-            points = [(one["rank"], one["tunable"]) for one in numbers["paper"] if one["method"] == name]
-            if points:
-                axis.plot(*zip(*points), "o", color=color, markerfacecolor="none", markersize=9)
-        if numbers["paper"]:
-            axis.plot([], [], "o", color="black", markerfacecolor="none", markersize=9, label="paper's table 1")
-        axis.plot([], [], color="black", marker=".", label="formulas of appendix E")
-        axis.legend(frameon=False, loc="upper left", fontsize=8)
-        axis.set_yscale("log")
-        axis.set_ylim(top=axis.get_ylim()[1] * 5)
-        axis.set_title(f"trained parameters, L = {counts['layers']}, d = {counts['width']}")
-        _rank_axis(axis, counts["ranks"])
-        cells = {len(one["cells"]) for by_metric in numbers["values"].values() for one in by_metric.values()}
-        note = f"mean and standard deviation of {max(cells)} seeds" if max(cells) > 1 else "one seed"
-        figure.suptitle(f"The rank R: what it gives ({note}) and what it costs")
-        return figure
-
-
-def paper_counts() -> list[dict[str, Any]]:
-    """What table 1 of the paper says that LoRA, UniAdapter and Aurora train."""
-    rows = [row for row in paper_tables()["tables"]["1"]["rows"] if row["method"] in METHODS]
-    return [
-        {"method": row["method"], "label": label(row), **{k: row[k] for k in ("rank", "tunable")}} for row in rows
-    ]
-
-
-def _rank_axis(axis, ranks: list[int]) -> None:
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(ranks, [str(rank) for rank in ranks])
-    # Names stand right of the lines.
-    axis.set_xlim(right=ranks[-1] * (ranks[-1] / ranks[0]) ** 0.3 if len(ranks) > 1 else None)
-    axis.set_xlabel("rank R")
-    axis.minorticks_off()
-    despine(axis)
-
-
-RANK = RankPlot()
-
-
 class ComparisonPlot(Plot):
     """Methods of scripts/comparison.py: the metric against trained parameters, and against the rate.
 
@@ -299,7 +189,7 @@ class ComparisonPlot(Plot):
                 if one["budget"] in ("", numbers["budget"]) and len(one["rates"]) > 1:
                     tried = sorted((float(rate), score or 0.0) for rate, score in one["rates"].items())
                     rates.plot(*zip(*tried), "o-", **style)
-        metric = "R@1, mean of both directions" if len(numbers["metrics"]) > 1 else "accuracy"
+        metric = _metric_name(numbers["metrics"])
         scores.set(xscale="log", xlabel="adapter parameters", ylabel=f"test: {metric}, percent")
         rates.set(xscale="log", xlabel="rate (run.init_lr)", ylabel=f"validation: {metric}, percent")
         rates.set_title(f"rates, at {numbers['budget']} parameters")
@@ -328,3 +218,115 @@ def _scored(method: ComparedMethod) -> dict[str, Any]:
 
 
 COMPARISON = ComparisonPlot()
+
+
+# The measured task of scripts/bench_train.py by that of scripts/comparison.py.
+BENCHED = {"pictures": "retrieval", "clips": "video", "questions": "vqa"}
+
+
+class FrontierPlot(Plot):
+    """What methods reach in scripts/comparison.py against what a step of them costs by scripts/bench_train.py.
+
+    A method's YAML names the row of the latter in its key ``cost``. The line joins those that none reaches at less.
+    """
+
+    name = "frontier"
+    about = "scores against time and memory of a step"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("bench", metavar="BENCH.JSON", help="of scripts/bench_train.py --methods frontier --out")
+        parser.add_argument("records", metavar="TASK.JSON", help="of scripts/comparison.py")
+        parser.add_argument("--budget", default="25k", help="of the methods that have several; default: %(default)s")
+        parser.add_argument("--methods", default="scripts/comparison", help="their YAMLs; default: %(default)s")
+
+    def numbers(self, args: argparse.Namespace) -> dict[str, Any]:
+        """Scores and ratios of cost of each method, and in one line those that miss one of them."""
+        task, bench, costs = Path(args.records).stem, read_costs(args.bench), method_costs(args.methods)
+        if task not in BENCHED:
+            raise AuroraError(f"{args.records}: name {', '.join(BENCHED)}.json of scripts/comparison.py")
+        measured = bench["tasks"].get(BENCHED[task])
+        remedy = f"measure by scripts/bench_train.py --tasks {BENCHED[task]} --methods frontier"
+        if measured is None:
+            raise AuroraError(f"{args.bench}: has no steps of {BENCHED[task]}; {remedy}")
+        sizes = ("", args.budget)
+        found = {one.method: one for one in compared(read_json(args.records)) if one.budget in sizes}
+        points, missing = [], defaultdict(list)
+        for method in {**found, **costs}:
+            row = costs.get(method)
+            if row is None:
+                missing["no cost is named of"].append(method)
+            elif method not in found:
+                missing[f"no run at {args.budget} of"].append(method)
+            elif row not in measured["methods"]:
+                missing[f"{Path(args.bench).name} lacks"].append(f"{row} ({method})")
+            else:
+                points.append({**_scored(found[method]), "row": row, **measured["methods"][row]})
+        left_out = "; ".join(f"{why} {', '.join(names)}" for why, names in missing.items())
+        if not points:
+            raise AuroraError(f"{args.bench}: nothing to draw ({left_out}); {remedy}")
+        return {
+            **{"task": task, "budget": args.budget, "unit": measured["unit"], "points": points, "left_out": left_out},
+            **{key: bench["arguments"].get(key) for key in ("size", "batch", "clock")},
+            "metrics": list(next(iter(found.values())).scores),
+            "machine": bench["machine"],
+        }
+
+    def draw(self, numbers: dict[str, Any]) -> Figure:
+        """Two panels, time and memory."""
+        figure, axes = subplots(1, 2, 6.4, 4.6)
+        points = numbers["points"]
+        for axis, (key, (_, title)) in zip(axes, COSTS.items()):
+            for point in points:
+                color = OURS if point["label"].startswith("Aurora") else PALE
+                axis.errorbar(point[key], point["mean"], point["spread"], fmt="o", capsize=4, color=color)
+            best = frontier([(point[key], point["mean"]) for point in points])
+            axis.step(*zip(*best), where="post", color="black", linewidth=0.8, zorder=0)
+            axis.margins(0.08)
+            axis.set_xlim(left=0)  # so that a tenth looks like a tenth
+            _widen(axis)
+            names = [(_with_seeds(point), point[key], point["mean"], PALE) for point in points]
+            label_points(axis, names)
+            axis.set_xlabel(f"{title}, {method_name(numbers['unit'])} = 1")
+            despine(axis, "both")
+        metric = _metric_name(numbers["metrics"])
+        axes[0].set_ylabel(f"test: {metric}, percent")
+        figure.suptitle(
+            f"{metric} on the demo of {numbers['task']} against what a step costs on BLIP {numbers['size']}'s shapes"
+        )
+        if numbers["left_out"]:
+            figure.supxlabel(textwrap.fill(f"Left out: {numbers['left_out']}", 150), fontsize=7)
+        return figure
+
+
+def method_costs(folder: str | Path) -> dict[str, str | None]:
+    """By method of scripts/comparison.py the row of scripts/bench_train.py that its YAML names, if any.
+
+    Raises:
+        AuroraError: the folder holds no YAML.
+    """
+    paths = sorted(Path(folder).glob("*.yaml"))
+    if not paths:
+        raise AuroraError(f"--methods {folder}: holds no YAML of a method; name the project's scripts/comparison")
+    found = {path.stem: read_yaml(path) for path in paths}
+    return {name: content.get("cost") if isinstance(content, DictConfig) else None for name, content in found.items()}
+
+
+def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those (cost, score) of which no other has at most the cost and at least the score, by cost."""
+    best: list[tuple[float, float]] = []
+    for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or score > best[-1][1]:
+            best.append((cost, score))
+    return best
+
+
+def _with_seeds(point: Mapping[str, Any]) -> str:
+    """The label of a point; one without an error bar says why."""
+    return point["label"] if point["spread"] is not None else f"{point['label']} (one seed)"
+
+
+def _metric_name(metrics: Sequence[str]) -> str:
+    return "R@1, mean of both directions" if len(metrics) > 1 else "accuracy"
+
+
+FRONTIER = FrontierPlot()

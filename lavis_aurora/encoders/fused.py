@@ -31,9 +31,10 @@ def merge_heads(x: Tensor) -> Tensor:
 def attention_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
     """log n, by which a token of n patches counts as n in a softmax: (batch, 1, 1, tokens), of (batch, tokens).
 
-    ToMe's proportional attention, see :mod:`lavis_aurora.encoders.merging`.
+    ToMe's proportional attention, see :mod:`lavis_aurora.encoders.merging`. It passes no gradient on: sizes depend on
+    no parameter, and with a bias that asks for one torch writes attention out instead of its fused kernel.
     """
-    return sizes.log().to(dtype)[:, None, None]
+    return sizes.detach().log().to(dtype)[:, None, None]
 
 
 def split_sizes(tokens: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None]:

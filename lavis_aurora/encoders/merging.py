@@ -93,7 +93,8 @@ class MergingBlock(Block):
         if register_hook:
             raise AuroraError("model.token_merging: no attention map of the vision tower is kept; set 0 for one")
         width = self.norm1.normalized_shape[0]
-        x, carried = x[..., :width], x[..., width:]
+        # Numbers of patches depend on no parameter; a bias that asks for a gradient has no fused kernel.
+        x, carried = x[..., :width], x[..., width:].detach()
         sizes = carried[..., 0] if carried.shape[-1] else None
         if sizes is None:
             carried = x.new_ones(*x.shape[:2], 1)

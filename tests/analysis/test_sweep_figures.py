@@ -6,22 +6,24 @@ import argparse
 import csv
 import json
 import statistics
+from pathlib import Path
 from typing import Optional
 
 import pytest
 from tiny_figures import arguments, sweep_table
 
 from lavis_aurora.analysis.paper import metric_title
+from lavis_aurora.analysis.ranks import RANK, RANK_KEY
 from lavis_aurora.analysis.results import series, write_table
 from lavis_aurora.analysis.sweep_figures import (
     COMPARISON,
     CONTEXT,
+    FRONTIER,
     GATE,
     GATE_INIT,
     MIN_AXIS_SPAN,
-    RANK,
-    RANK_KEY,
     SHARING,
+    frontier,
 )
 from lavis_aurora.common.errors import AuroraError
 
@@ -81,22 +83,6 @@ def test_each_part_has_its_figure(tmp_path, figure):
     [axis] = drawn.axes
     assert points(axis) == {i: 60.0 + i for i in range(len(forms))}
     assert drawn.get_suptitle().endswith("of 1 seed")
-
-
-def test_recalls_and_counts_against_the_rank(tmp_path):
-    table = sweep_table(tmp_path / "sweep.csv", RANK_KEY, {"16": [30.0, 32.0], "4": [20.0, 21.0], "64": [35.0, 35.0]})
-    numbers = RANK.numbers(arguments(RANK, table))
-    assert numbers["ranks"] == [4, 16, 64]
-    assert numbers["counts"]["Aurora"][numbers["counts"]["ranks"].index(64)] == 130_560
-    figure = RANK.draw(numbers)
-    assert len(figure.axes) == 3
-    drawn = [list(bars.lines[0].get_ydata()) for bars in figure.axes[0].containers]
-    assert drawn == [[20.5, 31.0, 35.0], [30.5, 41.0, 45.0], [40.5, 51.0, 55.0]]
-    names = {text.get_text() for text in figure.axes[2].texts}
-    assert names == {"LoRA", "UniAdapter", "Aurora"}
-    # Formulas of another size say nothing of the paper's model.
-    small = RANK.numbers(arguments(RANK, table, "--layers", "3", "--width", "128"))
-    assert small["paper"] == [] and small["counts"]["UniAdapter"][0] == 3 * 4 * 128 * 4
 
 
 def test_what_else_differs_is_refused(tmp_path):
@@ -175,3 +161,97 @@ def test_a_comparison_without_a_run_that_ended_well_is_refused(tmp_path):
     path.write_text(json.dumps([one for one in _records() if "error" in one]))
     with pytest.raises(AuroraError, match="pictures.json: no run of it has ended well"):
         COMPARISON.numbers(argparse.Namespace(records=path, budget="25k"))
+
+
+@pytest.fixture
+def joined(tmp_path: Path) -> list[Path]:
+    """BENCH.JSON, TASK.JSON and the folder of methods: costs of two methods, none of frozen, and two that miss."""
+    costs = {
+        "Aurora": "aurora-64+alone",
+        "LoRA": "lora-32",
+        "later": "aurora-64",
+        "unmeasured": "full",
+        "frozen": None,
+    }
+    methods = tmp_path / "methods"
+    methods.mkdir()
+    for name, cost in costs.items():
+        (methods / f"{name}.yaml").write_text(f"label: {name}\noptions: []\n" + (f"cost: {cost}\n" if cost else ""))
+    steps = {
+        "lavis-uniadapter-512": (4.0, 8e9),
+        "aurora-64+alone": (1.0, 2e9),
+        "lora-32": (2.0, 3e9),
+        "heads": (9, 9),
+    }
+    rows = {name: {"seconds": seconds, "memory": memory} for name, (seconds, memory) in steps.items()}
+    bench, records = tmp_path / "bench.json", tmp_path / "pictures.json"
+    bench.write_text(json.dumps({"arguments": {"size": "tiny"}, "results": {"retrieval": rows}}))
+    more = [{**one, "method": "unmeasured", "label": "unmeasured"} for one in _records() if one["method"] == "LoRA"]
+    records.write_text(json.dumps(_records() + more))
+    return [bench, records, methods]
+
+
+def test_the_frontier_joins_scores_with_the_costs_that_yamls_name(joined):
+    bench, records, methods = joined
+    numbers = FRONTIER.numbers(arguments(FRONTIER, bench, records, "--methods", methods))
+    found = {
+        one["label"]: (one["row"], one["seconds"], one["memory"], one["mean"], one["spread"])
+        for one in numbers["points"]
+    }
+    assert found == {
+        "Aurora": ("aurora-64+alone", 0.25, 0.25, 97.0, 1.0),
+        "LoRA": ("lora-32", 0.5, 0.375, 87.0, 1.0),
+    }
+    # What cannot be drawn is said, whichever half of it is missing.
+    assert numbers["left_out"] == (
+        "no cost is named of frozen; bench.json lacks full (unmeasured); no run at 25k of later"
+    )
+    figure = FRONTIER.draw(numbers)
+    assert "BLIP tiny" in figure.get_suptitle() and "bench.json lacks full" in figure.get_supxlabel()
+    for axis, title, ratios in zip(figure.axes, ("time", "memory"), ((0.25, 0.5), (0.25, 0.375))):
+        assert axis.get_xlabel().startswith(title) and "UniAdapter (r=512), LAVIS's own = 1" in axis.get_xlabel()
+        assert points(axis) == dict(zip(ratios, (97.0, 87.0)))
+        [line] = [line for line in axis.lines if line.get_drawstyle() == "steps-post"]
+        assert line.get_xydata().tolist() == [[0.25, 97.0]]
+        assert {text.get_text() for text in axis.texts} == {"Aurora", "LoRA"}
+        assert axis.get_ylim()[1] - axis.get_ylim()[0] >= MIN_AXIS_SPAN and axis.get_xlim()[0] == 0
+
+
+def test_a_frontier_of_one_seed_says_so(joined):
+    bench, records, methods = joined
+    records.write_text(json.dumps([one for one in _records() if one["seed"] == 1]))
+    figure = FRONTIER.draw(FRONTIER.numbers(arguments(FRONTIER, bench, records, "--methods", methods)))
+    assert {text.get_text() for text in figure.axes[0].texts} == {"Aurora (one seed)", "LoRA (one seed)"}
+
+
+def test_what_a_frontier_cannot_be_drawn_from_is_refused_with_a_remedy(joined):
+    bench, records, methods = joined
+
+    def numbers(*given: object) -> None:
+        FRONTIER.numbers(arguments(FRONTIER, *given))
+
+    with pytest.raises(AuroraError, match="nowhere: holds no YAML of a method"):
+        numbers(bench, records, "--methods", methods / "nowhere")
+    other = records.rename(records.with_name("clips.json"))
+    with pytest.raises(
+        AuroraError, match="has no steps of video; measure by .*bench_train.py --tasks video --methods"
+    ):
+        numbers(bench, other, "--methods", methods)
+    with pytest.raises(AuroraError, match="other.json: name pictures, clips, questions.json"):
+        numbers(bench, other.rename(records.with_name("other.json")), "--methods", methods)
+    (methods / "LoRA.yaml").unlink()
+    (methods / "Aurora.yaml").write_text("label: Aurora\noptions: []\ncost: aurora-65\n")
+    records.write_text(json.dumps(_records()))
+    with pytest.raises(
+        AuroraError,
+        match=r"nothing to draw \(no cost is named of frozen, LoRA; bench.json lacks aurora-65 \(Aurora\); ",
+    ):
+        numbers(bench, records, "--methods", methods)
+
+
+def test_the_frontier_is_what_none_reaches_at_less():
+    given = [(3.0, 90.0), (1.0, 80.0), (2.0, 79.0), (2.5, 85.0), (1.0, 70.0), (4.0, 90.0)]
+    expected = [
+        one for one in given if not any(other != one and other[0] <= one[0] and other[1] >= one[1] for other in given)
+    ]
+    assert frontier(given) == sorted(expected) == [(1.0, 80.0), (2.5, 85.0), (3.0, 90.0)]

@@ -172,6 +172,27 @@ def test_it_is_trained_and_recomputed_alike(video: bool) -> None:
     train_steps(model, 1)
 
 
+def test_attention_of_merged_tokens_keeps_no_weights_for_the_backward_pass() -> None:
+    """Sizes ask for no gradient, so torch's fused kernels run: in the tower, and in the texts that attend to it."""
+    model = merging(mode_approx={"rank": 4, "dropout": 0.0}).train()
+    for part in model.modules():  # with dropout the CPU has no fused kernel anyway
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    kept: set[tuple[int, ...]] = set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.add(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(batch())["loss"].backward()
+    assert any(shape[-2:] == (8, 128) for shape in kept)  # of the tower after its first layer
+    # (batch, heads, queries, keys)
+    assert not [
+        shape for shape in kept if len(shape) == 4 and shape[1] == 4 and shape[2] > 1 and shape[3] in (4, 6, 8)
+    ]
+
+
 @torch.no_grad()
 def test_half_precision_computes_nearly_the_same() -> None:
     model, images = merging().eval(), batch()["image"][:2]

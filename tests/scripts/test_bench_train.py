@@ -29,6 +29,11 @@ def test_a_measurement():
     less = measure("retrieval", "aurora-64+last6+merge16+cached+alone")
     check(less)
     assert less["trained"] == 9 * 2 * 64 + 2 * 128 * 64 + 2 * 128
+    # 8 of BLIP base's 12 layers are 2 of 3; 28 slots a layer.
+    assert (
+        measure("retrieval", "aurora-all-64+last8+alone")["trained"] == 28 * 2 * 2 * 64 + 2 * 128 * 64 + 2 * 2 * 128
+    )
+    assert measure("retrieval", "lora-attention-32+alone")["trained"] == 16 * 3 * 128 * 32
 
 
 @pytest.mark.slow
@@ -62,3 +67,10 @@ def test_every_method_has_a_name_of_its_own():
     assert len(set(names.values())) == len(names)
     assert names["frozen-flow"] == "frozen, gradients flow" and names["lavis-full"] == "full, LAVIS's own"
     assert set(bench.UNITS) <= names.keys()
+
+
+def test_the_methods_of_the_frontier_are_those_that_the_comparison_names():
+    found = bench.expanded(["frontier"])
+    assert found[0] == bench.UNITS[0] and "aurora-all-64+last8+merge16+alone" in found
+    assert "aurora-64" not in found and found == [one for one in bench.METHODS if one in found]
+    assert bench.expanded(["aurora-64", "full"]) == ["full", "aurora-64"]

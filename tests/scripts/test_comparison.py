@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import bench_train
 import comparison
 import pytest
 from comparison import METHODS, SEEDS, Comparison, Method, main, read_methods, table
@@ -133,3 +134,12 @@ def test_runs_are_made_once_and_kept(results, tmp_path, monkeypatch, capsys):
 def test_methods_of_the_project_say_what_they_are():
     for path in METHODS.glob("*.yaml"):
         assert path.read_text().startswith("# ")
+
+
+def test_methods_of_the_project_name_a_row_of_the_benchmark():
+    """Besides the backbone as it is, of which no step is trained, and the heads, which it does not measure."""
+    costs = {name: method.cost for name, method in read_methods(None).items()}
+    assert [name for name, cost in costs.items() if cost is None] == ["frozen", "heads"]
+    assert {cost for cost in costs.values() if cost} <= set(bench_train.METHODS)
+    # The demo trains without a teacher, so the row of all but one has none.
+    assert [name for name, cost in costs.items() if cost and "+alone" not in cost] == ["aurora_all_teacher"]
