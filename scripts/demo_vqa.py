@@ -89,8 +89,8 @@ def _columns(scores: dict[str, Any]) -> str:
     return "".join(f"{value:10.1f}" for value in (total, scores["answer_types"].get("other", float("nan")), *kinds))
 
 
-# Rates: Aurora's and LoRA's were chosen on the validation split among their grids below; of full fine-tuning 3e-4, 5e-4
-# and 1e-3 were tried by shorter runs.
+# Rates: Aurora's and LoRA's were chosen on the validation split among their grids below; of full fine-tuning 3e-4,
+# 5e-4 and 1e-3 were tried by shorter runs.
 VQA = VqaDemo(
     project="demo_vqa.yaml",
     learning_rates={"frozen": 1e-3, "lora": 1e-3, "aurora": 4e-3, "full": 5e-4},
