@@ -61,6 +61,11 @@ def run_processes(world: int, function: Callable, *args: Any) -> list:
     return _run(world, _join, world, function, *args)
 
 
+def run_apart(world: int, function: Callable, *args: Any) -> list:
+    """``function(rank, *args)`` of processes that know nothing of each other."""
+    return _run(world, function, *args)
+
+
 def run_programs(world: int, function: Callable, argv: list[str]) -> list[str]:
     """What ``function(argv)`` prints in each process of a run, e.g. of the program ``train``."""
     return _run(world, _as_program, world, function, argv)

@@ -17,8 +17,8 @@ from distributed import child_environment
 from tiny import project_yaml
 
 from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.training import start
-from lavis_aurora.training.start import LOCK, RunLock
+from lavis_aurora.training import run_lock
+from lavis_aurora.training.run_lock import LOCK, RunLock
 from lavis_aurora_cli import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +27,7 @@ PATIENCE = 600  # seconds that a run may take on a busy machine
 # Run with -W ignore: Python 3.12 warns of a fork beside threads.
 HOLDS = """
 import os, pathlib, sys, time
-from lavis_aurora.training.start import RunLock
+from lavis_aurora.training.run_lock import RunLock
 with RunLock() as lock:
     lock.take(pathlib.Path(sys.argv[1]))
     if os.fork():
@@ -110,7 +110,7 @@ def test_one_on_another_host_that_no_longer_touches_it_is(tmp_path, caplog):
 
 
 def test_an_owner_touches_its_file_until_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(start, "TOUCH", 0.01)
+    monkeypatch.setattr(run_lock, "TOUCH", 0.01)
     with RunLock() as lock:
         lock.take(tmp_path)
         os.utime(tmp_path / LOCK, (0, 0))
