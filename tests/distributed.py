@@ -27,6 +27,15 @@ def child_environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **more}
 
 
+def start_apart(function: Callable, *args: Any) -> Any:
+    """A process that runs ``function(*args)``, forked from one that has imported the package."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=function, args=args)
+    process.start()
+    return process
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
