@@ -60,6 +60,8 @@ def _as_program(rank: int, world: int, function: Callable, argv: list[str]) -> s
 
 def _start(rank: int, environment: dict[str, str], function: Callable, args: tuple, results: Any) -> None:
     torch.set_num_threads(1)
+    # As in a program on Linux: a data process started as this one was would import the package anew.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.clear()  # it is that of the process that was forked
     os.environ.update(environment)
     results[rank] = function(rank, *args)
