@@ -22,12 +22,14 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+START = time.monotonic()  # imports count too
 try:
+    import safetensors  # noqa: F401
     import torch
 except ImportError as error:
     print(
-        f"check_gpu: {sys.executable} has no torch ({error}): nothing was checked; run scripts/setup_env.sh, "
-        f"or set PYTHON to an interpreter that has it",
+        f"check_gpu: {sys.executable} cannot import torch and safetensors ({error}): nothing was checked; run "
+        f"scripts/setup_env.sh, or set PYTHON to an interpreter that has them",
         file=sys.stderr,
     )
     sys.exit(2)
@@ -36,11 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 
-import gpu_kernels  # noqa: E402
 from gpu_report import FAILED, SKIPPED, Row, Setting  # noqa: E402
-
-from lavis_aurora.common.files import write_text  # noqa: E402
-from lavis_aurora.common.summary import machine, versions  # noqa: E402
 
 Part = Callable[[Setting], Iterator[Row]]
 
@@ -66,23 +64,36 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def all_parts() -> tuple[dict[str, Part], dict[str, str]]:
-    """The parts that can run here, and why others cannot, by name."""
+    """The parts that can run here, and why others cannot, by name.
+
+    The package is imported here: without a GPU that is known before.
+    """
+    import gpu_kernels
+
     parts: dict[str, Part] = dict(gpu_kernels.PARTS)
     try:
         import gpu_models
-    except ImportError as error:
+    except Exception as error:  # whatever a library raises that does not fit the others
         reason = " ".join(str(error).split())
         return parts, {"parts with BLIP": f"LAVIS or what the tests need cannot be imported: {reason}"}
     return parts | gpu_models.PARTS, {}
 
 
-def run_parts(parts: dict[str, Part], setting: Setting, limit: float) -> tuple[list[Row], dict[str, float]]:
+def run_parts(
+    parts: dict[str, Part], setting: Setting, limit: float, start: float | None = None
+) -> tuple[list[Row], dict[str, float]]:
     """Rows of all parts, printed as they come, and how long each part took.
 
     A part that breaks, or that there is no time for, is a row of its own.
+
+    Args:
+        parts: by name.
+        setting: where and how large.
+        limit: seconds in all, from ``start`` on.
+        start: by time.monotonic; now by default.
     """
     rows: list[Row] = []
-    seconds, start = {}, time.monotonic()
+    seconds, start = {}, time.monotonic() if start is None else start
     print("| part | check | found | allowed | |\n| --- | --- | --- | --- | --- |", flush=True)
 
     def note(part: str, one: Row) -> None:
@@ -107,6 +118,8 @@ def run_parts(parts: dict[str, Part], setting: Setting, limit: float) -> tuple[l
 
 def description(setting: Setting) -> dict[str, object]:
     """The machine and the versions."""
+    from lavis_aurora.common.summary import machine, versions
+
     found: dict[str, object] = {**machine(setting.device), **versions()}
     if setting.device.type == "cuda":
         properties = torch.cuda.get_device_properties(setting.device)
@@ -138,23 +151,31 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    parts, missing = all_parts()
+    try:
+        parts, missing = all_parts()
+    except ImportError as error:
+        print(f"check_gpu: {error}: nothing was checked", file=sys.stderr)
+        return 2
     if unknown := set(args.only or ()) - set(parts):
-        parser.error(f"--only: no part {', '.join(sorted(unknown))}; known: {', '.join(parts)}")
+        reasons = "".join(f"; {name}: {reason}" for name, reason in missing.items())
+        parser.error(f"--only: no part {', '.join(sorted(unknown))}; known: {', '.join(parts)}{reasons}")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     logging.getLogger().setLevel(logging.ERROR)  # random weights are meant
     setting = Setting(torch.device(args.device), args.size or ("base" if args.device == "cuda" else "tiny"))
     # Convolutions too are compared in single precision.
     torch.backends.cudnn.allow_tf32 = False
-    rows, seconds = run_parts({name: parts[name] for name in args.only or parts}, setting, args.limit)
+    # Before the parts: a GPU that has failed may tell nothing.
+    about = {"device": args.device, "size": setting.size, **description(setting)}
+    if "bf16" not in setting.precisions:
+        missing["bf16"] = "the device does not compute in it"
+    rows, seconds = run_parts({name: parts[name] for name in args.only or parts}, setting, args.limit, START)
     if not args.only:
         rows += [Row("all of it", SKIPPED, reason, part=name) for name, reason in missing.items()]
     failed = sum(one.status == FAILED for one in rows)
-    about = {"device": args.device, "size": setting.size, **description(setting), "seconds": seconds}
-    content = {"failed": failed, "about": about, "rows": [asdict(one) for one in rows]}
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    write_text(Path(args.out), json.dumps(content, indent=1) + "\n")
+    content = {"failed": failed, "about": {**about, "seconds": seconds}, "rows": [asdict(one) for one in rows]}
+    Path(args.out).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(*(f"\n{name}: skipped, {reason}" for name, reason in missing.items()))
-    print(", ".join(f"{key} {value}" for key, value in about.items() if key != "seconds"))
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
     skipped = sum(one.status == SKIPPED for one in rows)
     print(f"\n{len(rows)} checks: {failed} failed, {skipped} skipped, {sum(seconds.values()):.0f} s; see {args.out}")
     return 1 if failed else 0

@@ -6,7 +6,7 @@ r"""Compare ways of tuning by what they train: each at its own best rate, chosen
 A method is a YAML of scripts/comparison: its options, its size at each budget, and the rates to try. The rates
 are compared with one seed; the best is run with two more. Each run leaves a record in
 docs/comparison/TASK.json, which is kept with the project: the same command runs what is missing there, and prints the
-table. Another method is another YAML.
+table. Several at once share the runs among them, in one --output. Another method is another YAML.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +29,7 @@ from omegaconf import OmegaConf
 from processes import ROOT, add_jobs_argument, run_all
 from sweep import Cell, check_cells, time_left
 
-from lavis_aurora.analysis.results import compared, compared_metrics, latest_run
+from lavis_aurora.analysis.results import best_rate, compared, compared_metrics, latest_run
 from lavis_aurora.common.errors import AuroraError, did_you_mean
 from lavis_aurora.common.files import read_json, write_text
 from lavis_aurora.common.parsing import parse
@@ -36,6 +37,7 @@ from lavis_aurora.common.summary import Summary, read_summary
 from lavis_aurora.config.check import read_yaml
 from lavis_aurora.config.models import TUNINGS
 from lavis_aurora.project import merge_options
+from lavis_aurora.training.run_lock import FolderInUse, RunLock
 
 TASKS = {"pictures": "demo_ret.yaml", "clips": "demo_video.yaml", "questions": "demo_vqa.yaml"}
 METHODS = ROOT / "scripts" / "comparison"
@@ -149,7 +151,7 @@ class Comparison:
         budgets: those to run; methods of one size are run always.
         output: folder of the runs.
         options: KEY=VALUE of all runs, besides the YAML's.
-        records: of the results file, those of methods and budgets that are not asked for among them.
+        records: of the results file when it was read last, those of methods and budgets not asked for among them.
         took: seconds of the runs of this call.
     """
 
@@ -162,6 +164,10 @@ class Comparison:
     took: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.read()
+
+    def read(self) -> None:
+        """Read the results file, to which other commands may have added."""
         if self.results.is_file():
             self.records = read_json(self.results)
 
@@ -212,10 +218,9 @@ class Comparison:
                 trials += first
                 later += len(SEEDS) - 1 if size[1].rates else 0
                 continue
-            # Of equals the highest rate, which is the least likely to end before it has learned.
-            best = max(search, key=lambda trial: (validation(self.known(trial)), trial.key["rate"]))
-            if size[1].rates and "error" not in (self.known(best) or {}):
-                more = (self.trial(*size, best.key["rate"], seed) for seed in SEEDS[1:])
+            best = best_rate([record for trial in search if (record := self.known(trial))])
+            if best is not None:
+                more = (self.trial(*size, best, seed) for seed in SEEDS[1:])
                 trials += [trial for trial in more if not self.known(trial)]
         return trials, later
 
@@ -224,22 +229,31 @@ class Comparison:
         return next((one for one in self.records if all(one[key] == trial.key[key] for key in SAME)), None)
 
     def keep(self, trial: Trial) -> None:
-        """Write the record of a run that has ended; older ones of it, by another project, go."""
-        self.records = [one for one in self.records if any(one[key] != trial.key[key] for key in RUN)]
-        self.records.append(trial.record())
-        self.records.sort(key=lambda one: (one["method"], one["budget"], one["rate"] or 0, one["seed"]))
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        write_text(self.results, json.dumps(self.records, indent=1) + "\n")
+        """Add the record of a run that has ended to the file; older ones of it, by another project, go."""
+        with locked(RESULTS):
+            self.read()
+            self.records = [one for one in self.records if any(one[key] != trial.key[key] for key in RUN)]
+            self.records.append(trial.record())
+            self.records.sort(key=lambda one: (one["method"], one["budget"], one["rate"] or 0, one["seed"]))
+            write_text(self.results, json.dumps(self.records, indent=1) + "\n")
 
     def run(self, jobs: int) -> None:
         """Run all that is missing; a line on each run that ends, and the time left."""
         while True:
+            self.read()
             trials, later = self.missing()
             if not trials:
                 return
             check_cells([*trials], str(self.project), self.options, make_data=True)
 
+            def start(trial: Trial) -> None:
+                self.read()
+                if not self.known(trial):
+                    trial.start(str(self.project), self.options)
+
             def poll(trial: Trial) -> bool:
+                if trial.process is None:
+                    return True  # another command has kept it
                 ended = trial.poll()
                 if ended:
                     self.keep(trial)
@@ -254,13 +268,21 @@ class Comparison:
                 for trial in active:
                     print(f"  {trial.name}: {trial.progress()}", flush=True)
 
-            run_all(trials, jobs, lambda trial: trial.start(str(self.project), self.options), poll, report)
+            run_all(trials, jobs, start, poll, report)
 
 
-def validation(record: Mapping[str, Any] | None) -> float:
-    """What a rate is chosen by."""
-    score = (record or {}).get("validation")
-    return float("-inf") if score is None else float(score)
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Around what no other process does in a folder at the same time; it is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with RunLock() as lock:
+        while True:
+            try:
+                lock.take(folder)
+                break
+            except FolderInUse:
+                time.sleep(0.1)
+        yield
 
 
 def table(records: list[Record]) -> str:

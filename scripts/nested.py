@@ -87,7 +87,7 @@ def run_cells(cells: Sequence[Cell], jobs: int, start: Callable[[Cell], None]) -
     def print_report(active: list[Cell], left: int) -> None:
         print(report(pending, active, left, jobs), flush=True)
 
-    run_all(pending, jobs, start, Cell.poll, print_report)
+    run_all(pending, jobs, lambda cell: cell.is_done() or start(cell), Cell.poll, print_report)
     failed = [cell for cell in cells if cell.result["status"] == "failed"]
     if failed:
         raise AuroraError(f"{len(failed)} of {len(cells)} failed, see {failed[0].log}; the same command goes on")

@@ -111,7 +111,7 @@ def right_answers(model: BlipVqaAurora, images: Tensor, split: str, each: int) -
 
 def words_said(model: BlipVqaAurora, image: Tensor) -> float:
     """Share of WORDS that it gives where asked to say them, in percent."""
-    samples = {"image": image.expand(len(WORDS), -1, -1, -1), "text_input": [text for text, in WORDS.values()]}
+    samples = {"image": image.expand(len(WORDS), -1, -1, -1), "text_input": [text for (text,) in WORDS.values()]}
     said = model.predict_answers(samples, answer_list=[*WORDS])
     return 100 * sum(map(str.__eq__, said, WORDS)) / len(WORDS)
 

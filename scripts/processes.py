@@ -44,6 +44,13 @@ class TrainingProcess:
         """The file that its output is added to."""
         return self.folder / LOG
 
+    def take(self) -> bool:
+        """Whether it may start: nothing else works in its folder, nor will until :meth:`release`."""
+        return True
+
+    def release(self) -> None:
+        """It has ended, and all of it is kept."""
+
     def start_run(
         self, cfg_path: str | Path, options: Sequence[str], evaluate: bool, cwd: Path | None = None
     ) -> None:
@@ -110,22 +117,25 @@ def add_jobs_argument(parser: argparse.ArgumentParser, default: int) -> None:
 def run_all(
     processes: Sequence[Process],
     jobs: int,
-    start: Callable[[Process], None],
+    start: Callable[[Process], object],
     poll: Callable[[Process], bool],
     on_progress: Callable[[list[Process], int], None],
     interval: float = 20.0,
 ) -> None:
     """Run all, ``jobs`` at a time. Those that run when this is left, by an error or a signal, are told to stop.
 
+    One whose folder another process works in is passed over, and waited for at the end.
+
     Args:
         processes: in the order in which they start.
-        start: starts one.
+        start: starts one, unless that other process has done it.
         poll: whether one has ended; asked until it has, so it may say so, or raise.
         on_progress: given those that run and the number of those that do not yet; called after each end and at least
             every ``interval`` seconds.
     """
     pending, last = list(processes), time.time()
     active: list[Process] = []
+    elsewhere = 0  # runs that are waited for
 
     def leave(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)
@@ -134,11 +144,21 @@ def run_all(
     handlers = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         while pending or active:
-            while pending and len(active) < jobs:
-                active.append(pending.pop(0))
-                start(active[-1])
+            for process in list(pending):
+                if len(active) < jobs and process.take():
+                    pending.remove(process)
+                    active.append(process)
+                    start(process)
+            if not active and len(pending) != elsewhere:
+                print(f"waiting for {len(pending)} that another process runs", flush=True)
+            elsewhere = 0 if active else len(pending)
             time.sleep(0.2)
-            still = [process for process in active if not poll(process)]
+            still = []
+            for process in active:
+                if poll(process):
+                    process.release()
+                else:
+                    still.append(process)
             if len(still) < len(active) or time.time() - last > interval:
                 active, last = still, time.time()
                 on_progress(active, len(pending))
@@ -148,5 +168,7 @@ def run_all(
             process.terminate()
         for process in running:
             process.wait()
+        for one in active:
+            one.release()
         for number, handler in handlers.items():
             signal.signal(number, handler)

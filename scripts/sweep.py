@@ -4,8 +4,8 @@ r"""Train a project once for each cell of a grid of options, and write one table
         --grid model.mode_approx.rank=4,16,64 run.seed=1,2
 
 Each cell is `python train.py` in a process and a folder of its own. The same command again goes on: finished cells
-are kept, interrupted ones resume, failed ones are tried again. sweep.csv holds a row for each cell, and mean and
-spread (sample standard deviation) over the seeds.
+are kept, interrupted ones resume, failed ones are tried again. Several at once share the cells among them. sweep.csv
+holds a row for each cell, and mean and spread (sample standard deviation) over the seeds.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from lavis_aurora.common.files import read_json
 from lavis_aurora.common.summary import read_summary
 from lavis_aurora.data.annotations import build_checked
 from lavis_aurora.project import load_config
+from lavis_aurora.training.run_lock import FolderInUse, RunLock
 
 DONE, PLAN = "cell.json", "sweep.json"
 
@@ -64,13 +65,25 @@ class Cell(TrainingProcess):
     settings: dict[str, str]
     folder: Path
     result: dict[str, Any] = field(default_factory=dict)
+    lock: RunLock = field(default_factory=RunLock, compare=False)
 
     @property
     def name(self) -> str:
         return cell_name(self.settings)
 
+    def take(self) -> bool:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.take(self.folder)
+        except FolderInUse:
+            return False
+        return True
+
+    def release(self) -> None:
+        self.lock.release()
+
     def is_done(self) -> bool:
-        """Whether an earlier call finished it; its result is then read."""
+        """Whether another call finished it; its result is then read."""
         if (self.folder / DONE).is_file():
             self.result = read_json(self.folder / DONE)
         return bool(self.result)
@@ -84,8 +97,8 @@ class Cell(TrainingProcess):
 
     def poll(self) -> bool:
         """Whether it has ended, which it says; its result is then complete."""
-        if not super().poll():
-            return False
+        if self.process is None or not super().poll():
+            return bool(self.result)  # of another call
         run = None if self.failed else latest_run(self.folder)
         if run is None:
             error = last_error(self.output())
@@ -200,7 +213,7 @@ def run_cells(cells: list[Cell], jobs: int, cfg_path: str, options: Sequence[str
     def print_report(active: list[Cell], left: int) -> None:
         print(report(cells, active, left, jobs), flush=True)
 
-    run_all(pending, jobs, lambda cell: cell.start(cfg_path, options), Cell.poll, print_report)
+    run_all(pending, jobs, lambda cell: cell.is_done() or cell.start(cfg_path, options), Cell.poll, print_report)
 
 
 def run(arguments: argparse.Namespace) -> int:

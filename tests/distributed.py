@@ -27,6 +27,15 @@ def child_environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **more}
 
 
+def start_apart(function: Callable, *args: Any) -> Any:
+    """A process that runs ``function(*args)``, forked from one that has imported the package."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=function, args=args)
+    process.start()
+    return process
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -51,6 +60,8 @@ def _as_program(rank: int, world: int, function: Callable, argv: list[str]) -> s
 
 def _start(rank: int, environment: dict[str, str], function: Callable, args: tuple, results: Any) -> None:
     torch.set_num_threads(1)
+    # As in a program on Linux: a data process started as this one was would import the package anew.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.clear()  # it is that of the process that was forked
     os.environ.update(environment)
     results[rank] = function(rank, *args)
@@ -59,6 +70,11 @@ def _start(rank: int, environment: dict[str, str], function: Callable, args: tup
 def run_processes(world: int, function: Callable, *args: Any) -> list:
     """``function(rank, *args)`` of each process; it must be defined at the top of a module."""
     return _run(world, _join, world, function, *args)
+
+
+def run_apart(world: int, function: Callable, *args: Any) -> list:
+    """``function(rank, *args)`` of processes that know nothing of each other."""
+    return _run(world, function, *args)
 
 
 def run_programs(world: int, function: Callable, argv: list[str]) -> list[str]:

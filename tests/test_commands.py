@@ -1,6 +1,7 @@
 """The command ``lavis-aurora``: inspect, merge, targets, configs, convert."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from distributed import start_apart
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from tiny import activate, project_yaml, tiny_model
@@ -240,12 +242,20 @@ def test_configs_are_copied_all_or_none(tmp_path, failing, names, message):
     assert (tmp_path / "demo_ret.yaml").read_text() == "mine"
 
 
-def test_a_reader_that_has_had_enough_ends_the_command_quietly():
-    weights = package_file("configs/models/tiny/model.safetensors")
-    command = [sys.executable, "-m", "lavis_aurora_cli", "inspect", weights]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        process.stdout.close()
-        assert "Traceback" not in process.stderr.read() and process.wait() == 1
+def inspect_for_nobody(errors: Path) -> None:
+    """Print into a pipe whose reader has gone."""
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 1)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    main(["inspect", package_file("configs/models/tiny/model.safetensors")])
+
+
+def test_a_reader_that_has_had_enough_ends_the_command_quietly(tmp_path):
+    process = start_apart(inspect_for_nobody, tmp_path / "errors")
+    process.join()
+    assert process.exitcode == 1 and "Traceback" not in (tmp_path / "errors").read_text()
 
 
 # convert

@@ -248,6 +248,19 @@ def compared_metrics(metrics: Mapping[str, Any]) -> list[str]:
     return [name for name in metrics if name.endswith("_r1") and name.count("_") == 3] or ["agg_metrics"]
 
 
+def best_rate(records: Sequence[Mapping[str, Any]]) -> float | None:
+    """The rate with the best score on the validation split; None where nothing is trained, or every run failed.
+
+    Of equals the highest, which is the least likely to end before it has learned.
+
+    Args:
+        records: of one seed, a rate each.
+    """
+    scored = [run for run in records if run["rate"] is not None and run.get("validation") is not None]
+    best = max(scored, key=lambda run: (run["validation"], run["rate"]), default=None)
+    return None if best is None else float(best["rate"])
+
+
 def compared(records: Sequence[Mapping[str, Any]]) -> list[ComparedMethod]:
     """The methods of a comparison at their best rates, by budget and parameters.
 
@@ -259,18 +272,17 @@ def compared(records: Sequence[Mapping[str, Any]]) -> list[ComparedMethod]:
         groups[record["method"], record["budget"]].append(record)
     found = []
     for (method, budget), runs in groups.items():
-        first = min(run["seed"] for run in runs)
-        rates = {run["rate"]: run.get("validation") for run in runs if run["seed"] == first}
-        known = {rate: score for rate, score in rates.items() if score is not None}
-        rate = max(known, key=lambda one: (known[one], one or 0), default=None)
+        seed = min(run["seed"] for run in runs)
+        first = [run for run in runs if run["seed"] == seed]
+        rate = best_rate(first)
         best = [run for run in runs if run["rate"] == rate and "metrics" in run]
         if not best:
             continue
         counts = {name: group["parameters"] for name, group in best[0]["parameters"].items()}
         own = sum(counts.values()) - counts.get("heads", 0)
         scores = {name: [run["metrics"][name] for run in best] for name in compared_metrics(best[0]["metrics"])}
-        label, tried = best[0]["label"], {one: score for one, score in rates.items() if one is not None}
-        found.append(ComparedMethod(method, label, budget, own, tried, rate, len(best), scores))
+        tried = {run["rate"]: run.get("validation") for run in first if run["rate"] is not None}
+        found.append(ComparedMethod(method, best[0]["label"], budget, own, tried, rate, len(best), scores))
     return sorted(found, key=lambda one: (one.parameters, one.label))
 
 

@@ -307,7 +307,7 @@ class VideoProcessorConfig:
         frames: random (drawn, in order) or middle (the middle ones of equal parts); null: as the name says.
         crop: random (a share of the area, the same for all frames), center (the shorter side is resized, and the
             middle kept) or none (all of a frame is resized, whatever its proportions); null: as the name says.
-        min_scale, max_scale: share of a frame's area that a random crop keeps.
+        min_scale, max_scale: share of a frame's area that a random crop keeps; refused with another crop.
     """
 
     name: Optional[str] = None

@@ -84,7 +84,12 @@ class VideoProcessor(BaseProcessor):
     def __init__(self, cfg: VideoProcessorConfig) -> None:
         self.choose = partial(CHOICES[cfg.frames or self.FRAMES], count=cfg.n_frms)
         blip = BlipImageBaseProcessor(mean=cfg.mean, std=cfg.std)
-        resize = resizing(cfg, cfg.crop or self.CROP)
+        crop = cfg.crop or self.CROP
+        for key in ("min_scale", "max_scale"):
+            if crop != "random" and getattr(cfg, key) != getattr(VideoProcessorConfig, key):
+                words = f"it is of a random crop alone, and crop is {crop}; leave it out, or set crop: random"
+                raise AuroraError(f"vis_processor.{key}: {words}")
+        resize = resizing(cfg, crop)
         self.transform = v2.Compose([resize, v2.ToDtype(torch.float32, scale=True), blip.normalize])
 
     def __call__(self, path: str) -> Tensor:

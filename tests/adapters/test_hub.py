@@ -117,24 +117,15 @@ def test_what_is_pushed_is_loaded_at_the_commit_that_is_named(hub, tmp_path):
         save_adapter(adapted_toy(update_seed=seed), tmp_path / f"toy{seed}")
     (tmp_path / "toy1" / "secret.txt").write_text("mine")
     said = hub(f"""
+import contextlib, io, re, torch
 from lavis_aurora_cli import main
-main(["push", {str(tmp_path / "toy1")!r}, "user/toy", "--private"])
+with contextlib.redirect_stdout(io.StringIO()) as out:
+    main(["push", {str(tmp_path / "toy1")!r}, "user/toy", "--private"])
+first = re.search("user/toy@([0-9a-f]+) names this adapter", out.getvalue())[1]
 main(["push", {str(tmp_path / "toy2")!r}, "user/toy"])
-""")
-    first, second = hub.handler.commits
-    assert f"user/toy@{first} names this adapter" in said and f"user/toy@{second} names" in said
-    files = hub.handler.commits[first]
-    assert sorted(files) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-    assert files["adapter_model.safetensors"] == (tmp_path / "toy1" / "adapter_model.safetensors").read_bytes()
-    card = files["README.md"].decode()
-    assert "library_name: lavis_aurora" in card and "load_adapter(model, 'user/toy')" in card
-    assert "| targets | qkv: query, key, value; query, key |" in card
-    hub.handler.seen.clear()
-    said = hub(f"""
-import torch
 from toy import adapted_toy
 from lavis_aurora import load_adapter, AuroraError
-for source, seed in (("user/toy", 2), ("user/toy@{first}", 1), ("user/toy", 2)):
+for source, seed in (("user/toy", 2), (f"user/toy@{{first}}", 1), ("user/toy", 2)):
     model = adapted_toy(update_seed=9)
     load_adapter(model, source)
     expected = adapted_toy(update_seed=seed).mode_approx.sets["default"].state_dict()
@@ -159,6 +150,14 @@ for source, words in (
     else:
         raise SystemExit("not refused")
 """)
+    first, second = hub.handler.commits
+    assert f"user/toy@{second} names this adapter" in said
+    files = hub.handler.commits[first]
+    assert sorted(files) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert files["adapter_model.safetensors"] == (tmp_path / "toy1" / "adapter_model.safetensors").read_bytes()
+    card = files["README.md"].decode()
+    assert "library_name: lavis_aurora" in card and "load_adapter(model, 'user/toy')" in card
+    assert "| targets | qkv: query, key, value; query, key |" in card
     assert said.count(f"user/toy: fetched from the hub; name user/toy@{second} to have this very one again") == 1
     assert "any nn.Module" in said and "cut: " in said
     names = {path.rpartition("/")[2] for path in hub.handler.seen if "/resolve/" in path}

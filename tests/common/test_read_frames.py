@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import struct
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from av.stream import Disposition
-from distributed import child_environment
+from distributed import run_apart
 from tiny_video import OFFSET, STEP, frame_numbers, write_clip
 
 from lavis_aurora.common.media import BrokenVideo, read_frames
@@ -196,17 +196,15 @@ def test_the_cover_of_a_sound_file_is_no_video(tmp_path: Path) -> None:
         read_frames(str(path), torch.arange)
 
 
+def more_threads(_rank: int, path: str) -> int:
+    """How many the reading of a video leaves behind."""
+    gc.disable()  # frames in circles stay
+    before = len(os.listdir("/proc/self/task"))
+    read_frames(path, torch.arange)
+    return len(os.listdir("/proc/self/task")) - before
+
+
 def test_frames_that_were_read_do_not_hold_up_a_forked_process(tmp_path):
     """Data processes are forked, and may free what the main one has read; threads are not forked with it."""
     path = encode(tmp_path / "h264.mp4", gray(size=(256, 192)))
-    program = f"""
-import gc, os, sys, torch
-torch.set_num_threads(1)
-from lavis_aurora.common.media import read_frames
-gc.disable()  # frames in circles stay
-before = len(os.listdir("/proc/self/task"))
-read_frames({str(path)!r}, torch.arange)
-sys.exit(len(os.listdir("/proc/self/task")) - before)
-"""
-    done = subprocess.run([sys.executable, "-c", program], env=child_environment(), timeout=120)
-    assert done.returncode == 0
+    assert run_apart(1, more_threads, str(path)) == [0]

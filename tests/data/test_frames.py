@@ -215,6 +215,17 @@ def test_frames_at_random_without_a_random_crop(tmp_path, name, crop):
         assert frame.shape == (3, 32, 32) and (frame - expected).abs().max() < 0.03
 
 
+@pytest.mark.parametrize(
+    ("name", "more"), [("aurora_video_eval", {}), ("aurora_video_train", {"crop": "center"})], ids=["none", "center"]
+)
+@pytest.mark.parametrize("scale", [{"min_scale": 0.9}, {"max_scale": 0.6}])
+def test_the_scale_of_a_crop_is_refused_without_one(name, more, scale):
+    [key] = scale
+    with pytest.raises(AuroraError, match=f"vis_processor.{key}: it is of a random crop alone, and crop is"):
+        processor(name, **more, **scale)
+    processor(name, **{"crop": "random"}, **scale)
+
+
 def test_what_a_processor_draws_and_crops_may_be_said():
     with pytest.raises(AuroraError, match="frames.*did you mean 'random'"):
         processor("aurora_video_eval", frames="randm")

@@ -2,13 +2,11 @@
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from distributed import child_environment
+from distributed import run_programs
 from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from lavis.models.blip_models.blip_vqa import BlipVQA
 from lavis.models.med import XBertLMHeadDecoder
@@ -29,7 +27,7 @@ from lavis_aurora import (
 )
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.encoders.towers import build_tokenizer, encode_visual
-from lavis_aurora_cli import main, train
+from lavis_aurora_cli import evaluate, main, train
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_WEIGHTS = package_file("configs/models/tiny/model.safetensors")
@@ -112,11 +110,8 @@ def test_from_tuning_to_plain_lavis(tmp_path, monkeypatch):
         assert json.loads((run / f"adapter_{kind}" / "adapter_config.json").read_text())["metrics"]["val"]
 
     folder = run / "adapter_best"
-    command = [sys.executable, str(ROOT / "evaluate.py"), "--cfg-path", str(yaml), "--options"]
     options = [f"model.adapter={folder}", f"run.output_dir={tmp_path / 'again'}"]
-    environment = child_environment()
-    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_programs(1, evaluate, ["--cfg-path", str(yaml), "--options", *options])
     [again] = (tmp_path / "again").iterdir()
     repeated = json.loads((again / "result" / "test_epoch_0.json").read_text())
     assert repeated["ranks"] == tested["ranks"] and repeated["metrics"] == tested["metrics"]

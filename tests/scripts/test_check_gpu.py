@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -100,7 +101,37 @@ def test_without_torch_it_says_so():
     command = [sys.executable, "-S", "-E", str(ROOT / "scripts/check_gpu.py")]  # -S: nothing that is installed
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
-    assert "has no torch" in done.stderr and "set PYTHON to an interpreter that has it" in done.stderr
+    assert "cannot import torch and safetensors (" in done.stderr
+    assert "set PYTHON to an interpreter that has them" in done.stderr
+
+
+def test_an_interpreter_that_is_not_there_is_no_other():
+    command = ["bash", str(ROOT / "scripts/check_gpu.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "PYTHON": "/absent"})
+    assert done.returncode == 2 and done.stderr.startswith("check_gpu: no /absent: nothing was checked")
+
+
+def test_what_fails_and_what_the_device_cannot_do_is_in_the_file(tmp_path: Path, monkeypatch, capsys):
+    """A GPU without bfloat16, a part that breaks, one that was not there to run, and one that holds."""
+
+    def broken(setting: Setting) -> Iterator[Row]:
+        raise ValueError("no")
+        yield
+
+    def held(setting: Setting) -> Iterator[Row]:
+        yield Row("one", OK)
+
+    monkeypatch.setattr(Setting, "precisions", ["fp32", "fp16"])
+    parts = {"broken": broken, "held": held}, {"parts with BLIP": "no LAVIS"}
+    monkeypatch.setattr(check_gpu, "all_parts", lambda: parts)
+    path = tmp_path / "new" / "check.json"
+    monkeypatch.setattr(sys, "argv", ["check_gpu.py", "--device", "cpu", "--out", str(path)])
+    assert check_gpu.main() == 1
+    content = json.loads(path.read_text())
+    statuses = {one["part"]: one["status"] for one in content["rows"]}
+    assert statuses == {"broken": FAILED, "held": OK, "parts with BLIP": SKIPPED, "bf16": SKIPPED}
+    assert content["failed"] == 1 and content["about"]["torch"] == torch.__version__
+    assert "bf16: skipped, the device does not compute in it" in capsys.readouterr().out
 
 
 def test_what_needs_torch_alone_runs_without_lavis(tmp_path: Path):
@@ -139,6 +170,15 @@ def test_a_backbone_that_moves_is_found(monkeypatch):
     assert found.status == FAILED and "1 frozen" in found.found
 
 
+@pytest.fixture
+def _nothing_before():
+    """The garbage collector, by which memory is counted, does not look through what is there already."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("_nothing_before")
 def test_memory_that_is_kept_is_found(monkeypatch):
     assert {one.status for one in gpu_models.check_memory(ON_CPU)} == {OK}
     kept, original = [], gpu_models.train_epoch

@@ -8,9 +8,12 @@ from typing import Any
 
 import bench_train
 import comparison
+import processes
 import pytest
 from comparison import METHODS, SEEDS, Comparison, Method, main, read_methods, table
+from distributed import run_apart
 from tiny import project_yaml
+from tiny_summary import counts, leave_summary
 
 from lavis_aurora.analysis.results import compared
 from lavis_aurora.common.errors import AuroraError
@@ -79,6 +82,61 @@ def test_a_record_of_another_project_gives_way_to_the_new_one(results, tmp_path)
     new.keep(again)
     assert new.records == [{**again.key, "error": "error: no"}]
     assert json.loads(new.results.read_text()) == new.records
+
+
+def test_records_of_two_commands_are_all_kept(results, tmp_path):
+    """Each adds to what is in the file, not to what it has read before."""
+    one, other = (Comparison("pictures", {"lora": LORA}, ["small"], tmp_path) for _ in range(2))
+    trials, _ = one.missing()
+    for trial in trials:
+        trial.result = {"status": "failed", "error": "error: no"}
+    one.keep(trials[0])
+    other.keep(trials[1])
+    kept = json.loads(one.results.read_text())
+    assert [record["rate"] for record in kept] == [1e-3, 1e-2]
+    assert [path.name for path in results.iterdir()] == ["pictures.json"], "its lock is gone"
+
+
+# It imports nothing of the package, which takes seconds.
+FAKE = """
+import shutil
+import sys
+import time
+from pathlib import Path
+options = dict(option.split("=", 1) for option in sys.argv[sys.argv.index("--options") + 1:])
+folder = Path(options["run.output_dir"])
+with (folder / "attempts").open("a") as file:
+    file.write("x")
+time.sleep(0.5)
+shutil.copytree(Path(__file__).with_name("finished"), folder / "run")
+"""
+
+
+def compare_lora(rank: int, folder: Path, yaml: Path) -> list[dict[str, Any]]:
+    """The records of a command that knows one method of two rates, in a process of its own."""
+    processes.ROOT = folder
+    comparison.TASKS["pictures"] = str(yaml)
+    comparison.RESULTS, comparison.METHODS = folder / "results", folder / "methods"
+    main(["--task", "pictures", "--output", str(folder / "output")])
+    return json.loads((comparison.RESULTS / "pictures.json").read_text())
+
+
+def test_two_commands_at_once_share_the_runs(tmp_path):
+    validation = [{"epoch": 0, "split": "val", "metrics": {**dict.fromkeys(METRICS, 40.0), "agg_metrics": 40.0}}]
+    metrics = {"test": {**dict.fromkeys(METRICS, 41.0), "agg_metrics": 50.0}}
+    leave_summary(tmp_path / "finished", parameters=counts({"LoRA": 9}, 99), validation=validation, metrics=metrics)
+    (tmp_path / "train.py").write_text(FAKE)
+    (tmp_path / "methods").mkdir()
+    heads = "label: heads\noptions: [model.tuning=heads]\nrates: [1e-3, 1e-2]\n"
+    (tmp_path / "methods" / "heads.yaml").write_text(heads)
+    one, other = run_apart(2, compare_lora, tmp_path, project_yaml(tmp_path))
+    assert one == other and [(record["rate"], record["seed"]) for record in one] == [
+        (1e-3, 1),
+        (1e-2, 1),
+        (1e-2, 2),
+        (1e-2, 3),
+    ]
+    assert [path.read_text() for path in (tmp_path / "output").glob("pictures/*/attempts")] == ["x"] * 4
 
 
 def test_a_record_holds_whatever_its_run_does_not_depend_on(results, tmp_path):

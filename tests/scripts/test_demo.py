@@ -200,7 +200,10 @@ def test_gap_closed() -> None:
     assert gap_closed({"frozen": 10, "aurora": 20, "full": 10}) is None
 
 
-def test_a_failed_run_ends_the_demo_with_the_end_of_its_log(tmp_path: Path, capfd) -> None:
+def test_a_failed_run_ends_the_demo_with_the_end_of_its_log(tmp_path: Path, monkeypatch) -> None:
+    """The program in its place imports nothing of the package, which takes seconds."""
+    (tmp_path / "train.py").write_text("import sys; sys.exit(f'error: {sys.argv[2]}: no such file')")
+    monkeypatch.setattr("processes.ROOT", tmp_path)
     run = Run(tmp_path / "missing.yaml", "full", 1e-3, tmp_path / "run")
     with pytest.raises(SystemExit, match=r"the run 'full, rate 0.001' failed(.|\n)*missing.yaml: no such file"):
         execute([run], 1, [])

@@ -10,8 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
-from distributed import child_environment
+from distributed import child_environment, run_apart
 from processes import LOG, ROOT
 from sweep import DONE, build_cells, cell_name, last_error, main, parse_grid, time_left
 from tiny import project_yaml
@@ -118,6 +119,22 @@ def test_finished_cells_are_kept_and_failed_ones_start_again(tmp_path, monkeypat
     assert "with other options, none" in sweep(yaml, *grid, "--options", "run.max_epoch=2")
     yaml.write_text(yaml.read_text().replace("k_test: 4", "k_test: 3"))
     assert "another project" in sweep(yaml, *grid)
+
+
+def sweep_of_three(rank: int, yaml: Path) -> int:
+    """The exit code of a sweep over seeds, in a process of its own."""
+    processes.ROOT = yaml.parent
+    return sweep(yaml, "--grid", "run.seed=1,2,3", "--options", "model.mode_approx.rank=4")
+
+
+def test_two_sweeps_at_once_share_the_cells(tmp_path):
+    (tmp_path / "train.py").write_text(FAKE.replace("import sys", "import sys, time; time.sleep(0.5)"))
+    for seed in (1, 2, 3):
+        leave_summary(tmp_path / f"seed{seed}", metrics={"test": {"agg_metrics": seed}})
+    assert run_apart(2, sweep_of_three, project_yaml(tmp_path)) == [0, 0]
+    assert [path.read_text() for path in (tmp_path / "sweep").glob("*/run/attempts")] == ["x"] * 3
+    rows = read_table(tmp_path / "sweep" / "sweep.csv", "test.agg_metrics")
+    assert [row["test.agg_metrics"] for row in rows] == ["1.0", "2.0", "3.0", "2.0", "1.0"]
 
 
 @pytest.mark.slow

@@ -5,35 +5,49 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from distributed import child_environment
+from distributed import child_environment, start_apart
 from tiny import project_yaml
 
 from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.training import start
-from lavis_aurora.training.start import LOCK, RunLock
+from lavis_aurora.training import run_lock
+from lavis_aurora.training.run_lock import LOCK, RunLock
 from lavis_aurora_cli import train
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 600  # seconds that a run may take on a busy machine
-# Holds a lock, with a child that outlives it, as workers of data loaders do.
-# Run with -W ignore: Python 3.12 warns of a fork beside threads.
-HOLDS = """
-import os, pathlib, sys, time
-from lavis_aurora.training.start import RunLock
-with RunLock() as lock:
-    lock.take(pathlib.Path(sys.argv[1]))
-    if os.fork():
-        print("held", flush=True)
-    time.sleep(120)
-"""
+def hold(folder: Path, held: Any) -> None:
+    """Hold a lock, with a child that outlives this process, as workers of data loaders do."""
+    os.setsid()
+    with RunLock() as lock:
+        lock.take(folder)
+        if os.fork():
+            held.set()
+        time.sleep(PATIENCE)
+
+
+@contextmanager
+def owner_of(folder: Path) -> Iterator[Any]:
+    """A process that holds the lock of a folder."""
+    held = multiprocessing.get_context("forkserver").Event()
+    process = start_apart(hold, folder, held)
+    try:
+        assert held.wait(PATIENCE)
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
 
 
 def launch(*command: object) -> subprocess.Popen:
@@ -68,22 +82,17 @@ def test_the_file_says_who_holds_it_and_is_gone_at_the_end(tmp_path):
 
 def test_a_living_owner_is_named_and_a_killed_one_is_no_obstacle(tmp_path, caplog):
     caplog.set_level("INFO")
-    process = launch("-W", "ignore", "-c", HOLDS, tmp_path)
-    try:
-        assert process.stdout.readline() == "held\n"
+    with owner_of(tmp_path) as process:
         with RunLock() as lock:
             with pytest.raises(AuroraError, match=f"{tmp_path} is in use by process {process.pid} on .* since "):
                 lock.take(tmp_path)
         assert (tmp_path / LOCK).is_file(), "that one's"
         process.kill()
-        process.wait()
+        process.join()
         with RunLock() as lock:
             lock.take(tmp_path)
             assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
         assert f"was left behind by process {process.pid} on " in caplog.text
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
 
 
 def test_an_owner_on_another_host_is_not_taken_for_dead(tmp_path):
@@ -110,7 +119,7 @@ def test_one_on_another_host_that_no_longer_touches_it_is(tmp_path, caplog):
 
 
 def test_an_owner_touches_its_file_until_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(start, "TOUCH", 0.01)
+    monkeypatch.setattr(run_lock, "TOUCH", 0.01)
     with RunLock() as lock:
         lock.take(tmp_path)
         os.utime(tmp_path / LOCK, (0, 0))
@@ -161,18 +170,13 @@ def test_a_run_leaves_no_lock_behind_and_meets_that_of_another_in_one_line(tmp_p
     [run] = (tmp_path / "output").iterdir()
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert run / LOCK not in before
-    process = launch("-W", "ignore", "-c", HOLDS, run)
-    try:
-        assert process.stdout.readline() == "held\n"
+    with owner_of(run) as process:
         with pytest.raises(SystemExit):
             train(["--cfg-path", str(yaml)])
         [line] = capsys.readouterr().err.splitlines()
         assert line.startswith(f"error: run.output_dir: {run} is in use by process {process.pid} on ")
         (run / LOCK).unlink()
         assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
 
 
 @pytest.mark.slow

@@ -1,13 +1,11 @@
 """Whole runs through the command line's entry, on a tiny project."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from distributed import child_environment
+from distributed import run_programs
 from omegaconf import OmegaConf
 from runs import logged, only_run
 from tiny import project_yaml
@@ -223,19 +221,15 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path):
     assert steps == [2, 1]
 
 
-def test_torchrun_with_two_processes_trains_and_tests_as_one(tmp_path):
-    """Law 7 through the real command: 9 pictures, an uneven number, in batches of 4 or 2 x 2."""
+def test_two_processes_train_and_test_as_one(tmp_path):
+    """Law 7 through the program: 9 pictures, an uneven number, in batches of 4 or 2 x 2."""
     logs, checkpoints = [], []
     for processes, batch in ((1, 4), (2, 2)):
         folder = tmp_path / str(processes)
         folder.mkdir()
         yaml = project_yaml(folder, count=9, model=NO_RANDOM_NEGATIVES, run={"max_epoch": 2})
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-        command = [sys.executable, *launcher, str(ROOT / "train.py"), "--cfg-path", str(yaml)]
-        command += ["--options", f"run.batch_size_train={batch}"]
-        environment = child_environment()
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        argv = ["--cfg-path", str(yaml), "--options", f"run.batch_size_train={batch}"]
+        run_programs(processes, train, argv) if processes > 1 else train(argv)
         output = only_run(folder)
         logs.append(logged(output, "train_loss") + logged(output, "final_test_epoch"))
         checkpoints.append(torch.load(output / "checkpoint_latest.pth", weights_only=True)["model"])
