@@ -156,6 +156,8 @@ def main() -> int:
     except ImportError as error:
         print(f"check_gpu: {error}: nothing was checked", file=sys.stderr)
         return 2
+    from lavis_aurora.common.files import write_text  # of the package, which could be imported
+
     if unknown := set(args.only or ()) - set(parts):
         reasons = "".join(f"; {name}: {reason}" for name, reason in missing.items())
         parser.error(f"--only: no part {', '.join(sorted(unknown))}; known: {', '.join(parts)}{reasons}")
@@ -173,7 +175,7 @@ def main() -> int:
         rows += [Row("all of it", SKIPPED, reason, part=name) for name, reason in missing.items()]
     failed = sum(one.status == FAILED for one in rows)
     content = {"failed": failed, "about": {**about, "seconds": seconds}, "rows": [asdict(one) for one in rows]}
-    Path(args.out).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(Path(args.out), json.dumps(content, indent=1) + "\n")
     print(*(f"\n{name}: skipped, {reason}" for name, reason in missing.items()))
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     skipped = sum(one.status == SKIPPED for one in rows)

@@ -19,7 +19,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any, Optional
 
 from omegaconf import OmegaConf
 from processes import ROOT, add_jobs_argument, run_all
-from sweep import Cell, check_cells, time_left
+from sweep import Cell, check_cells, locked, time_left
 
 from lavis_aurora.analysis.results import best_rate, compared, compared_metrics, latest_run
 from lavis_aurora.common.errors import AuroraError, did_you_mean
@@ -37,7 +36,6 @@ from lavis_aurora.common.summary import Summary, read_summary
 from lavis_aurora.config.check import read_yaml
 from lavis_aurora.config.models import TUNINGS
 from lavis_aurora.project import merge_options
-from lavis_aurora.training.run_lock import FolderInUse, RunLock
 
 TASKS = {"pictures": "demo_ret.yaml", "clips": "demo_video.yaml", "questions": "demo_vqa.yaml"}
 METHODS = ROOT / "scripts" / "comparison"
@@ -153,6 +151,7 @@ class Comparison:
         options: KEY=VALUE of all runs, besides the YAML's.
         records: of the results file when it was read last, those of methods and budgets not asked for among them.
         took: seconds of the runs of this call.
+        kept: folders of these runs.
     """
 
     task: str
@@ -162,6 +161,7 @@ class Comparison:
     options: Sequence[str] = ()
     records: list[Record] = field(default_factory=list)
     took: list[float] = field(default_factory=list)
+    kept: set[Path] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.read()
@@ -244,7 +244,12 @@ class Comparison:
             trials, later = self.missing()
             if not trials:
                 return
-            check_cells([*trials], str(self.project), self.options, make_data=True)
+            if replaced := self.kept & {trial.folder for trial in trials}:
+                raise AuroraError(
+                    f"{self.results}: a command with other options, or another project, has replaced the record of "
+                    f"{sorted(replaced)[0].name}; run them one after the other"
+                )
+            check_cells(trials, str(self.project), self.options, self.output)
 
             def start(trial: Trial) -> None:
                 self.read()
@@ -257,6 +262,7 @@ class Comparison:
                 ended = trial.poll()
                 if ended:
                     self.keep(trial)
+                    self.kept.add(trial.folder)
                     self.took.append(trial.seconds)
                 return ended
 
@@ -269,20 +275,6 @@ class Comparison:
                     print(f"  {trial.name}: {trial.progress()}", flush=True)
 
             run_all(trials, jobs, start, poll, report)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Around what no other process does in a folder at the same time; it is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with RunLock() as lock:
-        while True:
-            try:
-                lock.take(folder)
-                break
-            except FolderInUse:
-                time.sleep(0.1)
-        yield
 
 
 def table(records: list[Record]) -> str:

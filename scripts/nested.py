@@ -22,7 +22,7 @@ from typing import Any, Optional
 
 from comparison import SEEDS, TASKS
 from processes import ROOT, add_jobs_argument, run_all
-from sweep import Cell, report, write_or_check_plan
+from sweep import Cell, locked, report, write_or_check_plan
 
 from lavis_aurora.analysis.results import latest_run
 from lavis_aurora.cli import truncate
@@ -171,7 +171,8 @@ def run(args: argparse.Namespace) -> None:
         if method in NESTED and at is not None:
             auto[f"{method}, seed {seed}"] = read_json(at / "ranks.json")["chosen"]
     content: dict[str, Any] = {"recall": found, "seconds": seconds, "auto": auto}
-    write_text(folder / "nested.json", json.dumps(content, indent=1) + "\n")
+    with locked(folder):
+        write_text(folder / "nested.json", json.dumps(content, indent=1) + "\n")
     print(table(found, seconds))
     print("run.rank: auto chose " + "; ".join(f"{rank} ({which})" for which, rank in auto.items()))
 

@@ -150,7 +150,7 @@ def run_all(
                     active.append(process)
                     start(process)
             if not active and len(pending) != elsewhere:
-                print(f"waiting for {len(pending)} that another process runs", flush=True)
+                print(f"waiting for {len(pending)} that another process runs: {pending[0].folder}, ...", flush=True)
             elsewhere = 0 if active else len(pending)
             time.sleep(0.2)
             still = []

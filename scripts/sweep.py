@@ -16,7 +16,8 @@ import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -26,13 +27,32 @@ from processes import TrainingProcess, add_jobs_argument, run_all
 
 from lavis_aurora.analysis.results import final_metrics, latest_run, trained_parameters, write_table
 from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.common.files import read_json
+from lavis_aurora.common.files import read_json, write_text
 from lavis_aurora.common.summary import read_summary
 from lavis_aurora.data.annotations import build_checked
 from lavis_aurora.project import load_config
 from lavis_aurora.training.run_lock import FolderInUse, RunLock
 
 DONE, PLAN = "cell.json", "sweep.json"
+PATIENCE = 2.0  # seconds that nobody is told of
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Around what no other process does in a folder at the same time; it is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    start, said = time.monotonic(), False
+    with RunLock() as lock:
+        while True:
+            try:
+                lock.take(folder)
+                break
+            except FolderInUse as error:
+                if not said and time.monotonic() - start > PATIENCE:
+                    print(f"waiting: {error}", flush=True)
+                    said = True
+                time.sleep(0.1)
+        yield
 
 
 def parse_grid(arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -112,7 +132,7 @@ class Cell(TrainingProcess):
             "parameters": trained_parameters(read_summary(run)),
             "metrics": final_metrics(run),
         }
-        (self.folder / DONE).write_text(json.dumps(self.result, indent=1), encoding="utf-8")
+        write_text(self.folder / DONE, json.dumps(self.result, indent=1))
         print(f"done: {self.name}, {timedelta(seconds=round(self.seconds))}", flush=True)
         return True
 
@@ -153,26 +173,29 @@ def write_or_check_plan(folder: Path, cfg_path: str, options: Sequence[str]) -> 
     """
     plan = {"project": Path(cfg_path).read_text(encoding="utf-8"), "options": sorted(options)}
     path = folder / PLAN
-    if path.is_file():
-        before = read_json(path)
-        if before["project"] != plan["project"]:
-            raise AuroraError(f"--output {folder}: it holds a sweep of another project; name another folder")
-        if before["options"] != plan["options"]:
-            theirs = " ".join(before["options"]) or "none"
-            raise AuroraError(
-                f"--output {folder}: it holds a sweep with other options, {theirs}; name another folder"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+    with locked(folder):
+        if not path.is_file():
+            write_text(path, json.dumps(plan, indent=1))
+            return
+    before = read_json(path)
+    if before["project"] != plan["project"]:
+        raise AuroraError(f"--output {folder}: it holds a sweep of another project; name another folder")
+    if before["options"] != plan["options"]:
+        theirs = " ".join(before["options"]) or "none"
+        raise AuroraError(f"--output {folder}: it holds a sweep with other options, {theirs}; name another folder")
 
 
-def check_cells(cells: list[Cell], cfg_path: str, options: Sequence[str], make_data: bool) -> None:
-    """Check every cell's configuration before any of them starts, and make data that several would make at once."""
-    for cell in cells:
+def check_cells(cells: Sequence[Cell], cfg_path: str, options: Sequence[str], folder: Path) -> None:
+    """Check every cell's configuration before any of them starts, and make data that several would make at once.
+
+    Other commands of the folder may be about to make them too.
+    """
+    configs = [
         load_config(cfg_path, [*options, *(f"{key}={value}" for key, value in cell.settings.items())])
-    if make_data:
-        for name, dataset in load_config(cfg_path, options).datasets_cfg.items():
+        for cell in cells
+    ]
+    with locked(folder):
+        for name, dataset in configs[0].datasets_cfg.items():
             build_checked(name, dataset)
 
 
@@ -223,14 +246,15 @@ def run(arguments: argparse.Namespace) -> int:
     cells = build_cells(grid, folder)
     if not Path(arguments.cfg_path).is_file():
         raise AuroraError(f"--cfg-path {arguments.cfg_path}: no such file")
-    check_cells(cells, arguments.cfg_path, arguments.options, arguments.jobs > 1)
+    check_cells(cells, arguments.cfg_path, arguments.options, folder)
     write_or_check_plan(folder, arguments.cfg_path, arguments.options)
     start = time.time()
     try:
         run_cells(cells, arguments.jobs, arguments.cfg_path, arguments.options)
     finally:
         if any(cell.result for cell in cells):
-            write_table([(cell.settings, cell.result) for cell in cells if cell.result], folder / "sweep.csv")
+            with locked(folder):
+                write_table([(cell.settings, cell.result) for cell in cells if cell.result], folder / "sweep.csv")
     failed = [cell for cell in cells if cell.result["status"] == "failed"]
     print(f"{len(cells)} cells, {len(failed)} failed, {timedelta(seconds=round(time.time() - start))}")
     print(f"table: {folder / 'sweep.csv'}")

@@ -97,6 +97,27 @@ def test_records_of_two_commands_are_all_kept(results, tmp_path):
     assert [path.name for path in results.iterdir()] == ["pictures.json"], "its lock is gone"
 
 
+def test_commands_that_replace_each_other_s_records_do_not_go_on_for_ever(results, tmp_path, monkeypatch):
+    """Of other options a record is another, and the file holds one of each run."""
+    one = Comparison("pictures", {"frozen": FROZEN}, None, tmp_path)
+    other = Comparison("pictures", {"frozen": FROZEN}, None, tmp_path, ["run.max_epoch=9"])
+
+    def end(trial: comparison.Trial) -> comparison.Trial:
+        trial.result = {"status": "failed", "error": "error: no"}
+        return trial
+
+    def run_all(trials: list[comparison.Trial], jobs: int, start: Any, poll: Any, report: Any) -> None:
+        [trial] = trials
+        trial.process = object()
+        assert poll(end(trial))
+        other.keep(end(other.missing()[0][0]))
+
+    monkeypatch.setattr(comparison, "run_all", run_all)
+    monkeypatch.setattr(comparison.Trial, "poll", lambda trial: True)
+    with pytest.raises(AuroraError, match="has replaced the record of frozen__.*; run them one after the other"):
+        one.run(1)
+
+
 # It imports nothing of the package, which takes seconds.
 FAKE = """
 import shutil

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import processes
 import pytest
+import sweep as program
 from distributed import child_environment, run_apart
 from processes import LOG, ROOT
-from sweep import DONE, build_cells, cell_name, last_error, main, parse_grid, time_left
+from sweep import DONE, build_cells, cell_name, check_cells, last_error, locked, main, parse_grid, time_left
 from tiny import project_yaml
 from tiny_summary import counts, leave_summary
 
 from lavis_aurora.analysis.results import read_table, series
 from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.training.run_lock import FolderInUse, RunLock
 
 METRIC = "test.image_to_text_r5"
 
@@ -135,6 +137,39 @@ def test_two_sweeps_at_once_share_the_cells(tmp_path):
     assert [path.read_text() for path in (tmp_path / "sweep").glob("*/run/attempts")] == ["x"] * 3
     rows = read_table(tmp_path / "sweep" / "sweep.csv", "test.agg_metrics")
     assert [row["test.agg_metrics"] for row in rows] == ["1.0", "2.0", "3.0", "2.0", "1.0"]
+
+
+def make_alone(rank: int, yaml: Path) -> None:
+    """Make the data of a sweep, which nobody else may do at the same time, in a process of its own."""
+
+    def build(*_given: object) -> None:
+        (yaml.parent / "unfinished").mkdir()
+        time.sleep(0.5)
+        (yaml.parent / "unfinished").rmdir()
+        with (yaml.parent / "made").open("a") as file:
+            file.write("x")
+
+    program.build_checked = build
+    cells = build_cells({"run.seed": ["1"]}, yaml.parent / "sweep")
+    check_cells(cells, str(yaml), [], yaml.parent / "sweep")
+
+
+def test_two_commands_at_once_make_the_data_one_after_the_other(tmp_path):
+    run_apart(2, make_alone, project_yaml(tmp_path))
+    assert (tmp_path / "made").read_text() == "xx"
+
+
+def test_who_is_waited_for_longer_is_said_once(tmp_path, monkeypatch, capsys):
+    answers = iter([FolderInUse("it is in use by process 7"), FolderInUse("it is in use by process 7")])
+
+    def take(_lock: RunLock, _folder: Path) -> None:
+        for answer in answers:
+            raise answer
+
+    monkeypatch.setattr(RunLock, "take", take)
+    monkeypatch.setattr(program, "PATIENCE", 0.0)
+    with locked(tmp_path / "new"):
+        assert capsys.readouterr().out == "waiting: it is in use by process 7\n"
 
 
 @pytest.mark.slow
