@@ -229,10 +229,19 @@ class Comparison:
         return next((one for one in self.records if all(one[key] == trial.key[key] for key in SAME)), None)
 
     def keep(self, trial: Trial) -> None:
-        """Add the record of a run that has ended to the file; older ones of it, by another project, go."""
+        """Add the record of a run that has ended to the file; those of its method and budget by another project go.
+
+        Else a best rate might be one of the old project's.
+        """
+        own = {key: trial.key[key] for key in ("method", "budget")}
         with locked(RESULTS):
             self.read()
-            self.records = [one for one in self.records if any(one[key] != trial.key[key] for key in RUN)]
+            self.records = [
+                one
+                for one in self.records
+                if any(one[key] != own[key] for key in own)
+                or (one["project"] == trial.key["project"] and any(one[key] != trial.key[key] for key in RUN))
+            ]
             self.records.append(trial.record())
             self.records.sort(key=lambda one: (one["method"], one["budget"], one["rate"] or 0, one["seed"]))
             write_text(self.results, json.dumps(self.records, indent=1) + "\n")

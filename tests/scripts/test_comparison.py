@@ -84,6 +84,19 @@ def test_a_record_of_another_project_gives_way_to_the_new_one(results, tmp_path)
     assert json.loads(new.results.read_text()) == new.records
 
 
+def test_no_rate_of_an_older_project_stays_beside_those_of_the_new_one(results, tmp_path, monkeypatch):
+    """An old record could be the best of them, and the table's."""
+    old = Comparison("pictures", {"lora": LORA}, None, tmp_path)
+    new = Comparison("pictures", {"lora": LORA}, None, tmp_path, ["run.max_epoch=9"])
+    results.mkdir()
+    (results / "pictures.json").write_text(json.dumps([record(trial, 90.0) for trial in old.missing()[0]]))
+    trial = new.missing()[0][0]
+    monkeypatch.setattr(trial, "record", lambda: record(trial, 40.0))
+    new.keep(trial)
+    left = [(one["budget"], one["rate"], one.get("validation")) for one in new.records]
+    assert left == [("big", 1e-3, 90.0), ("big", 1e-2, 90.0), ("small", 1e-3, 40.0)]
+
+
 def test_records_of_two_commands_are_all_kept(results, tmp_path):
     """Each adds to what is in the file, not to what it has read before."""
     one, other = (Comparison("pictures", {"lora": LORA}, ["small"], tmp_path) for _ in range(2))

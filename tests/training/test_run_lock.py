@@ -27,6 +27,8 @@ from lavis_aurora_cli import train
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 600  # seconds that a run may take on a busy machine
+
+
 def hold(folder: Path, held: Any) -> None:
     """Hold a lock, with a child that outlives this process, as workers of data loaders do."""
     os.setsid()
