@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 START = time.monotonic()  # imports count too
@@ -41,6 +42,7 @@ sys.path[:0] = [str(ROOT)]
 from gpu_report import FAILED, SKIPPED, Row, Setting  # noqa: E402
 
 Part = Callable[[Setting], Iterator[Row]]
+BLIP = "parts with BLIP"
 
 
 class OutOfTime(Exception):
@@ -64,7 +66,7 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def all_parts() -> tuple[dict[str, Part], dict[str, str]]:
-    """The parts that can run here, and why others cannot, by name.
+    """The parts that can run here, and why others cannot, by name. With LAVIS at hand all must: else a part fails.
 
     The package is imported here: without a GPU that is known before.
     """
@@ -74,8 +76,15 @@ def all_parts() -> tuple[dict[str, Part], dict[str, str]]:
     try:
         import gpu_models
     except Exception as error:  # whatever a library raises that does not fit the others
+        fault = error
+        if find_spec("lavis") is not None:
+
+            def broken(_setting: Setting) -> Iterator[Row]:
+                raise fault
+
+            return {**parts, BLIP: broken}, {}
         reason = " ".join(str(error).split())
-        return parts, {"parts with BLIP": f"LAVIS or what the tests need cannot be imported: {reason}"}
+        return parts, {BLIP: f"LAVIS cannot be imported: {reason}"}
     return parts | gpu_models.PARTS, {}
 
 

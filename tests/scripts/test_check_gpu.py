@@ -148,6 +148,14 @@ def test_what_needs_torch_alone_runs_without_lavis(tmp_path: Path):
     assert "| linear layers | folded linear, blocks in columns, bf16 |" in done.stdout
 
 
+def test_what_cannot_be_imported_although_lavis_is_there_has_failed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gpu_models", None)
+    parts, missing = check_gpu.all_parts()
+    assert missing == {}
+    [row], _ = check_gpu.run_parts({check_gpu.BLIP: parts[check_gpu.BLIP]}, ON_CPU, 60.0)
+    assert row.status == FAILED and "gpu_models" in row.found
+
+
 def test_random_numbers_that_are_not_put_back_are_found(monkeypatch):
     assert {one.status for one in gpu_models.check_resume(ON_CPU)} == {OK}
     monkeypatch.setattr(gpu_models, "set_random_state", lambda state: None)
