@@ -124,7 +124,8 @@ def test_what_fails_and_what_the_device_cannot_do_is_in_the_file(tmp_path: Path,
     monkeypatch.setattr(Setting, "precisions", ["fp32", "fp16"])
     parts = {"broken": broken, "held": held}, {"parts with BLIP": "no LAVIS"}
     monkeypatch.setattr(check_gpu, "all_parts", lambda: parts)
-    monkeypatch.setattr(check_gpu.logging.getLogger(), "setLevel", lambda level: None)  # it would be that of all tests
+    # It would be the level of all tests after it.
+    monkeypatch.setattr(check_gpu.logging.getLogger(), "setLevel", lambda level: None)
     path = tmp_path / "new" / "check.json"
     monkeypatch.setattr(sys, "argv", ["check_gpu.py", "--device", "cpu", "--out", str(path)])
     assert check_gpu.main() == 1
