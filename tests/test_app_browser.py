@@ -161,6 +161,8 @@ def test_a_picture_is_looked_at_and_asked_about(page):
     dialog.get_by_label("Ask about it").fill("how many shapes are there?")
     page.keyboard.press("Enter")
     dialog.get_by_text("frozen: ").filter(has_text="confidence").wait_for()
+    settle(page)  # the dialog is drawn again with the answer
+    dialog.get_by_role("radio").nth(2).wait_for(state="attached")
     assert dialog.get_by_role("radio").count() == 3
     maps = dialog.locator("[data-testid=stImage] img").nth(1)
     before = maps.get_attribute("src")
