@@ -22,8 +22,7 @@ from pathlib import Path
 from bench_step import METHODS, TASKS, measure
 from measuring import measure_in_subprocess
 
-from lavis_aurora.analysis.paper import UNITS, method_name
-from lavis_aurora.analysis.sweep_figures import method_costs
+from lavis_aurora.analysis.paper import UNITS, method_costs, method_name
 from lavis_aurora.common.files import atomic_write
 
 MB = 1e6

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from lavis_aurora.analysis.results import tuned_model
 from lavis_aurora.common.errors import AuroraError, did_you_mean
 from lavis_aurora.common.files import read_json
+from lavis_aurora.config.check import read_yaml
 from lavis_aurora.config.method import ModeApproxConfig
 
 # BLIP base: layers of each tower and their width.
@@ -261,6 +262,19 @@ def read_costs(path: str | Path) -> dict[str, Any]:
         }
     machine = next(iter(next(iter(results.values())).values())).get("machine", {})
     return {"tasks": tasks, "machine": machine, "arguments": content.get("arguments", {})}
+
+
+def method_costs(folder: str | Path) -> dict[str, str | None]:
+    """By method of scripts/comparison.py the row of scripts/bench_train.py that its YAML names, if any.
+
+    Raises:
+        AuroraError: the folder holds no YAML.
+    """
+    paths = sorted(Path(folder).glob("*.yaml"))
+    if not paths:
+        raise AuroraError(f"--methods {folder}: holds no YAML of a method; name the project's scripts/comparison")
+    found = {path.stem: read_yaml(path) for path in paths}
+    return {name: content.get("cost") if isinstance(content, DictConfig) else None for name, content in found.items()}
 
 
 def paper_ratios() -> dict[str, dict[str, dict[str, float]]]:

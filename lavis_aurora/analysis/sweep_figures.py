@@ -13,14 +13,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
 
 from lavis_aurora.analysis.drawing import CYCLE, OURS, PALE, Plot, despine, label_points, subplots
-from lavis_aurora.analysis.paper import COSTS, method_name, metric_title, read_costs
+from lavis_aurora.analysis.paper import COSTS, method_costs, method_name, metric_title, read_costs
 from lavis_aurora.analysis.results import ComparedMethod, compared, read_table, series
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json
-from lavis_aurora.config.check import read_yaml
 
 RECALLS = ("image_to_text_r1", "text_to_image_r1", "video_to_text_r1", "text_to_video_r1", "agg_metrics")
 MIN_AXIS_SPAN = 6.0  # percent; what differs by less is hardly more than chance, and shall not look like more
@@ -296,19 +294,6 @@ class FrontierPlot(Plot):
         if numbers["left_out"]:
             figure.supxlabel(textwrap.fill(f"Left out: {numbers['left_out']}", 150), fontsize=7)
         return figure
-
-
-def method_costs(folder: str | Path) -> dict[str, str | None]:
-    """By method of scripts/comparison.py the row of scripts/bench_train.py that its YAML names, if any.
-
-    Raises:
-        AuroraError: the folder holds no YAML.
-    """
-    paths = sorted(Path(folder).glob("*.yaml"))
-    if not paths:
-        raise AuroraError(f"--methods {folder}: holds no YAML of a method; name the project's scripts/comparison")
-    found = {path.stem: read_yaml(path) for path in paths}
-    return {name: content.get("cost") if isinstance(content, DictConfig) else None for name, content in found.items()}
 
 
 def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
