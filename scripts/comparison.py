@@ -233,15 +233,15 @@ class Comparison:
 
         Else a best rate might be one of the old project's.
         """
-        own = {key: trial.key[key] for key in ("method", "budget")}
+
+        def stays(one: Record) -> bool:
+            if any(one[key] != trial.key[key] for key in ("method", "budget")):
+                return True
+            return one["project"] == trial.key["project"] and any(one[key] != trial.key[key] for key in RUN)
+
         with locked(RESULTS):
             self.read()
-            self.records = [
-                one
-                for one in self.records
-                if any(one[key] != own[key] for key in own)
-                or (one["project"] == trial.key["project"] and any(one[key] != trial.key[key] for key in RUN))
-            ]
+            self.records = [*filter(stays, self.records)]
             self.records.append(trial.record())
             self.records.sort(key=lambda one: (one["method"], one["budget"], one["rate"] or 0, one["seed"]))
             write_text(self.results, json.dumps(self.records, indent=1) + "\n")
