@@ -27,11 +27,16 @@ def child_environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **more}
 
 
-def start_apart(function: Callable, *args: Any) -> Any:
-    """A process that runs ``function(*args)``, forked from one that has imported the package."""
+def _forkserver() -> Any:
+    """Processes by a fork of one that has imported the package, instead of each importing it again."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=function, args=args)
+    return context
+
+
+def start_apart(function: Callable, *args: Any) -> Any:
+    """A process that runs ``function(*args)``, forked from one that has imported the package."""
+    process = _forkserver().Process(target=function, args=args)
     process.start()
     return process
 
@@ -83,8 +88,7 @@ def run_programs(world: int, function: Callable, argv: list[str]) -> list[str]:
 
 
 def _run(world: int, function: Callable, *args: Any) -> list:
-    # A process that has imported the package is forked, instead of each importing it again.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    _forkserver()
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with mp.Manager() as manager:
         results = manager.dict()
