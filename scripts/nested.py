@@ -29,12 +29,15 @@ from lavis_aurora.cli import truncate
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json, write_text
 from lavis_aurora.common.summary import read_summary
+from lavis_aurora.project import merge_options
 
 RANKS = (4, 8, 16, 32, 64)
-NESTED = ("one", "both", "uniform")
+NESTED = ("growing", "one", "uniform")
 METHODS = (*NESTED, "dedicated", "naive")
 # What the comparison of methods found best for this size, see scripts/comparison/aurora_all_linear.yaml.
-OPTIONS = ("model.mode_approx.targets=all_linear", "run.init_lr=1e-2")
+OPTIONS = ("model.mode_approx.targets=all_linear",)
+RATE, RATES = "1e-2", {4: "2e-2", 8: "2e-2"}  # by rank
+LONGER = 1.5  # epochs of a nested training by those of one rank
 
 
 class CutTest(Cell):
@@ -60,8 +63,10 @@ class CutTest(Cell):
         self.start_run(cfg_path, [*rest, f"model.adapter={adapter}"], evaluate=True)
 
 
-def trained_cells(folder: Path, methods: Sequence[str], seeds: Sequence[int]) -> dict[tuple[str, int, int], Cell]:
-    """The runs to train, by method, largest rank and seed."""
+def trained_cells(
+    folder: Path, methods: Sequence[str], seeds: Sequence[int], epochs: int
+) -> dict[tuple[str, int, int], Cell]:
+    """The runs to train, by method, largest rank and seed; ``epochs`` are those of one rank."""
     wanted = [(method, RANKS[-1]) for method in methods if method in NESTED]
     if "dedicated" in methods:
         wanted += [("dedicated", rank) for rank in RANKS]
@@ -70,12 +75,12 @@ def trained_cells(folder: Path, methods: Sequence[str], seeds: Sequence[int]) ->
     cells = {}
     for seed in seeds:
         for method, rank in wanted:
-            settings = {"model.mode_approx.rank": str(rank), "run.seed": str(seed)}
+            settings = {"model.mode_approx.rank": str(rank), "run.seed": str(seed), "run.init_lr": RATES.get(rank, RATE)}
             if method in NESTED:
                 few = ",".join(map(str, RANKS[:-1]))
                 more = {"nested": "true", "nested_ranks": f"[{few}]", "nested_steps": method}
                 settings |= {f"model.mode_approx.{key}": value for key, value in more.items()}
-                settings["run.rank"] = "auto"
+                settings |= {"run.rank": "auto", "run.max_epoch": str(round(LONGER * epochs))}
             cells[method, rank, seed] = Cell(settings, folder / f"{method}_{rank}_seed{seed}")
     return cells
 
@@ -158,7 +163,8 @@ def run(args: argparse.Namespace) -> None:
     cfg_path, options = str(ROOT / "projects" / "aurora" / TASKS[args.task]), [*OPTIONS, *args.options]
     folder = args.output.expanduser().absolute()
     write_or_check_plan(folder, cfg_path, options)
-    trained = trained_cells(folder, args.methods, args.seeds)
+    epochs = int(merge_options(cfg_path, options).run.max_epoch)
+    trained = trained_cells(folder, args.methods, args.seeds, epochs)
     run_cells([*trained.values()], args.jobs, lambda cell: cell.start(cfg_path, options))
     cut = ["dedicated" if method == "naive" else method for method in args.methods if method != "dedicated"]
     whole = [trained[name, RANKS[-1], seed] for name in cut for seed in args.seeds]

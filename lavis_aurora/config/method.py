@@ -16,7 +16,7 @@ GATE_FORMS: Registry[Any] = Registry("gate.form")
 CONTEXT_FORMS: Registry[Any] = Registry("context.form")
 GATE_INITS = ("zeros", "ones")
 SHARINGS = ("global", "tower")
-NESTED_STEPS = ("one", "both", "uniform")
+NESTED_STEPS = ("growing", "one", "both", "uniform")
 # R of an R x R x R core: 0.5 GB.
 MOST_CORE = 512
 
@@ -100,11 +100,13 @@ class ModeApproxConfig:
             gate stands in the chosen ones of the text encoder. What comes before them in the vision tower is computed
             once for model and teacher, and keeps nothing for the backward pass. null is the paper's: all.
         nested: train an adapter that can be cut to fewer components, see truncate_adapter and run.rank: steps also
-            train its first components alone. In as many steps all of them together reach less than without.
+            train its first components alone. Give it half as many epochs again as an adapter of one rank.
         nested_ranks: how many components those are, one of these for each such step; those below ``rank`` count.
-        nested_steps: what a step trains: one (all components or the first few of them, as likely), both (all of them,
-            and in every second step, at random, the first few besides, which takes twice as long) or uniform (any
-            number up to ``rank``; nested_ranks are those that run.rank compares).
+        nested_steps: what a step trains: growing (the components in use grow through nested_ranks to all in the first
+            0.6 of the run; three steps of ten train fewer of them), one (from the start all components or the first
+            few of them, as likely), both (all of them, and in every second step, at random, the first few besides,
+            which takes twice as long) or uniform (any number up to ``rank``; nested_ranks are those that run.rank
+            compares).
     """
 
     rank: int = 64
@@ -116,7 +118,7 @@ class ModeApproxConfig:
     layers: Any = None
     nested: bool = False
     nested_ranks: list[int] = field(default_factory=lambda: [4, 8, 16, 32])
-    nested_steps: str = "one"
+    nested_steps: str = "growing"
 
     def __post_init__(self) -> None:
         one_of("mode_approx.form", self.form, APPROX_FORMS)

@@ -27,6 +27,8 @@ from lavis_aurora.evaluation.encode import broadcast
 from lavis_aurora.mode_approx.factors import ModeFactors
 
 AUTO, RANKS = "auto", "ranks.json"
+# Of ``nested_steps: growing``: the share of the run in which the components in use grow, and of steps that train fewer.
+GROWTH, FEWER = 0.6, 0.3
 
 
 def nested_factors(model: nn.Module) -> ModeFactors | None:
@@ -46,14 +48,22 @@ class NestedSteps:
         factors: those that are trained.
         optimizer: of the run; gets hooks.
         seed: of the run, the same in all processes.
+        epochs: of the run.
+        batches: of an epoch.
         accumulated: batches of a step.
     """
 
     def __init__(
-        self, factors: ModeFactors, optimizer: torch.optim.Optimizer, seed: int, accumulated: int = 1
+        self,
+        factors: ModeFactors,
+        optimizer: torch.optim.Optimizer,
+        seed: int,
+        epochs: int,
+        batches: int,
+        accumulated: int = 1,
     ) -> None:
         self.factors, self.config = factors, factors["default"].config
-        self.seed, self.accumulated = seed, accumulated
+        self.seed, self.epochs, self.batches, self.accumulated = seed, epochs, batches, accumulated
         self._trained = self.config.rank
         self._idle: list[tuple[Tensor, Tensor]] = []
         optimizer.register_step_pre_hook(self._remember_idle)
@@ -64,9 +74,14 @@ class NestedSteps:
 
         They follow from the seed and that step alone.
         """
-        config = self.config
-        draw = random.Random(f"{self.seed} {epoch} {batch // self.accumulated}")
-        if config.nested_steps == "uniform":
+        config, step = self.config, batch // self.accumulated
+        draw = random.Random(f"{self.seed} {epoch} {step}")
+        if config.nested_steps == "growing":
+            smaller = config.smaller_ranks
+            done = (epoch + step * self.accumulated / self.batches) / self.epochs
+            reached = [*smaller, config.rank][: 1 + int(done / GROWTH * len(smaller))]
+            ranks = [draw.choice(reached[:-1]) if len(reached) > 1 and draw.random() < FEWER else reached[-1]]
+        elif config.nested_steps == "uniform":
             ranks = [draw.randint(1, config.rank)]
         else:
             few, second = draw.choice(config.smaller_ranks), draw.random() < 0.5
@@ -94,14 +109,19 @@ class NestedSteps:
         self._idle = []
 
 
-def nested_steps(model: nn.Module, optimizer: torch.optim.Optimizer, run: Mapping[str, Any]) -> NestedSteps | None:
+def nested_steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer, run: Mapping[str, Any], batches: int
+) -> NestedSteps | None:
     """Those of a model that is trained with ``mode_approx.nested``; None of any other.
 
     Args:
         run: the ``run:`` part of the YAML.
+        batches: of an epoch.
     """
     factors = nested_factors(model)
-    return None if factors is None else NestedSteps(factors, optimizer, run["seed"], run["accum_grad_iters"])
+    if factors is None:
+        return None
+    return NestedSteps(factors, optimizer, run["seed"], run["max_epoch"], batches, run["accum_grad_iters"])
 
 
 @contextmanager

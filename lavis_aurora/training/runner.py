@@ -205,7 +205,7 @@ class AuroraRunner(OptimizedRunner):
             autocast=self.autocast,
             scaler=self.scaler,
             guard=FiniteGuard(self.output_dir, skip=self.config.run_cfg.skip_nonfinite),
-            nested=nested_steps(self._model, self.optimizer, self.config.run_cfg),
+            nested=nested_steps(self._model, self.optimizer, self.config.run_cfg, len(self.train_loader)),
             run=self.config.run_cfg,
             folder=self.output_dir,
             loggers=self.loggers,
