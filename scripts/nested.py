@@ -75,7 +75,11 @@ def trained_cells(
     cells = {}
     for seed in seeds:
         for method, rank in wanted:
-            settings = {"model.mode_approx.rank": str(rank), "run.seed": str(seed), "run.init_lr": RATES.get(rank, RATE)}
+            settings = {
+                "model.mode_approx.rank": str(rank),
+                "run.seed": str(seed),
+                "run.init_lr": RATES.get(rank, RATE),
+            }
             if method in NESTED:
                 few = ",".join(map(str, RANKS[:-1]))
                 more = {"nested": "true", "nested_ranks": f"[{few}]", "nested_steps": method}

@@ -16,7 +16,7 @@ GATE_FORMS: Registry[Any] = Registry("gate.form")
 CONTEXT_FORMS: Registry[Any] = Registry("context.form")
 GATE_INITS = ("zeros", "ones")
 SHARINGS = ("global", "tower")
-NESTED_STEPS = ("growing", "one", "both", "uniform")
+NESTED_STEPS = ("growing", "one", "uniform")
 # R of an R x R x R core: 0.5 GB.
 MOST_CORE = 512
 
@@ -104,9 +104,7 @@ class ModeApproxConfig:
         nested_ranks: how many components those are, one of these for each such step; those below ``rank`` count.
         nested_steps: what a step trains: growing (the components in use grow through nested_ranks to all in the first
             0.6 of the run; three steps of ten train fewer of them), one (from the start all components or the first
-            few of them, as likely), both (all of them, and in every second step, at random, the first few besides,
-            which takes twice as long) or uniform (any number up to ``rank``; nested_ranks are those that run.rank
-            compares).
+            few of them, as likely) or uniform (any number up to ``rank``).
     """
 
     rank: int = 64

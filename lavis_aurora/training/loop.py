@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +24,7 @@ from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.samples import BROKEN, report_undecodable
 from lavis_aurora.training.guards import CollapseGuard, FiniteGuard
 from lavis_aurora.training.loggers import Loggers
-from lavis_aurora.training.nested import NestedSteps, kept_queues
+from lavis_aurora.training.nested import NestedSteps
 from lavis_aurora.training.rates import Schedule
 
 Samples = dict[str, Any]
@@ -114,7 +114,7 @@ class TrainingState:
         scaler: of losses in float16; None without.
         guard: watches the numbers of each step.
         collapse: stops a run whose features have become alike.
-        nested: which ranks a step trains; None where a model has one.
+        nested: which rank a step trains; None where a model has one.
         loggers: are given the losses of every ``log_freq``-th step.
         run: the ``run:`` part of the YAML.
         folder: of the run.
@@ -262,7 +262,7 @@ def epoch_stats(state: TrainingState) -> dict[str, float]:
 
 
 def _backward(state: TrainingState, samples: Samples, parts: int, begins: bool, updates: bool) -> dict[str, Tensor]:
-    """Add a batch's part to the gradient; its losses, detached: those of the largest rank, if several are trained.
+    """Add a batch's part to the gradient; its losses, detached.
 
     Args:
         state: of the run.
@@ -274,22 +274,19 @@ def _backward(state: TrainingState, samples: Samples, parts: int, begins: bool, 
     if begins:
         for buffer, before in state.running_stats:
             before.copy_(buffer)
-    passes = [0] if nested is None else nested.ranks(samples["epoch"], samples["iters"])
-    for i, rank in enumerate(passes):
-        last = i + 1 == len(passes)
-        with nested.factors.first(rank) if nested is not None else nullcontext(), ExitStack() as stack:
-            if i or not begins:
-                # The student has not moved: the teacher follows it once a step.
-                stack.enter_context(state.unwrapped.frozen_teacher())
-            if not (last and updates) and isinstance(model, DistributedDataParallel):
-                stack.enter_context(model.no_sync())
-            if not last:
-                stack.enter_context(kept_queues(state.unwrapped.queues()))
-            device = next(model.parameters()).device.type
-            with torch.autocast(device, dtype=state.autocast, enabled=state.autocast is not None):
-                losses = state.task.losses(model, samples)
-            part = losses["loss"] / (parts * len(passes))
-            torch.autograd.backward(part if scaler is None else scaler.scale(part))
+    with ExitStack() as stack:
+        if nested is not None:
+            stack.enter_context(nested.factors.first(nested.rank_of(samples["epoch"], samples["iters"])))
+        if not begins:
+            # The student has not moved: the teacher follows it once a step.
+            stack.enter_context(state.unwrapped.frozen_teacher())
+        if not updates and isinstance(model, DistributedDataParallel):
+            stack.enter_context(model.no_sync())
+        device = next(model.parameters()).device.type
+        with torch.autocast(device, dtype=state.autocast, enabled=state.autocast is not None):
+            losses = state.task.losses(model, samples)
+        part = losses["loss"] / parts
+        torch.autograd.backward(part if scaler is None else scaler.scale(part))
     return {name: loss.detach() for name, loss in losses.items()}
 
 

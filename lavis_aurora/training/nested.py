@@ -6,8 +6,7 @@ import json
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -27,8 +26,8 @@ from lavis_aurora.evaluation.encode import broadcast
 from lavis_aurora.mode_approx.factors import ModeFactors
 
 AUTO, RANKS = "auto", "ranks.json"
-# Of ``nested_steps: growing``: the share of the run in which the components in use grow, and of steps that train fewer.
-GROWTH, FEWER = 0.6, 0.3
+GROWTH = 0.6  # share of the run in which the components in use grow
+FEWER = {"growing": 0.3, "one": 0.5}  # share of the steps that train fewer than are in use
 
 
 def nested_factors(model: nn.Module) -> ModeFactors | None:
@@ -38,7 +37,7 @@ def nested_factors(model: nn.Module) -> ModeFactors | None:
 
 
 class NestedSteps:
-    """The ranks that each step trains, and an optimizer that leaves the components above them alone.
+    """The rank that each step trains, and an optimizer that leaves the components above them alone.
 
     Neither momentum nor weight decay moves a component that was not trained, and its moments stay what they are. (Its
     gradients are zeros, which would not keep Adam from it.) The count of steps, by which Adam corrects its moments at
@@ -69,27 +68,23 @@ class NestedSteps:
         optimizer.register_step_pre_hook(self._remember_idle)
         optimizer.register_step_post_hook(self._put_back)
 
-    def ranks(self, epoch: int, batch: int) -> list[int]:
-        """The ranks that are trained by a batch of an epoch, both from 0: rising, and the same for all of a step.
+    def rank_of(self, epoch: int, batch: int) -> int:
+        """How many components a batch of an epoch trains, both from 0: the same for all of a step.
 
-        They follow from the seed and that step alone.
+        It follows from the seed and that step alone.
         """
         config, step = self.config, batch // self.accumulated
         draw = random.Random(f"{self.seed} {epoch} {step}")
+        if config.nested_steps == "uniform":
+            self._trained = draw.randint(1, config.rank)
+            return self._trained
+        ranks = [*config.smaller_ranks, config.rank]
         if config.nested_steps == "growing":
-            smaller = config.smaller_ranks
             done = (epoch + step * self.accumulated / self.batches) / self.epochs
-            reached = [*smaller, config.rank][: 1 + int(done / GROWTH * len(smaller))]
-            ranks = [draw.choice(reached[:-1]) if len(reached) > 1 and draw.random() < FEWER else reached[-1]]
-        elif config.nested_steps == "uniform":
-            ranks = [draw.randint(1, config.rank)]
-        else:
-            few, second = draw.choice(config.smaller_ranks), draw.random() < 0.5
-            ranks = ([few] if second else []) + [config.rank]
-            if config.nested_steps == "one":
-                ranks = ranks[:1]
-        self._trained = ranks[-1]
-        return ranks
+            ranks = ranks[: 1 + int(done / GROWTH * (len(ranks) - 1))]
+        fewer = len(ranks) > 1 and draw.random() < FEWER[config.nested_steps]
+        self._trained = draw.choice(ranks[:-1]) if fewer else ranks[-1]
+        return self._trained
 
     def _remember_idle(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """What the step must not change: columns, and Adam's moments of them."""
@@ -122,17 +117,6 @@ def nested_steps(
     if factors is None:
         return None
     return NestedSteps(factors, optimizer, run["seed"], run["max_epoch"], batches, run["accum_grad_iters"])
-
-
-@contextmanager
-def kept_queues(queues: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside the block a model fills its queues in vain: of a batch, its last pass alone shall stay there."""
-    before = {name: queue.clone() for name, queue in queues.items()}
-    try:
-        yield
-    finally:
-        for name, queue in queues.items():
-            queue.copy_(before[name])
 
 
 class RankRow(NamedTuple):

@@ -22,6 +22,7 @@ from toy import adapted_toy, inputs
 
 from lavis_aurora import AuroraError
 from lavis_aurora.adapters.config import read_adapter
+from lavis_aurora.config.method import NESTED_STEPS
 from lavis_aurora.encoders.towers import compile_layers
 from lavis_aurora.mode_approx.factors import ModeFactors
 from lavis_aurora.project import load_config
@@ -41,50 +42,62 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
 
 
-def steps_of(**settings) -> NestedSteps:
-    model = adapted_toy(rank=6, **{**NESTED, **settings})
-    return NestedSteps(model.mode_approx, sgd(model), seed=settings.pop("seed", 3))
+def steps_of(model: nn.Module | None = None, seed: int = 3, accumulated: int = 1, **settings) -> NestedSteps:
+    model = model or adapted_toy(rank=6, **{**NESTED, **settings})
+    return NestedSteps(model.mode_approx, sgd(model), seed, epochs=4, batches=1000, accumulated=accumulated)
 
 
-# The ranks of a step
+# The rank of a step
 
 
-def test_each_step_trains_all_components_and_every_second_one_a_few_besides():
-    steps = steps_of(nested_steps="both")
-    drawn = Counter(tuple(steps.ranks(epoch, batch)) for epoch in range(3) for batch in range(1000))
-    assert set(drawn) == {(6,), (1, 6), (2, 6), (4, 6)}
-    assert 0.45 < drawn[(6,)] / 3000 < 0.55
-    assert min(drawn[(rank, 6)] for rank in (1, 2, 4)) > 400
+def test_the_components_in_use_grow_and_three_steps_of_ten_train_fewer():
+    """Of 4,000 steps: from 800 on 2 are in use, from 1,600 on 4, from 2,400 on all 6."""
+    steps, drawn = steps_of(), {}
+    for i in range(4000):
+        drawn.setdefault(min(i // 800, 3), Counter())[steps.rank_of(i // 1000, i % 1000)] += 1
+    assert [set(drawn[stage]) for stage in range(4)] == [{1}, {1, 2}, {1, 2, 4}, {1, 2, 4, 6}]
+    for stage, largest in ((1, 2), (2, 4), (3, 6)):
+        counts = drawn[stage]
+        assert 0.65 < counts[largest] / sum(counts.values()) < 0.75
+        assert max(counts[rank] for rank in counts if rank < largest) < 0.4 * sum(counts.values())
 
 
-def test_one_rank_a_step():
-    steps = steps_of()
-    drawn = Counter(tuple(steps.ranks(0, batch)) for batch in range(1000))
-    assert set(drawn) == {(6,), (1,), (2,), (4,)} and 0.45 < drawn[(6,)] / 1000 < 0.55
+def test_growing_ends_with_all_components_in_short_runs_and_with_one_smaller_rank():
+    model = adapted_toy(rank=6, nested=True, nested_ranks=[2])
+    steps = NestedSteps(model.mode_approx, sgd(model), 3, epochs=1, batches=10)
+    drawn = [steps.rank_of(0, batch) for batch in range(10)]
+    assert drawn[:6] == [2] * 6 and 6 in drawn[6:]
+
+
+def test_all_or_a_few_from_the_start():
+    steps = steps_of(nested_steps="one")
+    drawn = Counter(steps.rank_of(0, batch) for batch in range(1000))
+    assert set(drawn) == {6, 1, 2, 4} and 0.45 < drawn[6] / 1000 < 0.55
 
 
 def test_any_rank_a_step():
     steps = steps_of(nested_steps="uniform")
-    assert {tuple(steps.ranks(0, batch)) for batch in range(200)} == {(rank,) for rank in range(1, 7)}
+    assert {steps.rank_of(0, batch) for batch in range(200)} == {1, 2, 3, 4, 5, 6}
 
 
-def test_ranks_follow_from_seed_and_step_alone():
-    model = adapted_toy(rank=6, **NESTED)
-    one, other = (NestedSteps(model.mode_approx, sgd(model), seed=3, accumulated=2) for _ in range(2))
+@pytest.mark.parametrize("kind", NESTED_STEPS)
+def test_ranks_follow_from_seed_and_step_alone(kind):
+    model = adapted_toy(rank=6, **NESTED, nested_steps=kind)
+    one, other = (steps_of(model, accumulated=2) for _ in range(2))
     torch.manual_seed(5)
-    backwards = [other.ranks(1, batch) for batch in reversed(range(40))][::-1]
-    drawn = [one.ranks(1, batch) for batch in range(40)]
+    backwards = [other.rank_of(2, batch) for batch in reversed(range(580, 620))][::-1]
+    drawn = [one.rank_of(2, batch) for batch in range(580, 620)]
     assert drawn == backwards
     # All batches of a step of the optimizer have the same.
     assert drawn[::2] == drawn[1::2]
-    assert drawn != [one.ranks(2, batch) for batch in range(40)]
-    assert drawn != [NestedSteps(model.mode_approx, sgd(model), 4, 2).ranks(1, batch) for batch in range(40)]
+    assert drawn != [one.rank_of(3, batch) for batch in range(580, 620)]
+    assert drawn != [steps_of(model, seed=4, accumulated=2).rank_of(2, batch) for batch in range(580, 620)]
 
 
 def test_models_that_are_not_nested_have_no_such_steps():
     run = {"seed": 1, "accum_grad_iters": 1}
     for model in (adapted_toy(), nn.Linear(2, 2)):
-        assert nested_steps(model, sgd(nn.Linear(2, 2)), run) is None
+        assert nested_steps(model, sgd(nn.Linear(2, 2)), run, 10) is None
 
 
 # The optimizer
@@ -109,7 +122,7 @@ def plain_adamw(values, gradients, ranks, lr=0.05, decay=0.1, betas=(0.9, 0.999)
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "with a scaler"])
 def test_adam_leaves_components_alone_that_were_not_trained(scaled):
     """Values and moments, with momentum and weight decay, against a plain computation; also between resumes."""
-    model = adapted_toy(rank=6, **NESTED)
+    model = adapted_toy(rank=6, **NESTED, nested_steps="one")
     factors, x = model.mode_approx, inputs(50)
     parameters = list(factors["default"].parameters())
     start = [p.detach().clone() for p in parameters]
@@ -119,14 +132,14 @@ def test_adam_leaves_components_alone_that_were_not_trained(scaled):
         optimizer = torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.1)
         if state is not None:
             optimizer.load_state_dict(state)
-        return optimizer, NestedSteps(factors, optimizer, seed=1)
+        return optimizer, NestedSteps(factors, optimizer, 6, epochs=1, batches=12)
 
     optimizer, steps = optimizer_of()
     gradients, ranks = [], []
     for batch in range(12):
         if batch == 6:
             optimizer, steps = optimizer_of(optimizer.state_dict())
-        [rank] = steps.ranks(0, batch)
+        rank = steps.rank_of(0, batch)
         with factors.first(rank):
             scaler.scale(model(x).square().mean() * (1 + batch)).backward()
         scaler.unscale_(optimizer)
@@ -158,7 +171,7 @@ def batches(count: int = 6, size: int = 4, rows: slice = slice(None)) -> list[di
 
 def nested_model(**settings) -> nn.Module:
     torch.manual_seed(0)  # of the hard negatives
-    ranks = {"nested": True, "nested_ranks": [2, 4], "nested_steps": "both"}
+    ranks = {"nested": True, "nested_ranks": [2, 4], "nested_steps": "one"}
     method = {"rank": 8, "targets": "all_linear", **ranks, **settings}
     return activate(tiny_model(mode_approx=method, momentum=0.75, queue_size=32, alpha=0.4), std=0.1).train()
 
@@ -167,36 +180,26 @@ def epoch(folder: Path, model: nn.Module, rows: slice = slice(None), **run) -> n
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     optimizer = sgd(inner)
     state = training_state(task_of("retrieval_aurora"), model, batches(rows=rows), folder, optimizer, **run)
-    state.nested = nested_steps(inner, optimizer, state.run)
+    state.nested = nested_steps(inner, optimizer, state.run, state.steps)
     train_epoch(state)
     return inner
 
 
-def test_a_step_of_two_ranks_is_that_of_the_mean_loss(tmp_path):
-    """Against plain gradient descent: the teacher moves once a step, the queue holds the whole adapter's features."""
+def test_a_step_trains_the_components_that_are_drawn(tmp_path):
+    """Against plain gradient descent, teacher and queue included."""
     model, plain = nested_model(), nested_model()
     epoch(tmp_path, model, seed=3)
     optimizer = sgd(plain)
-    steps, counts = NestedSteps(plain.mode_approx, sgd(plain), seed=3), Counter()
+    steps, drawn = NestedSteps(plain.mode_approx, sgd(plain), 3, epochs=1, batches=6), set()
     for i, samples in enumerate(batches()):
         samples.update(epoch=0, iters=i, num_iters_per_epoch=6)
-        ranks = steps.ranks(0, i)
-        counts[len(ranks)] += 1
-        momentum, queue = plain.momentum, {name: x.clone() for name, x in plain.queues().items()}
-        losses = []
-        for rank in ranks:
-            for name, x in plain.queues().items():
-                x.copy_(queue[name])
-            with plain.mode_approx.first(rank):
-                # Gradients of the passes must not share a graph with a changed queue.
-                loss = plain(samples)["loss"] / len(ranks)
-                loss.backward()
-                losses.append(loss)
-            plain.momentum = 1.0
-        plain.momentum = momentum
+        rank = steps.rank_of(0, i)
+        drawn.add(rank)
+        with plain.mode_approx.first(rank):
+            plain(samples)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert set(counts) == {1, 2}
+    assert len(drawn) > 1 and 8 in drawn
     assert_close_states(model, plain)
 
 
@@ -224,7 +227,7 @@ def test_what_is_not_nested_trains_as_if_there_were_no_such_thing(tmp_path, monk
     model = nested_model(nested=False)
     optimizer = sgd(model)
     state = training_state(task_of("retrieval_aurora"), model, batches(), tmp_path, optimizer)
-    assert nested_steps(model, optimizer, state.run) is None
+    assert nested_steps(model, optimizer, state.run, state.steps) is None
     train_epoch(state)
     plain = nested_model(nested=False)
     optimizer = sgd(plain)
