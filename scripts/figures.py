@@ -17,12 +17,12 @@ from typing import Optional
 from lavis_aurora.analysis.drawing import Plot, save
 from lavis_aurora.analysis.examples import ATTENTION, CASES
 from lavis_aurora.analysis.paper_figures import BUBBLES, COST
-from lavis_aurora.analysis.ranks import RANK, RANK_PLOT
+from lavis_aurora.analysis.ranks import NESTED, RANK, RANK_PLOT
 from lavis_aurora.analysis.sweep_figures import COMPARISON, CONTEXT, FRONTIER, GATE, GATE_INIT, SHARING
 from lavis_aurora.analysis.weights import DISTRIBUTION
 from lavis_aurora.common.errors import AuroraError
 
-SWEEPS = (COMPARISON, FRONTIER, RANK, RANK_PLOT, CONTEXT, GATE, GATE_INIT, SHARING)
+SWEEPS = (COMPARISON, FRONTIER, RANK, RANK_PLOT, NESTED, CONTEXT, GATE, GATE_INIT, SHARING)
 LISTED = (*SWEEPS, ATTENTION, DISTRIBUTION, BUBBLES, CASES, COST)
 PLOTS: dict[str, Plot] = {plot.name: plot for plot in LISTED}
 SUFFIXES = (".png", ".pdf", ".svg")

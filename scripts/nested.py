@@ -1,12 +1,13 @@
 r"""Compare one nested training with trainings of each rank, over seeds, on the test split.
 
     python scripts/nested.py --task pictures --output output/nested --jobs 2
-    python scripts/nested.py --task clips --output output/nested_clips --seeds 1 --methods one dedicated
+    python scripts/nested.py --task clips --output output/nested_clips --seeds 1 --methods growing dedicated
 
-The same command again goes on. Methods: ``one``, ``both`` and ``uniform`` are values of mode_approx.nested_steps; of
+The same command again goes on. Methods: ``growing``, ``one`` and ``uniform`` are values of mode_approx.nested_steps; of
 each run the adapter of the best epoch is cut to every rank and tested. ``dedicated`` trains each rank by itself.
-``naive`` cuts the dedicated run of the largest rank, whose components are in no order. The area is that under the
-mean recall over log2(rank), per unit of it, so that it is a recall too.
+``naive`` cuts the dedicated run of the largest rank, whose components are in no order. The area is that under R@1
+(the mean of both directions) over log2(rank), per unit of it, so that it is a recall too. nested.json in the folder holds
+the table, which ``figures.py nested`` draws.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from comparison import SEEDS, TASKS
 from processes import ROOT, add_jobs_argument, run_all
 from sweep import Cell, locked, report, write_or_check_plan
 
-from lavis_aurora.analysis.results import latest_run
+from lavis_aurora.analysis.results import compared_metrics, latest_run
 from lavis_aurora.cli import truncate
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json, write_text
@@ -103,9 +104,9 @@ def run_cells(cells: Sequence[Cell], jobs: int, start: Callable[[Cell], None]) -
 
 
 def recall(cell: Cell) -> float:
-    """Mean recall on test, in percent."""
-    found: float = cell.result["metrics"]["test"]["agg_metrics"]
-    return found
+    """R@1 on test, the mean of both directions, or the accuracy, in percent."""
+    metrics = cell.result["metrics"]["test"]
+    return statistics.mean(metrics[name] for name in compared_metrics(metrics))
 
 
 def training_seconds(cell: Cell) -> float:

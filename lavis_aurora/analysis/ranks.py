@@ -1,10 +1,11 @@
-"""Plots of the rank: a sweep of it (figure 3), and the ranks of one nested run."""
+"""Plots of the rank: a sweep of it (figure 3), the ranks of a nested run, and that beside runs of each rank."""
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
 
@@ -178,6 +179,48 @@ class NestedRankPlot(Plot):
 
 
 RANK_PLOT = NestedRankPlot()
+
+
+class NestedPlot(Plot):
+    """``nested.json`` of scripts/nested.py."""
+
+    name = "nested"
+    about = "one nested training beside trainings of each rank (scripts/nested.py)"
+    labels: ClassVar[dict[str, str]] = {"dedicated": "each rank by itself", "naive": "the largest rank, cut"}
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("table", metavar="nested.json", help="of the folder of scripts/nested.py")
+
+    def numbers(self, args: argparse.Namespace) -> dict[str, Any]:
+        """The table as it is: recall by method, seed and rank."""
+        numbers: dict[str, Any] = read_json(args.table)
+        return numbers
+
+    def draw(self, numbers: dict[str, Any]) -> Figure:
+        """R@1 of each rank, a line a method, with the standard deviation over seeds."""
+        figure, [axis] = subplots(1, 1, 5.2, 3.6)
+        for (method, by_seed), color in zip(numbers["recall"].items(), CYCLE):
+            runs = [{int(rank): value for rank, value in one.items()} for one in by_seed.values()]
+            ranks = sorted(runs[0])
+            values = [[run[rank] for run in runs] for rank in ranks]
+            spread = [statistics.stdev(one) if len(one) > 1 else 0.0 for one in values]
+            name = self.labels.get(method, f"one training, nested_steps: {method}")
+            axis.errorbar(
+                ranks, [statistics.mean(one) for one in values], spread, fmt="o-", capsize=3, color=color, label=name
+            )
+        seeds = max(len(by_seed) for by_seed in numbers["recall"].values())
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ranks, [str(rank) for rank in ranks])
+        axis.minorticks_off()
+        axis.set_xlabel("rank")
+        axis.set_ylabel("R@1 on test, mean of both directions")
+        axis.set_title("one seed" if seeds == 1 else f"mean and standard deviation of {seeds} seeds", fontsize=10)
+        axis.legend(frameon=False, fontsize=8, loc="lower right")
+        despine(axis)
+        return figure
+
+
+NESTED = NestedPlot()
 
 
 def draw_ranks(folder: Path) -> Path:

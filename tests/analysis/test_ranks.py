@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 from tiny_figures import arguments, sweep_table
 
-from lavis_aurora.analysis.ranks import RANK, RANK_KEY
+from lavis_aurora.analysis.ranks import NESTED, RANK, RANK_KEY
 
 
 def test_recalls_and_counts_against_the_rank(tmp_path):
@@ -21,3 +23,16 @@ def test_recalls_and_counts_against_the_rank(tmp_path):
     # Formulas of another size say nothing of the paper's model.
     small = RANK.numbers(arguments(RANK, table, "--layers", "3", "--width", "128"))
     assert small["paper"] == [] and small["counts"]["UniAdapter"][0] == 3 * 4 * 128 * 4
+
+
+def test_one_nested_training_beside_each_rank(tmp_path):
+    recall = {
+        "growing": {"1": {"4": 70.0, "16": 80.0}, "2": {"4": 72.0, "16": 82.0}},
+        "dedicated": {"1": {"16": 83.0, "4": 75.0}, "2": {"16": 83.0, "4": 77.0}},
+    }
+    table = tmp_path / "nested.json"
+    table.write_text(json.dumps({"recall": recall, "seconds": {}, "auto": {}}))
+    [axis] = NESTED.draw(NESTED.numbers(arguments(NESTED, table))).axes
+    drawn = {bars.get_label(): list(bars.lines[0].get_ydata()) for bars in axis.containers}
+    assert drawn == {"one training, nested_steps: growing": [71.0, 81.0], "each rank by itself": [76.0, 83.0]}
+    assert "2 seeds" in axis.get_title()
