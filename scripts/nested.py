@@ -3,11 +3,11 @@ r"""Compare one nested training with trainings of each rank, over seeds, on the 
     python scripts/nested.py --task pictures --output output/nested --jobs 2
     python scripts/nested.py --task clips --output output/nested_clips --seeds 1 --methods growing dedicated
 
-The same command again goes on. Methods: ``growing``, ``one`` and ``uniform`` are values of mode_approx.nested_steps; of
-each run the adapter of the best epoch is cut to every rank and tested. ``dedicated`` trains each rank by itself.
-``naive`` cuts the dedicated run of the largest rank, whose components are in no order. The area is that under R@1
-(the mean of both directions) over log2(rank), per unit of it, so that it is a recall too. nested.json in the folder holds
-the table, which ``figures.py nested`` draws.
+The same command again goes on. Methods: ``growing``, ``one`` and ``uniform`` are values of
+mode_approx.nested_steps, with 1.5 times the epochs; of each run the adapter of the best epoch is cut to every rank
+and tested. ``dedicated`` trains each rank by itself. ``naive`` cuts the dedicated run of the largest rank, whose
+components are in no order. The area is that under R@1 (the mean of both directions) over log2(rank), per unit of
+it, so that it is a recall too. nested.json in the folder holds the table, which ``figures.py nested`` draws.
 """
 
 from __future__ import annotations
