@@ -243,7 +243,7 @@ def _line(error: Exception) -> str:
 
 
 def exit_on_error(action: Callable[[], None]) -> None:
-    """Run; an AuroraError becomes one line on stderr and exit code 1, a signal 128 + its number."""
+    """Run; an AuroraError becomes one line on stderr and its exit status, a signal 128 + its number."""
     use_utf8()
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # twice the limit PIL refuses
     try:
@@ -254,7 +254,7 @@ def exit_on_error(action: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (Exception, Stopped) as error:
-        code = 1
+        code = error.exit_status if isinstance(error, AuroraError) else 1
         if isinstance(error, Stopped):
             code = 128 + error.signum
             if get_rank() == 0:

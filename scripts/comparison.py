@@ -6,114 +6,82 @@ r"""Compare ways of tuning by what they train: each at its own best rate, chosen
 A method is a YAML of scripts/comparison: its options, its size at each budget, and the rates to try. The rates
 are compared with one seed; the best is run with two more. Each run leaves a record in
 docs/comparison/TASK.json, which is kept with the project: the same command runs what is missing there, and prints the
-table. Several at once share the runs among them, in one --output. Another method is another YAML.
+table. A run that diverges has a record too, as its rate is too high; one that fails otherwise has none. Several
+commands at once share the runs among them, in one --output. Another method is another YAML.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Optional
 
-from omegaconf import OmegaConf
+from comparison_methods import TASKS, Method, read_methods
+from omegaconf import DictConfig, OmegaConf
 from processes import ROOT, add_jobs_argument, run_all
-from sweep import Cell, check_cells, locked, time_left
+from sweep import Cell, check_cells, locked, report
 
 from lavis_aurora.analysis.results import best_rate, compared, compared_metrics, latest_run
-from lavis_aurora.common.errors import AuroraError, did_you_mean
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json, write_text
-from lavis_aurora.common.parsing import parse
 from lavis_aurora.common.summary import Summary, read_summary
-from lavis_aurora.config.check import read_yaml
 from lavis_aurora.config.models import TUNINGS
-from lavis_aurora.project import merge_options
+from lavis_aurora.project import AuroraConfig, merge_options
 
-TASKS = {"pictures": "demo_ret.yaml", "clips": "demo_video.yaml", "questions": "demo_vqa.yaml"}
-METHODS = ROOT / "scripts" / "comparison"
 RESULTS = ROOT / "docs" / "comparison"
 SEEDS = (1, 2, 3)  # the first compares the rates
 Record = dict[str, Any]
-RUN = ("method", "budget", "rate", "seed")
-SAME = (*RUN, "project")  # which holds what the options make of it
-
-
-@dataclass
-class Method:
-    """A YAML of the comparison.
-
-    Attributes:
-        label: in tables and pictures.
-        options: of its runs, KEY=VALUE.
-        task_options: further ones by task.
-        size: key that holds its size, if it has one.
-        budgets: that size by the name of a budget of adapter parameters.
-        rates: values of run.init_lr to try; none where nothing is trained.
-        tasks: that it can do.
-        cost: row of scripts/bench_train.py that such a step costs on BLIP base, for ``figures.py frontier``.
-    """
-
-    label: str
-    options: list[str]
-    size: Optional[str] = None
-    budgets: dict[str, Any] = field(default_factory=dict)
-    rates: list[float] = field(default_factory=list)
-    tasks: list[str] = field(default_factory=lambda: list(TASKS))
-    task_options: dict[str, list[str]] = field(default_factory=dict)
-    cost: Optional[str] = None
-
-    def options_at(self, budget: str, task: str) -> dict[str, str]:
-        """Options of its runs at a budget; the one without a name is that of a method of one size."""
-        options = dict(option.split("=", 1) for option in [*self.options, *self.task_options.get(task, ())])
-        return {**options, **({self.size: str(self.budgets[budget])} if self.size else {})}
-
-
-def read_methods(names: Sequence[str] | None) -> dict[str, Method]:
-    """Methods by the names of their YAMLs; all without ``names``.
-
-    Raises:
-        AuroraError: there is no such YAML, or it holds something else.
-    """
-    known = sorted(path.stem for path in METHODS.glob("*.yaml"))
-    for name in names or ():
-        if name not in known:
-            raise AuroraError(f"--methods {name}: there is no {METHODS / name}.yaml{did_you_mean(name, known)}")
-    found = {}
-    for name in names or known:
-        content = OmegaConf.to_container(read_yaml(str(METHODS / f"{name}.yaml")))
-        found[name] = parse(Method, content, f"{METHODS / name}.yaml", convert=True)
-    return found
+# What a record is known by: what is run, and what it starts from.
+SIZE = ("method", "budget")
+RUN = (*SIZE, "rate", "seed")
+SOURCE = ("project", "weights")
 
 
 class Trial(Cell):
     """One run of a method.
 
     Attributes:
-        key: what a record is known by: method, budget, rate (None where nothing is trained) and seed, options and
-            a digest of what the project YAML makes of them.
+        comparison: whose run it is.
+        key: what a record is known by: method, budget, rate (None where nothing is trained) and seed, a digest of the
+            project YAML with its options, and one of the pretrained weights.
     """
 
-    def __init__(self, key: Record, settings: dict[str, str], folder: Path) -> None:
+    def __init__(self, comparison: Comparison, key: Record, settings: dict[str, str], folder: Path) -> None:
         rate = {} if key["rate"] is None else {"run.init_lr": repr(key["rate"])}
         super().__init__({**settings, **rate, "run.seed": str(key["seed"])}, folder)
-        self.key = key
+        self.comparison, self.key = comparison, key
 
     @property
     def name(self) -> str:
         rate = "" if self.key["rate"] is None else f" at {self.key['rate']:g}"
         return f"{self.key['method']} {self.key['budget']}{rate}, seed {self.key['seed']}".replace("  ", " ")
 
+    def is_done(self) -> bool:
+        """Whether another command has kept its record."""
+        self.comparison.read()
+        record = self.comparison.known(self)
+        if record is not None:
+            self.result = {"status": "diverged" if "error" in record else "done"}
+        return record is not None
+
+    def poll(self) -> bool:
+        """Whether it has ended, which it says; its record is kept, unless the next try may end otherwise."""
+        ended = super().poll()
+        if ended and self.result["status"] != "failed":
+            self.comparison.keep(self)
+        return ended
+
     def record(self) -> Record:
-        """What is kept of the run, once it has ended; a failed one, e.g. of too high a rate, has its error."""
-        if self.result["status"] == "failed":
+        """What is kept of the run, once it has ended; one that diverged has its error."""
+        if self.result["status"] == "diverged":
             return {**self.key, "error": self.result["error"]}
         summary = read_summary(latest_run(self.folder) or self.folder)
         return {
@@ -125,6 +93,11 @@ class Trial(Cell):
             "versions": summary["versions"],
             "machine": summary["machine"],
         }
+
+
+def agree(one: Record, key: Record, names: Sequence[str]) -> bool:
+    """Whether a record has these of a key; one from before a name was kept agrees in it."""
+    return all(one.get(name, key[name]) == key[name] for name in names)
 
 
 def best_validation(summary: Summary) -> float | None:
@@ -150,8 +123,7 @@ class Comparison:
         output: folder of the runs.
         options: KEY=VALUE of all runs, besides the YAML's.
         records: of the results file when it was read last, those of methods and budgets not asked for among them.
-        took: seconds of the runs of this call.
-        kept: folders of these runs.
+        trials: the runs that this command has started, or waited for.
     """
 
     task: str
@@ -160,8 +132,7 @@ class Comparison:
     output: Path
     options: Sequence[str] = ()
     records: list[Record] = field(default_factory=list)
-    took: list[float] = field(default_factory=list)
-    kept: set[Path] = field(default_factory=set)
+    trials: list[Trial] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.read()
@@ -188,10 +159,14 @@ class Comparison:
                 if not budget or self.budgets is None or budget in self.budgets:
                     yield name, method, budget
 
+    def merged(self, settings: Mapping[str, str]) -> DictConfig:
+        """The project YAML of such a run, besides its rate and seed."""
+        options = [*self.options, *(f"{key}={value}" for key, value in settings.items())]
+        return merge_options(str(self.project), options)
+
     def digest(self, settings: Mapping[str, str]) -> str:
         """Of all that such a run is told, besides its rate and seed: not of comments, nor of the other tunings."""
-        options = [*self.options, *(f"{key}={value}" for key, value in settings.items())]
-        config = OmegaConf.to_container(merge_options(str(self.project), options))
+        config = OmegaConf.to_container(self.merged(settings))
         model, run = config["model"], config["run"]
         own = TUNINGS[model["tuning"]].settings
         for key in {key for tuning in TUNINGS.values() for key in tuning.settings} - set(own):
@@ -200,90 +175,95 @@ class Comparison:
             run.pop(key, None)
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
-    def trial(self, name: str, method: Method, budget: str, rate: float | None, seed: int) -> Trial:
-        key = {"method": name, "label": method.label, "budget": budget, "rate": rate, "seed": seed}
-        settings = method.options_at(budget, self.task)
-        key.update(project=self.digest(settings), options=[f"{k}={v}" for k, v in settings.items()])
-        folder = f"{name}_{budget}_{'' if rate is None else f'{rate:g}'}_{seed}_{key['project']}"
-        return Trial(key, settings, self.output / folder)
+    def weights(self, settings: Mapping[str, str]) -> str | None:
+        """Of the file of pretrained weights that such a run loads; None where it loads none, or from a URL."""
+        config = AuroraConfig.build_model_config(self.merged(settings))
+        path = Path(config.model.get("pretrained") or "").expanduser()
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else None
+
+    def trials_of(
+        self, name: str, method: Method, budget: str, rates: Sequence[float | None], seeds: Sequence[int]
+    ) -> list[Trial]:
+        """The runs of a method at a budget."""
+        settings, found = method.options_at(budget, self.task), []
+        source = {"project": self.digest(settings), "weights": self.weights(settings)}
+        options = [f"{key}={value}" for key, value in settings.items()]
+        for rate, seed in itertools.product(rates, seeds):
+            key = {"method": name, "label": method.label, "budget": budget, "rate": rate, "seed": seed}
+            # Named by the source too, or a run of another one would be resumed.
+            parts = [name, budget, "" if rate is None else f"{rate:g}", seed, *source.values()]
+            folder = self.output / "_".join(map(str, parts))
+            found.append(Trial(self, {**key, **source, "options": options}, settings, folder))
+        return found
 
     def missing(self) -> tuple[list[Trial], int]:
         """The runs that can start now, and the number of those that wait for the best rate."""
         trials, later = [], 0
         for size in self.sizes():
-            rates = size[1].rates or [None]
-            search = [self.trial(*size, rate, SEEDS[0]) for rate in rates]
+            rates = size[1].rates_of(self.task)
+            search = self.trials_of(*size, rates or [None], SEEDS[:1])
             first = [trial for trial in search if not self.known(trial)]
             if first:
                 trials += first
-                later += len(SEEDS) - 1 if size[1].rates else 0
+                later += len(SEEDS) - 1 if rates else 0
                 continue
             best = best_rate([record for trial in search if (record := self.known(trial))])
             if best is not None:
-                more = (self.trial(*size, best, seed) for seed in SEEDS[1:])
+                more = self.trials_of(*size, [best], SEEDS[1:])
                 trials += [trial for trial in more if not self.known(trial)]
         return trials, later
 
     def known(self, trial: Trial) -> Record | None:
         """The record of such a run."""
-        return next((one for one in self.records if all(one[key] == trial.key[key] for key in SAME)), None)
+        return next((one for one in self.records if agree(one, trial.key, RUN + SOURCE)), None)
 
     def keep(self, trial: Trial) -> None:
-        """Add the record of a run that has ended to the file; those of its method and budget by another project go.
+        """Add the record of a run to the file; those of its method and budget that started from others go.
 
         Else a best rate might be one of the old project's.
         """
 
         def stays(one: Record) -> bool:
-            if any(one[key] != trial.key[key] for key in ("method", "budget")):
+            if not agree(one, trial.key, SIZE):
                 return True
-            return one["project"] == trial.key["project"] and any(one[key] != trial.key[key] for key in RUN)
+            return agree(one, trial.key, SOURCE) and not agree(one, trial.key, RUN)
 
-        with locked(RESULTS):
+        with locked(RESULTS, "records of the comparison"):
             self.read()
             self.records = [*filter(stays, self.records)]
             self.records.append(trial.record())
             self.records.sort(key=lambda one: (one["method"], one["budget"], one["rate"] or 0, one["seed"]))
             write_text(self.results, json.dumps(self.records, indent=1) + "\n")
 
-    def run(self, jobs: int) -> None:
-        """Run all that is missing; a line on each run that ends, and the time left."""
+    def run(self, jobs: int) -> list[Trial]:
+        """Run all that is missing, each once, and say how far it is; those that failed, and are missing still."""
         while True:
             self.read()
             trials, later = self.missing()
-            if not trials:
-                return
-            if replaced := self.kept & {trial.folder for trial in trials}:
+            missing = {trial.folder for trial in trials}
+            again = [trial for trial in self.trials if trial.folder in missing]
+            if replaced := [trial.folder.name for trial in again if trial.result["status"] != "failed"]:
                 raise AuroraError(
                     f"{self.results}: a command with other options, or another project, has replaced the record of "
-                    f"{sorted(replaced)[0].name}; run them one after the other"
+                    f"{replaced[0]}; run them one after the other"
                 )
+            trials = [trial for trial in trials if trial.folder not in {one.folder for one in again}]
+            if not trials:
+                return again
             check_cells(trials, str(self.project), self.options, self.output)
+            self.trials += trials
+            self.run_trials(trials, later, jobs)
 
-            def start(trial: Trial) -> None:
-                self.read()
-                if not self.known(trial):
-                    trial.start(str(self.project), self.options)
+    def run_trials(self, trials: list[Trial], later: int, jobs: int) -> None:
+        """Run these; ``later`` counts those that follow at the best rates."""
 
-            def poll(trial: Trial) -> bool:
-                if trial.process is None:
-                    return True  # another command has kept it
-                ended = trial.poll()
-                if ended:
-                    self.keep(trial)
-                    self.kept.add(trial.folder)
-                    self.took.append(trial.seconds)
-                return ended
+        def start(trial: Trial) -> None:
+            trial.start(str(self.project), self.options)
 
-            def report(active: list[Trial], pending: int, later: int = later) -> None:
-                running = [time.time() - trial.start_time for trial in active]
-                left = time_left(self.took, pending + later, running, jobs)
-                shown = "known after the first run" if left is None else f"about {timedelta(seconds=round(left))}"
-                print(f"[{len(active)} running, {pending + later} to come]  left: {shown}", flush=True)
-                for trial in active:
-                    print(f"  {trial.name}: {trial.progress()}", flush=True)
+        def print_report(active: list[Trial], pending: int) -> None:
+            print(report(self.trials, active, pending + later, jobs), flush=True)
 
-            run_all(trials, jobs, start, poll, report)
+        run_all(trials, jobs, start, Trial.poll, print_report)
 
 
 def table(records: list[Record]) -> str:
@@ -318,12 +298,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     try:
         output = (args.output / args.task).absolute()
         comparison = Comparison(args.task, read_methods(args.methods), args.budgets, output, args.options)
-        comparison.run(args.jobs)
+        failed = comparison.run(args.jobs)
     except AuroraError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on")
     print(table(comparison.records))
+    if failed:
+        count = f"{len(failed)} of {len(comparison.trials)} runs failed"
+        sys.exit(f"error: {count}, e.g. {failed[0].log}; the same command tries them again")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 from comparison import SEEDS, TASKS
-from processes import ROOT, add_jobs_argument, run_all
-from sweep import Cell, locked, report, write_or_check_plan
+from processes import ROOT, add_jobs_argument
+from sweep import Cell, locked, run_cells, write_or_check_plan
 
 from lavis_aurora.analysis.results import compared_metrics, latest_run
 from lavis_aurora.cli import truncate
@@ -90,15 +90,10 @@ def trained_cells(
     return cells
 
 
-def run_cells(cells: Sequence[Cell], jobs: int, start: Callable[[Cell], None]) -> None:
-    """Run what is not finished."""
-    pending = [cell for cell in cells if not cell.is_done()]
-
-    def print_report(active: list[Cell], left: int) -> None:
-        print(report(pending, active, left, jobs), flush=True)
-
-    run_all(pending, jobs, lambda cell: cell.is_done() or start(cell), Cell.poll, print_report)
-    failed = [cell for cell in cells if cell.result["status"] == "failed"]
+def run_or_fail(cells: Sequence[Cell], jobs: int, cfg_path: str, options: Sequence[str]) -> None:
+    """Run what is not finished; an AuroraError if one fails."""
+    run_cells(cells, jobs, cfg_path, options)
+    failed = [cell for cell in cells if cell.result["status"] != "done"]
     if failed:
         raise AuroraError(f"{len(failed)} of {len(cells)} failed, see {failed[0].log}; the same command goes on")
 
@@ -170,11 +165,11 @@ def run(args: argparse.Namespace) -> None:
     write_or_check_plan(folder, cfg_path, options)
     epochs = int(merge_options(cfg_path, options).run.max_epoch)
     trained = trained_cells(folder, args.methods, args.seeds, epochs)
-    run_cells([*trained.values()], args.jobs, lambda cell: cell.start(cfg_path, options))
+    run_or_fail([*trained.values()], args.jobs, cfg_path, options)
     cut = ["dedicated" if method == "naive" else method for method in args.methods if method != "dedicated"]
     whole = [trained[name, RANKS[-1], seed] for name in cut for seed in args.seeds]
     tests = [CutTest(cell, rank) for cell in whole for rank in RANKS[:-1]]
-    run_cells(tests, args.jobs, lambda cell: cell.start(cfg_path, options))
+    run_or_fail(tests, args.jobs, cfg_path, options)
     found, seconds = collect(args.methods, args.seeds, trained, tests)
     auto = {}
     for (method, _, seed), cell in trained.items():

@@ -32,12 +32,14 @@ class TrainingProcess:
         folder: everything that it writes.
         process, start_time: it, and when it was started last.
         seconds: that it took, once it has ended.
+        elsewhere: whether another command runs it, as far as :func:`run_all` has seen.
     """
 
     folder: Path
     process: Optional[subprocess.Popen[bytes]] = None
     start_time: float = 0.0
     seconds: float = 0.0
+    elsewhere: bool = False
 
     @property
     def log(self) -> Path:
@@ -47,6 +49,10 @@ class TrainingProcess:
     def take(self) -> bool:
         """Whether it may start: nothing else works in its folder, nor will until :meth:`release`."""
         return True
+
+    def is_done(self) -> bool:
+        """Whether another command has run it; asked between :meth:`take` and the start."""
+        return False
 
     def release(self) -> None:
         """It has ended, and all of it is kept."""
@@ -124,18 +130,18 @@ def run_all(
 ) -> None:
     """Run all, ``jobs`` at a time. Those that run when this is left, by an error or a signal, are told to stop.
 
-    One whose folder another process works in is passed over, and waited for at the end.
+    One that another command runs is passed over, waited for at the end, and started if it is not done then.
 
     Args:
         processes: in the order in which they start.
-        start: starts one, unless that other process has done it.
+        start: starts one.
         poll: whether one has ended; asked until it has, so it may say so, or raise.
         on_progress: given those that run and the number of those that do not yet; called after each end and at least
             every ``interval`` seconds.
     """
     pending, last = list(processes), time.time()
     active: list[Process] = []
-    elsewhere = 0  # runs that are waited for
+    waiting = 0  # for so many runs of other commands, with nothing else to start
 
     def leave(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)
@@ -144,14 +150,10 @@ def run_all(
     handlers = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         while pending or active:
-            for process in list(pending):
-                if len(active) < jobs and process.take():
-                    pending.remove(process)
-                    active.append(process)
-                    start(process)
-            if not active and len(pending) != elsewhere:
-                print(f"waiting for {len(pending)} that another process runs: {pending[0].folder}, ...", flush=True)
-            elsewhere = 0 if active else len(pending)
+            _start_more(pending, active, jobs, start)
+            before, waiting = waiting, len(pending) if len(active) < jobs else 0
+            if waiting and waiting != before:
+                print(f"waiting for runs of other commands ({waiting}), e.g. {pending[0].folder}", flush=True)
             time.sleep(0.2)
             still = []
             for process in active:
@@ -172,3 +174,22 @@ def run_all(
             one.release()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _start_more(pending: list[Process], active: list[Process], jobs: int, start: Callable[[Process], object]) -> None:
+    """Move what may start from ``pending`` to ``active``, and drop what another command has done."""
+    for process in list(pending):
+        if len(active) == jobs and not process.elsewhere:
+            continue
+        process.elsewhere = not process.take()
+        if process.elsewhere:
+            continue
+        if process.is_done():
+            pending.remove(process)
+            process.release()
+        elif len(active) == jobs:
+            process.release()  # the other command has failed, and this one has no room for it yet
+        else:
+            pending.remove(process)
+            active.append(process)
+            start(process)

@@ -16,6 +16,7 @@ import json
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from typing import Any, Optional
 from processes import TrainingProcess, add_jobs_argument, run_all
 
 from lavis_aurora.analysis.results import final_metrics, latest_run, trained_parameters, write_table
-from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.errors import AuroraError, Diverged
 from lavis_aurora.common.files import read_json, write_text
 from lavis_aurora.common.summary import read_summary
 from lavis_aurora.data.annotations import build_checked
@@ -38,11 +39,11 @@ PATIENCE = 2.0  # seconds that nobody is told of
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Around what no other process does in a folder at the same time; it is made."""
+def locked(folder: Path, named_by: str = "--output") -> Iterator[None]:
+    """Around what no other process does in a folder at the same time; it is made. Arguments are RunLock's."""
     folder.mkdir(parents=True, exist_ok=True)
     start, said = time.monotonic(), False
-    with RunLock() as lock:
+    with RunLock(named_by) as lock:
         while True:
             try:
                 lock.take(folder)
@@ -80,12 +81,13 @@ class Cell(TrainingProcess):
     Attributes:
         settings: value of each key.
         folder: everything that it writes.
+        result: status (done, failed, diverged), seconds, and what came out; empty before the end.
     """
 
     settings: dict[str, str]
     folder: Path
     result: dict[str, Any] = field(default_factory=dict)
-    lock: RunLock = field(default_factory=RunLock, compare=False)
+    lock: RunLock = field(default_factory=lambda: RunLock("--output"), compare=False)
 
     @property
     def name(self) -> str:
@@ -103,10 +105,15 @@ class Cell(TrainingProcess):
         self.lock.release()
 
     def is_done(self) -> bool:
-        """Whether another call finished it; its result is then read."""
+        """Whether another command finished it; its result is then read."""
         if (self.folder / DONE).is_file():
             self.result = read_json(self.folder / DONE)
         return bool(self.result)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether training ended because of its rate, by :class:`Diverged`, and of nothing that comes and goes."""
+        return self.process is not None and self.process.returncode == Diverged.exit_status
 
     def start(self, cfg_path: str, options: Sequence[str]) -> None:
         """Start it on one thread, or go on where it was interrupted."""
@@ -117,13 +124,13 @@ class Cell(TrainingProcess):
 
     def poll(self) -> bool:
         """Whether it has ended, which it says; its result is then complete."""
-        if self.process is None or not super().poll():
-            return bool(self.result)  # of another call
+        if not super().poll():
+            return False
         run = None if self.failed else latest_run(self.folder)
         if run is None:
-            error = last_error(self.output())
-            self.result = {"status": "failed", "seconds": self.seconds, "error": error}
-            print(f"failed: {self.name}: {error}\n  all of it: {self.log}", flush=True)
+            error, status = last_error(self.output()), "diverged" if self.diverged else "failed"
+            self.result = {"status": status, "seconds": self.seconds, "error": error}
+            print(f"{status}: {self.name}: {error}\n  all of it: {self.log}", flush=True)
             return True
         self.result = {
             "status": "done",
@@ -216,18 +223,20 @@ def time_left(done: Sequence[float], pending: int, running: Sequence[float], job
     return max(work / jobs, longest)
 
 
-def report(cells: list[Cell], active: list[Cell], pending: int, jobs: int) -> str:
-    """The progress line, and one for each running cell."""
-    ended = [cell.result for cell in cells if cell.result]
-    failed = sum(result["status"] == "failed" for result in ended)
+def report(cells: Sequence[Cell], active: Sequence[Cell], pending: int, jobs: int) -> str:
+    """The progress line, and one for each running cell; ``pending`` are those that do not run yet, or elsewhere."""
+    counts = Counter(cell.result["status"] for cell in cells if cell.result)
+    total, done = sum(counts.values()) + len(active) + pending, counts.pop("done", 0)
+    counts["running elsewhere"] = sum(cell.elsewhere for cell in cells)
     fresh = [cell.result["seconds"] for cell in cells if cell.process and cell.result.get("status") == "done"]
     left = time_left(fresh, pending, [time.time() - cell.start_time for cell in active], jobs)
     shown = "known after the first cell" if left is None else f"about {timedelta(seconds=round(left))}"
-    head = f"[{len(ended) - failed}/{len(cells)} done{f', {failed} failed' if failed else ''}]  left: {shown}"
+    others = "".join(f", {count} {what}" for what, count in counts.items() if count)
+    head = f"[{done}/{total} done{others}]  left: {shown}"
     return "\n".join([head, *(f"  {cell.name}: {cell.progress()}" for cell in active)])
 
 
-def run_cells(cells: list[Cell], jobs: int, cfg_path: str, options: Sequence[str]) -> None:
+def run_cells(cells: Sequence[Cell], jobs: int, cfg_path: str, options: Sequence[str]) -> None:
     """Run what is not finished, ``jobs`` at a time, with a progress line every now and then."""
     pending = [cell for cell in cells if not cell.is_done()]
     if len(pending) < len(cells):
@@ -236,7 +245,7 @@ def run_cells(cells: list[Cell], jobs: int, cfg_path: str, options: Sequence[str
     def print_report(active: list[Cell], left: int) -> None:
         print(report(cells, active, left, jobs), flush=True)
 
-    run_all(pending, jobs, lambda cell: cell.is_done() or cell.start(cfg_path, options), Cell.poll, print_report)
+    run_all(pending, jobs, lambda cell: cell.start(cfg_path, options), Cell.poll, print_report)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -255,7 +264,7 @@ def run(arguments: argparse.Namespace) -> int:
         if any(cell.result for cell in cells):
             with locked(folder):
                 write_table([(cell.settings, cell.result) for cell in cells if cell.result], folder / "sweep.csv")
-    failed = [cell for cell in cells if cell.result["status"] == "failed"]
+    failed = [cell for cell in cells if cell.result["status"] != "done"]
     print(f"{len(cells)} cells, {len(failed)} failed, {timedelta(seconds=round(time.time() - start))}")
     print(f"table: {folder / 'sweep.csv'}")
     return min(len(failed), 1)

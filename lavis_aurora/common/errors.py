@@ -19,10 +19,25 @@ class AuroraError(ValueError):
     """Input that cannot be used. The message names the file or key, the problem and the remedy.
 
     Names in it may come from a stranger's file; they cannot act on the terminal, see :func:`printable`.
+
+    Attributes:
+        exit_status: of a program that ends by it.
     """
+
+    exit_status = 1
 
     def __init__(self, message: object = "") -> None:
         super().__init__(printable(str(message), keep="\n\t"))
+
+
+class Diverged(AuroraError):
+    """A model gives NaN or infinite numbers, or the same features for everything, as too high a rate leaves it.
+
+    The same run again would end so too, unlike one that was killed or had no room on the disk; hence a status of its
+    own.
+    """
+
+    exit_status = 3
 
 
 def printable(text: str, keep: str = "") -> str:

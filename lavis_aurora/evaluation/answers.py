@@ -24,7 +24,7 @@ from lavis_aurora.common.answers import (
     unreachable_answers,
     vqa_score,
 )
-from lavis_aurora.common.errors import AuroraError, shown
+from lavis_aurora.common.errors import AuroraError, Diverged, shown
 
 
 def vqa_accuracy(
@@ -128,10 +128,10 @@ def exact_match(
 
 
 def check_nan(scores: Tensor) -> None:
-    """Raises AuroraError if a score is NaN: the largest of such is any."""
+    """Raises Diverged if a score is NaN: the largest of such is any."""
     nans = int(scores.isnan().sum())
     if nans:
-        raise AuroraError(f"{nans} scores of answers are NaN; none is chosen")
+        raise Diverged(f"{nans} scores of answers are NaN; none is chosen")
 
 
 class NanCheckLogitsProcessor(LogitsProcessor):
@@ -237,7 +237,7 @@ def rank_answers(
         of all k, as ALBEF has it.
 
     Raises:
-        AuroraError: a score is NaN.
+        Diverged: a score is NaN.
     """
     answers.to(states.device)
     candidates = first_token_candidates(decoder, states, mask, answers, k)

@@ -9,7 +9,7 @@ from math import comb
 
 import numpy as np
 
-from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.errors import AuroraError, Diverged
 
 TOP = (1, 5, 10)
 Targets = Sequence[Sequence[int]]
@@ -62,11 +62,12 @@ def target_ranks(scores: np.ndarray, targets: Targets, fallback: np.ndarray) -> 
         (queries,) integers.
 
     Raises:
-        AuroraError: a score is NaN, or a query has no target.
+        Diverged: a score is NaN.
+        AuroraError: a query has no target.
     """
     nans = max(int(np.isnan(scores).sum()), int(np.isnan(fallback).sum()))
     if nans:
-        raise AuroraError(f"{nans} scores are NaN; nothing is ranked")
+        raise Diverged(f"{nans} scores are NaN; nothing is ranked")
     ranks = np.empty(len(scores), dtype=np.int64)
     for query, right in enumerate(targets):
         if not len(right):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, is_dist_avail_and_initialized
 from torch import Tensor
 
-from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.errors import Diverged
 from lavis_aurora.common.files import write_text
 from lavis_aurora.data.samples import SET
 
@@ -98,7 +98,7 @@ class FiniteGuard:
                 out and counted, while the losses of all its batches are finite.
 
         Raises:
-            AuroraError: the numbers are not finite and the step is not to be skipped, or too many were in a row.
+            Diverged: the numbers are not finite and the step is not to be skipped, or too many were in a row.
         """
         self.note(norm, losses, samples)
         step = _Step(torch.stack(self._finite), self._batches)
@@ -143,10 +143,10 @@ class FiniteGuard:
         write_text(path, json.dumps({"epoch": epoch, "step": batch, **names}, indent=1))
         message = f"{place}: loss or gradient is not finite; the batch is named in {path}"
         if not self.skip and not overflow:
-            raise AuroraError(f"{message}; lower run.init_lr, or set run.skip_nonfinite: true")
+            raise Diverged(f"{message}; lower run.init_lr, or set run.skip_nonfinite: true")
         if self._consecutive > most:
             remedy = "lower run.init_lr, or set run.amp: false" if scaled else "lower run.init_lr"
-            raise AuroraError(f"{message}; so were the {most} before it; {remedy}")
+            raise Diverged(f"{message}; so were the {most} before it; {remedy}")
         logging.warning("%s; the step is skipped", message)
         return False
 
@@ -175,7 +175,7 @@ class CollapseGuard:
         """Look at the ITC loss among the pairs of a batch, and how many these are; there may be none.
 
         Raises:
-            AuroraError: it was below ``LEARNED`` of the loss of chance, and has been above ``AT_CHANCE`` of it.
+            Diverged: it was below ``LEARNED`` of the loss of chance, and has been above ``AT_CHANCE`` of it.
         """
         if not self.enabled or in_batch is None or in_batch[1] < MIN_PAIRS:
             return
@@ -192,7 +192,7 @@ class CollapseGuard:
         self._learned |= share < LEARNED
         self._at_chance = self._at_chance + 1 if share > AT_CHANCE else 0
         if self._learned and self._at_chance >= MAX_CHECKS:
-            raise AuroraError(
+            raise Diverged(
                 f"{place}: for {MAX_CHECKS * CHECK_EVERY} steps the ITC loss among the pairs of a batch has been "
                 f"that of chance, ln({pairs}) = {math.log(pairs):.2f}, after it was lower: the features have "
                 f"collapsed; lower run.init_lr ({self.rate:g}), or that of the heads (run.lr_scales.heads=0.1); "

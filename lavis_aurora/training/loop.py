@@ -209,8 +209,8 @@ def train_steps(state: TrainingState) -> Iterator[int]:
         After each step of the optimizer, how many batches of the epoch are done.
 
     Raises:
-        AuroraError: numbers that are not finite, collapsed features, or more broken videos than
-            ``run.max_broken_share``.
+        Diverged: numbers that are not finite, or collapsed features.
+        AuroraError: more broken videos than ``run.max_broken_share``.
     """
     run, first, steps = state.run, state.step, state.steps
     accumulated, log_freq = int(run["accum_grad_iters"]), int(run["log_freq"])

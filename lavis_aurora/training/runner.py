@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ChainDataset
 
-from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.errors import AuroraError, Diverged
 from lavis_aurora.common.files import appended, write_text
 from lavis_aurora.evaluation.encode import broadcast
 from lavis_aurora.training import order
@@ -314,7 +314,7 @@ class AuroraRunner(OptimizedRunner):
                     f"from it by run.resume_ckpt_path={self.output_dir / LATEST}"
                 )
             if i == 0 and not math.isfinite(metric):
-                raise AuroraError(
+                raise Diverged(
                     f"run.valid_splits: {TRAINING_METRIC} of {split} is {metric} in epoch {epoch + 1}, which "
                     f"cannot be compared with others; look into its data and lower run.init_lr, or set "
                     f"run.valid_splits: [] to take the last epoch"

@@ -176,7 +176,7 @@ def run_config(cfg: Config, finished: Path | None = None) -> Path:
     setup_logger()
     for handler in logging.getLogger().handlers:
         handler.addFilter(_printable_record)
-    with RunLock() as lock:
+    with RunLock() if finished is None else RunLock("RUN") as lock:
         job_id = _agree_on_run(cfg, lock, finished)
         _set_seeds(run.seed + get_rank())
         task, datasets = read_data(cfg, LOOK_SECONDS, log)

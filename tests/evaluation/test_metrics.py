@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lavis.common.registry import registry
 from lavis.tasks.retrieval import RetrievalTask
 
-from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.errors import AuroraError, Diverged
 from lavis_aurora.evaluation.scores import (
     TOP,
     chance_recall,
@@ -167,7 +167,7 @@ def test_an_infinite_score_is_the_best_and_not_an_unscored_pair() -> None:
 def test_nan_is_refused_with_its_count(place: str) -> None:
     arrays = {"scores": np.zeros((2, 3)), "fallback": np.zeros((2, 3))}
     arrays[place][0, 1] = arrays[place][1, 2] = float("nan")
-    with pytest.raises(AuroraError, match="2 scores are NaN"):
+    with pytest.raises(Diverged, match="2 scores are NaN"):
         target_ranks(arrays["scores"], [[0], [0]], arrays["fallback"])
 
 

@@ -10,7 +10,7 @@ from lavis.models.blip_models.blip_vqa import BlipVQA
 from tiny import COLORS, SHAPES, SIZES, activate
 from tiny_vqa import vqa_batch, vqa_model
 
-from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.errors import Diverged
 from lavis_aurora.evaluation.answers import AnswerList, rank_answers
 
 SHORT = [*COLORS, *SHAPES, "yes", "no", "two"]
@@ -46,7 +46,7 @@ def test_nan_scores_are_refused(method, beams):
     good = model.predict_answers(samples, **options)
     assert len(good) == 4
     samples["image"][1, 0, 0, 0] = float("nan")
-    with pytest.raises(AuroraError, match=r"^\d+ scores of answers are NaN; none is chosen"):
+    with pytest.raises(Diverged, match=r"^\d+ scores of answers are NaN; none is chosen"):
         model.predict_answers(samples, **options)
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lavis_aurora.adapters.companions import adapter_parameters
 from lavis_aurora.adapters.switching import merge_adapter, unmerge_adapter
-from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.errors import Diverged
 from lavis_aurora.evaluation import encode, rerank
 from lavis_aurora.evaluation.encode import ImageTokens, all_gather_rows, broadcast, rank_indices
 from lavis_aurora.evaluation.rerank import retrieval_scores
@@ -395,7 +395,7 @@ def test_scores_that_are_no_numbers_are_refused() -> None:
     model = _model()
     torch.nn.init.constant_(model.itm_head.bias, float("nan"))
     scores = retrieval_scores(model, _loader(3), k_test=2)
-    with pytest.raises(AuroraError, match="6 scores are NaN"):
+    with pytest.raises(Diverged, match="6 scores are NaN"):
         scores.ranks("image_to_text", [[0], [1], [2]])
 
 

@@ -88,6 +88,57 @@ def test_a_signal_stops_what_runs(tmp_path: Path, number: int) -> None:
     assert signal.getsignal(number) is before
 
 
+class OfSeveralCommands(TrainingProcess):
+    """One that another command runs while it is asked for so many times, and has done or not then."""
+
+    def __init__(self, name: str, busy: int = 0, done: bool = False) -> None:
+        self.folder, self.busy, self.done, self.polls, self.held = Path(name), busy, done, 0, 0
+
+    def take(self) -> bool:
+        self.busy -= 1
+        self.held += self.busy < 0
+        return self.busy < 0
+
+    def release(self) -> None:
+        self.held -= 1
+
+    def is_done(self) -> bool:
+        return self.done
+
+    def poll(self) -> bool:
+        self.polls += 1
+        return self.polls > 2
+
+
+def test_what_other_commands_run_is_waited_for_and_counted(capsys) -> None:
+    """Done there it is left alone, failed there it is run here; the two that are known to be there are no others."""
+    done, failed = OfSeveralCommands("done", 5, done=True), OfSeveralCommands("failed", 4)
+    runs, started, seen = [done, failed, OfSeveralCommands("own")], [], []
+
+    def report(active: list, pending: int) -> None:
+        seen.append(([run.folder.name for run in active], pending, sum(run.elsewhere for run in runs)))
+
+    run_all(runs, 2, started.append, OfSeveralCommands.poll, report)
+    assert [run.folder.name for run in started] == ["own", "failed"]
+    assert seen == [([], 2, 2), ([], 0, 0)]
+    assert [run.held for run in runs] == [0, 0, 0]
+    assert capsys.readouterr().out.splitlines() == [
+        "waiting for runs of other commands (2), e.g. done",
+        "waiting for runs of other commands (1), e.g. done",
+    ]
+
+
+def test_one_that_another_command_gave_up_waits_for_room() -> None:
+    failed, own, started = OfSeveralCommands("failed", 1), OfSeveralCommands("own"), []
+
+    def report(active: list, pending: int) -> None:
+        if not active and pending:
+            assert not failed.elsewhere and not failed.held and failed not in started
+
+    run_all([failed, own], 1, started.append, OfSeveralCommands.poll, report)
+    assert started == [own, failed] and failed.held == 0
+
+
 @pytest.mark.parametrize("jobs", ["0", "-1", "two"])
 def test_none_at_a_time_is_refused(jobs: str, capsys) -> None:
     parser = argparse.ArgumentParser()

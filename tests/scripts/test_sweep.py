@@ -15,7 +15,18 @@ import pytest
 import sweep as program
 from distributed import child_environment, run_apart
 from processes import LOG, ROOT
-from sweep import DONE, build_cells, cell_name, check_cells, last_error, locked, main, parse_grid, time_left
+from sweep import (
+    DONE,
+    build_cells,
+    cell_name,
+    check_cells,
+    last_error,
+    locked,
+    main,
+    parse_grid,
+    report,
+    time_left,
+)
 from tiny import project_yaml
 from tiny_summary import counts, leave_summary
 
@@ -70,6 +81,31 @@ def test_time_left_counts_waiting_and_running_cells():
     assert time_left([10.0, 20.0], 4, [], 2) == 30.0
     # The running cell has 5 of 15 seconds left, and nothing else waits.
     assert time_left([10.0, 20.0], 0, [10.0], 2) == 5.0
+
+
+def test_the_progress_line_counts_every_cell_once(tmp_path):
+    cells = build_cells({"run.seed": list("123456")}, tmp_path)
+    statuses = ("done", "diverged", "failed")
+    for cell, status in zip(cells, statuses):
+        cell.result = {"status": status, "seconds": 1.0}
+    cells[4].elsewhere = True
+    cells[3].folder.mkdir()
+    cells[3].log.write_text("loading")
+    assert report(cells, [cells[3]], 2, 1).splitlines() == [
+        "[1/6 done, 1 diverged, 1 failed, 1 running elsewhere]  left: known after the first cell",
+        "  run.seed=4: starting",
+    ]
+
+
+def test_a_folder_is_in_use_by_the_name_that_the_user_typed(tmp_path):
+    [cell] = build_cells({"run.seed": ["1"]}, tmp_path)
+    cell.folder.mkdir()
+    (cell.folder / "run.lock").mkdir()
+    with pytest.raises(AuroraError, match=f"^--output: cannot write to {cell.folder} "):
+        cell.take()
+    (tmp_path / "run.lock").mkdir()
+    with pytest.raises(AuroraError, match=f"^--output: cannot write to {tmp_path} "), locked(tmp_path):
+        pass
 
 
 # It imports nothing of the package, which takes seconds.
@@ -247,13 +283,13 @@ def test_cells_of_the_frozen_model_are_tested(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failed_cell_is_reported_and_the_others_run(tmp_path, capsys):
+def test_a_cell_that_diverges_is_reported_and_the_others_run(tmp_path, capsys):
     yaml = project_yaml(tmp_path)
     # A learning rate at which numbers end.
     assert sweep(yaml, "--grid", "run.init_lr=1e30,1e-3", "--options", "run.max_epoch=3") == 1
     rows = read_table(tmp_path / "sweep" / "sweep.csv", METRIC)
     assert [(row["kind"], row["status"]) for row in rows] == [
-        ("cell", "failed"),
+        ("cell", "diverged"),
         ("cell", "done"),
         ("mean", "done"),
         ("spread", "done"),
@@ -261,7 +297,7 @@ def test_a_failed_cell_is_reported_and_the_others_run(tmp_path, capsys):
     assert "finite" in rows[0]["error"] and rows[0][METRIC] == ""
     assert rows[1][METRIC] == rows[2][METRIC] != ""
     out = capsys.readouterr().out
-    assert "failed: run.init_lr=1e30: error:" in out and LOG in out
+    assert "diverged: run.init_lr=1e30: error:" in out and LOG in out
 
 
 def test_a_key_that_is_none_stops_the_sweep_before_any_cell(tmp_path):

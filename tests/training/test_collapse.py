@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from runs import only_run
 from tiny import project_yaml
 
-from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.errors import AuroraError, Diverged
 from lavis_aurora.config.check import parse_run
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.training.guards import CHECK_EVERY, MAX_CHECKS, CollapseGuard
@@ -89,8 +89,9 @@ def test_a_run_says_what_happened_and_what_to_do(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(BlipRetrievalAurora, "_itc_loss", collapsed)
     run = {"max_epoch": 60, "batch_size_train": 8, "valid_splits": [], "test_splits": []}
     yaml = project_yaml(tmp_path, count=8, run=run)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as end:
         train(["--cfg-path", str(yaml)])
+    assert end.value.code == Diverged.exit_status == 3
     error = capsys.readouterr().err
     assert "epoch 51, step 1: for 50 steps the ITC loss among the pairs of a batch has been that of" in error
     assert "chance, ln(8) = 2.08" in error

@@ -11,7 +11,7 @@ from runs import task_of, train_epoch, training_state
 from tiny import project_yaml
 from torch.nn.parallel import DistributedDataParallel
 
-from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.errors import AuroraError, Diverged
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.models.owner import RunState
 from lavis_aurora.training.checkpoints import read_checkpoint
@@ -43,8 +43,9 @@ def spoiled(monkeypatch):
 def test_a_run_stops_and_names_the_batch(tmp_path, capsys):
     # A rate with which the weights overflow at once.
     yaml = project_yaml(tmp_path, run={"init_lr": 1e12, "min_lr": 1e12, "batch_size_train": 2})
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as end:
         train(["--cfg-path", str(yaml)])
+    assert end.value.code == Diverged.exit_status
     error = capsys.readouterr().err
     assert "epoch 1, step 2: loss or gradient is not finite; the batch is named in" in error
     assert "lower run.init_lr, or set run.skip_nonfinite: true" in error
@@ -162,7 +163,7 @@ def test_the_loop_counts_what_the_scaler_leaves_out(tmp_path):
 
 
 def test_the_loop_stops_where_no_scale_helps(tmp_path):
-    with pytest.raises(AuroraError, match="epoch 1, step 27: .*so were the 25 before it"):
+    with pytest.raises(Diverged, match="epoch 1, step 27: .*so were the 25 before it"):
         scaled_epoch(tmp_path, steps=60, bad=set(range(1, 60)))
 
 

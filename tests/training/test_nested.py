@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -334,7 +335,7 @@ def test_without_a_test_the_best_epoch_is_ranked_all_the_same(tmp_path, monkeypa
     assert_same(read_adapter(again)[1], read_adapter(source / "adapter_best")[1])
 
 
-def test_the_rank_of_a_finished_run(tmp_path, monkeypatch):
+def test_the_rank_of_a_finished_run(tmp_path, monkeypatch, capsys):
     yaml = project_yaml(tmp_path, model=MODEL)
     train(["--cfg-path", str(yaml)])
     run = only_run(tmp_path)
@@ -348,6 +349,14 @@ def test_the_rank_of_a_finished_run(tmp_path, monkeypatch):
     assert (run / "adapter_auto").is_dir() and (run / "ranks.png").is_file()
     assert {path.name: path.read_bytes() for path in run.glob("*.pth")} == checkpoints
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
+
+    def held(*_args: object) -> None:
+        raise BlockingIOError
+
+    monkeypatch.setattr(fcntl, "lockf", held)
+    with pytest.raises(SystemExit):
+        main(["rank", str(run)])
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: RUN: {run} is in use by another process")
 
 
 def test_what_has_no_rank_to_find_is_refused(tmp_path):

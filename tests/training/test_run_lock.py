@@ -42,6 +42,7 @@ def hold(folder: Path, held: Any) -> None:
 @contextmanager
 def owner_of(folder: Path) -> Iterator[Any]:
     """A process that holds the lock of a folder."""
+    folder.mkdir(exist_ok=True)
     held = multiprocessing.get_context("forkserver").Event()
     process = start_apart(hold, folder, held)
     try:
@@ -129,6 +130,19 @@ def test_an_owner_touches_its_file_until_the_end(tmp_path, monkeypatch):
         while (tmp_path / LOCK).stat().st_mtime == 0 and time.time() < deadline:
             time.sleep(0.01)
         assert time.time() - (tmp_path / LOCK).stat().st_mtime < PATIENCE
+
+
+@pytest.mark.parametrize(("arguments", "start"), [([], "run.output_dir: "), (["--output"], "--output: "), ([""], "")])
+def test_messages_name_what_the_user_typed(tmp_path, arguments, start):
+    with RunLock(*arguments) as lock:
+        with pytest.raises(AuroraError, match=f"^{start}cannot write to {tmp_path}/none"):
+            lock.take(tmp_path / "none")
+        left_behind(tmp_path, host="elsewhere", boot="another")
+        with pytest.raises(AuroraError, match=f"^{start}{tmp_path} is in use by process 123456 on elsewhere"):
+            lock.take(tmp_path)
+    with owner_of(tmp_path / "held"), RunLock(*arguments) as lock:
+        with pytest.raises(AuroraError, match=f"^{start}{tmp_path}/held is in use by process "):
+            lock.take(tmp_path / "held")
 
 
 def test_a_full_disk_is_said_of_the_lock(tmp_path, monkeypatch):
