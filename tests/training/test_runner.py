@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from runs import logged, only_run
 from tiny import project_yaml
 
+from lavis_aurora.common.paths import PACKAGE_ROOT
 from lavis_aurora.training.tasks.retrieval import RetrievalAuroraTask
 from lavis_aurora_cli import evaluate, train
 
@@ -37,6 +38,8 @@ def test_a_run_leaves_configuration_checkpoints_results_and_log(tmp_path, capsys
         "checkpoint_previous.pth",
         "result",
     }
+    text = (folder / "config.yaml").read_text()
+    assert "tokenizer: ${aurora.package:configs/models/tiny}" in text and str(PACKAGE_ROOT) not in text
     saved = OmegaConf.load(folder / "config.yaml").run
     assert saved.weight_decay == 0.05
     assert saved.world_size == 1 and not saved.distributed, "what ran, not what the YAML says"
