@@ -63,7 +63,8 @@ class ModelSource:
 
     def relocated(self) -> ModelSource:
         """The same, with this package's file for one of a package that was elsewhere."""
-        return replace(self, **{key: relocated(path) for key, path in self._paths().items()})
+        found: dict[str, Any] = {key: relocated(path) for key, path in self._paths().items()}
+        return replace(self, **found)
 
     def check_local(self, index: str, given: ModelSource) -> None:
         """Refuse what an index names that is not on this machine: an index decides nothing that others fetch.
