@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, cast
 
 import yaml
@@ -17,6 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from lavis_aurora.adapters.config import read_adapter_config
 from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, shown
 from lavis_aurora.common.paths import relocated
+from lavis_aurora.common.summary import SUMMARY
 from lavis_aurora.config.adapter_settings import adapter_settings, type_settings
 from lavis_aurora.config.check import (
     READING_ERRORS,
@@ -87,6 +89,8 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
     for name in SECTIONS:
         if not user.get(name):
             raise AuroraError(f"{name}: the section is missing")
+    if not any(option.startswith("run.output_dir") for option in options):
+        _follow_moved_run(user.run, Path(cfg_path).absolute().parent)
     _check_types(user)
     _take_adapter_settings(user)
     cfg = AuroraConfig(user, argparse.Namespace(cfg_path=cfg_path, options=options))
@@ -112,6 +116,14 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
     _complete_processors(cfg, user)
     _note_learning_rate(cfg)
     return cfg
+
+
+def _follow_moved_run(run: DictConfig, folder: Path) -> None:
+    """Let what starts from a run's ``config.yaml`` write beside that run, if the folder that it names is gone."""
+    output = run.get("output_dir")
+    if isinstance(output, str) and (folder / SUMMARY).is_file() and not os.path.isdir(output):
+        run.output_dir = str(folder.parent)
+        logging.info("run.output_dir: %s is not there any more; outputs go to %s", output, folder.parent)
 
 
 def merge_options(cfg_path: str, options: Sequence[str]) -> DictConfig:

@@ -18,8 +18,8 @@ import torch
 from lavis_aurora.common.errors import AuroraError
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
-# How a path of a file that comes with the package ends, wherever the package is.
-_PACKAGED = re.compile(rf".*/{PACKAGE_ROOT.name}/(configs/.+)", re.DOTALL)
+# An absolute path of a file that comes with the package, wherever the package is.
+_PACKAGED = re.compile(rf"/(?:.*/)?{PACKAGE_ROOT.name}/(configs/.+)", re.DOTALL)
 
 
 def package_file(name: str) -> str:
@@ -36,9 +36,9 @@ def package_file(name: str) -> str:
 
 
 def packaged_name(path: str) -> str | None:
-    """The name of a file that comes with this package, from its path in any place of the package; None for others."""
+    """NAME of a file that comes with this package, from its absolute path in any place of the package; else None."""
     found = _PACKAGED.fullmatch(os.path.normpath(path))
-    return found[1] if found and (PACKAGE_ROOT / found[1]).exists() else None
+    return found[1] if found and os.path.exists(PACKAGE_ROOT / found[1]) else None
 
 
 def package_reference(path: str) -> str:

@@ -36,7 +36,9 @@ def test_a_path_from_a_package_that_was_elsewhere_is_found_here(tmp_path):
     moved = tmp_path / "old" / PACKAGE_ROOT.name / WEIGHTS
     assert relocated(str(moved)) == package_file(WEIGHTS)
     assert relocated(str(moved.parent)) == package_file("configs/models/tiny")
-    for path in (moved.with_name("none"), f"{tmp_path}/{WEIGHTS}", f"{moved.parent}/../../../../x", "", "a red star"):
+    outside, long = f"{moved.parent}/../../../../x", f"{moved.parent}/{'x' * 5000}"
+    address = f"https://x.org/{PACKAGE_ROOT.name}/{WEIGHTS}"
+    for path in (moved.with_name("none"), f"{tmp_path}/{WEIGHTS}", outside, long, address, "", "a red star"):
         assert relocated(str(path)) == str(path)
     moved.parent.mkdir(parents=True)
     moved.write_bytes(b"own")
