@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from lavis_aurora.common.errors import AuroraError, abbreviated
@@ -180,8 +182,10 @@ def _numeric_config(config: Mapping[str, Any], evaluate: bool = False) -> dict[s
     Where negatives are each process's own (``negative_all_rank: false``), or the model inside is LAVIS's, each
     process's share matters too.
     """
+    with suppress(OmegaConfBaseException):  # what it refers to may be gone, such as a variable of the environment
+        config = resolved(config)
     # A file that comes with the package is the same wherever that is.
-    config = map_text(resolved(config), lambda text: packaged_name(text) or text)
+    config = map_text(config, lambda text: packaged_name(text) or text)
     section = config.get("run", {})
     # Older versions wrote the keys of other tasks too.
     own = {one.name for cls in run_keys(section.get("task")) for one in fields(cls)}

@@ -260,5 +260,7 @@ def test_a_run_is_the_same_where_the_package_has_moved_and_where_its_own_configu
     given = {**of(1, 16, pretrained=f"${{aurora.package:{name}}}", tokenizer="${.pretrained}"), "datasets": {}}
     for path in (package_file(name), f"/moved/lavis_aurora/{name}"):
         assert same_computation(given, {**of(1, 16, pretrained=path, tokenizer=path), "datasets": {}})
+    lost = {**given, "datasets": {"x": "${oc.env:NOT_SET_ANYWHERE}"}}
+    assert same_computation(lost, lost) and not same_computation(lost, given)
     other = f"/moved/{name}"
     assert not same_computation(given, {**of(1, 16, pretrained=other, tokenizer=other), "datasets": {}})
