@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, cast
 
 import yaml
@@ -15,9 +16,19 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lavis_aurora.adapters.config import read_adapter_config
-from lavis_aurora.common.errors import AuroraError, did_you_mean, shown
+from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, shown
+from lavis_aurora.common.paths import relocated
+from lavis_aurora.common.summary import SUMMARY
 from lavis_aurora.config.adapter_settings import adapter_settings, type_settings
-from lavis_aurora.config.check import READING_ERRORS, check_kinds, parse_config, parse_run, read_options, read_yaml
+from lavis_aurora.config.check import (
+    READING_ERRORS,
+    check_kinds,
+    map_text,
+    parse_config,
+    parse_run,
+    read_options,
+    read_yaml,
+)
 from lavis_aurora.config.dataset_keys import (
     PROCESSOR_SPLITS,
     check_dataset_keys,
@@ -74,10 +85,12 @@ def load_config(cfg_path: str, options: Sequence[str] | None = None, evaluate: b
 def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraConfig:
     if not os.path.exists(cfg_path):
         raise AuroraError("no such file; --cfg-path names a YAML, e.g. projects/aurora/flickr_ret.yaml")
-    user: Any = OmegaConf.create(_at_home(OmegaConf.to_container(merge_options(cfg_path, options))))
+    user: Any = OmegaConf.create(_found_here(OmegaConf.to_container(merge_options(cfg_path, options))))
     for name in SECTIONS:
         if not user.get(name):
             raise AuroraError(f"{name}: the section is missing")
+    if not any(option.startswith("run.output_dir") for option in options):
+        _follow_moved_run(user.run, Path(cfg_path).absolute().parent)
     _check_types(user)
     _take_adapter_settings(user)
     cfg = AuroraConfig(user, argparse.Namespace(cfg_path=cfg_path, options=options))
@@ -86,7 +99,7 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
     run = parse_run(cfg.config.run)
     run.evaluate = run.evaluate or evaluate
     if run.resume_ckpt_path and not os.path.isfile(run.resume_ckpt_path):
-        raise AuroraError(f"run.resume_ckpt_path: no such file: {run.resume_ckpt_path}")
+        raise AuroraError(f"run.resume_ckpt_path: no such file: {run.resume_ckpt_path}; name it where it is now")
     _check_registered("run.runner", run.runner, "runner_name_mapping")
     _check_registered("run.lr_sched", run.lr_sched, "lr_scheduler_name_mapping")
     cfg.config.run = run  # a copy
@@ -103,6 +116,14 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
     _complete_processors(cfg, user)
     _note_learning_rate(cfg)
     return cfg
+
+
+def _follow_moved_run(run: DictConfig, folder: Path) -> None:
+    """Let what starts from a run's ``config.yaml`` write beside that run, if the folder that it names is gone."""
+    output = run.get("output_dir")
+    if isinstance(output, str) and (folder / SUMMARY).is_file() and not os.path.isdir(output):
+        run.output_dir = str(folder.parent)
+        logging.info("run.output_dir: %s is not there any more; outputs go to %s", output, folder.parent)
 
 
 def merge_options(cfg_path: str, options: Sequence[str]) -> DictConfig:
@@ -134,13 +155,21 @@ def _clear(merged: DictConfig, given: Mapping[str, Any]) -> None:
             merged[key] = {}
 
 
-def _at_home(part: Any) -> Any:
-    """The part with the home folder for ``~`` in front of paths, which no shell replaces in a YAML or behind a =."""
-    if isinstance(part, dict):
-        return {key: _at_home(value) for key, value in part.items()}
-    if isinstance(part, list):
-        return [_at_home(value) for value in part]
-    return os.path.expanduser(part) if isinstance(part, str) else part
+def _found_here(part: Any) -> Any:
+    """The part with the home folder for ``~`` in front of paths, which no shell replaces in a YAML or behind a =; and
+    with this package's file for one of a package that was elsewhere, as older versions wrote such paths."""
+    moved: list[str] = []
+
+    def here(text: str) -> str:
+        path = os.path.expanduser(text)
+        found = relocated(path)
+        moved.extend([path] if found != path else [])
+        return found
+
+    found = map_text(part, here)
+    if moved:
+        logging.warning("not there any more, this package's own files are taken: %s", abbreviated(moved))
+    return found
 
 
 def _dot_list(options: list[str]) -> list[str]:

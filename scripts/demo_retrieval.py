@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from demo_tasks import COLORS, COST_TITLES, LABELS, DemoTask, Row, Run, cost_columns, cost_label, gap_closed
 
@@ -17,20 +17,33 @@ from lavis_aurora.evaluation.scores import TOP
 CLIPS_SHOWN = 5  # clips of the sheet: the first family
 
 
+class Section(NamedTuple):
+    """A part of the table, which is drawn too.
+
+    Attributes:
+        title: in the table.
+        line: name and style of its line over the bars; None for the part that is drawn as bars.
+        gap: whether to say which share of the gap Aurora closes.
+    """
+
+    title: str
+    line: tuple[str, str] | None = None
+    gap: bool = True
+
+
 class RetrievalDemo(DemoTask):
     """Recalls in both directions, after and before reranking.
 
     Attributes:
         kind: of what is retrieved, "image" or "video".
-        sections: parts of the table, the first one drawn as bars: title by what its metrics' names add.
-        lines: of these parts that are drawn as lines over the bars, name and style.
-        no_gap: of these parts, those without the share that Aurora closes.
+        sections: by what their metrics' names add; the first is drawn as bars.
     """
 
     kind: ClassVar[str] = "image"
-    sections: ClassVar[Mapping[str, str]] = {"": "reranked (ITM + ITC)", "_itc": "not reranked (ITC)"}
-    lines: ClassVar[Mapping[str, tuple[str, str]]] = {"_itc": ("without reranking", ":")}
-    no_gap: ClassVar[tuple[str, ...]] = ()
+    sections: ClassVar[Mapping[str, Section]] = {
+        "": Section("reranked (ITM + ITC)"),
+        "_itc": Section("not reranked (ITC)", ("without reranking", ":")),
+    }
 
     @property
     def directions(self) -> tuple[str, str]:
@@ -53,17 +66,15 @@ class RetrievalDemo(DemoTask):
             "R@K in percent"
         ]
         i2t, t2i = (direction.replace("_", "-") for direction in self.directions)
-        for suffix, title in self.sections.items():
-            lines += ["", f"{title:<22}{i2t:>22}{t2i:>24}"]
+        for suffix, section in self.sections.items():
+            lines += ["", f"{section.title:<22}{i2t:>22}{t2i:>24}"]
             heads = "".join(f"{f'R@{k}':>8}" for k in TOP)
             lines.append(f"{'':<20}{heads}{heads}{COST_TITLES}")
             for row in rows:
                 recalls = "".join(f"{value:8.1f}" for value in self._recalls(row, suffix))
                 lines.append(f"{LABELS[row['tuning']]:<20}{recalls}{cost_columns(row)}")
             lines.append(f"{'chance':<20}" + "".join(f"{value:8.1f}" for value in self._recalls(first, "_chance")))
-            if suffix in self.no_gap:
-                continue
-            for label, top in (("R@1", (1,)), ("R@1/5/10", TOP)):
+            for label, top in (("R@1", (1,)), ("R@1/5/10", TOP)) if section.gap else ():
                 recalls = {row["tuning"]: self._recalls(row, suffix, top) for row in rows}
                 closed = gap_closed({tuning: sum(values) / len(values) for tuning, values in recalls.items()})
                 if closed is not None:
@@ -74,18 +85,17 @@ class RetrievalDemo(DemoTask):
         """Bars of R@1 both ways, reranked, with the trained parameters under each way of tuning."""
         import matplotlib.pyplot as plt
 
+        overlaid = {suffix: section.line for suffix, section in self.sections.items() if section.line}
         figure, axes = plt.subplots(1, 2, figsize=(9, 4.3), sharey=True, layout="constrained")
         for axis, direction in zip(axes, self.directions):
             for i, row in enumerate(rows):
                 value = row["metrics"][f"{direction}_r1"]
-                others = {suffix: row["metrics"][f"{direction}{suffix}_r1"] for suffix in self.lines}
+                others = [row["metrics"][f"{direction}{suffix}_r1"] for suffix in overlaid]
                 axis.bar(i, value, color=COLORS[row["tuning"]], width=0.7)
-                for suffix, other in others.items():
-                    style = self.lines[suffix][1]
-                    axis.plot([i - 0.35, i + 0.35], [other, other], color="black", linewidth=1.2, linestyle=style)
-                axis.text(i, max(value, *others.values()) + 1, f"{value:.1f}", ha="center")
-            for label, style in self.lines.values():
-                axis.plot([], [], color="black", linewidth=1.2, linestyle=style, label=label)
+                for other, (label, style) in zip(others, overlaid.values()):
+                    line = {"linewidth": 1.2, "linestyle": style, "label": None if i else label}
+                    axis.plot([i - 0.35, i + 0.35], [other, other], color="black", **line)
+                axis.text(i, max(value, *others) + 1, f"{value:.1f}", ha="center")
             axis.set_xticks(range(len(rows)), [cost_label(row) for row in rows], fontsize=9)
             axis.set_title(direction.replace("_", "-"))
             axis.spines[["top", "right"]].set_visible(False)
@@ -100,9 +110,8 @@ class VideoDemo(RetrievalDemo):
     """Recalls from all frames, and after reranking from the middle frame alone: a clip is more than a picture."""
 
     kind = "video"
-    sections: ClassVar = {**RetrievalDemo.sections, "_one_frame": "one frame, reranked"}
-    lines: ClassVar = {**RetrievalDemo.lines, "_one_frame": ("one frame", "-")}
-    no_gap = ("_one_frame",)
+    one_frame = Section("one frame, reranked", ("one frame", "-"), gap=False)
+    sections: ClassVar = {**RetrievalDemo.sections, "_one_frame": one_frame}
 
     def extra_evaluations(self, run: Run) -> list[Run]:
         one = ("datasets.demo_video.vis_processor.eval.n_frms=1",)

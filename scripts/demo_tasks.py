@@ -21,7 +21,7 @@ LABELS = {
 COLORS = {"frozen": "#9aa5b1", "heads": "#c9b458", "lora": "#6b8e6e", "aurora": "#c2410c", "full": "#1d4e89"}
 # The YAMLs have rates for Aurora's parts; LoRA of rank 2 trains as many parameters as Aurora of rank 64.
 OTHERS = ("run.lr_scales={}",)
-OPTIONS = {"heads": OTHERS, "lora": (*OTHERS, "model.lora.rank=2"), "full": OTHERS, "frozen": OTHERS}
+OPTIONS = {"aurora": (), "lora": (*OTHERS, "model.lora.rank=2")}
 Row = dict[str, Any]
 
 
@@ -67,7 +67,7 @@ class Run(TrainingProcess):
     def start(self, options: Sequence[str]) -> None:
         """Start it with these options and its own, which count where both name a key."""
         given = [f"model.tuning={self.tuning}", f"run.init_lr={self.rate}", f"run.seed={self.seed}"]
-        given += [*OPTIONS.get(self.tuning, ()), *options, *self.options]
+        given += [*OPTIONS.get(self.tuning, OTHERS), *options, *self.options]
         if self.source and self.tuning != "frozen":
             [best] = self.source.folder.glob("*/checkpoint_best.pth")
             given.append(f"run.resume_ckpt_path={best}")

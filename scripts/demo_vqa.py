@@ -10,9 +10,11 @@ from typing import Any
 from demo_tasks import COLORS, COST_TITLES, LABELS, DemoTask, Row, Run, cost_columns, gap_closed
 
 from lavis_aurora.analysis.results import result_file
+from lavis_aurora.demo.questions import KINDS
 from lavis_aurora.evaluation.answers import vqa_accuracy
 
-KINDS = ("color", "shape", "count", "position", "yes/no")  # ours; count is number, yes/no is yes/no
+# To compare with: for each question of the test split the answer most often given to it in training.
+BASELINE = "most common answer"
 
 
 class VqaDemo(DemoTask):
@@ -24,31 +26,28 @@ class VqaDemo(DemoTask):
         return {key: result[key] for key in ("questions", "accuracy", "answer_types", "question_types")}
 
     def baselines(self, datasets: dict[str, Any], folder: Path) -> Row:
-        """Accuracy without looking: for each question the answer that is commonest in training."""
+        """Accuracy of :data:`BASELINE`; to a question that training does not ask, the most common answer of all."""
         answers: dict[str, Counter[str]] = defaultdict(Counter)
         for entry in datasets["train"].annotation:
             answers[entry["question"]].update(entry["answer"])
         test = datasets["test"]
-        unseen = Counter(answer for counts in answers.values() for answer in counts.elements())
-        guesses = [
-            {
-                "question_id": entry["question_id"],
-                "answer": answers.get(entry["question"], unseen).most_common(1)[0][0],
-            }
-            for entry in test.annotation
-        ]
-        path = folder / "guesses.json"
-        path.write_text(json.dumps(guesses), encoding="utf-8")
-        return {"guesses": vqa_accuracy(path, test.coco_fmt_qust_file, test.coco_fmt_anno_file)}
+        unseen = sum(answers.values(), Counter())
+        given = []
+        for entry in test.annotation:
+            [(answer, _)] = answers.get(entry["question"], unseen).most_common(1)
+            given.append({"question_id": entry["question_id"], "answer": answer})
+        path = folder / f"{BASELINE.replace(' ', '_')}.json"
+        path.write_text(json.dumps(given), encoding="utf-8")
+        return {BASELINE: vqa_accuracy(path, test.coco_fmt_qust_file, test.coco_fmt_anno_file)}
 
     def table(self, rows: list[Row]) -> str:
         first = rows[0]
         lines = [f"test split of the shifted domain: {first['questions']} questions; VQAv2's accuracy in percent"]
-        # The columns of the two last types are those of count and yes/no.
+        # VQAv2's other types, number and yes/no, are the kinds count and yes/no.
         heads = "".join(f"{name:>10}" for name in ("all", "other", *KINDS))
         lines += ["", f"{'':<20}{heads}{COST_TITLES}"]
         lines += [f"{LABELS[row['tuning']]:<20}{_columns(row)}{cost_columns(row)}" for row in rows]
-        lines.append(f"{'without the picture':<20}{_columns(first['guesses'])}")
+        lines.append(f"{BASELINE:<20}{_columns(first[BASELINE])}")
         closed = gap_closed({row["tuning"]: row["accuracy"] for row in rows})
         if closed is not None:
             lines.append(f"Aurora closes {closed:.0f}% of the gap between frozen and full")
@@ -58,7 +57,7 @@ class VqaDemo(DemoTask):
         """Bars of accuracy by kind of question, one color for each way of tuning."""
         import matplotlib.pyplot as plt
 
-        figure, axis = plt.subplots(figsize=(10, 4))
+        figure, axis = plt.subplots(figsize=(10, 4), layout="constrained")
         width = 0.8 / len(rows)
         for i, row in enumerate(rows):
             name = LABELS[row["tuning"]]
@@ -66,8 +65,8 @@ class VqaDemo(DemoTask):
             places = [x + (i - (len(rows) - 1) / 2) * width for x in range(1 + len(KINDS))]
             bars = axis.bar(places, _values(row), width, color=COLORS[row["tuning"]], label=label)
             axis.bar_label(bars, fmt="%.0f", fontsize=8)
-        for x, value in enumerate(_values(rows[0]["guesses"])):
-            label = None if x else "guessed from the question alone"
+        for x, value in enumerate(_values(rows[0][BASELINE])):
+            label = None if x else BASELINE
             axis.plot([x - 0.42, x + 0.42], [value, value], color="black", linewidth=1.2, linestyle=":", label=label)
         axis.set_xticks(range(1 + len(KINDS)), ["all questions", *KINDS])
         axis.set_ylabel("accuracy, percent")
@@ -75,7 +74,6 @@ class VqaDemo(DemoTask):
         axis.spines[["top", "right"]].set_visible(False)
         figure.legend(frameon=False, loc="outside lower center", ncols=2)
         axis.set_title("The tiny BLIP on the shifted domain: answers by kind of question")
-        figure.set_layout_engine("constrained")
         figure.savefig(path, dpi=140)
 
 

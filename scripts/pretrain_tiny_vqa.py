@@ -5,8 +5,8 @@
 The vision encoder stays as it is, so that a picture is encoded once. In each step several questions are drawn about
 each picture: a kind, a wording, then an answer, so that yes is right as often as no. "say mint" is asked too, with
 every word that is an answer in some domain: a decoder taught never to give a word would never give it, and a large
-BLIP has read all of them. What they look like it does not learn. The file is then tested: the shares of right answers
-by kind, on test pictures.
+BLIP has read all of them. What they look like it does not learn. The weights are then tested: the shares of right
+answers by kind, on test pictures. Only then do they replace an older file, and only if every kind reaches --least.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ import lavis_aurora_compat  # noqa: F401
 import numpy as np
 import torch
 from lavis.common.registry import registry
-from make_tiny_weights import stored_weights
+from make_tiny_weights import replacing, stored_weights
 from omegaconf import OmegaConf
-from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lavis_aurora.common.files import atomic_write
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.demo.pictures import render
 from lavis_aurora.demo.questions import KINDS, SHAPE_COUNTS, answers_of, askable, iter_questions
@@ -169,8 +168,23 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=3000, help="to train on (default: %(default)s)")
     parser.add_argument("--test", type=int, default=500, help="pictures to test on (default: %(default)s)")
     parser.add_argument("--validate-every", type=int, default=250, metavar="STEPS", help="default: %(default)s")
+    parser.add_argument(
+        "--least", type=float, default=85, metavar="PERCENT", help="to replace a file (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=Path(TARGET), help="default: the file in the package")
     args = parser.parse_args()
+    try:
+        make(args)
+    except AuroraError as error:
+        sys.exit(f"error: {error}")
+
+
+def make(args: argparse.Namespace) -> None:
+    """Train, and test what was written; it replaces an older file if it is good enough.
+
+    Raises:
+        AuroraError: it is not.
+    """
     torch.manual_seed(0)
     cfg = OmegaConf.load(BlipVqaAurora.default_config_path("tiny"))
     start = {"pretrained": str(args.start), "tuning": "full", "freeze_vit": True}
@@ -181,14 +195,14 @@ def main() -> None:
         features = torch.cat([model.visual_encoder.eval()(part) for part in images.split(100)])
     asked = [asked_about(scene) for scene in tqdm(scenes, desc="asking", unit="picture")]
     train(model, features, asked, pictures_of("val", min(args.test, 75), processor)[1], args)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    kept = stored_weights(model)
-    with atomic_write(args.output) as file:
-        file.write(save(kept, metadata={"made_by": "scripts/pretrain_tiny_vqa.py"}))
-    tested, _, _ = load_model_and_preprocess(ARCH, "tiny", is_eval=True, pretrained=str(args.output))
-    images = pictures_of("test", args.test, processor)[1]
-    shares = {**right_answers(tested, images, "test", each=3), "words said": words_said(tested, images[0])}
-    print(f"right answers on test, percent: {shown(shares)}")
+    images, kept = pictures_of("test", args.test, processor)[1], stored_weights(model)
+    with replacing(args.output, kept, "scripts/pretrain_tiny_vqa.py") as written:
+        tested, _, _ = load_model_and_preprocess(ARCH, "tiny", is_eval=True, pretrained=str(written))
+        shares = {**right_answers(tested, images, "test", each=3), "words said": words_said(tested, images[0])}
+        print(f"right answers on test, percent: {shown(shares)}")
+        low = {kind: share for kind, share in shares.items() if share < args.least}
+        if low and args.output.exists():
+            raise AuroraError(f"below --least {args.least:g}: {shown(low)}")
     print(f"{len(kept)} tensors, {args.output.stat().st_size / 2**20:.2f} MiB: {args.output}")
 
 

@@ -31,7 +31,7 @@ Cells = Sequence[tuple[Mapping[str, str], Mapping[str, Any]]]
 
 
 def read_config(run: str | Path) -> DictConfig:
-    """The resolved ``config.yaml`` of a run's folder.
+    """The ``config.yaml`` of a run's folder.
 
     Raises:
         AuroraError: there is none.
@@ -287,8 +287,8 @@ def compared(records: Sequence[Mapping[str, Any]]) -> list[ComparedMethod]:
 
 
 def load_run_config(run: str | Path) -> AuroraConfig:
-    """The checked configuration of a run's folder."""
-    return load_config(str(Path(run) / "config.yaml"))
+    """The checked configuration of a run's folder, for its model and data alone."""
+    return load_config(str(Path(run) / "config.yaml"), ["run.resume_ckpt_path=null"])  # it may be gone
 
 
 def untrained_model(run: str | Path) -> nn.Module:
@@ -301,7 +301,10 @@ def untrained_model(run: str | Path) -> nn.Module:
     inner = tuned_model(cfg.config).config
     if inner.get("pretrained") is None and not inner.get("load_finetuned"):
         raise AuroraError(f"{run}: its backbone had random weights, which are lost; name a run of a pretrained one")
-    return registry.get_model_class(cfg.model_cfg.arch).from_config(cfg.model_cfg).eval()
+    try:
+        return registry.get_model_class(cfg.model_cfg.arch).from_config(cfg.model_cfg).eval()
+    except AuroraError as error:
+        raise AuroraError(f"{Path(run) / 'config.yaml'}: {error}") from error
 
 
 def load_trained(model: nn.Module, run: str | Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any, TypeVar, get_args, get_type_hints
@@ -198,6 +198,20 @@ def parse_run(cfg: DictConfig | Mapping[str, Any]) -> DictConfig:
         if idle:
             logging.warning("run.task: %s does not read run.%s, a key of other tasks", task, ", run.".join(idle))
     return OmegaConf.create(run)
+
+
+def resolved(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values, what refers to others replaced by them."""
+    return dict(OmegaConf.to_container(OmegaConf.create(config), resolve=True))  # type: ignore[arg-type]
+
+
+def map_text(part: Any, change: Callable[[str], str]) -> Any:
+    """A plain part of a YAML with ``change`` of each string in place of it; keys stay."""
+    if isinstance(part, dict):
+        return {key: map_text(value, change) for key, value in part.items()}
+    if isinstance(part, list):
+        return [map_text(value, change) for value in part]
+    return change(part) if isinstance(part, str) else part
 
 
 def check_kinds(part: DictConfig, over: DictConfig | Mapping[str, Any], prefix: str = "") -> None:

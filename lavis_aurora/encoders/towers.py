@@ -79,6 +79,10 @@ def build_text_encoder(cfg: BlipAuroraConfig, vision_width: int) -> XBertEncoder
         encoder = XBertEncoder.from_config(OmegaConf.structured(cfg))
     except AuroraError:
         raise
+    except FileNotFoundError as error:
+        raise AuroraError(
+            f"model.med_config_path: no such file: {cfg.med_config_path}; name it where it is"
+        ) from error
     except Exception as error:  # of json, transformers and torch, whatever a value breaks
         raise AuroraError(
             f"model.med_config_path: {cfg.med_config_path} is not a readable BERT configuration of BLIP "

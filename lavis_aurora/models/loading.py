@@ -96,8 +96,9 @@ def _local_file(source: str, key: str) -> str:
     inside = (os.path.join(path, name) for name in ("model.safetensors", "pytorch_model.bin"))
     path = next((file for file in inside if os.path.isfile(file)), path)
     if not os.path.isfile(path):
-        kind = "a folder; name the file of weights in it" if folder == path else "no such file"
-        raise AuroraError(f"{key}: {kind}: {path}")
+        if folder == path:
+            raise AuroraError(f"{key}: a folder; name the file of weights in it: {path}")
+        raise AuroraError(f"{key}: no such file: {path}; name it where it is")
     return path
 
 

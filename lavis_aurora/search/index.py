@@ -117,6 +117,7 @@ class PictureIndex:
             self._settings = None
         else:
             self._settings = parse(IndexSettings, said, f"the index {self.place}")
+            self._settings.source = self._settings.source.relocated()
             self._settings.source.check_local(self.place, source)
             source = self._settings.source.overlaid(source)
         self.root = Path(self._settings.root) if root is None and self._settings is not None else Path(root or "")

@@ -22,6 +22,7 @@ from lavis_aurora.adapters.config import read_adapter_config, tensors_hash
 from lavis_aurora.adapters.switching import SETS, disable_adapter, find_adapters
 from lavis_aurora.common.errors import AuroraError, require, shown
 from lavis_aurora.common.media import BrokenVideo, load_picture, unreadable_because
+from lavis_aurora.common.paths import relocated
 from lavis_aurora.config.run import VideoProcessorConfig
 from lavis_aurora.data.samples import VideoEvalProcessor, VideoProcessor
 from lavis_aurora.models.loading import SOURCES, load_model_and_preprocess
@@ -59,6 +60,11 @@ class ModelSource:
         absolute = {key: os.path.abspath(path) for key, path in paths.items() if os.path.exists(path)}
         changed: dict[str, Any] = {**paths, **absolute}
         return replace(self, **changed)
+
+    def relocated(self) -> ModelSource:
+        """The same, with this package's file for one of a package that was elsewhere."""
+        found: dict[str, Any] = {key: relocated(path) for key, path in self._paths().items()}
+        return replace(self, **found)
 
     def check_local(self, index: str, given: ModelSource) -> None:
         """Refuse what an index names that is not on this machine: an index decides nothing that others fetch.

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -223,10 +224,14 @@ class Store:
 
     def build_index(self, count: int) -> None:
         """The engine's approximate index over all entries, of ``count``."""
+        from lancedb.index import IvfPq
+
+        table, parts = self._table(ENTRIES), self.parts(count)
         with self._readable():
-            self._table(ENTRIES).create_index(
-                metric="dot", vector_column_name="feature", index_type="IVF_PQ", num_partitions=self.parts(count)
-            )
+            if "config" in signature(table.create_index).parameters:
+                table.create_index("feature", config=IvfPq(distance_type="dot", num_partitions=parts))
+            else:  # LanceDB for Python 3.9 knows the older form alone
+                table.create_index("dot", parts, vector_column_name="feature", index_type="IVF_PQ")
 
     @staticmethod
     def parts(count: int) -> int:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from lavis_aurora.common.errors import AuroraError, abbreviated
 from lavis_aurora.common.files import atomic_write, is_finite, load_torch, why_unreadable
+from lavis_aurora.common.paths import packaged_name
 from lavis_aurora.common.summary import is_count
-from lavis_aurora.config.check import run_keys
+from lavis_aurora.config.check import map_text, resolved, run_keys
 from lavis_aurora.config.run import RUN_KEYS
 from lavis_aurora.training.order import is_random_state
 
@@ -168,7 +171,7 @@ def read_latest(folder: Path) -> tuple[dict[str, Any], Path] | None:
 
 
 def same_computation(config: Mapping[str, Any], other: Mapping[str, Any], evaluate: bool = False) -> bool:
-    """Whether two resolved configurations compute the same; or one evaluates what the other trains."""
+    """Whether two configurations compute the same; or one evaluates what the other trains."""
     return _numeric_config(config, evaluate) == _numeric_config(other, evaluate)
 
 
@@ -179,6 +182,10 @@ def _numeric_config(config: Mapping[str, Any], evaluate: bool = False) -> dict[s
     Where negatives are each process's own (``negative_all_rank: false``), or the model inside is LAVIS's, each
     process's share matters too.
     """
+    with suppress(OmegaConfBaseException):  # what it refers to may be gone, such as a variable of the environment
+        config = resolved(config)
+    # A file that comes with the package is the same wherever that is.
+    config = map_text(config, lambda text: packaged_name(text) or text)
     section = config.get("run", {})
     # Older versions wrote the keys of other tasks too.
     own = {one.name for cls in run_keys(section.get("task")) for one in fields(cls)}
@@ -199,7 +206,7 @@ def find_resumable_run(output_dir: str | Path, config: Mapping[str, Any], evalua
 
     Args:
         output_dir: of the runs.
-        config: as resolved.
+        config: of the run.
         evaluate: it is to be evaluated, by any number of processes on any splits.
     """
     for folder, found in _configurations(output_dir):

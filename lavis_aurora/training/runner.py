@@ -21,6 +21,8 @@ from torch.utils.data import ChainDataset
 
 from lavis_aurora.common.errors import AuroraError, Diverged
 from lavis_aurora.common.files import appended, write_text
+from lavis_aurora.common.paths import package_reference
+from lavis_aurora.config.check import map_text, resolved
 from lavis_aurora.evaluation.encode import broadcast
 from lavis_aurora.training import order
 from lavis_aurora.training.checkpoints import BEST, LATEST
@@ -65,9 +67,9 @@ class AuroraRunner(OptimizedRunner):
         try:
             super().setup_output_dir()
             if is_main_process():
-                saved = self.config.config.copy()
-                saved.run.pop("gpu", None)  # this process's own
-                write_text(self.output_dir / "config.yaml", OmegaConf.to_yaml(saved, resolve=True))
+                saved = resolved(self.config.config)
+                saved["run"].pop("gpu", None)  # this process's own
+                write_text(self.output_dir / "config.yaml", OmegaConf.to_yaml(map_text(saved, package_reference)))
         except OSError as error:
             folder = self.config.run_cfg.output_dir
             raise AuroraError(f"run.output_dir: cannot write to {folder} ({error}); name another folder") from error

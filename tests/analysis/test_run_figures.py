@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from tiny import activate, project_yaml, tiny_model
 from tiny_figures import arguments, with_candidates
 
 from lavis_aurora.analysis.examples import ATTENTION, CASES, word_maps
-from lavis_aurora.analysis.results import load_trained, untrained_model
+from lavis_aurora.analysis.results import load_trained, split_data, untrained_model
 from lavis_aurora.analysis.weights import DISTRIBUTION, TOWERS, stacked
 from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.paths import PACKAGE_ROOT
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.project import load_config
 
@@ -76,6 +78,28 @@ def test_what_attention_cannot_show_is_named(retrieval_runs, given, match):
 def test_maps_are_those_of_retrieval(answer_runs):
     with pytest.raises(AuroraError, match="a run of blip_vqa_aurora; maps of words are those of blip_retrieval"):
         ATTENTION.numbers(arguments(ATTENTION, answer_runs[0]))
+
+
+def test_a_run_is_drawn_after_clone_and_checkpoint_have_moved(retrieval_runs, tmp_path, caplog):
+    """Its configuration names packaged files; those of older versions did so by absolute paths."""
+    text = (retrieval_runs["aurora"] / "config.yaml").read_text()
+    assert str(PACKAGE_ROOT) not in text
+    (tmp_path / "config.yaml").write_text(text)
+    expected = untrained_model(tmp_path).visual_encoder.state_dict()
+    gone = f"  resume_ckpt_path: {tmp_path / 'gone.pth'}"
+    text = re.sub(r"\$\{aurora.package:(\S+)\}", r"/old/lavis_aurora/\1", text)
+    (tmp_path / "config.yaml").write_text(text.replace("  resume_ckpt_path: null", gone))
+    assert gone in (tmp_path / "config.yaml").read_text() and "own files are taken" not in caplog.text
+    found = untrained_model(tmp_path).visual_encoder.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    [record] = [one for one in caplog.records if "own files are taken" in one.message]
+    assert "/old/lavis_aurora/configs/models/tiny/med_config.json" in record.message
+    assert split_data(tmp_path, "val")
+    for key in ("pretrained", "med_config_path"):
+        lines = [f"  {key}: /old/x" if one.startswith(f"  {key}:") else one for one in text.splitlines()]
+        (tmp_path / "config.yaml").write_text("\n".join(lines))
+        with pytest.raises(AuroraError, match=f"config.yaml: model.{key}: no such file: /old/x; name it where it"):
+            untrained_model(tmp_path)
 
 
 def test_a_wrapped_model_has_the_weights_of_the_one_inside(tmp_path):

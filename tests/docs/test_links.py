@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lavis_aurora_cli import command_parser
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE = re.compile(r"```.*?```|^    [^\n]*", re.DOTALL | re.MULTILINE)
@@ -17,6 +19,9 @@ FILE = re.compile(r"(?<![\w/.-])((?:projects|scripts|\.ci)/[\w./-]*\w|(?:train|e
 
 def _text(page: Path) -> str:
     return page.read_text(encoding="utf-8")
+
+
+COMMAND = re.compile(r"(lavis-aurora [a-z-]+|(?<![\w/])(?:train|evaluate)\.py)([^`#\n]*)")
 
 
 def _anchors(page: Path) -> set[str]:
@@ -58,3 +63,25 @@ def test_python_blocks_compile() -> None:
     for page in PAGES:
         for block in re.findall(r"```python\n(.*?)```", _text(page), re.DOTALL):
             compile(block, page.name, "exec")
+
+
+def _options() -> dict[str, set[str]]:
+    """The options of each command of the command line, and of train.py and evaluate.py."""
+    [commands] = (action for action in command_parser()._actions if isinstance(action.choices, dict))
+    options = {name: {*parser._option_string_actions} for name, parser in commands.choices.items()}
+    del options["convert"]  # its arguments go on to a parser of its own
+    return options
+
+
+def test_options_of_commands_are_those_of_their_parsers() -> None:
+    known, seen = _options(), 0
+    for page in PAGES:
+        for program, rest in COMMAND.findall(_text(page).replace("\\\n", " ")):
+            name = program.split()[-1].removesuffix(".py")
+            given = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", rest))
+            seen += len(given)
+            if program.startswith("lavis-aurora") and name != "convert":
+                assert name in known, f"{page.name}: {program}"
+            unknown = given - known.get(name, given)
+            assert not unknown, f"{page.name}: {program} has no {unknown}"
+    assert seen > 50

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import demo
 import pytest
 from demo_tasks import Run, execute, gap_closed, validation_score
+from demo_vqa import BASELINE
 from PIL import Image
 from tiny_summary import counts, leave_summary
 
@@ -71,7 +72,7 @@ def _vqa(level: float) -> dict[str, dict]:
 
 RESULTS = {"retrieval": _retrieval, "vqa": _vqa, "video": _video}
 LEVELS = {"frozen": 20.0, "heads": 30.0, "lora": 45.0, "aurora": 50.0, "full": 60.0}
-BASELINES = {"retrieval": {}, "video": {}, "vqa": {"guesses": _vqa(10.0)["test_epoch_best_accuracy.json"]}}
+BASELINES = {"retrieval": {}, "video": {}, "vqa": {BASELINE: _vqa(10.0)["test_epoch_best_accuracy.json"]}}
 
 
 def _rows(tmp_path: Path, task: str) -> list[dict]:
@@ -115,8 +116,8 @@ def test_table_of_vqa(tmp_path: Path) -> None:
     ]
     [aurora] = [line.split() for line in lines if line.startswith("Aurora  ")]
     assert aurora[1:] == ["50.0", "56.0", "51.0", "52.0", "53.0", "54.0", "55.0", "100", "10.00%", "12"]
-    [guesses] = [line.split() for line in lines if line.startswith("without the picture")]
-    assert guesses[3:] == ["10.0", "16.0", "11.0", "12.0", "13.0", "14.0", "15.0"]
+    [baseline] = [line.split() for line in lines if line.startswith(BASELINE)]
+    assert baseline[3:] == ["10.0", "16.0", "11.0", "12.0", "13.0", "14.0", "15.0"]
     assert lines[-1] == "Aurora closes 75% of the gap between frozen and full"
 
 
@@ -169,7 +170,7 @@ def test_picture(tmp_path: Path, task: str) -> None:
         assert picture.format == "PNG" and picture.width > 800
 
 
-def test_guesses_are_the_commonest_answers_in_training(tmp_path: Path) -> None:
+def test_the_baseline_of_vqa_is_the_most_common_answer_in_training(tmp_path: Path) -> None:
     """Ten of ten annotators say yes to one question in training; the other is not asked there."""
     generate_questions(tmp_path, "shifted", {"test": 2}, each=2)
     _, _, questions, annotations = split_files(tmp_path, "shifted", "test")
@@ -190,9 +191,9 @@ def test_guesses_are_the_commonest_answers_in_training(tmp_path: Path) -> None:
             annotation=asked, coco_fmt_qust_file=str(questions), coco_fmt_anno_file=str(annotations)
         ),
     }
-    found = demo.TASKS["vqa"].baselines(datasets, tmp_path)["guesses"]
+    found = demo.TASKS["vqa"].baselines(datasets, tmp_path)[BASELINE]
     assert found["accuracy"] == 50
-    assert {entry["answer"] for entry in json.loads((tmp_path / "guesses.json").read_text())} == {"yes"}
+    assert {entry["answer"] for entry in json.loads((tmp_path / "most_common_answer.json").read_text())} == {"yes"}
 
 
 def test_gap_closed() -> None:

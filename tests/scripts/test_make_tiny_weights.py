@@ -65,3 +65,28 @@ def test_other_runs_are_refused(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(SystemExit, match="error: .*not a pretraining run"):
         make_tiny_weights.main()
     assert not (tmp_path / "y.safetensors").exists()
+
+
+def test_an_older_file_is_replaced_after_the_new_one_has_been_loaded(tmp_path: Path, monkeypatch, caplog) -> None:
+    path, _ = _checkpoint(tmp_path)
+    output, beside = tmp_path / "x.safetensors", tmp_path / "untested_x.safetensors"
+    output.write_bytes(b"old")
+    monkeypatch.setattr("sys.argv", ["make_tiny_weights.py", str(path), "--output", str(output)])
+    with monkeypatch.context() as patch:
+        patch.setattr(make_tiny_weights, "load_model_and_preprocess", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make_tiny_weights.main()
+    assert (
+        output.read_bytes() == b"old" and f"{output} is not replaced; the new weights are in {beside}" in caplog.text
+    )
+    make_tiny_weights.main()
+    assert load_file(output).keys() == load_file(make_tiny_weights.TARGET).keys() and not beside.exists()
+
+
+def test_a_checkpoint_whose_packaged_files_have_moved_is_read(tmp_path: Path) -> None:
+    moved = {"tokenizer": "/old/lavis_aurora/configs/models/tiny"}
+    path, _ = _checkpoint(tmp_path)
+    state = torch.load(path, weights_only=True)
+    state["config"]["model"].update(moved)
+    write_checkpoint(state, path)
+    assert make_tiny_weights.pretrained_model(path)

@@ -104,12 +104,17 @@ def _run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretrain_tiny_vqa.main()
 
 
-def test_it_writes_the_same_weights_again_and_leaves_the_vision_encoder(tmp_path, monkeypatch, capsys) -> None:
+def test_it_writes_the_same_weights_again_and_replaces_none_by_worse(tmp_path, monkeypatch, capsys, caplog) -> None:
     first, again = tmp_path / "new" / "first.safetensors", tmp_path / "again.safetensors"
     _run(first, monkeypatch)
     assert "right answers on test, percent: color" in capsys.readouterr().out
-    _run(again, monkeypatch)
-    assert first.read_bytes() == again.read_bytes()
+    again.write_bytes(b"better ones")
+    with pytest.raises(SystemExit, match=r"^error: below --least 85: color "):
+        _run(again, monkeypatch)
+    assert again.read_bytes() == b"better ones"
+    assert first.read_bytes() == (tmp_path / "untested_again.safetensors").read_bytes()
+    assert f"{again} is not replaced; the new weights are in " in caplog.text
+    assert [*first.parent.iterdir()] == [first]
     written, start = load_file(first), load_file(pretrain_tiny_vqa.START)
     shipped = load_file(pretrain_tiny_vqa.TARGET)
     assert {key: value.shape for key, value in written.items()} == {k: value.shape for k, value in shipped.items()}

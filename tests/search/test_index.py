@@ -232,6 +232,21 @@ def test_an_index_goes_on_with_its_own_model_and_refuses_others(gallery, tmp_pat
     assert PictureIndex(gallery).search(TEXT) == expected
 
 
+def test_an_index_of_packaged_files_is_used_after_the_package_has_moved(gallery):
+    pytest.importorskip("lancedb", exc_type=ImportError)
+    index = PictureIndex(gallery, adapter=package_file("configs/models/tiny/adapter"))
+    index.update()
+    store = store_module.Store(index.place)
+    said = store.settings()
+    adapter = said["source"]["adapter"] = "/old/lavis_aurora/configs/models/tiny/adapter"
+    store.write_settings(said)
+    assert PictureIndex(gallery).search(TEXT) == index.search(TEXT)
+    said["source"]["adapter"] = f"{adapter}/x"
+    store.write_settings(said)
+    with pytest.raises(AuroraError, match="/x, which is no file here; say where it is by --adapter"):
+        PictureIndex(gallery)
+
+
 def test_another_backbone_is_refused_heads_too(gallery, open_index, tmp_path):
     open_index().update()
     for change in ("visual_encoder.norm.weight", "text_proj.weight"):
@@ -297,6 +312,7 @@ def grown(index, monkeypatch):
     return [f"made_up/{i}.jpg" for i in range(2000)], np.stack([normalised(x) for x in features])
 
 
+@pytest.mark.filterwarnings("error:The create_index:DeprecationWarning")
 def test_of_many_entries_an_approximate_index_whose_recall_is_measured(open_index, gallery, monkeypatch):
     index = open_index()
     paths, features = grown(index, monkeypatch)

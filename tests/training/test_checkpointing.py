@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lavis_aurora import AuroraError
+from lavis_aurora.common.paths import package_file
 from lavis_aurora.training.checkpoints import (
     BEST,
     LATEST,
@@ -251,3 +252,15 @@ def test_the_global_batch_says_whether_other_processes_go_on_with_a_run():
 def test_where_each_process_has_negatives_of_its_own_their_number_counts(model):
     assert not same_computation(of(8, 16, **model), of(1, 128, **model))
     assert same_computation(of(8, 16, **model), of(8, 16, **model))
+
+
+def test_a_run_is_the_same_where_the_package_has_moved_and_where_its_own_configuration_starts_it():
+    """config.yaml is resolved, a checkpoint is not; older versions wrote absolute paths of packaged files."""
+    name = "configs/models/tiny/model.safetensors"
+    given = {**of(1, 16, pretrained=f"${{aurora.package:{name}}}", tokenizer="${.pretrained}"), "datasets": {}}
+    for path in (package_file(name), f"/moved/lavis_aurora/{name}"):
+        assert same_computation(given, {**of(1, 16, pretrained=path, tokenizer=path), "datasets": {}})
+    lost = {**given, "datasets": {"x": "${oc.env:NOT_SET_ANYWHERE}"}}
+    assert same_computation(lost, lost) and not same_computation(lost, given)
+    other = f"/moved/{name}"
+    assert not same_computation(given, {**of(1, 16, pretrained=other, tokenizer=other), "datasets": {}})

@@ -1,6 +1,7 @@
 """Whole runs through the command line's entry, on a tiny project."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from omegaconf import OmegaConf
 from runs import logged, only_run
 from tiny import project_yaml
 
+from lavis_aurora.common.paths import PACKAGE_ROOT
+from lavis_aurora.project import load_config
 from lavis_aurora.training.tasks.retrieval import RetrievalAuroraTask
 from lavis_aurora_cli import evaluate, train
 
@@ -37,6 +40,8 @@ def test_a_run_leaves_configuration_checkpoints_results_and_log(tmp_path, capsys
         "checkpoint_previous.pth",
         "result",
     }
+    text = (folder / "config.yaml").read_text()
+    assert "tokenizer: ${aurora.package:configs/models/tiny}" in text and str(PACKAGE_ROOT) not in text
     saved = OmegaConf.load(folder / "config.yaml").run
     assert saved.weight_decay == 0.05
     assert saved.world_size == 1 and not saved.distributed, "what ran, not what the YAML says"
@@ -54,6 +59,21 @@ def test_a_run_leaves_configuration_checkpoints_results_and_log(tmp_path, capsys
     state = torch.load(folder / "checkpoint_best.pth", weights_only=True)
     assert not [key for key in state["model"] if "queue" in key or key.startswith("visual_encoder")]
     assert any(key.startswith("mode_approx.sets.momentum") for key in state["model"])
+
+
+def test_what_starts_from_a_moved_runs_configuration_writes_beside_that_run(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    folder, yaml = tmp_path / "moved" / "RUN", project_yaml(tmp_path, run={"output_dir": str(tmp_path / "gone")})
+    folder.mkdir(parents=True)
+    config = folder / "config.yaml"
+    config.write_text(yaml.read_text())
+    assert load_config(str(config)).run_cfg.output_dir == str(tmp_path / "gone"), "no run's, a project"
+    (folder / "summary.json").touch()
+    assert load_config(str(config)).run_cfg.output_dir == str(tmp_path / "moved")
+    assert f"run.output_dir: {tmp_path / 'gone'} is not there any more; outputs go to" in caplog.text
+    assert load_config(str(config), ["run.output_dir=new"]).run_cfg.output_dir == "new"
+    (tmp_path / "gone").mkdir()
+    assert load_config(str(config)).run_cfg.output_dir == str(tmp_path / "gone")
 
 
 def test_the_best_epoch_is_tested_even_when_its_metric_is_zero(tmp_path, monkeypatch):

@@ -1,0 +1,27 @@
+"""Projects of runs that are resumed, and damage to what they left, for tests."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+from tiny import project_yaml
+
+RUN = {"max_epoch": 2, "batch_size_train": 2, "resume": "auto", "save_queue": True, "checkpoint_every": 1}
+# Random crops, random context, dropout of paths, negatives from the queue: whatever draws random numbers.
+MODEL = {"context": {"form": "random"}, "vit_drop_path_rate": 0.1, "queue_size": 16}
+CROPS = {"coco_retrieval": {"vis_processor": {"train": {"name": "blip_image_train", "image_size": 48}}}}
+
+
+def image_project(folder: Path, **run) -> Path:
+    folder.mkdir(exist_ok=True)
+    return project_yaml(folder, model=MODEL, datasets=CROPS, run={**RUN, **run})
+
+
+def damage_in_data(path: Path) -> None:
+    """A bit of a tensor: torch reads it without a word."""
+    with zipfile.ZipFile(path) as archive:
+        largest = archive.read(max(archive.infolist(), key=lambda part: part.file_size))
+    content = path.read_bytes()
+    place = content.index(largest) + len(largest) // 2
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
