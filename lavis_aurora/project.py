@@ -44,6 +44,13 @@ from lavis_aurora.data.checks import check_dataset_config
 SECTIONS = ("datasets", "model", "run")
 
 
+def _warn(message: str, *values: object) -> None:
+    """Warn once for all processes. Of a configuration, which is read before LAVIS sets up the log of a run: the
+    functions of ``logging`` would set up another one, and LAVIS's nothing then."""
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger(__name__).warning(message, *values)
+
+
 class AuroraConfig(Config):
     """LAVIS's configuration: a project YAML and ``--options`` over the defaults of the types that they name."""
 
@@ -89,7 +96,7 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
     for name in SECTIONS:
         if not user.get(name):
             raise AuroraError(f"{name}: the section is missing")
-    if not any(option.startswith("run.output_dir") for option in options):
+    if OmegaConf.select(read_options(_dot_list(options)), "run.output_dir") is None:
         _follow_moved_run(user.run, Path(cfg_path).absolute().parent)
     _check_types(user)
     _take_adapter_settings(user)
@@ -123,7 +130,7 @@ def _follow_moved_run(run: DictConfig, folder: Path) -> None:
     output = run.get("output_dir")
     if isinstance(output, str) and (folder / SUMMARY).is_file() and not os.path.isdir(output):
         run.output_dir = str(folder.parent)
-        logging.info("run.output_dir: %s is not there any more; outputs go to %s", output, folder.parent)
+        _warn("run.output_dir: %s is not there any more; outputs go to %s", output, folder.parent)
 
 
 def merge_options(cfg_path: str, options: Sequence[str]) -> DictConfig:
@@ -168,7 +175,7 @@ def _found_here(part: Any) -> Any:
 
     found = map_text(part, here)
     if moved:
-        logging.warning("not there any more, this package's own files are taken: %s", abbreviated(moved))
+        _warn("not there any more, this package's own files are taken: %s", abbreviated(moved))
     return found
 
 
@@ -327,8 +334,8 @@ def _note_learning_rate(cfg: AuroraConfig) -> None:
     run, model, usual = cfg.run_cfg, cfg.model_cfg, RunConfig.init_lr
     own = hasattr(registry.get_model_class(model.arch), "CONFIG_CLASS")
     adapters = own and TUNINGS[model.get("tuning", "aurora")].adapters
-    if adapters and not run.evaluate and 2 * run.init_lr <= usual and os.environ.get("RANK", "0") == "0":
-        logging.warning(
+    if adapters and not run.evaluate and 2 * run.init_lr <= usual:
+        _warn(
             "run.init_lr: %g is a rate for training a whole model; adapters are trained at %g (run.init_lr=%g)",
             *(run.init_lr, usual, usual),
         )

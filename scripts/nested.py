@@ -93,9 +93,10 @@ def trained_cells(
 def run_or_fail(cells: Sequence[Cell], jobs: int, cfg_path: str, options: Sequence[str]) -> None:
     """Run what is not finished; an AuroraError if one fails."""
     run_cells(cells, jobs, cfg_path, options)
-    failed = [cell for cell in cells if cell.result["status"] != "done"]
-    if failed:
-        raise AuroraError(f"{len(failed)} of {len(cells)} failed, see {failed[0].log}; the same command goes on")
+    lost = [cell for cell in cells if cell.result["status"] != "done"]
+    if lost:
+        remedy = "lower its rate" if lost[0].result["status"] == "diverged" else "the same command goes on"
+        raise AuroraError(f"{len(lost)} of {len(cells)} {lost[0].result['status']}, see {lost[0].log}; {remedy}")
 
 
 def recall(cell: Cell) -> float:

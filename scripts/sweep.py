@@ -3,9 +3,9 @@ r"""Train a project once for each cell of a grid of options, and write one table
     python scripts/sweep.py --cfg-path projects/aurora/demo_ret.yaml --output output/sweep_rank --jobs 2 \
         --grid model.mode_approx.rank=4,16,64 run.seed=1,2
 
-Each cell is `python train.py` in a process and a folder of its own. The same command again goes on: finished cells
-are kept, interrupted ones resume, failed ones are tried again. Several at once share the cells among them. sweep.csv
-holds a row for each cell, and mean and spread (sample standard deviation) over the seeds.
+Each cell is `python train.py` in a process and a folder of its own. The same command again goes on: finished and
+diverged cells are kept, interrupted ones resume, failed ones are tried again. Several at once share the cells among
+them. sweep.csv holds a row for each cell, and mean and spread (sample standard deviation) over the seeds.
 """
 
 from __future__ import annotations
@@ -130,6 +130,8 @@ class Cell(TrainingProcess):
         if run is None:
             error, status = last_error(self.output()), "diverged" if self.diverged else "failed"
             self.result = {"status": status, "seconds": self.seconds, "error": error}
+            if self.diverged:  # it would end so again
+                write_text(self.folder / DONE, json.dumps(self.result, indent=1))
             print(f"{status}: {self.name}: {error}\n  all of it: {self.log}", flush=True)
             return True
         self.result = {

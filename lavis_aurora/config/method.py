@@ -101,7 +101,8 @@ class ModeApproxConfig:
             once for model and teacher, and keeps nothing for the backward pass. null is the paper's: all.
         nested: train an adapter that can be cut to fewer components, see truncate_adapter and run.rank: steps also
             train its first components alone. Give it half as many epochs again as an adapter of one rank.
-        nested_ranks: how many components those are, one of these for each such step; those below ``rank`` count.
+        nested_ranks: how many components those are, one of these for each such step; those below ``rank`` count, and
+            run.rank compares them.
         nested_steps: what a step trains: growing (the components in use grow through nested_ranks to all in the first
             0.6 of the run; three steps of ten train fewer of them), one (from the start all components or the first
             few of them, as likely) or uniform (any number up to ``rank``).

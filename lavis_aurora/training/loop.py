@@ -276,7 +276,7 @@ def _backward(state: TrainingState, samples: Samples, parts: int, begins: bool, 
             before.copy_(buffer)
     with ExitStack() as stack:
         if nested is not None:
-            stack.enter_context(nested.factors.first(nested.rank_of(samples["epoch"], samples["iters"])))
+            stack.enter_context(nested.trained(samples["epoch"], samples["iters"]))
         if not begins:
             # The student has not moved: the teacher follows it once a step.
             stack.enter_context(state.unwrapped.frozen_teacher())

@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -64,27 +65,42 @@ class NestedSteps:
         self.factors, self.config = factors, factors["default"].config
         self.seed, self.epochs, self.batches, self.accumulated = seed, epochs, batches, accumulated
         self._trained = self.config.rank
+        self._reached: int | None = None
         self._idle: list[tuple[Tensor, Tensor]] = []
         optimizer.register_step_pre_hook(self._remember_idle)
         optimizer.register_step_post_hook(self._put_back)
 
+    @contextmanager
+    def trained(self, epoch: int, batch: int) -> Iterator[None]:
+        """Inside, the model has those components alone that this batch trains; the next step moves no others."""
+        self._trained = self.rank_of(epoch, batch)
+        with self.factors.first(self._trained):
+            yield
+
     def rank_of(self, epoch: int, batch: int) -> int:
         """How many components a batch of an epoch trains, both from 0: the same for all of a step.
 
-        It follows from the seed and that step alone.
+        It follows from the seed and that step alone; ``growing`` never goes back behind components that are trained
+        already, as where a finished run goes on with more epochs.
         """
         config, step = self.config, batch // self.accumulated
         draw = random.Random(f"{self.seed} {epoch} {step}")
         if config.nested_steps == "uniform":
-            self._trained = draw.randint(1, config.rank)
-            return self._trained
+            return draw.randint(1, config.rank)
         ranks = [*config.smaller_ranks, config.rank]
         if config.nested_steps == "growing":
             done = (epoch + step * self.accumulated / self.batches) / self.epochs
-            ranks = ranks[: 1 + int(done / GROWTH * (len(ranks) - 1))]
+            if self._reached is None:
+                self._reached = self._components_that_are_trained()
+            stages = int(done / GROWTH * (len(ranks) - 1))
+            ranks = ranks[: 1 + max(stages, sum(rank < self._reached for rank in ranks))]
         fewer = len(ranks) > 1 and draw.random() < FEWER[config.nested_steps]
-        self._trained = draw.choice(ranks[:-1]) if fewer else ranks[-1]
-        return self._trained
+        return draw.choice(ranks[:-1]) if fewer else ranks[-1]
+
+    def _components_that_are_trained(self) -> int:
+        """The last whose V has left zero, where all start."""
+        moved = torch.stack([v.detach().ne(0).any(dim=0) for v in self.factors["default"].V.values()]).any(dim=0)
+        return int(moved.nonzero().max()) + 1 if moved.any() else 0
 
     def _remember_idle(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """What the step must not change: columns, and Adam's moments of them."""

@@ -35,13 +35,13 @@ class RunLock:
     dead after ten without.
 
     Args:
-        named_by: the key or argument that names the folder, for messages; empty where nothing does.
+        named_by: the key or argument that names the folder, for messages.
     """
 
     _file: TextIO | None = None
 
     def __init__(self, named_by: str = "run.output_dir") -> None:
-        self._prefix = f"{named_by}: " if named_by else ""
+        self._named_by = named_by
 
     def __enter__(self) -> RunLock:
         return self
@@ -71,9 +71,9 @@ class RunLock:
         try:
             file, certain = _open_locked(path)
         except BlockingIOError as error:
-            raise FolderInUse(f"{self._prefix}{folder} is in use by {error}; wait for it, or stop it") from error
+            raise FolderInUse(f"{self._named_by}: {folder} is in use by {error}; wait for it, or stop it") from error
         except OSError as error:
-            raise AuroraError(f"{self._prefix}cannot write to {folder} ({error}); name another folder") from error
+            raise AuroraError(f"{self._named_by}: cannot write to {folder} ({error}); name another folder") from error
         # One that was killed has left its name. Not every shared file system passes locks on to other hosts.
         before = _owner(file)
         elsewhere = before.get("boot") != own["boot"] and before.get("host") != own["host"]
@@ -82,7 +82,7 @@ class RunLock:
         if before and (elsewhere or not certain) and not stale:
             file.close()
             raise FolderInUse(
-                f"{self._prefix}{folder} is in use by {_described(before)}, which cannot be seen from here; "
+                f"{self._named_by}: {folder} is in use by {_described(before)}, which cannot be seen from here; "
                 f"if it does not run any more, remove {path}"
             )
         if before:

@@ -210,6 +210,6 @@ def find_rank(run: str, options: Sequence[str] | None = None) -> Path:
     folder = Path(run).expanduser().absolute()
     if not (folder / BEST).is_file() or read_summary(folder)["status"] != "finished":
         raise AuroraError(f"{run}: no folder of a finished run with a {BEST}; let it end by run.resume=auto first")
-    cfg = load_config(str(folder / "config.yaml"), ["run.rank=auto", *(options or [])])
+    cfg = load_config(str(folder / "config.yaml"), ["run.rank=auto", "run.resume_ckpt_path=null", *(options or [])])
     cfg.run_cfg.output_dir = str(folder.parent)
     return run_config(cfg, folder)

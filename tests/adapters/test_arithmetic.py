@@ -230,7 +230,7 @@ def test_inspect_lists_the_adapters_of_a_folder(tmp_path):
 
 def test_nested_training_is_described_where_it_was_done(tmp_path):
     folder = saved(adapted_toy(nested=True, nested_ranks=[1, 2]), tmp_path / "nested")
-    assert "nested True, nested_ranks [1, 2], nested_steps one" in inspect(str(folder))
+    assert "nested True, nested_ranks [1, 2], nested_steps growing" in inspect(str(folder))
 
 
 def test_an_adapter_of_peft_is_named_as_such(tmp_path):

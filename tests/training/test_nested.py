@@ -43,8 +43,15 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
 
 
+def untrained(**settings) -> nn.Module:
+    model = adapted_toy(rank=6, **{**NESTED, **settings})
+    for v in model.mode_approx["default"].V.values():
+        nn.init.zeros_(v)
+    return model
+
+
 def steps_of(model: nn.Module | None = None, seed: int = 3, accumulated: int = 1, **settings) -> NestedSteps:
-    model = model or adapted_toy(rank=6, **{**NESTED, **settings})
+    model = model or untrained(**settings)
     return NestedSteps(model.mode_approx, sgd(model), seed, epochs=4, batches=1000, accumulated=accumulated)
 
 
@@ -64,10 +71,20 @@ def test_the_components_in_use_grow_and_three_steps_of_ten_train_fewer():
 
 
 def test_growing_ends_with_all_components_in_short_runs_and_with_one_smaller_rank():
-    model = adapted_toy(rank=6, nested=True, nested_ranks=[2])
+    model = untrained(nested_ranks=[2])
     steps = NestedSteps(model.mode_approx, sgd(model), 3, epochs=1, batches=10)
     drawn = [steps.rank_of(0, batch) for batch in range(10)]
     assert drawn[:6] == [2] * 6 and 6 in drawn[6:]
+
+
+def test_more_epochs_of_a_finished_run_do_not_take_components_back():
+    model = untrained()
+    with torch.no_grad():
+        for v in model.mode_approx["default"].V.values():
+            v[:, :3] = 1.0  # components of rank 4 are trained
+    steps = steps_of(model)
+    assert {steps.rank_of(0, batch) for batch in range(100)} == {1, 2, 4}
+    assert {steps.rank_of(3, batch) for batch in range(100)} == {1, 2, 4, 6}
 
 
 def test_all_or_a_few_from_the_start():
@@ -83,7 +100,7 @@ def test_any_rank_a_step():
 
 @pytest.mark.parametrize("kind", NESTED_STEPS)
 def test_ranks_follow_from_seed_and_step_alone(kind):
-    model = adapted_toy(rank=6, **NESTED, nested_steps=kind)
+    model = untrained(nested_steps=kind)
     one, other = (steps_of(model, accumulated=2) for _ in range(2))
     torch.manual_seed(5)
     backwards = [other.rank_of(2, batch) for batch in reversed(range(580, 620))][::-1]
@@ -141,7 +158,7 @@ def test_adam_leaves_components_alone_that_were_not_trained(scaled):
         if batch == 6:
             optimizer, steps = optimizer_of(optimizer.state_dict())
         rank = steps.rank_of(0, batch)
-        with factors.first(rank):
+        with steps.trained(0, batch):
             scaler.scale(model(x).square().mean() * (1 + batch)).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -132,7 +132,7 @@ def test_an_owner_touches_its_file_until_the_end(tmp_path, monkeypatch):
         assert time.time() - (tmp_path / LOCK).stat().st_mtime < PATIENCE
 
 
-@pytest.mark.parametrize(("arguments", "start"), [([], "run.output_dir: "), (["--output"], "--output: "), ([""], "")])
+@pytest.mark.parametrize(("arguments", "start"), [([], "run.output_dir: "), (["--output"], "--output: ")])
 def test_messages_name_what_the_user_typed(tmp_path, arguments, start):
     with RunLock(*arguments) as lock:
         with pytest.raises(AuroraError, match=f"^{start}cannot write to {tmp_path}/none"):

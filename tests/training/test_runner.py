@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,19 @@ def test_a_run_leaves_configuration_checkpoints_results_and_log(tmp_path, capsys
     assert any(key.startswith("mode_approx.sets.momentum") for key in state["model"])
 
 
+def test_a_warning_about_a_configuration_leaves_the_log_of_the_run_to_lavis(tmp_path):
+    """In a process of its own: pytest has set up a log already. Said once of all processes."""
+    yaml = str(project_yaml(tmp_path, run={"init_lr": 1e-5}))
+    code = (
+        "import logging, os\nfrom lavis.common.logger import setup_logger\n"
+        "from lavis_aurora.project import load_config\n"
+        f"for os.environ['RANK'] in '10': load_config({yaml!r})\n"
+        "setup_logger(); logging.info('losses')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.count("run.init_lr: 1e-05 is a rate for") == 1 and "losses" in done.stderr
+
+
 def test_what_starts_from_a_moved_runs_configuration_writes_beside_that_run(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     folder, yaml = tmp_path / "moved" / "RUN", project_yaml(tmp_path, run={"output_dir": str(tmp_path / "gone")})
@@ -71,7 +86,8 @@ def test_what_starts_from_a_moved_runs_configuration_writes_beside_that_run(tmp_
     (folder / "summary.json").touch()
     assert load_config(str(config)).run_cfg.output_dir == str(tmp_path / "moved")
     assert f"run.output_dir: {tmp_path / 'gone'} is not there any more; outputs go to" in caplog.text
-    assert load_config(str(config), ["run.output_dir=new"]).run_cfg.output_dir == "new"
+    for option in ("run.output_dir=new", "run={output_dir: new}"):
+        assert load_config(str(config), [option]).run_cfg.output_dir == "new"
     (tmp_path / "gone").mkdir()
     assert load_config(str(config)).run_cfg.output_dir == str(tmp_path / "gone")
 
