@@ -37,7 +37,7 @@ NESTED = ("growing", "one", "uniform")
 METHODS = (*NESTED, "dedicated", "naive")
 # What the comparison of methods found best for this size, see scripts/comparison/aurora_all_linear.yaml.
 OPTIONS = ("model.mode_approx.targets=all_linear",)
-RATE, RATES = "1e-2", {4: "2e-2", 8: "2e-2"}  # by rank
+RATE, RATES = "1e-2", {4: "2e-2"}  # by rank
 LONGER = 1.5  # epochs of a nested training by those of one rank
 
 
