@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 from lavis_aurora.analysis.drawing import CYCLE, OURS, PALE, Plot, despine, label_points, subplots
 from lavis_aurora.analysis.paper import COSTS, method_costs, method_name, metric_title, read_costs
 from lavis_aurora.analysis.results import ComparedMethod, compared, read_table, series
-from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.errors import AuroraError, did_you_mean
 from lavis_aurora.common.files import read_json
 
 RECALLS = ("image_to_text_r1", "text_to_image_r1", "video_to_text_r1", "text_to_video_r1", "agg_metrics")
@@ -156,10 +157,16 @@ class ComparisonPlot(Plot):
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("records", metavar="TASK.JSON", help="of scripts/comparison.py")
         parser.add_argument("--budget", default="25k", help="whose rates are drawn; default: %(default)s")
+        parser.add_argument("--methods", nargs="+", help="names of their YAMLs; default: all")
 
     def numbers(self, args: argparse.Namespace) -> dict[str, Any]:
         """The methods, their scores the mean over the metrics."""
-        found = compared(read_json(args.records))
+        records = read_json(args.records)
+        names = {record["method"] for record in records}
+        for name in args.methods or ():
+            if name not in names:
+                raise AuroraError(f"--methods {name}: {args.records} has no run of it{did_you_mean(name, names)}")
+        found = compared([record for record in records if record["method"] in (args.methods or names)])
         if not found:
             raise AuroraError(f"{args.records}: no run of it has ended well")
         return {
@@ -174,19 +181,22 @@ class ComparisonPlot(Plot):
         figure, (scores, rates) = subplots(1, 2, 5.6, 4.2)
         names = dict.fromkeys(one["label"] for one in numbers["methods"])
         methods = sorted(names, key=lambda name: not name.startswith("Aurora"))  # the first color is ours
-        for i, method in enumerate(methods):
+        looks = itertools.product("os^D", [color for color in CYCLE if color != PALE])
+        for method in methods:
             points = [one for one in numbers["methods"] if one["label"] == method]
-            style: dict[str, Any] = {"color": CYCLE[i % len(CYCLE)], "label": method}
             x, y = [one["parameters"] for one in points], [one["mean"] for one in points]
             if not any(x):  # nothing is trained
-                scores.axhline(y[0], linestyle=":", color=PALE, label=method)
+                scores.axhline(y[0], linestyle=":", color=PALE)
+                scores.annotate(method, (1, y[0]), (-2, 2), ("axes fraction", "data"), "offset points", ha="right")
                 continue
+            marker, color = next(looks)
+            style: dict[str, Any] = {"color": color, "marker": marker, "label": method}
             spread = [one["spread"] or 0 for one in points]
-            scores.errorbar(x, y, yerr=spread, fmt="o-", capsize=4, **style)
+            scores.errorbar(x, y, yerr=spread, capsize=4, **style)
             for one in points:
                 if one["budget"] in ("", numbers["budget"]) and len(one["rates"]) > 1:
                     tried = sorted((float(rate), score or 0.0) for rate, score in one["rates"].items())
-                    rates.plot(*zip(*tried), "o-", **style)
+                    rates.plot(*zip(*tried), **style)
         metric = _metric_name(numbers["metrics"])
         scores.set(xscale="log", xlabel="adapter parameters", ylabel=f"test: {metric}, percent")
         rates.set(xscale="log", xlabel="rate (run.init_lr)", ylabel=f"validation: {metric}, percent")
@@ -196,7 +206,7 @@ class ComparisonPlot(Plot):
         scores.xaxis.set_minor_formatter(lambda x, _: f"{x / 1000:g}k" if f"{x:e}"[0] in "25" else "")
         for axis in (scores, rates):
             despine(axis)
-        scores.legend(frameon=False, fontsize=8)
+        scores.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1, 0.68))
         return figure
 
 

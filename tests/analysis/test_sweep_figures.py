@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import statistics
@@ -141,7 +140,7 @@ def _records() -> list[dict]:
 def test_methods_are_drawn_at_their_best_rates(tmp_path):
     path = tmp_path / "pictures.json"
     path.write_text(json.dumps(_records()))
-    numbers = COMPARISON.numbers(argparse.Namespace(records=path, budget="25k"))
+    numbers = COMPARISON.numbers(arguments(COMPARISON, path))
     best = {(one["label"], one["budget"]): (one["mean"], one["spread"]) for one in numbers["methods"]}
     assert best == {
         ("frozen", ""): (10.0, None),
@@ -152,15 +151,20 @@ def test_methods_are_drawn_at_their_best_rates(tmp_path):
     }
     figure = COMPARISON.draw(numbers)
     scores, rates = figure.axes
-    assert [text.get_text() for text in scores.get_legend().get_texts()] == ["frozen", "Aurora", "LoRA"]
+    assert [text.get_text() for text in scores.get_legend().get_texts()] == ["Aurora", "LoRA"]
+    assert [text.get_text() for text in scores.texts] == ["frozen"]
     assert [list(line.get_ydata()) for line in rates.lines] == [[96.0, 0.0], [86.0, 0.0]]
+    numbers = COMPARISON.numbers(arguments(COMPARISON, path, "--methods", "LoRA"))
+    assert {one["label"] for one in numbers["methods"]} == {"LoRA"}
 
 
 def test_a_comparison_without_a_run_that_ended_well_is_refused(tmp_path):
     path = tmp_path / "pictures.json"
     path.write_text(json.dumps([one for one in _records() if "error" in one]))
     with pytest.raises(AuroraError, match="pictures.json: no run of it has ended well"):
-        COMPARISON.numbers(argparse.Namespace(records=path, budget="25k"))
+        COMPARISON.numbers(arguments(COMPARISON, path))
+    with pytest.raises(AuroraError, match=r"--methods Aurorra: .*pictures.json has no run of it.*Aurora"):
+        COMPARISON.numbers(arguments(COMPARISON, path, "--methods", "Aurorra"))
 
 
 @pytest.fixture
