@@ -215,7 +215,7 @@ class NestedPlot(Plot):
         axis.set_xlabel("rank")
         axis.set_ylabel("R@1 on test, mean of both directions")
         axis.set_title("one seed" if seeds == 1 else f"mean and standard deviation of {seeds} seeds", fontsize=10)
-        axis.legend(frameon=False, fontsize=8, loc="lower right")
+        axis.legend(frameon=False, fontsize=8, loc="center left")
         despine(axis)
         return figure
 
