@@ -96,7 +96,8 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
     for name in SECTIONS:
         if not user.get(name):
             raise AuroraError(f"{name}: the section is missing")
-    if OmegaConf.select(read_options(_dot_list(options)), "run.output_dir") is None:
+    given = cast("dict[str, Any]", OmegaConf.to_container(read_options(_dot_list(options))))
+    if "output_dir" not in (given.get("run") or {}):
         _follow_moved_run(user.run, Path(cfg_path).absolute().parent)
     _check_types(user)
     _take_adapter_settings(user)

@@ -40,7 +40,7 @@ def test_a_picture_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_every_name_of_the_command_has_a_figure(capsys):
-    assert len(PLOTS) == len(LISTED) == 13 and all(isinstance(plot, Plot) for plot in LISTED)
+    assert len(PLOTS) == len(LISTED) == 14 and all(isinstance(plot, Plot) for plot in LISTED)
     with pytest.raises(SystemExit):
         main(["--help"])
     listed = capsys.readouterr().out
