@@ -41,14 +41,15 @@ from lavis_aurora.config.models import TUNINGS
 from lavis_aurora.config.run import RunConfig
 from lavis_aurora.data.checks import check_dataset_config
 
+LOG = logging.getLogger(__name__)
 SECTIONS = ("datasets", "model", "run")
 
 
 def _warn(message: str, *values: object) -> None:
-    """Warn once for all processes. Of a configuration, which is read before LAVIS sets up the log of a run: the
-    functions of ``logging`` would set up another one, and LAVIS's nothing then."""
+    """Warn once for all processes."""
+    # What reads a configuration has loggers of its own: functions of logging would set up a log before LAVIS does.
     if os.environ.get("RANK", "0") == "0":
-        logging.getLogger(__name__).warning(message, *values)
+        LOG.warning(message, *values)
 
 
 class AuroraConfig(Config):
@@ -89,6 +90,11 @@ def load_config(cfg_path: str, options: Sequence[str] | None = None, evaluate: b
         raise AuroraError(f"{cfg_path}: {' '.join(str(error).split())}") from error
 
 
+def load_run_config(run: str | Path, options: Sequence[str] | None = None) -> AuroraConfig:
+    """That of a run's folder, whatever has become of the checkpoint that the run went on from."""
+    return load_config(str(Path(run) / "config.yaml"), ["run.resume_ckpt_path=null", *(options or [])])
+
+
 def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraConfig:
     if not os.path.exists(cfg_path):
         raise AuroraError("no such file; --cfg-path names a YAML, e.g. projects/aurora/flickr_ret.yaml")
@@ -96,8 +102,7 @@ def _load_config(cfg_path: str, options: list[str], evaluate: bool) -> AuroraCon
     for name in SECTIONS:
         if not user.get(name):
             raise AuroraError(f"{name}: the section is missing")
-    given = cast("dict[str, Any]", OmegaConf.to_container(read_options(_dot_list(options))))
-    if "output_dir" not in (given.get("run") or {}):
+    if "output_dir" not in (_given(options).get("run") or {}):
         _follow_moved_run(user.run, Path(cfg_path).absolute().parent)
     _check_types(user)
     _take_adapter_settings(user)
@@ -137,11 +142,16 @@ def _follow_moved_run(run: DictConfig, folder: Path) -> None:
 def merge_options(cfg_path: str, options: Sequence[str]) -> DictConfig:
     """A project YAML with options in it, as they are written: without defaults, and checked in their kinds alone."""
     written = _sections(read_yaml(cfg_path), "")
-    given = _sections(read_options(_dot_list(list(options))), "--options ")
+    given = _given(options)
     check_kinds(written, given)
     merged = cast(DictConfig, OmegaConf.merge(written, given))
     _clear(merged, cast("dict[str, Any]", OmegaConf.to_container(given)))  # as they are written: nothing is resolved
     return merged
+
+
+def _given(options: Sequence[str]) -> DictConfig:
+    """What options say, as it is written."""
+    return _sections(read_options(_dot_list(list(options))), "--options ")
 
 
 def _check_nested(settings: Any) -> None:
@@ -336,7 +346,5 @@ def _note_learning_rate(cfg: AuroraConfig) -> None:
     own = hasattr(registry.get_model_class(model.arch), "CONFIG_CLASS")
     adapters = own and TUNINGS[model.get("tuning", "aurora")].adapters
     if adapters and not run.evaluate and 2 * run.init_lr <= usual:
-        _warn(
-            "run.init_lr: %g is a rate for training a whole model; adapters are trained at %g (run.init_lr=%g)",
-            *(run.init_lr, usual, usual),
-        )
+        said = "run.init_lr: %g is a rate for training a whole model; adapters are trained at %g (run.init_lr=%g)"
+        _warn(said, run.init_lr, usual, usual)

@@ -130,19 +130,19 @@ class Cell(TrainingProcess):
         if run is None:
             error, status = last_error(self.output()), "diverged" if self.diverged else "failed"
             self.result = {"status": status, "seconds": self.seconds, "error": error}
-            if self.diverged:  # it would end so again
-                write_text(self.folder / DONE, json.dumps(self.result, indent=1))
-            print(f"{status}: {self.name}: {error}\n  all of it: {self.log}", flush=True)
-            return True
-        self.result = {
-            "status": "done",
-            "seconds": self.seconds,
-            "run": run.name,
-            "parameters": trained_parameters(read_summary(run)),
-            "metrics": final_metrics(run),
-        }
-        write_text(self.folder / DONE, json.dumps(self.result, indent=1))
-        print(f"done: {self.name}, {timedelta(seconds=round(self.seconds))}", flush=True)
+            said = f"{status}: {self.name}: {error}\n  all of it: {self.log}"
+        else:
+            self.result = {
+                "status": "done",
+                "seconds": self.seconds,
+                "run": run.name,
+                "parameters": trained_parameters(read_summary(run)),
+                "metrics": final_metrics(run),
+            }
+            said = f"done: {self.name}, {timedelta(seconds=round(self.seconds))}"
+        if self.result["status"] != "failed":  # it would end so again
+            write_text(self.folder / DONE, json.dumps(self.result, indent=1))
+        print(said, flush=True)
         return True
 
 

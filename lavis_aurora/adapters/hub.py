@@ -12,6 +12,7 @@ from lavis_aurora.common.errors import AuroraError
 
 REPOSITORY = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w][\w./-]*))?")
 COMMIT = re.compile("[0-9a-f]{40}")
+LOG = logging.getLogger(__name__)
 
 
 def local_folder(source: str | Path, files: tuple[str, ...]) -> Path:
@@ -42,9 +43,9 @@ def _fetch(name: str, revision: str | None, files: tuple[str, ...]) -> Path:
         reason = str(error).strip().split("\n")[0]
         raise AuroraError(f"{name} is no folder here, and the hub gives no such repository{at} ({reason})") from error
     if revision is None or not COMMIT.fullmatch(revision):
-        logging.warning("%s: fetched from the hub; name %s@%s to have this very one again", name, name, folder.name)
+        LOG.warning("%s: fetched from the hub; name %s@%s to have this very one again", name, name, folder.name)
     else:
-        logging.info("%s: commit %s of the hub", name, revision)
+        LOG.info("%s: commit %s of the hub", name, revision)
     return folder
 
 

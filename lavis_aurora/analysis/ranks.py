@@ -123,11 +123,12 @@ def paper_counts() -> list[dict[str, Any]]:
     ]
 
 
-def _rank_axis(axis, ranks: list[int]) -> None:
+def _rank_axis(axis, ranks: list[int], names: bool = True) -> None:
+    """The rank from left to right; with room for names right of the lines."""
     axis.set_xscale("log", base=2)
     axis.set_xticks(ranks, [str(rank) for rank in ranks])
-    # Names stand right of the lines.
-    axis.set_xlim(right=ranks[-1] * (ranks[-1] / ranks[0]) ** 0.3 if len(ranks) > 1 else None)
+    if names and len(ranks) > 1:
+        axis.set_xlim(right=ranks[-1] * (ranks[-1] / ranks[0]) ** 0.3)
     axis.set_xlabel("rank R")
     axis.minorticks_off()
     despine(axis)
@@ -169,12 +170,9 @@ class NestedRankPlot(Plot):
         axis.axhline(least, color=FULL, linewidth=0.8, linestyle=":", label="the best, less its standard error")
         label = f"enough: {chosen['rank']}"
         axis.plot(chosen["rank"], chosen["metric"], "o", markersize=11, color=OURS, zorder=4, label=label)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks([row["rank"] for row in rows], [str(row["rank"]) for row in rows])
-        axis.set_xlabel("rank")
+        _rank_axis(axis, [row["rank"] for row in rows], names=False)
         axis.set_ylabel(f"{numbers['metric']} on {numbers['split']}")
         axis.legend(frameon=False, fontsize=8, loc="lower right")
-        despine(axis)
         return figure
 
 
@@ -209,14 +207,10 @@ class NestedPlot(Plot):
                 ranks, [statistics.mean(one) for one in values], spread, fmt="o-", capsize=3, color=color, label=name
             )
         seeds = max(len(by_seed) for by_seed in numbers["recall"].values())
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(ranks, [str(rank) for rank in ranks])
-        axis.minorticks_off()
-        axis.set_xlabel("rank")
+        _rank_axis(axis, ranks, names=False)
         axis.set_ylabel("R@1 on test, mean of both directions")
         axis.set_title("one seed" if seeds == 1 else f"mean and standard deviation of {seeds} seeds", fontsize=10)
         axis.legend(frameon=False, fontsize=8, loc="center left")
-        despine(axis)
         return figure
 
 

@@ -22,7 +22,7 @@ from lavis_aurora.config.dataset_keys import named_splits
 from lavis_aurora.config.models import BlipAuroraConfig
 from lavis_aurora.data.annotations import build_checked
 from lavis_aurora.data.samples import CheckedDataset
-from lavis_aurora.project import AuroraConfig, load_config
+from lavis_aurora.project import load_run_config
 from lavis_aurora.training.checkpoints import BEST, read_checkpoint, read_latest
 
 SEED = "run.seed"
@@ -284,11 +284,6 @@ def compared(records: Sequence[Mapping[str, Any]]) -> list[ComparedMethod]:
         tried = {run["rate"]: run.get("validation") for run in first if run["rate"] is not None}
         found.append(ComparedMethod(method, best[0]["label"], budget, own, tried, rate, len(best), scores))
     return sorted(found, key=lambda one: (one.parameters, one.label))
-
-
-def load_run_config(run: str | Path) -> AuroraConfig:
-    """The checked configuration of a run's folder, for its model and data alone."""
-    return load_config(str(Path(run) / "config.yaml"), ["run.resume_ckpt_path=null"])  # it may be gone
 
 
 def untrained_model(run: str | Path) -> nn.Module:

@@ -29,6 +29,7 @@ from lavis_aurora.config.dataset_keys import (
 )
 from lavis_aurora.config.models import TUNINGS, BlipAuroraConfig
 
+LOG = logging.getLogger(__name__)
 # Of this package's own models: what they are and how they were tuned.
 BLIP_SETTINGS = (
     *("image_size", "vit_type", "vit", "vit_layer_norm_epsilon", "embed_dim", "max_txt_len"),
@@ -104,7 +105,7 @@ def adapter_settings(cls: type[Any], described: Mapping[str, Any]) -> dict[str, 
         _check_patterns(f"{kind}.targets", (taken.get(kind) or {}).get("targets"))
     _check_patterns("modules_to_save", taken.get("modules_to_save"))
     if left:
-        logging.warning(
+        LOG.warning(
             "not taken from the adapter, which is data: %s; name yourself what differs from the type's own "
             "(pretrained=, tokenizer=, med_config_path=, or these keys in a YAML)",
             abbreviated(left, limit=8),

@@ -21,6 +21,7 @@ from lavis_aurora.common.paths import package_file
 from lavis_aurora.config.models import ModeApproxModelConfig, RetrievalAuroraConfig, VqaAuroraConfig
 from lavis_aurora.config.run import RUN_KEYS, RunConfig
 
+LOG = logging.getLogger(__name__)
 # What the functions below raise.
 READING_ERRORS = (OSError, UnicodeError, yaml.YAMLError, OmegaConfBaseException, RecursionError)
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -196,7 +197,7 @@ def parse_run(cfg: DictConfig | Mapping[str, Any]) -> DictConfig:
             continue
         idle = [key for key in part if values[key] != getattr(cls(), key)]
         if idle:
-            logging.warning("run.task: %s does not read run.%s, a key of other tasks", task, ", run.".join(idle))
+            LOG.warning("run.task: %s does not read run.%s, a key of other tasks", task, ", run.".join(idle))
     return OmegaConf.create(run)
 
 

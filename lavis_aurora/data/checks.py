@@ -26,6 +26,8 @@ from lavis_aurora.common.summary import MAIN, lavis_version
 from lavis_aurora.data.layouts import has_words, is_visible
 from lavis_aurora.data.raw import BENCHMARKS, check_answers, check_vqa_files
 
+LOG = logging.getLogger(__name__)
+
 
 class Rule(NamedTuple):
     """What a value must be, and how to say so."""
@@ -218,7 +220,7 @@ class GenomeQuestions(AnsweredQuestions):
 
     def check_config(self, cfg: DictConfig, key: str) -> None:
         if lavis_version() == MAIN:
-            logging.warning("%s: its answers weigh 1 in the loss in LAVIS's main branch, 0.2 in LAVIS 1.0.2", key)
+            LOG.warning("%s: its answers weigh 1 in the loss in LAVIS's main branch, 0.2 in LAVIS 1.0.2", key)
 
 
 @register_dataset_checks(GQADataset)
@@ -282,4 +284,4 @@ class Videos(DatasetChecks):
                 )
             if name.startswith("alpro_video_"):
                 wrong = "reads by decord, which gives wrong frames of some files (docs/data.md)"
-                logging.warning("%s: %s %s; aurora_video_%s does not", where, name, wrong, split)
+                LOG.warning("%s: %s %s; aurora_video_%s does not", where, name, wrong, split)

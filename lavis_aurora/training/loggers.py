@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import appended, write_text
+from lavis_aurora.config.check import resolved
 from lavis_aurora.data.samples import read_visual
 from lavis_aurora.training.order import random_state, set_random_state
 
@@ -248,7 +249,7 @@ class Loggers:
         """
         if not is_main_process():
             return
-        config: Any = OmegaConf.to_container(OmegaConf.create(cfg.to_dict()), resolve=True)
+        config = resolved(cfg.to_dict())
         run, before = LoggedRun(folder, step, config), random_state()
         for name in dict.fromkeys(("csv", *cfg.run_cfg.loggers)):
             self._attempt(name, partial(self._start, name, run))

@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from lavis.common.dist_utils import get_world_size, is_main_process
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -34,6 +34,7 @@ from lavis_aurora.common.summary import (
     versions,
     write_summary,
 )
+from lavis_aurora.config.check import resolved
 from lavis_aurora.config.dataset_keys import PROCESSOR_KINDS, is_portable_processor
 
 Phase = Literal["training", "validation", "test"]
@@ -183,10 +184,9 @@ def _processors(datasets: DictConfig) -> dict[str, Any]:
     for dataset in datasets.values():
         found = {kind: dataset[kind] for kind in PROCESSOR_KINDS if dataset.get(kind) is not None}
         if found:
-            plain = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.create(found), resolve=True))
             return {
                 kind: {split: part for split, part in splits.items() if is_portable_processor(part or {})}
-                for kind, splits in plain.items()
+                for kind, splits in resolved(found).items()
             }
     return {}
 

@@ -28,7 +28,7 @@ from lavis_aurora.common.summary import read_summary
 from lavis_aurora.data.fetch import use_data_root
 from lavis_aurora.data.report import LOOK_SECONDS
 from lavis_aurora.evaluation.encode import broadcast
-from lavis_aurora.project import load_config
+from lavis_aurora.project import load_run_config
 from lavis_aurora.training.checkpoints import BEST, find_resumable_run, newest_run_differs
 from lavis_aurora.training.data import log, read_data
 from lavis_aurora.training.loggers import check_loggers
@@ -210,6 +210,6 @@ def find_rank(run: str, options: Sequence[str] | None = None) -> Path:
     folder = Path(run).expanduser().absolute()
     if not (folder / BEST).is_file() or read_summary(folder)["status"] != "finished":
         raise AuroraError(f"{run}: no folder of a finished run with a {BEST}; let it end by run.resume=auto first")
-    cfg = load_config(str(folder / "config.yaml"), ["run.rank=auto", "run.resume_ckpt_path=null", *(options or [])])
+    cfg = load_run_config(folder, ["run.rank=auto", *(options or [])])
     cfg.run_cfg.output_dir = str(folder.parent)
     return run_config(cfg, folder)

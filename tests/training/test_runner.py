@@ -65,7 +65,7 @@ def test_a_run_leaves_configuration_checkpoints_results_and_log(tmp_path, capsys
 
 def test_a_warning_about_a_configuration_leaves_the_log_of_the_run_to_lavis(tmp_path):
     """In a process of its own: pytest has set up a log already. Said once of all processes."""
-    yaml = str(project_yaml(tmp_path, run={"init_lr": 1e-5}))
+    yaml = str(project_yaml(tmp_path, run={"init_lr": 1e-5, "num_beams": 7}))
     code = (
         "import logging, os\nfrom lavis.common.logger import setup_logger\n"
         "from lavis_aurora.project import load_config\n"
@@ -74,6 +74,7 @@ def test_a_warning_about_a_configuration_leaves_the_log_of_the_run_to_lavis(tmp_
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.count("run.init_lr: 1e-05 is a rate for") == 1 and "losses" in done.stderr
+    assert "does not read run.num_beams, a key of other tasks" in done.stderr
 
 
 def test_what_starts_from_a_moved_runs_configuration_writes_beside_that_run(tmp_path, caplog):
