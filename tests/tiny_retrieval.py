@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
 import torch
 from tiny import activate, tiny_model
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
+
+from lavis_aurora.models import parts
 
 CAPTIONS = ["a red circle", "a big blue square and a small star", "a ring", "a small pink heart", "a bar"]
 
@@ -43,6 +51,28 @@ def model_and_batch(tuning: str, rows: slice, **overrides):
         "num_iters_per_epoch": 10,
     }
     return model, samples
+
+
+@contextmanager
+def saved_for_backward() -> Iterator[list[Tensor]]:
+    """What is kept inside the block for the backward pass, by torch or by the models' own hooks in place of these."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    own = parts.SavedTensor.of
+    with pytest.MonkeyPatch.context() as patch, saved_tensors_hooks(keep, lambda tensor: tensor):
+        patch.setattr(parts.SavedTensor, "of", lambda tensor: own(keep(tensor)))
+        yield kept
+
+
+def kept_bytes(tensors: list[Tensor], *without: torch.nn.Module) -> int:
+    """Of the memory behind tensors, each counted once, without that of the modules' parameters."""
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    own = {parameter.untyped_storage().data_ptr() for module in without for parameter in module.parameters()}
+    return sum(size for place, size in sizes.items() if place not in own)
 
 
 def step(model, samples, module) -> tuple[dict, dict, torch.Tensor]:

@@ -162,21 +162,22 @@ class BlipRetrievalAurora(MomentumTeacher, RetrievalScoring, AuroraBase, BlipRet
         # Processes exchange texts, which must then be of one length.
         texts = samples["text_input"]
         text = self.tokenize(texts, pad_to_longest=True, everywhere=self._gathers, device=image.device)
-        # What no tuning reaches is computed once, for model and teacher.
-        size = self.mini_batch_size
-        frozen = parts.frozen_tokens_in_parts(self.visual_encoder, size, image)
-        visual = parts.encode_visual_in_parts(self.visual_encoder, size, image, frozen)
-        image_embeds = visual.tokens
-        text_embeds = parts.encode_text_in_parts(self.text_encoder, size, text)
-        image_feat = F.normalize(self.vision_proj(visual.pooled), dim=-1)
-        text_feat = F.normalize(self.text_proj(text_embeds[:, 0]), dim=-1)
-        with torch.no_grad():
-            self._momentum_update()
-            teacher = self._teacher(image, text, visual, text_embeds, frozen)
-        loss_itc, sims = self._itc_loss(samples, teacher, image_feat, text_feat, idx)
-        loss_itm, matching = self._itm_loss(
-            image_embeds, text, text_embeds[:, 0], image_feat, text_feat, idx, self._step(samples)
-        )
+        with parts.recomputed_activations(self):
+            # What no tuning reaches is computed once, for model and teacher.
+            size = self.mini_batch_size
+            frozen = parts.frozen_tokens_in_parts(self.visual_encoder, size, image)
+            visual = parts.encode_visual_in_parts(self.visual_encoder, size, image, frozen)
+            image_embeds = visual.tokens
+            text_embeds = parts.encode_text_in_parts(self.text_encoder, size, text)
+            image_feat = F.normalize(self.vision_proj(visual.pooled), dim=-1)
+            text_feat = F.normalize(self.text_proj(text_embeds[:, 0]), dim=-1)
+            with torch.no_grad():
+                self._momentum_update()
+                teacher = self._teacher(image, text, visual, text_embeds, frozen)
+            loss_itc, sims = self._itc_loss(samples, teacher, image_feat, text_feat, idx)
+            loss_itm, matching = self._itm_loss(
+                image_embeds, text, text_embeds[:, 0], image_feat, text_feat, idx, self._step(samples)
+            )
         return BlipOutput(
             loss=loss_itc + loss_itm,
             loss_itc=loss_itc,

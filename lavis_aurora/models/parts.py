@@ -1,13 +1,18 @@
-"""A batch computed in parts, of which one's activations at a time are kept; losses are those of the whole batch."""
+"""Less kept for the backward pass: a batch computed in parts, and activations made again from what is kept anyway."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from lavis.models.med import XBertEncoder
 from lavis.models.vit import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import BatchEncoding
 
@@ -72,3 +77,77 @@ def encode_text_in_parts(encoder: XBertEncoder, size: int | None, text: BatchEnc
 
     [tokens] = compute_in_parts(encode, size, text.input_ids, text.attention_mask)
     return tokens
+
+
+class SavedTensor(NamedTuple):
+    """A tensor for the backward pass, and its version: hooks take over what torch checks it for."""
+
+    tensor: Tensor
+    version: int
+
+    @staticmethod
+    def of(tensor: Tensor) -> SavedTensor:
+        # Detached: an operation that saves its own result would keep itself alive.
+        return SavedTensor(tensor.detach(), tensor._version)
+
+    def restore(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self.tensor.shape)} that the backward pass needs was changed in place"
+            )
+        return self.tensor
+
+
+class _Activation(NamedTuple):
+    """A result that is computed again, by its function of saved tensors."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    function: Callable[..., Tensor]
+    inputs: tuple[SavedTensor, ...]
+
+    def restore(self) -> Tensor:
+        with torch.no_grad():
+            return self.function(*(saved.restore() for saved in self.inputs)).to(self.dtype).view(self.shape)
+
+
+@contextmanager
+def recomputed_activations(model: nn.Module) -> Iterator[None]:
+    """Inside the block no result of GELU or LayerNorm is kept for the backward pass, which computes it again.
+
+    Both keep their input for their own gradient, and cost little beside the products around them; gradients are the
+    same bits. What is computed in parts, in checkpoints or compiled keeps what these keep.
+
+    Args:
+        model: whose normalisations these are.
+    """
+    # A saved normalisation does not say its epsilon.
+    epsilons = {
+        norm.weight.data_ptr(): norm.eps
+        for norm in model.modules()
+        if isinstance(norm, nn.LayerNorm) and norm.bias is not None
+    }
+
+    def pack(tensor: Tensor) -> SavedTensor | _Activation:
+        node: Any = tensor.grad_fn
+        # A linear layer saves its input with one dimension for all rows, and in the precision that it computes in.
+        while node is not None and node.name() in ("ViewBackward0", "ToCopyBackward0") and tensor.is_contiguous():
+            node = node.next_functions[0][0]
+        made = partial(_Activation, tensor.dtype, tensor.shape)
+        name = "" if node is None else node.name()
+        if name == "GeluBackward0":
+            function = partial(F.gelu, approximate=node._saved_approximate)
+            return made(function, (SavedTensor.of(node._saved_self),))
+        if name == "NativeLayerNormBackward0" and node._saved_weight is not None:
+            inputs = (node._saved_input, node._saved_weight, node._saved_bias)
+            eps = epsilons.get(inputs[1].data_ptr())
+            if eps is not None:
+                return made(partial(_layer_norm, eps), tuple(map(SavedTensor.of, inputs)))
+        return SavedTensor.of(tensor)
+
+    with saved_tensors_hooks(pack, lambda saved: saved.restore()):
+        yield
+
+
+def _layer_norm(eps: float, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps)

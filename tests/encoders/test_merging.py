@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import activate, tiny_model
-from tiny_retrieval import batch, train_steps
+from tiny_retrieval import batch, saved_for_backward, train_steps
 from torch import Tensor
 
 from lavis_aurora import AuroraError
@@ -178,14 +178,9 @@ def test_attention_of_merged_tokens_keeps_no_weights_for_the_backward_pass() -> 
     for part in model.modules():  # with dropout the CPU has no fused kernel anyway
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
-    kept: set[tuple[int, ...]] = set()
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.add(tuple(tensor.shape))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_for_backward() as tensors:
         model(batch())["loss"].backward()
+    kept = {tuple(tensor.shape) for tensor in tensors}
     assert any(shape[-2:] == (8, 128) for shape in kept)  # of the tower after its first layer
     # (batch, heads, queries, keys)
     assert not [

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import activate, tiny_model
-from tiny_retrieval import batch, train_steps
+from tiny_retrieval import batch, kept_bytes, saved_for_backward, train_steps
 from tiny_vqa import vqa_config
 from torch import Tensor, nn
 
@@ -99,13 +99,10 @@ def without_sharing(model: BlipRetrievalAurora, image: Tensor) -> Tensor:
 
 
 def kept(run: Any) -> int:
-    """Numbers that a forward pass keeps for the backward pass."""
-    sizes: dict[int, int] = {}
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: sizes.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x, lambda x: x
-    ):
+    """Bytes that a forward pass keeps for the backward pass."""
+    with saved_for_backward() as tensors:
         run()
-    return sum(sizes.values())
+    return kept_bytes(tensors)
 
 
 def test_what_lies_before_the_chosen_layers_is_lavis_and_keeps_nothing() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from distributed import run_processes
-from tiny_retrieval import model_and_batch, step
-from torch import Tensor, nn
+from tiny_retrieval import kept_bytes, model_and_batch, saved_for_backward, step
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lavis_aurora.common.errors import AuroraError
@@ -80,23 +80,14 @@ def test_dropout_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(replayed, dropping())
 
 
-def kept_bytes(size: int | None) -> int:
-    """Of what the backward pass of a step keeps."""
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    model, samples = model_and_batch("aurora", ALL, mini_batch_size=size)
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(samples)
-    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
-
-
 def test_less_is_kept() -> None:
-    assert kept_bytes(1) < 0.2 * kept_bytes(None)
+    def kept(size: int | None) -> int:
+        model, samples = model_and_batch("aurora", ALL, mini_batch_size=size)
+        with saved_for_backward() as tensors:
+            model(samples)
+        return kept_bytes(tensors, model)
+
+    assert 0 < kept(1) < 0.2 * kept(None)
 
 
 def test_the_towers_see_no_more_than_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
