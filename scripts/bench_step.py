@@ -15,7 +15,7 @@ from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from lavis.models.blip_models.blip_vqa import BlipVQA
 from lavis.models.med import XBertEncoder, XBertLMHeadDecoder
 from lavis.models.vit import VisionTransformerEncoder
-from measuring import environment_info, resident_memory
+from measuring import environment_info, resident_memory, return_freed_memory
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -51,7 +51,8 @@ METHODS = {
 # METHOD+SETTING...: with less to compute. Of "cached" the features of the frozen layers are there, in half precision.
 SETTINGS: dict[str, dict] = {
     **{f"last{n}": {"mode_approx": {"layers": {"last": n}}} for n in (8, 6, 4, 3)},
-    "merge16": {"token_merging": 16},
+    "vision8": {"mode_approx": {"layers": {"visual_encoder": {"last": 8}}}},
+    **{f"merge{n}": {"token_merging": n} for n in (16, 32)},
     "alone": {"momentum": 0},
     "cached": {},
 }
@@ -62,7 +63,8 @@ LESS = {
     ),
     # As the demos tune: 8 and 4 of 12 layers are their 2 and 1 of 3, and without a teacher, as they are.
     "aurora-all-64": (
-        *("alone", "last8+alone", "last4+alone", "merge16+alone", "last8+merge16+alone", "last4+merge16+alone"),
+        *("alone", "last8+alone", "last4+alone", "merge16+alone", "merge32+alone", "vision8+merge16+alone"),
+        *("last8+merge16+alone", "last4+merge16+alone", "last4+merge16+cached+alone"),
     ),
     **dict.fromkeys(("full", "lora-32", "lora-attention-32", "uniadapter-128"), ("alone",)),
 }
@@ -104,9 +106,10 @@ def build(task: str, method: str, size: str, checkpointed: int, mini_batch: int 
     if task == "vqa":
         config.pop("momentum", None)  # there is no teacher
     if size == "tiny" and "+" in method:  # of 3 layers and 9 patches
-        config["token_merging"] = min(config.get("token_merging", 0), 1)
-        if layers := config.get("mode_approx", {}).get("layers"):
-            layers["last"] = max(1, layers["last"] // 4)
+        config["token_merging"] = config.get("token_merging", 0) // 16
+        layers = config.get("mode_approx", {}).get("layers", {})
+        for chosen in [layers] if "last" in layers else layers.values():
+            chosen["last"] = max(1, chosen["last"] // 4)
     if checkpointed:
         config.update(vit_grad_ckpt=True, vit_ckpt_layer=checkpointed)
     if mini_batch and task != "vqa":  # its questions are not compared with each other
@@ -214,39 +217,45 @@ def measure(args: argparse.Namespace) -> dict:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05)
     cuda = device.startswith("cuda")
     scaler = torch.amp.GradScaler("cuda", enabled=cuda and args.amp)
-    resident_memory(reset=True)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    seconds, processor = [], []
-    profiler = torch.profiler.profile() if args.profile else contextlib.nullcontext()
-    with profiler:
-        for step in range(args.warmup + args.steps):
-            batch = samples(task, args.batch, args.size, step, device)
-            if task == "video" and METHODS[method][0] == "ours":
-                del batch["image"]
-            if "cached" in method:
-                batch = keep_features(model, batch)
-            if cuda:
-                torch.cuda.synchronize()
-            start, start_processor = time.perf_counter(), time.process_time()
-            with torch.autocast(device.partition(":")[0], enabled=args.amp):
-                loss = model(batch)["loss"]
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            if cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-            processor.append(time.process_time() - start_processor)
+
+    def train(step: int) -> tuple[float, float]:
+        """A step on a batch of its own: seconds, and the processor's."""
+        batch = samples(task, args.batch, args.size, step, device)
+        if task == "video" and METHODS[method][0] == "ours":
+            del batch["image"]
+        if "cached" in method:
+            batch = keep_features(model, batch)
+        if cuda:
+            torch.cuda.synchronize()
+        start, start_processor = time.perf_counter(), time.process_time()
+        with torch.autocast(device.partition(":")[0], enabled=args.amp):
+            loss = model(batch)["loss"]
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start, time.process_time() - start_processor
+
+    with torch.profiler.profile() if args.profile else contextlib.nullcontext() as profiler:
+        clocks = [train(step) for step in range(args.warmup + args.steps)][args.warmup :]
     if args.profile:
         key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
         print(profiler.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=40))
-    peak = torch.cuda.max_memory_allocated() if cuda else resident_memory()[1] - start_memory
+    if cuda:
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        return_freed_memory()  # it costs time, so in a step of its own
+        resident_memory(reset=True)
+        train(args.warmup + args.steps)
+        peak = resident_memory()[1] - start_memory
     file = io.BytesIO()
     torch.save([p.detach().cpu().clone() for p in trained], file)
     return {
-        "seconds": (processor if args.clock == "processor" else seconds)[args.warmup :],
+        "seconds": [processor if args.clock == "processor" else wall for wall, processor in clocks],
         "memory": peak - backbone,
         "backbone": backbone,
         "trained": sum(p.numel() for p in trained),

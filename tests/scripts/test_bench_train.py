@@ -33,6 +33,11 @@ def test_a_measurement():
     assert (
         measure("retrieval", "aurora-all-64+last8+alone")["trained"] == 28 * 2 * 2 * 64 + 2 * 128 * 64 + 2 * 2 * 128
     )
+    # All 28 slots of the last 2 layers, 16 of the text tower's in the first.
+    assert (
+        measure("retrieval", "aurora-all-64+vision8+merge16+alone")["trained"]
+        == (28 * 2 + 16) * 2 * 64 + 2 * 128 * 64 + 2 * 3 * 128
+    )
     assert measure("retrieval", "lora-attention-32+alone")["trained"] == 16 * 3 * 128 * 32
 
 
