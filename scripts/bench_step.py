@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import time
-from functools import partial
+from collections.abc import Callable, Iterator
+from unittest import mock
 
 import lavis_aurora_compat  # noqa: F401
 
@@ -21,12 +23,15 @@ from torch import nn
 
 import lavis_aurora
 from lavis_aurora.adapters.companions import adapter_parameters
+from lavis_aurora.alignment.gate import QueryGate
 from lavis_aurora.baselines.uniadapter import UniAdapters
 from lavis_aurora.common.modules import retyped
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import RetrievalAuroraConfig, VqaAuroraConfig
 from lavis_aurora.encoders.fusion import add_bottlenecks
 from lavis_aurora.encoders.towers import build_tokenizer, compile_layers, frozen_tokens, plain_vision_encoder
+from lavis_aurora.mode_approx import layers as adapted
+from lavis_aurora.mode_approx.factors import FactorSet
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
 
@@ -69,6 +74,14 @@ LESS = {
     **dict.fromkeys(("full", "lora-32", "lora-attention-32", "uniadapter-128"), ("alone",)),
 }
 METHODS.update((f"{name}+{settings}", METHODS[name]) for name, several in LESS.items() for settings in several)
+# What the method adds to a step, by the functions that compute it; folding is called in the backward pass too.
+OWN_PARTS = (
+    ("folding", adapted, "_folded"),
+    ("factors of the folded weights", FactorSet, "low_rank"),
+    ("gate, forward", QueryGate, "forward"),
+    ("ITC with its queue, forward", BlipRetrievalAurora, "_itc_loss"),
+    ("queue", BlipRetrievalAurora, "_dequeue_and_enqueue"),
+)
 # Pixels and frames, as the paper trains (D.3).
 TASKS = {"retrieval": (384, 0), "vqa": (480, 0), "video": (224, 8)}
 CAPTIONS = (
@@ -107,8 +120,8 @@ def build(task: str, method: str, size: str, checkpointed: int, mini_batch: int 
         config.pop("momentum", None)  # there is no teacher
     if size == "tiny" and "+" in method:  # of 3 layers and 9 patches
         config["token_merging"] = config.get("token_merging", 0) // 16
-        layers = config.get("mode_approx", {}).get("layers", {})
-        for chosen in [layers] if "last" in layers else layers.values():
+        choice = config.get("mode_approx", {}).get("layers", {})
+        for chosen in [choice] if "last" in choice else choice.values():
             chosen["last"] = max(1, chosen["last"] // 4)
     if checkpointed:
         config.update(vit_grad_ckpt=True, vit_ckpt_layer=checkpointed)
@@ -155,7 +168,7 @@ def lavis_model(task: str, cfg):
     cls = BlipVQA if task == "vqa" else BlipRetrieval
 
     class Plain(cls):
-        init_tokenizer = staticmethod(partial(build_tokenizer, cfg.tokenizer))
+        init_tokenizer = staticmethod(functools.partial(build_tokenizer, cfg.tokenizer))
 
     if task == "vqa":
         model = Plain(vision, text, decoder, max_txt_len=cfg.max_txt_len)
@@ -202,6 +215,34 @@ def keep_features(model: nn.Module, batch: dict) -> dict:
     return {**rest, "tokens": frozen.tokens.half()}
 
 
+@contextlib.contextmanager
+def profiled(cuda: bool) -> Iterator[None]:
+    """Print where the time of the steps inside goes: by operation, and the share of the method's own parts."""
+    with contextlib.ExitStack() as patches:
+        for label, owner, name in OWN_PARTS:
+            patches.enter_context(mock.patch.object(owner, name, labelled(label, getattr(owner, name))))
+        profiler = patches.enter_context(torch.profiler.profile())
+        with torch.profiler.record_function("steps"):
+            yield
+    found = profiler.key_averages()
+    key = "self_device_time_total" if cuda else "self_cpu_time_total"
+    print(found.table(sort_by=key, row_limit=20, max_name_column_width=40))
+    total = {event.key: event.device_time_total if cuda else event.cpu_time_total for event in found}
+    for label in dict.fromkeys(label for label, *_ in OWN_PARTS):
+        print(f"{label}: {total.get(label, 0) / total['steps']:.1%} of the steps")
+
+
+def labelled(label: str, function: Callable) -> Callable:
+    """The function, named in a profile."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        with torch.profiler.record_function(label):
+            return function(*args, **kwargs)
+
+    return call
+
+
 def measure(args: argparse.Namespace) -> dict:
     """Steps of one method: seconds each, peak memory, parameters, checkpoint."""
     torch.manual_seed(0)
@@ -240,11 +281,10 @@ def measure(args: argparse.Namespace) -> dict:
             torch.cuda.synchronize()
         return time.perf_counter() - start, time.process_time() - start_processor
 
-    with torch.profiler.profile() if args.profile else contextlib.nullcontext() as profiler:
-        clocks = [train(step) for step in range(args.warmup + args.steps)][args.warmup :]
-    if args.profile:
-        key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-        print(profiler.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=40))
+    for step in range(args.warmup):
+        train(step)
+    with profiled(cuda) if args.profile else contextlib.nullcontext():
+        clocks = [train(step) for step in range(args.warmup, args.warmup + args.steps)]
     if cuda:
         peak = torch.cuda.max_memory_allocated()
     else:
