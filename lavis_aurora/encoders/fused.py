@@ -213,6 +213,8 @@ def attend_in_matching(
     Returns:
         (3 * batch, heads, length, width).
     """
+    if dropout:  # a CPU then has no fused kernel, and torch would keep a copy of its own beside these
+        key, value = key.contiguous(), value.contiguous()
     right, image_is_wrong, text_is_wrong = query.chunk(3)
     if wrong_image is None:
         (key, other_key), (value, other_value) = key.chunk(2), value.chunk(2)
@@ -259,8 +261,6 @@ class MatchingAttention(FusedTextAttention):
         tokens, bias = split_sizes(encoder_hidden_states, self.key)
         projected = (self.query(hidden_states), *grouped_linear(tokens, self.key, self.value))
         query, key, value = (split_heads(x, self.num_attention_heads) for x in projected)
-        # Without a fused kernel (with dropout on a CPU) torch would keep a copy of its own beside these.
-        key, value = key.contiguous(), value.contiguous()
         dropout = self.dropout.p if self.training else 0.0
         attended = attend_in_matching(query, key, value, self.wrong_image, dropout, bias)
         return merge_heads(attended), (key, value)

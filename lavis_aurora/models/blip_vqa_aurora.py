@@ -36,8 +36,8 @@ from lavis_aurora.evaluation.answers import (
     sequence_probabilities,
 )
 from lavis_aurora.mode_approx.presets import PRESETS
+from lavis_aurora.models import parts
 from lavis_aurora.models.base import AuroraBase
-from lavis_aurora.models.parts import recomputed_activations
 from lavis_aurora.models.scoring import evaluating
 
 ENCODER, DECODER = "text_encoder.", "text_decoder.bert."
@@ -172,7 +172,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         # A token is a character or more, and two are special: most answers need no count.
         if any(len(answer) + 2 > self.positions for answer in answers):
             AnswerList(answers, self.tokenizer, self.positions)
-        with recomputed_activations(self):
+        with parts.recomputed_activations(self):
             return super().forward({**samples, "n_answers": counts})
 
     @torch.no_grad()

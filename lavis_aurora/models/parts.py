@@ -122,31 +122,51 @@ def recomputed_activations(model: nn.Module) -> Iterator[None]:
         model: whose normalisations these are.
     """
     # A saved normalisation does not say its epsilon.
-    epsilons = {
-        norm.weight.data_ptr(): norm.eps
-        for norm in model.modules()
-        if isinstance(norm, nn.LayerNorm) and norm.bias is not None
-    }
+    epsilons: dict[int, set[float]] = {}
+    for norm in model.modules():
+        if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
+            epsilons.setdefault(norm.weight.data_ptr(), set()).add(norm.eps)
 
     def pack(tensor: Tensor) -> SavedTensor | _Activation:
-        node: Any = tensor.grad_fn
-        # A linear layer saves its input with one dimension for all rows, and in the precision that it computes in.
-        while node is not None and node.name() in ("ViewBackward0", "ToCopyBackward0") and tensor.is_contiguous():
-            node = node.next_functions[0][0]
-        made = partial(_Activation, tensor.dtype, tensor.shape)
-        name = "" if node is None else node.name()
+        node = _made_by(tensor)
+        name = _name(node)
+        # Inputs that are made again themselves would be made now, and kept.
+        if name not in _MADE_AGAIN or _name(node.next_functions[0][0]) in _MADE_AGAIN:
+            return SavedTensor.of(tensor)
+        inputs: tuple[Tensor, ...]
         if name == "GeluBackward0":
-            function = partial(F.gelu, approximate=node._saved_approximate)
-            return made(function, (SavedTensor.of(node._saved_self),))
-        if name == "NativeLayerNormBackward0" and node._saved_weight is not None:
+            function, inputs = partial(F.gelu, approximate=node._saved_approximate), (node._saved_self,)
+        else:
             inputs = (node._saved_input, node._saved_weight, node._saved_bias)
-            eps = epsilons.get(inputs[1].data_ptr())
-            if eps is not None:
-                return made(partial(_layer_norm, eps), tuple(map(SavedTensor.of, inputs)))
-        return SavedTensor.of(tensor)
+            found = epsilons.get(0 if inputs[1] is None else inputs[1].data_ptr(), ())
+            if len(found) != 1:
+                return SavedTensor.of(tensor)
+            function = partial(_layer_norm, *found)
+        if inputs[0].device != tensor.device:
+            return SavedTensor.of(tensor)
+        return _Activation(tensor.dtype, tensor.shape, function, tuple(map(SavedTensor.of, inputs)))
 
     with saved_tensors_hooks(pack, lambda saved: saved.restore()):
         yield
+
+
+_MADE_AGAIN = ("GeluBackward0", "NativeLayerNormBackward0")
+
+
+def _name(node: Any) -> str:
+    return "" if node is None else node.name()
+
+
+def _made_by(tensor: Tensor) -> Any:
+    """The node whose result a tensor is, in another shape and precision at most; None where none is known."""
+    if tensor._version or not tensor.is_contiguous():
+        return None  # changed in place, which no node need tell
+    node, casts = tensor.grad_fn, 0
+    # A linear layer saves its input with one dimension for all rows, and in the precision that it computes in.
+    while _name(node) == "ViewBackward0" or (_name(node) == "ToCopyBackward0" and not casts):
+        casts += _name(node) == "ToCopyBackward0"
+        node = node.next_functions[0][0]
+    return node
 
 
 def _layer_norm(eps: float, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

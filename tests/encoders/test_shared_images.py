@@ -39,3 +39,15 @@ def test_copies_of_keys_are_not_kept_for_the_backward_pass():
         attend_in_matching(query, key, value, torch.tensor([1, 0, 3, 2]))
     sources = {x.untyped_storage().data_ptr() for x in kept if x.shape[-2:] == (KEYS, WIDTH)}
     assert sources == {key.untyped_storage().data_ptr(), value.untyped_storage().data_ptr()}
+
+
+def test_with_dropout_one_copy_of_keys_and_values_is_kept():
+    """Of one product of keys and values, heads last, as the layers give them: not the product beside the copies."""
+    product = torch.randn(BATCH, KEYS, 2 * HEADS * WIDTH, requires_grad=True)
+    key, value = (x.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for x in product.chunk(2, dim=-1))
+    places = set()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: places.add(x.untyped_storage().data_ptr()) or x, lambda x: x
+    ):
+        attend_in_matching(random(3 * BATCH, LENGTH).float(), key, value, torch.tensor([1, 0, 3, 2]), dropout=0.1)
+    assert product.untyped_storage().data_ptr() not in places

@@ -10,10 +10,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import activate
 from tiny_retrieval import kept_bytes, model_and_batch, saved_for_backward
+from tiny_vqa import vqa_batch, vqa_model
 from torch import Tensor, nn
 
-from lavis_aurora.models import blip_retrieval_aurora, parts
+from lavis_aurora.models import parts
 from lavis_aurora.models.parts import recomputed_activations
 
 ALL = slice(0, 4)
@@ -27,7 +29,11 @@ def everything_kept(_: nn.Module) -> Iterator[None]:
 
 def step(tuning: str, dtype: torch.dtype = torch.float32, **overrides) -> tuple[Tensor, dict[str, Tensor], int]:
     """Loss, gradients and bytes kept for the backward pass."""
-    model, samples = model_and_batch(tuning, ALL, **overrides)
+    if tuning == "vqa":
+        model, samples = activate(vqa_model(**overrides)).train(), vqa_batch()
+        torch.manual_seed(0)
+    else:
+        model, samples = model_and_batch(tuning, ALL, **overrides)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), saved_for_backward() as tensors:
         loss = model(samples)["loss"]
     kept = kept_bytes(tensors, model)
@@ -43,7 +49,7 @@ FORMS: dict[str, dict] = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", [*FORMS, "full", "lora", "uniadapter"])
+@pytest.mark.parametrize("form", [*FORMS, "full", "lora", "uniadapter", "vqa"])
 def test_gradients_are_the_same_bits(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     tuning, overrides = ("aurora", FORMS[form]) if form in FORMS else (form, {})
     loss, grads, less = step(tuning, dtype, **overrides)
@@ -56,7 +62,7 @@ def test_gradients_are_the_same_bits(form: str, dtype: torch.dtype, monkeypatch:
 
 def test_of_all_linear_layers_a_seventh_less_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     less = step("aurora", **FORMS["aurora"])[2]
-    monkeypatch.setattr(blip_retrieval_aurora.parts, "recomputed_activations", everything_kept)
+    monkeypatch.setattr(parts, "recomputed_activations", everything_kept)
     assert less < 0.85 * step("aurora", **FORMS["aurora"])[2]
 
 
@@ -69,19 +75,68 @@ class Layers(nn.Module):
         self.norm, self.first, self.second = nn.LayerNorm(8, **norm), nn.Linear(8, 32), nn.Linear(32, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(F.gelu(self.first(self.norm(x)), approximate="tanh"))
+        return self.second(self.change(F.gelu(self.first(self.norm(x)), approximate="tanh")))
+
+    def change(self, x: Tensor) -> Tensor:
+        return x
 
 
-@pytest.mark.parametrize("norm", [{"eps": 0.3}, {"elementwise_affine": False}])
-def test_each_normalisation_has_its_own_epsilon(norm: dict) -> None:
-    grads = []
+class Clamped(Layers):
+    """In place, which the graph is not told."""
+
+    def change(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return x.clamp_(min=0)
+
+
+class Rounded(Layers):
+    """Through a lower precision."""
+
+    def change(self, x: Tensor) -> Tensor:
+        return x.bfloat16().float()
+
+
+class Tied(Layers):
+    """One weight of two normalisations."""
+
+    def __init__(self) -> None:
+        super().__init__(eps=0.5)
+        self.other = nn.LayerNorm(8)
+        self.other.weight, self.other.bias = self.norm.weight, self.norm.bias
+
+
+class Stacked(Layers):
+    """A normalisation of what is computed again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.LayerNorm(32)
+
+    def change(self, x: Tensor) -> Tensor:
+        return self.last(x)
+
+
+@pytest.mark.parametrize(
+    ("layers", "norm"),
+    [
+        (Layers, {"eps": 0.3}),
+        (Layers, {"elementwise_affine": False}),
+        (Clamped, {}),
+        (Rounded, {}),
+        (Tied, {}),
+        (Stacked, {}),
+    ],
+)
+def test_of_any_layers(layers: type[Layers], norm: dict) -> None:
+    grads, kept = [], []
     for context in (everything_kept, recomputed_activations):
-        model, x = Layers(**norm), torch.linspace(-1, 1, 24).view(3, 8).requires_grad_()
-        with context(model):
+        model, x = layers(**norm), torch.linspace(-1, 1, 24).view(3, 8).requires_grad_()
+        with saved_for_backward() as tensors, context(model):
             y = model(x * 2)
+        kept.append(kept_bytes(tensors, model))
         y.square().sum().backward()
-        grads.append([x.grad, *(p.grad for p in model.parameters())])
-    assert all(torch.equal(*pair) for pair in zip(*grads))
+        grads.append([x.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all(torch.equal(*pair) for pair in zip(*grads)) and kept[1] <= kept[0]
 
 
 def test_what_is_changed_in_place_is_still_refused() -> None:
