@@ -26,7 +26,8 @@ WIDTH, LAYERS, PATCH = 768, 12, 16
 ATTENTION_BACKWARD = 2.5
 # Tokens: of captions in training (padded to the longest of a batch) and at test, of questions and of answers.
 CAPTION, CAPTION_ALONE, QUESTION, ANSWER = 25, 12, 12, 4
-# Bytes that a step keeps for each token of a picture, nothing recomputed, in single precision: measured.
+# Bytes that a step keeps for each token of a picture, nothing recomputed, in single precision: measured, before
+# GELU and normalisations were; so it is an upper bound.
 KEPT = {"retrieval": 1.1e6, "vqa": 0.9e6}
 QUEUE = 2 * 57600 * 256 * 4
 WEIGHTS = {"retrieval": 895e6, "vqa": 1446e6}
