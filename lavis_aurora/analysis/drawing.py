@@ -105,7 +105,14 @@ def label_points(axis: Axes, names: Sequence[tuple[str, float, float, str]], gap
             fontsize=7,
             va="center",
             color="black",
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.8},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": color,
+                "linewidth": 0.6,
+                "alpha": 0.8,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+            },
         )
 
 

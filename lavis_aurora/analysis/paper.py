@@ -35,7 +35,8 @@ NAMES = {  # of the benchmark's methods
 # What is behind the + of a method.
 SETTINGS = {
     **{f"last{n}": f"last {n} layers" for n in (8, 6, 4, 3)},
-    **{"cached": "features kept", "merge16": "16 tokens merged a layer", "alone": "no teacher"},
+    **{f"merge{n}": f"{n} tokens merged a layer" for n in (16, 32)},
+    **{"vision8": "last 8 layers of the ViT", "cached": "features kept", "alone": "no teacher"},
 }
 
 

@@ -77,6 +77,7 @@ def test_tables_have_the_units_at_one():
 def test_every_method_has_a_name_of_its_own():
     names = {method: bench.method_name(method) for method in bench.METHODS}
     assert len(set(names.values())) == len(names)
+    assert not [name for name in names.values() if set(name.split(", ")) & set(bench_step.SETTINGS)]
     assert names["frozen-flow"] == "frozen, gradients flow" and names["lavis-full"] == "full, LAVIS's own"
     assert set(bench.UNITS) <= names.keys()
 
