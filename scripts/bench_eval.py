@@ -19,7 +19,6 @@ BLIP base with random weights, k candidates a query. Each run is a process of it
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import os
@@ -35,7 +34,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from bench_eval_models import KINDS, FakeRetrievalDataset, RandomTokenEncoder, VideoAsImageModel, build
-from measuring import environment_info, measure_in_subprocess, resident_memory
+from measuring import environment_info, measure_in_subprocess, resident_memory, return_freed_memory
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -76,7 +75,7 @@ class Memory:
             self.allocated = torch.cuda.memory_allocated()
         # What building the model left over must not hide what the evaluation takes.
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        return_freed_memory()
         self.resident = resident_memory(reset=True)[0]
 
     def peak(self) -> dict[str, float]:

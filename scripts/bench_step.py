@@ -288,7 +288,7 @@ def measure(args: argparse.Namespace) -> dict:
     if cuda:
         peak = torch.cuda.max_memory_allocated()
     else:
-        return_freed_memory()  # it costs time, so in a step of its own
+        return_freed_memory(threshold=1 << 20)  # it costs time, so in a step of its own
         resident_memory(reset=True)
         train(args.warmup + args.steps)
         peak = resident_memory()[1] - start_memory

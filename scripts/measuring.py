@@ -46,14 +46,17 @@ def resident_memory(reset: bool = False) -> tuple[int, int]:
         return peak, peak
 
 
-def return_freed_memory() -> None:
-    """From here on glibc gives blocks of a megabyte and more back when they are freed: a peak is what was in use.
+def return_freed_memory(threshold: int | None = None) -> None:
+    """Let glibc give the memory back that it keeps though it was freed; other systems go on as they do.
 
-    Else it keeps what lies between blocks in use, as much again in a training step. Other systems go on as they do.
+    Args:
+        threshold: bytes; from here on blocks of so many go back as soon as they are freed, so that a peak is what was
+            in use. Else what lies between blocks in use is kept, as much again in a training step.
     """
     try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        libc = ctypes.CDLL(None)
+        if threshold is not None:
+            libc.mallopt(M_MMAP_THRESHOLD, threshold)
         libc.malloc_trim(0)
     except (OSError, AttributeError):
         pass

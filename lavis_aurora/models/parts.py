@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -128,29 +128,36 @@ def recomputed_activations(model: nn.Module) -> Iterator[None]:
             epsilons.setdefault(norm.weight.data_ptr(), set()).add(norm.eps)
 
     def pack(tensor: Tensor) -> SavedTensor | _Activation:
-        node = _made_by(tensor)
-        name = _name(node)
-        # Inputs that are made again themselves would be made now, and kept.
-        if name not in _MADE_AGAIN or _name(node.next_functions[0][0]) in _MADE_AGAIN:
-            return SavedTensor.of(tensor)
-        inputs: tuple[Tensor, ...]
-        if name == "GeluBackward0":
-            function, inputs = partial(F.gelu, approximate=node._saved_approximate), (node._saved_self,)
-        else:
-            inputs = (node._saved_input, node._saved_weight, node._saved_bias)
-            found = epsilons.get(0 if inputs[1] is None else inputs[1].data_ptr(), ())
-            if len(found) != 1:
-                return SavedTensor.of(tensor)
-            function = partial(_layer_norm, *found)
-        if inputs[0].device != tensor.device:
-            return SavedTensor.of(tensor)
-        return _Activation(tensor.dtype, tensor.shape, function, tuple(map(SavedTensor.of, inputs)))
+        return _activation(tensor, epsilons) or SavedTensor.of(tensor)
 
     with saved_tensors_hooks(pack, lambda saved: saved.restore()):
         yield
 
 
-_MADE_AGAIN = ("GeluBackward0", "NativeLayerNormBackward0")
+_ACTIVATIONS = ("GeluBackward0", "NativeLayerNormBackward0")
+
+
+def _activation(tensor: Tensor, epsilons: Mapping[int, Collection[float]]) -> _Activation | None:
+    """How a tensor is computed again, if it is a result of GELU or LayerNorm whose input is kept anyway.
+
+    ``epsilons`` are those of normalisations by the address of their weight; it takes one to be sure.
+    """
+    node = _made_by(tensor)
+    # Inputs that are computed again themselves would be computed now, and kept.
+    if _name(node) not in _ACTIVATIONS or _name(node.next_functions[0][0]) in _ACTIVATIONS:
+        return None
+    inputs: tuple[Tensor, ...]
+    if _name(node) == "GeluBackward0":
+        function, inputs = partial(F.gelu, approximate=node._saved_approximate), (node._saved_self,)
+    else:
+        inputs = (node._saved_input, node._saved_weight, node._saved_bias)
+        found = () if inputs[1] is None else epsilons.get(inputs[1].data_ptr(), ())
+        if len(found) != 1:
+            return None
+        function = partial(_layer_norm, *found)
+    if inputs[0].device != tensor.device:
+        return None
+    return _Activation(tensor.dtype, tensor.shape, function, tuple(map(SavedTensor.of, inputs)))
 
 
 def _name(node: Any) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_retrieval import saved_for_backward
 
 from lavis_aurora.encoders.fused import attend_in_matching
 
@@ -33,9 +34,8 @@ def test_three_passes_equal_repeated_keys(wrong):
 
 
 def test_copies_of_keys_are_not_kept_for_the_backward_pass():
-    kept = []
     query, key, value = random(3 * BATCH, LENGTH), random(BATCH, KEYS), random(BATCH, KEYS)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+    with saved_for_backward() as kept:
         attend_in_matching(query, key, value, torch.tensor([1, 0, 3, 2]))
     sources = {x.untyped_storage().data_ptr() for x in kept if x.shape[-2:] == (KEYS, WIDTH)}
     assert sources == {key.untyped_storage().data_ptr(), value.untyped_storage().data_ptr()}
@@ -45,9 +45,6 @@ def test_with_dropout_one_copy_of_keys_and_values_is_kept():
     """Of one product of keys and values, heads last, as the layers give them: not the product beside the copies."""
     product = torch.randn(BATCH, KEYS, 2 * HEADS * WIDTH, requires_grad=True)
     key, value = (x.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for x in product.chunk(2, dim=-1))
-    places = set()
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: places.add(x.untyped_storage().data_ptr()) or x, lambda x: x
-    ):
+    with saved_for_backward() as kept:
         attend_in_matching(random(3 * BATCH, LENGTH).float(), key, value, torch.tensor([1, 0, 3, 2]), dropout=0.1)
-    assert product.untyped_storage().data_ptr() not in places
+    assert product.untyped_storage().data_ptr() not in {x.untyped_storage().data_ptr() for x in kept}

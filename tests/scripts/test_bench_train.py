@@ -10,7 +10,7 @@ import pytest
 @pytest.fixture(autouse=True)
 def usual_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """For the tests that follow in this process."""
-    monkeypatch.setattr(bench_step, "return_freed_memory", lambda: None)
+    monkeypatch.setattr(bench_step, "return_freed_memory", lambda threshold: None)
 
 
 def measure(task: str, method: str) -> dict:
