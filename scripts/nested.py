@@ -6,8 +6,10 @@ r"""Compare one nested training with trainings of each rank, over seeds, on the 
 The same command again goes on. Methods: ``growing``, ``one`` and ``uniform`` are values of
 mode_approx.nested_steps, with 1.5 times the epochs; of each run the adapter of the best epoch is cut to every rank
 and tested. ``dedicated`` trains each rank by itself. ``naive`` cuts the dedicated run of the largest rank, whose
-components are in no order. The area is that under R@1 (the mean of both directions) over log2(rank), per unit of
-it, so that it is a recall too. nested.json in the folder holds the table, which ``figures.py nested`` draws.
+components are in no order; ``largest`` keeps its largest components, and ``proximal`` those of a run of 1.5 times the
+epochs that shortens components in each step, see proximal.py. The area is that under R@1 (the mean of both
+directions) over log2(rank), per unit of it, so that it is a recall too. nested.json in the folder holds the table,
+which ``figures.py nested`` draws.
 """
 
 from __future__ import annotations
@@ -18,13 +20,18 @@ import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Optional
 
 from comparison import SEEDS, TASKS
 from processes import ROOT, add_jobs_argument
+from proximal import component_sizes
 from sweep import Cell, locked, run_cells, write_or_check_plan
 
+from lavis_aurora.adapters.config import read_adapter
+from lavis_aurora.adapters.files import set_tensors, write_adapter
+from lavis_aurora.adapters.sets import KINDS
 from lavis_aurora.analysis.results import compared_metrics, latest_run
 from lavis_aurora.cli import truncate
 from lavis_aurora.common.errors import AuroraError
@@ -34,7 +41,9 @@ from lavis_aurora.project import merge_options
 
 RANKS = (4, 8, 16, 32, 64)
 NESTED = ("growing", "one", "uniform")
-METHODS = (*NESTED, "dedicated", "naive")
+METHODS = (*NESTED, "dedicated", "naive", "largest", "proximal")
+CUT_RUN = {"naive": "dedicated", "largest": "dedicated"}  # whose adapter a method cuts, if not its own
+SORTED = ("largest", "proximal")
 # What the comparison of methods found best for this size, see scripts/comparison/aurora_all_linear.yaml.
 OPTIONS = ("model.mode_approx.targets=all_linear",)
 RATE, RATES = "1e-2", {4: "2e-2"}  # by rank
@@ -47,11 +56,13 @@ class CutTest(Cell):
     Args:
         trained: the cell.
         rank: to which its adapter is cut.
+        largest: keep the largest components, not the first.
     """
 
-    def __init__(self, trained: Cell, rank: int) -> None:
-        super().__init__({**trained.settings, "model.mode_approx.rank": str(rank)}, trained.folder / f"rank_{rank}")
-        self.trained, self.rank = trained, rank
+    def __init__(self, trained: Cell, rank: int, largest: bool = False) -> None:
+        folder = trained.folder / f"{'largest' if largest else 'rank'}_{rank}"
+        super().__init__({**trained.settings, "model.mode_approx.rank": str(rank)}, folder)
+        self.trained, self.rank, self.largest = trained, rank, largest
 
     def start(self, cfg_path: str, options: Sequence[str]) -> None:
         """Cut the adapter, and start evaluate.py with it; its settings are the model's."""
@@ -59,9 +70,34 @@ class CutTest(Cell):
         assert run is not None
         adapter = self.folder / "adapter"
         if not adapter.exists():
-            truncate(str(run / "adapter_best"), self.rank, str(adapter))
+            source = run / "adapter_best"
+            if self.largest:
+                source = sort_components(source, self.folder / "sorted")
+            truncate(str(source), self.rank, str(adapter))
         rest = [one for one in options if not one.startswith("model.mode_approx.")]
         self.start_run(cfg_path, [*rest, f"model.adapter={adapter}"], evaluate=True)
+
+
+class ProximalCell(Cell):
+    """A run with proximal.py instead of train.py."""
+
+    def start_run(
+        self, cfg_path: str | Path, options: Sequence[str], evaluate: bool, cwd: Path | None = None
+    ) -> None:
+        assert not evaluate
+        self.launch(ROOT / "scripts" / "proximal.py", cfg_path, [*options, f"run.output_dir={self.folder}"], cwd)
+
+
+def sort_components(source: Path, target: Path) -> Path:
+    """Write an adapter whose components stand from the largest to the smallest, which gives the same outputs."""
+    config, tensors = read_adapter(source)
+    factors = set_tensors(config, tensors)
+    order = component_sizes(factors, [(d_in, d_out) for d_in, d_out in config.slots.values()]).argsort(
+        descending=True
+    )
+    prefix = KINDS[config.kind].prefix
+    write_adapter(target, config, {**tensors, **{f"{prefix}.{key}": one[:, order] for key, one in factors.items()}})
+    return target
 
 
 def trained_cells(
@@ -71,7 +107,9 @@ def trained_cells(
     wanted = [(method, RANKS[-1]) for method in methods if method in NESTED]
     if "dedicated" in methods:
         wanted += [("dedicated", rank) for rank in RANKS]
-    if "naive" in methods and "dedicated" not in methods:
+    if "proximal" in methods:
+        wanted.append(("proximal", RANKS[-1]))
+    if CUT_RUN.keys() & set(methods) and "dedicated" not in methods:
         wanted.append(("dedicated", RANKS[-1]))
     cells = {}
     for seed in seeds:
@@ -85,8 +123,11 @@ def trained_cells(
                 few = ",".join(map(str, RANKS[:-1]))
                 more = {"nested": "true", "nested_ranks": f"[{few}]", "nested_steps": method}
                 settings |= {f"model.mode_approx.{key}": value for key, value in more.items()}
-                settings |= {"run.rank": "auto", "run.max_epoch": str(round(LONGER * epochs))}
-            cells[method, rank, seed] = Cell(settings, folder / f"{method}_{rank}_seed{seed}")
+                settings["run.rank"] = "auto"
+            if method != "dedicated":
+                settings["run.max_epoch"] = str(round(LONGER * epochs))
+            kind = ProximalCell if method == "proximal" else Cell
+            cells[method, rank, seed] = kind(settings, folder / f"{method}_{rank}_seed{seed}")
     return cells
 
 
@@ -144,9 +185,9 @@ def collect(
     found: dict[str, dict[int, dict[int, float]]] = {}
     seconds: dict[str, float] = {}
     for method in methods:
-        source = "dedicated" if method == "naive" else method
+        source = CUT_RUN.get(method, method)
         runs = [cell for (name, rank, _), cell in trained.items() if name == source]
-        if method == "naive":
+        if method in CUT_RUN:
             runs = [trained[source, RANKS[-1], seed] for seed in seeds]
         seconds[method] = sum(training_seconds(cell) for cell in runs) / len(seeds)
         for seed in seeds:
@@ -154,7 +195,9 @@ def collect(
                 found.setdefault(method, {})[seed] = {rank: recall(trained[method, rank, seed]) for rank in RANKS}
                 continue
             whole = trained[source, RANKS[-1], seed]
-            cut = {test.rank: recall(test) for test in tests if test.trained is whole}
+            cut = {
+                one.rank: recall(one) for one in tests if one.trained is whole and one.largest == (method in SORTED)
+            }
             found.setdefault(method, {})[seed] = {**cut, RANKS[-1]: recall(whole)}
     return found, seconds
 
@@ -167,9 +210,11 @@ def run(args: argparse.Namespace) -> None:
     epochs = int(merge_options(cfg_path, options).run.max_epoch)
     trained = trained_cells(folder, args.methods, args.seeds, epochs)
     run_or_fail([*trained.values()], args.jobs, cfg_path, options)
-    cut = ["dedicated" if method == "naive" else method for method in args.methods if method != "dedicated"]
-    whole = [trained[name, RANKS[-1], seed] for name in cut for seed in args.seeds]
-    tests = [CutTest(cell, rank) for cell in whole for rank in RANKS[:-1]]
+    tests = [
+        CutTest(trained[CUT_RUN.get(method, method), RANKS[-1], seed], rank, method in SORTED)
+        for method, seed, rank in product(args.methods, args.seeds, RANKS[:-1])
+        if method != "dedicated"
+    ]
     run_or_fail(tests, args.jobs, cfg_path, options)
     found, seconds = collect(args.methods, args.seeds, trained, tests)
     auto = {}

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import comparison
 import nested
+import proximal
 import pytest
-from nested import RANKS, CutTest, area, main, table, trained_cells
-from tiny import project_yaml
+import torch
+from nested import RANKS, CutTest, area, main, sort_components, table, trained_cells
+from tiny import activate, project_yaml, tiny_model
 
+from lavis_aurora.adapters.config import read_adapter
+from lavis_aurora.adapters.files import load_adapter, save_adapter
+from lavis_aurora.adapters.switching import find_adapters
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import RetrievalAuroraConfig
@@ -19,17 +23,17 @@ from lavis_aurora.project import load_config
 
 def test_cells_train_what_their_method_says(tmp_path):
     yaml = str(project_yaml(tmp_path))
-    cells = trained_cells(tmp_path, ["growing", "uniform", "naive"], [1, 2], 4)
-    assert list(cells) == [(m, 64, s) for s in (1, 2) for m in ("growing", "uniform", "dedicated")]
-    assert len(trained_cells(tmp_path, ["dedicated", "naive"], [1], 4)) == len(RANKS)
+    cells = trained_cells(tmp_path, ["growing", "uniform", "naive", "proximal"], [1, 2], 4)
+    assert list(cells) == [(m, 64, s) for s in (1, 2) for m in ("growing", "uniform", "proximal", "dedicated")]
+    assert len(trained_cells(tmp_path, ["dedicated", "naive", "largest"], [1], 4)) == len(RANKS)
     for (method, rank, seed), cell in cells.items():
         cfg = load_config(yaml, [f"{key}={value}" for key, value in cell.settings.items()])
         settings = parse_config(RetrievalAuroraConfig, cfg.model_cfg, "model").mode_approx
         assert (settings.rank, cfg.run_cfg.seed) == (rank, seed)
-        assert settings.nested == (method != "dedicated")
+        assert settings.nested == (method in nested.NESTED)
         assert cfg.run_cfg.max_epoch == (1 if method == "dedicated" else 6)
-        assert cfg.run_cfg.rank == (None if method == "dedicated" else "auto")
-        if method != "dedicated":
+        assert cfg.run_cfg.rank == ("auto" if settings.nested else None)
+        if settings.nested:
             assert (settings.nested_ranks, settings.nested_steps) == ([4, 8, 16, 32], method)
 
 
@@ -44,21 +48,70 @@ def test_the_table_has_mean_and_spread(tmp_path):
     assert table(found, {"growing": 61.7}).splitlines()[2] == "| growing" + " | 81.0 (1.4)" * 6 + " | 62 |"
 
 
+def adapted_factors():
+    """A model of rank 6 with all linear layers whose update is not zero, its factors and slots."""
+    approx = {"rank": 6, "targets": "all_linear"}
+    model = activate(tiny_model(mode_approx=approx))
+    sets = find_adapters(model)
+    return model, sets["default"], sets.slots
+
+
+def test_a_component_is_as_large_as_its_part_of_all_updates():
+    _, factors, slots = adapted_factors()
+    plain = torch.zeros(6)
+    for k, (d_in, d_out) in enumerate(slots.values()):
+        for r in range(6):
+            part = factors.coefficients[k, r] * factors.P[k, r]
+            part = part * torch.outer(factors.U[f"{d_in}"][:, r], factors.V[f"{d_out}"][:, r])
+            plain[r] += part.detach().square().sum()
+    sizes = proximal.component_sizes(dict(factors.named_parameters()), slots.values())
+    torch.testing.assert_close(sizes, plain.sqrt())
+
+
+def test_a_proximal_step_shortens_all_components_alike_and_small_ones_to_zero():
+    _, factors, slots = adapted_factors()
+    with torch.no_grad():
+        factors.coefficients[:, 2] *= 1e-3
+    before = proximal.component_sizes(dict(factors.named_parameters()), slots.values()).detach()
+    by = 2 * before.min().item()
+    proximal.shorten(factors, slots.values(), by)
+    after = proximal.component_sizes(dict(factors.named_parameters()), slots.values())
+    torch.testing.assert_close(after, (before - by).clamp(min=0))
+    assert after[2] == 0 and (after > 0).sum() == 5
+
+
+def test_sorted_components_give_the_same_update(tmp_path):
+    model, factors, slots = adapted_factors()
+    save_adapter(model, tmp_path / "given")
+    load_adapter(model, sort_components(tmp_path / "given", tmp_path / "sorted"), "sorted")
+    of_sorted = find_adapters(model)["sorted"]
+    for k, (d_in, d_out) in enumerate(slots.values()):
+        torch.testing.assert_close(of_sorted.delta_weight([k], d_in, d_out), factors.delta_weight([k], d_in, d_out))
+    sizes = proximal.component_sizes(dict(of_sorted.named_parameters()), slots.values())
+    assert torch.equal(sizes, sizes.sort(descending=True).values)
+    assert read_adapter(tmp_path / "sorted")[0].settings == read_adapter(tmp_path / "given")[0].settings
+
+
 @pytest.mark.slow
 def test_a_whole_comparison(tmp_path, monkeypatch, capsys):
-    """Trains one nested run and the largest rank alone, cuts and tests both; the second call only prints."""
+    """Trains three runs, of which one is cut twice, and tests what is cut; the second call only prints."""
     weights = package_file("configs/models/tiny/model.safetensors")
     yaml = project_yaml(tmp_path, model={"pretrained": weights})
     monkeypatch.setitem(comparison.TASKS, "pictures", str(yaml))
     monkeypatch.setattr(nested, "RANKS", (2, 8))
-    arguments = ["--seeds", "1", "--methods", "growing", "naive", "--output", str(tmp_path / "out"), "--jobs", "2"]
+    arguments = ["--seeds", "1", "--methods", "growing", "naive", "largest", "proximal"]
+    arguments += ["--output", str(tmp_path / "out"), "--jobs", "2"]
     main(arguments)
     first = capsys.readouterr().out
     assert "| growing |" in first and "| naive |" in first and "run.rank: auto chose" in first
     content = json.loads((tmp_path / "out" / "nested.json").read_text())
-    assert content["recall"].keys() == {"growing", "naive"} and content["recall"]["growing"]["1"].keys() == {"2", "8"}
+    assert content["recall"].keys() == {"growing", "naive", "largest", "proximal"}
+    assert content["recall"]["growing"]["1"].keys() == {"2", "8"}
     assert content["auto"]["growing, seed 1"] in (2, 8)
     monkeypatch.setattr(CutTest, "start", None)
     main(arguments)
-    assert capsys.readouterr().out.splitlines()[-5:] == first.splitlines()[-5:]
-    assert Path(tmp_path / "out" / "both_8_seed1" / "rank_2" / "adapter").is_dir()
+    assert capsys.readouterr().out.splitlines()[-7:] == first.splitlines()[-7:]
+    made = {str(path.parent.relative_to(tmp_path / "out")) for path in (tmp_path / "out").glob("*/*/adapter")}
+    assert made == {"growing_8_seed1/rank_2", *(f"dedicated_8_seed1/{one}_2" for one in ("rank", "largest"))} | {
+        "proximal_8_seed1/largest_2"
+    }
