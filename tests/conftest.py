@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+
+# What is imported stays: a collection would walk through all of it, time and again.
+gc.disable()
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
@@ -19,3 +23,14 @@ except ImportError:
     pass
 else:
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Let collections look at what tests make, and no more at what was imported for them."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """At its end Python collects what was imported, too: some libraries look for leaks there."""
+    gc.unfreeze()
