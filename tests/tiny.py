@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
+from collections.abc import Callable
+from functools import wraps
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -37,6 +40,31 @@ def tiny_config(**overrides: Any) -> DictConfig:
     return OmegaConf.merge(defaults, {"pretrained": None}, OmegaConf.create(overrides))
 
 
+Model = TypeVar("Model", bound=nn.Module)
+# Settings that name files, which may change.
+FILES = {"adapter", "finetuned", "med_config_path", "pretrained", "tokenizer"}
+# Models that are copied, by builder, seed and settings; the latest, of some 10 MB each.
+BUILT: dict[tuple[str, int, str], nn.Module] = {}
+
+
+def built_once(build: Callable[..., Model]) -> Callable[..., Model]:
+    """A builder that hands out copies of what it has built from the same seed and settings: they take a quarter."""
+
+    @wraps(build)
+    def copied(seed: int = 0, **overrides: Any) -> Model:
+        if FILES & overrides.keys():
+            return build(seed, **overrides)
+        key = (build.__name__, seed, repr(overrides))
+        if key not in BUILT:
+            BUILT[key] = build(seed, **overrides)
+            if len(BUILT) > 24:
+                del BUILT[next(iter(BUILT))]
+        return copy.deepcopy(BUILT[key])
+
+    return copied
+
+
+@built_once
 def tiny_model(seed: int = 0, **overrides: Any) -> BlipRetrievalAurora:
     """A tiny model with random weights, the same for the same seed; overrides as in :func:`tiny_config`."""
     with torch.random.fork_rng():

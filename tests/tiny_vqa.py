@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from tiny import built_once
 
 from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
 
@@ -25,6 +26,7 @@ def vqa_config(**overrides: Any) -> DictConfig:
     return OmegaConf.merge(defaults, {"pretrained": None}, OmegaConf.create(overrides))
 
 
+@built_once
 def vqa_model(seed: int = 0, **overrides: Any) -> BlipVqaAurora:
     """A tiny model with random weights, large enough that questions and pictures get different answers."""
     with torch.random.fork_rng():

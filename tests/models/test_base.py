@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import activate, tiny_model
+from tiny import BUILT, activate, tiny_model
 from tiny_retrieval import batch, train_steps
 
 from lavis_aurora import AuroraError, ContextConfig, GateConfig, load_adapter, save_adapter
@@ -18,9 +18,10 @@ LENGTHS = torch.tensor([1, 3, 3, 6, 9])
 
 @pytest.fixture(autouse=True)
 def registries(monkeypatch):
-    """What a test registers is gone after it."""
+    """What a test registers is gone after it, and no model of an earlier one's is copied."""
     for registry in (GATE_FORMS, CONTEXT_FORMS, TUNINGS):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    BUILT.clear()
 
 
 class MeanGate(Gate):
