@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, Union, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Union
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ BASE = "base"
 Head = Union[nn.Module, nn.Parameter]
 
 
-@runtime_checkable
 class AdapterModule(Protocol):
     """A module that owns adapter parameters."""
 
@@ -54,11 +53,16 @@ def has_momentum(model: object) -> TypeIs[MomentumModel]:
     return hasattr(model, "model_pairs") and hasattr(model, "copy_params")
 
 
+def _is_adapter_module(module: object) -> TypeIs[AdapterModule]:
+    """Whether its class says so: a wrapper hands on the methods of another module, and isinstance is slow here."""
+    return hasattr(type(module), "adapter_parameters")
+
+
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(group, parameter) of all adapter modules in ``model``, each parameter once."""
     seen: set[int] = set()
     for module in model.modules():
-        if module is not model and isinstance(module, AdapterModule):
+        if module is not model and _is_adapter_module(module):
             for group, parameter in module.adapter_parameters():
                 if id(parameter) not in seen:
                     seen.add(id(parameter))

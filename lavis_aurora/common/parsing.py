@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lavis_aurora.common.errors import AuroraError, did_you_mean, shown
 
 T = TypeVar("T")
+# Evaluating annotations takes most of the time of a check.
+type_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
 # Texts of truth values, and numbers that LAVIS's YAMLs have in their place.
 TRUTH = {
     **dict.fromkeys(("true", "yes", "on", "y", "1"), True),
@@ -55,7 +58,7 @@ def check_section(
     for key, field in declared.items():
         if key not in section and field.default is MISSING and field.default_factory is MISSING:
             raise AuroraError(f"{_join(where, key)}: missing")
-    hints = get_type_hints(cls)
+    hints = type_hints(cls)
     return {key: _check(hints[key], value, _join(where, key), convert) for key, value in section.items()}
 
 
@@ -98,7 +101,7 @@ def _converted(kind: type, value: Any) -> Any:
 
 
 def _build(cls: type[T], values: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> T:
-    hints, built = get_type_hints(cls), dict(given or {})
+    hints, built = type_hints(cls), dict(given or {})
     for key, value in values.items():
         inner = section_class(hints[key])
         built[key] = value if value is None or inner is None else _build(inner, value)

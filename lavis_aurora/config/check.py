@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import IO, Any, TypeVar, get_args, get_type_hints
+from typing import IO, Any, TypeVar, get_args
 
 import omegaconf
 import yaml
@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lavis_aurora.common.errors import AuroraError, did_you_mean, printable, shown
 from lavis_aurora.common.files import regular
-from lavis_aurora.common.parsing import check_section, parse, section_class
+from lavis_aurora.common.parsing import check_section, parse, section_class, type_hints
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.config.models import ModeApproxModelConfig, RetrievalAuroraConfig, VqaAuroraConfig
 from lavis_aurora.config.run import RUN_KEYS, RunConfig
@@ -44,7 +44,7 @@ _register_resolver()
 
 def _text_keys(cls: type) -> Iterator[str]:
     """Names of the keys of a section, and of those in it, that hold a string or a list of them."""
-    for name, hint in get_type_hints(cls).items():
+    for name, hint in type_hints(cls).items():
         section = section_class(hint)
         if section is not None:
             yield from _text_keys(section)

@@ -13,7 +13,6 @@ import torch
 from lavis.common.utils import get_abs_path
 from lavis.models.med import BertLayer, XBertEncoder
 from lavis.models.vit import Block, VisionTransformer, VisionTransformerEncoder
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import BertConfig, BertTokenizer
 
@@ -43,7 +42,7 @@ TOKENIZER_FILES = (
 def plain_vision_encoder(cfg: BlipAuroraConfig) -> VisionTransformerEncoder:
     """LAVIS's ViT as it is, of LAVIS's two sizes or of the size in ``model.vit``. Random weights."""
     if cfg.vit is None:
-        return VisionTransformerEncoder.from_config(OmegaConf.structured(cfg))
+        return VisionTransformerEncoder.from_config(vars(cfg))
     eps = cfg.vit_layer_norm_epsilon
     encoder = VisionTransformerEncoder(
         img_size=cfg.image_size,
@@ -76,7 +75,7 @@ def build_text_encoder(cfg: BlipAuroraConfig, vision_width: int) -> XBertEncoder
     try:
         path = regular(get_abs_path(cfg.med_config_path))
         _check_computed(cfg.med_config_path, BertConfig.from_json_file(path))
-        encoder = XBertEncoder.from_config(OmegaConf.structured(cfg))
+        encoder = XBertEncoder.from_config(vars(cfg))
     except AuroraError:
         raise
     except FileNotFoundError as error:

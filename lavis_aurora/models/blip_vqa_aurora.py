@@ -10,7 +10,6 @@ import torch
 from lavis.common.registry import registry
 from lavis.models.blip_models.blip_outputs import BlipOutput
 from lavis.models.blip_models.blip_vqa import BlipVQA
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 from transformers.utils import ModelOutput
@@ -86,7 +85,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
                 f"{encoder.config.encoder_width}; the answer decoder attends to questions as the encoder to images, "
                 f"so they must be equal"
             )
-        decoder = CachedDecoder.from_config(OmegaConf.structured(cfg))
+        decoder = CachedDecoder.from_config(vars(cfg))
         fuse_text(decoder.bert, attends_to_images=False)
         # LAVIS calls this class method in its constructor, without telling it the tokenizer's name.
         self.init_tokenizer = partial(build_tokenizer, cfg.tokenizer)
