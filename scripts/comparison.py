@@ -270,7 +270,8 @@ def table(records: list[Record]) -> str:
     """Methods at their best rates, by budget, in Markdown."""
     points = compared(records)
     metrics = list(dict.fromkeys(metric for point in points for metric in point.scores))
-    lines = ["| " + " | ".join(["budget", "method", "adapter parameters", "rate", "seeds", *metrics]) + " |"]
+    names = ["accuracy" if metric == "agg_metrics" else metric for metric in metrics]
+    lines = ["| " + " | ".join(["budget", "method", "adapter parameters", "rate", "seeds", *names]) + " |"]
     lines.append("| --- " * (5 + len(metrics)) + "|")
     for point in points:
         rate = "" if point.rate is None else f"{point.rate:g}{' (an end of those tried)' if point.at_end else ''}"

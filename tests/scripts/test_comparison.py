@@ -45,6 +45,14 @@ def record(trial: comparison.Trial, score: float | None) -> dict[str, Any]:
     return {**trial.key, "parameters": groups, "validation": score, "metrics": metrics}
 
 
+def test_the_score_of_answers_is_their_accuracy(results, tmp_path):
+    found = Comparison("pictures", {"frozen": FROZEN}, None, tmp_path)
+    [trial] = found.missing()[0]
+    found.records = [{**trial.key, "parameters": {}, "validation": None, "metrics": {"agg_metrics": 61.0}}]
+    assert table(found.records).splitlines()[0].endswith("| seeds | accuracy |")
+    assert table(found.records).splitlines()[2].endswith("| 1 | 61.0 |")
+
+
 def test_rates_come_first_then_seeds_at_the_best(results, tmp_path):
     found = Comparison("pictures", {"lora": LORA, "frozen": FROZEN}, ["small"], tmp_path)
     trials, later = found.missing()
