@@ -8,8 +8,8 @@ mode_approx.nested_steps, with 1.5 times the epochs; of each run the adapter of 
 and tested. ``dedicated`` trains each rank by itself. ``naive`` cuts the dedicated run of the largest rank, whose
 components are in no order; ``largest`` keeps its largest components, and ``proximal`` those of a run of 1.5 times the
 epochs that shortens components in each step, see proximal.py. The area is that under R@1 (the mean of both
-directions) over log2(rank), per unit of it, so that it is a recall too. nested.json in the folder holds the table,
-which ``figures.py nested`` draws.
+directions) over log2(rank), per unit of it, so that it is a recall too. nested.json in the folder holds the table of
+the methods and seeds that were asked for last, which ``figures.py nested`` draws.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ from comparison import SEEDS, TASKS
 from processes import ROOT, add_jobs_argument
 from proximal import component_sizes
 from sweep import Cell, locked, run_cells, write_or_check_plan
+from torch import Tensor
 
-from lavis_aurora.adapters.config import read_adapter
-from lavis_aurora.adapters.files import set_tensors, write_adapter
+from lavis_aurora.adapters.config import AdapterConfig, read_adapter
+from lavis_aurora.adapters.files import set_tensors, truncated_adapter, write_adapter
 from lavis_aurora.adapters.sets import KINDS
 from lavis_aurora.analysis.results import compared_metrics, latest_run
-from lavis_aurora.cli import truncate
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json, write_text
 from lavis_aurora.common.summary import read_summary
+from lavis_aurora.mode_approx.factors import FactorSet
 from lavis_aurora.project import merge_options
 
 RANKS = (4, 8, 16, 32, 64)
@@ -70,10 +71,10 @@ class CutTest(Cell):
         assert run is not None
         adapter = self.folder / "adapter"
         if not adapter.exists():
-            source = run / "adapter_best"
-            if self.largest:
-                source = sort_components(source, self.folder / "sorted")
-            truncate(str(source), self.rank, str(adapter))
+            config, tensors = read_adapter(run / "adapter_best")
+            if self.largest and config.settings.form == "cp":  # no other can be cut, as is said next
+                tensors = sort_components(config, tensors)
+            write_adapter(adapter, *truncated_adapter(config, tensors, self.rank, str(run / "adapter_best")))
         rest = [one for one in options if not one.startswith("model.mode_approx.")]
         self.start_run(cfg_path, [*rest, f"model.adapter={adapter}"], evaluate=True)
 
@@ -88,27 +89,24 @@ class ProximalCell(Cell):
         self.launch(ROOT / "scripts" / "proximal.py", cfg_path, [*options, f"run.output_dir={self.folder}"], cwd)
 
 
-def sort_components(source: Path, target: Path) -> Path:
-    """Write an adapter whose components stand from the largest to the smallest, which gives the same outputs."""
-    config, tensors = read_adapter(source)
-    factors = set_tensors(config, tensors)
-    order = component_sizes(factors, [(d_in, d_out) for d_in, d_out in config.slots.values()]).argsort(
-        descending=True
-    )
+def sort_components(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors with the components from the largest to the smallest, which give the same outputs."""
+    slots = {name: (shape[0], shape[1]) for name, shape in config.slots.items()}
+    own = set_tensors(config, tensors)
+    factors = FactorSet(slots, config.settings)
+    factors.load_state_dict(own)
+    order = component_sizes(factors, slots).argsort(descending=True)
     prefix = KINDS[config.kind].prefix
-    write_adapter(target, config, {**tensors, **{f"{prefix}.{key}": one[:, order] for key, one in factors.items()}})
-    return target
+    return {**tensors, **{f"{prefix}.{key}": one[:, order] for key, one in own.items()}}
 
 
 def trained_cells(
     folder: Path, methods: Sequence[str], seeds: Sequence[int], epochs: int
 ) -> dict[tuple[str, int, int], Cell]:
     """The runs to train, by method, largest rank and seed; ``epochs`` are those of one rank."""
-    wanted = [(method, RANKS[-1]) for method in methods if method in NESTED]
+    wanted = [(method, RANKS[-1]) for method in methods if method in (*NESTED, "proximal")]
     if "dedicated" in methods:
         wanted += [("dedicated", rank) for rank in RANKS]
-    if "proximal" in methods:
-        wanted.append(("proximal", RANKS[-1]))
     if CUT_RUN.keys() & set(methods) and "dedicated" not in methods:
         wanted.append(("dedicated", RANKS[-1]))
     cells = {}
@@ -226,7 +224,8 @@ def run(args: argparse.Namespace) -> None:
     with locked(folder):
         write_text(folder / "nested.json", json.dumps(content, indent=1) + "\n")
     print(table(found, seconds))
-    print("run.rank: auto chose " + "; ".join(f"{rank} ({which})" for which, rank in auto.items()))
+    if auto:
+        print("run.rank: auto chose " + "; ".join(f"{rank} ({which})" for which, rank in auto.items()))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

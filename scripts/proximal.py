@@ -1,19 +1,24 @@
 r"""Train as train.py does, with a proximal penalty that shortens an adapter's components: one way to order them.
 
-    python scripts/proximal.py --penalty 3 --cfg-path projects/aurora/demo_ret.yaml \
+    python scripts/proximal.py --penalty 2.65 --cfg-path projects/aurora/demo_ret.yaml \
         --options run.output_dir=output/proximal
 
-An alternative to ``model.mode_approx.nested`` that ``nested.py --methods proximal`` measures. With U, V and P
+An alternative to ``model.mode_approx.nested`` that ``nested.py --methods proximal`` measures. With s, U, V and P
 normalised into lambda, the column lambda_r over the slots is as long as the component r, all slots together; after
 each step of the optimizer at a rate eta all columns are shortened by eta * penalty, to zero at the least. That is the
 proximal step of a group lasso on the columns of lambda. Those that the task needs least are to end as the shortest.
+The penalty is in the log and in no setting: a run that goes on must be given the same.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Optional
+
+import lavis_aurora_compat  # noqa: F401
 
 import torch
 from lavis.common.registry import registry
@@ -21,32 +26,33 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lavis_aurora.adapters.switching import find_adapters
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.mode_approx.factors import FactorSet, ModeFactors
 from lavis_aurora.training.runner import AuroraRunner
 from lavis_aurora_cli import train
+from lavis_aurora_commands import add_options
 
-PENALTY = 3.0
+PENALTY = 2.65
 
 
-def component_sizes(factors: Mapping[str, Tensor], slots: Iterable[tuple[int, int]]) -> Tensor:
-    """Frobenius norm of each component of an update, over all slots: the lengths of lambda's columns, normalised.
+def component_sizes(factors: FactorSet, slots: Mapping[str, tuple[int, int]]) -> Tensor:
+    """Frobenius norm of each component of an update, all slots together; shape (rank,).
 
     Args:
-        factors: U and V, one of each width, P and the coefficients by their names in a FactorSet, without s.
-        slots: (d_in, d_out) of each slot, in order.
-
-    Returns:
-        shape (rank,).
+        factors: of the slots.
+        slots: (d_in, d_out) of each, in order.
     """
-    weights = (factors["coefficients"] * factors["P"]).square()
-    shapes = [(factors[f"U.{d_in}"], factors[f"V.{d_out}"]) for d_in, d_out in slots]
-    return sum(w * u.square().sum(0) * v.square().sum(0) for w, (u, v) in zip(weights, shapes)).sqrt()
+    squares = []
+    for k, (d_in, d_out) in enumerate(slots.values()):
+        u, v, weights = factors.parts([k], d_in, d_out)
+        squares.append(weights[0].square() * u.square().sum(0) * v.square().sum(0))
+    return torch.stack(squares).sum(0).sqrt()
 
 
 @torch.no_grad()
-def shorten(factors: FactorSet, slots: Iterable[tuple[int, int]], by: float) -> None:
+def shorten(factors: FactorSet, slots: Mapping[str, tuple[int, int]], by: float) -> None:
     """Make all components shorter ``by`` so much, or zero; V alone changes, which starts at zero and comes back."""
-    sizes = component_sizes(dict(factors.named_parameters()), slots)
+    sizes = component_sizes(factors, slots)
     kept = (1 - by / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)).clamp(min=0)
     for v in factors.V.values():
         v.mul_(kept)
@@ -67,23 +73,39 @@ class ProximalRunner(AuroraRunner):
         made = self._optimizer is None
         optimizer = super().optimizer
         if made:
-            optimizer.register_step_post_hook(self._shorten)
+            sets = find_adapters(self._model)
+            factors = sets["default"] if isinstance(sets, ModeFactors) else None
+            if not isinstance(factors, FactorSet) or not factors.separable or factors.config.nested:
+                raise AuroraError("proximal.py: needs model.tuning aurora with mode_approx.form cp, not nested")
+            assert isinstance(sets, ModeFactors)
+            penalised, slots = factors, sets.slots
+            v = {id(one) for one in penalised.V.values()}
+            [group] = [one for one in optimizer.param_groups if v <= {id(p) for p in one["params"]}]
+
+            def after_step(*_: Any) -> None:
+                shorten(penalised, slots, group["lr"] * self.penalty)
+
+            optimizer.register_step_post_hook(after_step)
+            logging.info("proximal penalty %g", self.penalty)
         return optimizer
 
-    def _shorten(self, optimizer: Optimizer, *_: Any) -> None:
-        sets = find_adapters(self._model)
-        assert isinstance(sets, ModeFactors)
-        rate = optimizer.param_groups[0]["lr"]
-        shorten(sets["default"], sets.slots.values(), rate * self.penalty)
+
+def _penalty(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more, and finite")
+    return value
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Take the penalty, and train with the other arguments, ``--options`` last."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--penalty", type=float, default=PENALTY)
-    args, rest = parser.parse_known_args(argv)
+    """Take the penalty, and train."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cfg-path", required=True, metavar="YAML", help="a project")
+    parser.add_argument("--penalty", type=_penalty, default=PENALTY, help="default: %(default)s")
+    add_options(parser)
+    args = parser.parse_args(argv)
     ProximalRunner.penalty = args.penalty
-    train([*rest, *([] if "--options" in rest else ["--options"]), "run.runner=runner_proximal"])
+    train(["--cfg-path", args.cfg_path, "--options", *(args.options or []), "run.runner=runner_proximal"])
 
 
 if __name__ == "__main__":

@@ -33,4 +33,5 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     """At its end Python collects what was imported, too: some libraries look for leaks there."""
+    gc.enable()  # a process that hands tests to others has collected none
     gc.unfreeze()

@@ -184,7 +184,12 @@ class NestedPlot(Plot):
 
     name = "nested"
     about = "one nested training beside trainings of each rank (scripts/nested.py)"
-    labels: ClassVar[dict[str, str]] = {"dedicated": "each rank by itself", "naive": "the largest rank, cut"}
+    labels: ClassVar[dict[str, str]] = {
+        "dedicated": "each rank by itself",
+        "naive": "the largest rank, cut",
+        "largest": "the largest rank, its largest components",
+        "proximal": "with a proximal penalty, the largest components",
+    }
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("table", metavar="nested.json", help="of the folder of scripts/nested.py")

@@ -29,10 +29,15 @@ def test_one_nested_training_beside_each_rank(tmp_path):
     recall = {
         "growing": {"1": {"4": 70.0, "16": 80.0}, "2": {"4": 72.0, "16": 82.0}},
         "dedicated": {"1": {"16": 83.0, "4": 75.0}, "2": {"16": 83.0, "4": 77.0}},
+        "largest": {"1": {"4": 20.0, "16": 50.0}},
     }
     table = tmp_path / "nested.json"
     table.write_text(json.dumps({"recall": recall, "seconds": {}, "auto": {}}))
     [axis] = NESTED.draw(NESTED.numbers(arguments(NESTED, table))).axes
     drawn = {bars.get_label(): list(bars.lines[0].get_ydata()) for bars in axis.containers}
-    assert drawn == {"one training, nested_steps: growing": [71.0, 81.0], "each rank by itself": [76.0, 83.0]}
+    assert drawn == {
+        "one training, nested_steps: growing": [71.0, 81.0],
+        "each rank by itself": [76.0, 83.0],
+        "the largest rank, its largest components": [20.0, 50.0],
+    }
     assert "2 seeds" in axis.get_title()

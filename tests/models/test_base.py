@@ -18,9 +18,11 @@ LENGTHS = torch.tensor([1, 3, 3, 6, 9])
 
 @pytest.fixture(autouse=True)
 def registries(monkeypatch):
-    """What a test registers is gone after it, and no model of an earlier one's is copied."""
+    """What a test registers is gone after it, and no model with it is copied later."""
     for registry in (GATE_FORMS, CONTEXT_FORMS, TUNINGS):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    BUILT.clear()
+    yield
     BUILT.clear()
 
 

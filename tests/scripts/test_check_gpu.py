@@ -183,9 +183,8 @@ def test_a_backbone_that_moves_is_found(monkeypatch):
 @pytest.fixture
 def _nothing_before():
     """The garbage collector, by which memory is counted, does not look through what is there already."""
-    gc.freeze()
+    gc.freeze()  # as conftest does once; what is frozen stays so
     yield
-    gc.unfreeze()
 
 
 @pytest.mark.usefixtures("_nothing_before")

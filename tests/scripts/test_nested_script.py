@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import comparison
@@ -13,12 +14,14 @@ from nested import RANKS, CutTest, area, main, sort_components, table, trained_c
 from tiny import activate, project_yaml, tiny_model
 
 from lavis_aurora.adapters.config import read_adapter
-from lavis_aurora.adapters.files import load_adapter, save_adapter
+from lavis_aurora.adapters.files import load_adapter, save_adapter, write_adapter
 from lavis_aurora.adapters.switching import find_adapters
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.config.check import parse_config
 from lavis_aurora.config.models import RetrievalAuroraConfig
 from lavis_aurora.project import load_config
+from lavis_aurora.training.runner import AuroraRunner
 
 
 def test_cells_train_what_their_method_says(tmp_path):
@@ -48,48 +51,99 @@ def test_the_table_has_mean_and_spread(tmp_path):
     assert table(found, {"growing": 61.7}).splitlines()[2] == "| growing" + " | 81.0 (1.4)" * 6 + " | 62 |"
 
 
-def adapted_factors():
+def adapted_factors(**settings):
     """A model of rank 6 with all linear layers whose update is not zero, its factors and slots."""
-    approx = {"rank": 6, "targets": "all_linear"}
+    approx = {"rank": 6, "targets": "all_linear", **settings}
     model = activate(tiny_model(mode_approx=approx))
     sets = find_adapters(model)
     return model, sets["default"], sets.slots
 
 
 def test_a_component_is_as_large_as_its_part_of_all_updates():
-    _, factors, slots = adapted_factors()
+    model, factors, slots = adapted_factors()
     plain = torch.zeros(6)
-    for k, (d_in, d_out) in enumerate(slots.values()):
-        for r in range(6):
-            part = factors.coefficients[k, r] * factors.P[k, r]
-            part = part * torch.outer(factors.U[f"{d_in}"][:, r], factors.V[f"{d_out}"][:, r])
-            plain[r] += part.detach().square().sum()
-    sizes = proximal.component_sizes(dict(factors.named_parameters()), slots.values())
-    torch.testing.assert_close(sizes, plain.sqrt())
+    for r in range(6):
+        part = copy.deepcopy(factors)
+        with torch.no_grad():
+            part.coefficients[:, [k for k in range(6) if k != r]] = 0
+        for k, (d_in, d_out) in enumerate(slots.values()):
+            plain[r] += part.delta_weight([k], d_in, d_out).detach().square().sum()
+    torch.testing.assert_close(proximal.component_sizes(factors, slots).detach(), plain.sqrt())
 
 
 def test_a_proximal_step_shortens_all_components_alike_and_small_ones_to_zero():
     _, factors, slots = adapted_factors()
     with torch.no_grad():
         factors.coefficients[:, 2] *= 1e-3
-    before = proximal.component_sizes(dict(factors.named_parameters()), slots.values()).detach()
+    before = proximal.component_sizes(factors, slots).detach()
     by = 2 * before.min().item()
-    proximal.shorten(factors, slots.values(), by)
-    after = proximal.component_sizes(dict(factors.named_parameters()), slots.values())
+    proximal.shorten(factors, slots, by)
+    after = proximal.component_sizes(factors, slots)
     torch.testing.assert_close(after, (before - by).clamp(min=0))
     assert after[2] == 0 and (after > 0).sum() == 5
 
 
-def test_sorted_components_give_the_same_update(tmp_path):
-    model, factors, slots = adapted_factors()
+@pytest.mark.parametrize("sharing", ["global", "tower"])
+def test_sorted_components_give_the_same_update(sharing, tmp_path):
+    model, factors, slots = adapted_factors(sharing=sharing)
     save_adapter(model, tmp_path / "given")
-    load_adapter(model, sort_components(tmp_path / "given", tmp_path / "sorted"), "sorted")
+    config, tensors = read_adapter(tmp_path / "given")
+    write_adapter(tmp_path / "sorted", config, sort_components(config, tensors))
+    load_adapter(model, tmp_path / "sorted", "sorted")
     of_sorted = find_adapters(model)["sorted"]
     for k, (d_in, d_out) in enumerate(slots.values()):
         torch.testing.assert_close(of_sorted.delta_weight([k], d_in, d_out), factors.delta_weight([k], d_in, d_out))
-    sizes = proximal.component_sizes(dict(of_sorted.named_parameters()), slots.values())
+    sizes = proximal.component_sizes(of_sorted, slots)
     assert torch.equal(sizes, sizes.sort(descending=True).values)
-    assert read_adapter(tmp_path / "sorted")[0].settings == read_adapter(tmp_path / "given")[0].settings
+
+
+def proximal_optimizer(monkeypatch, model):
+    """That of a penalised run of the model, at a rate of 0.1."""
+    made = torch.optim.SGD(model.parameters(), lr=0.1)
+    monkeypatch.setattr(AuroraRunner, "optimizer", property(lambda self: made))
+    runner = object.__new__(proximal.ProximalRunner)
+    runner._optimizer, runner._model = None, model
+    return runner.optimizer
+
+
+def test_each_step_of_the_optimizer_shortens_by_its_rate(monkeypatch):
+    model, factors, slots = adapted_factors()
+    monkeypatch.setattr(proximal.ProximalRunner, "penalty", 0.5)
+    optimizer = proximal_optimizer(monkeypatch, model)
+    before = proximal.component_sizes(factors, slots).detach()
+    optimizer.load_state_dict(optimizer.state_dict())  # as where a run goes on
+    optimizer.step()  # without a gradient nothing else moves
+    optimizer.step()
+    torch.testing.assert_close(proximal.component_sizes(factors, slots).detach(), (before - 0.1).clamp(min=0))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"tuning": "full"}, {"mode_approx": {"form": "core"}}, {"mode_approx": {"nested": True, "nested_ranks": [2]}}],
+)
+def test_what_has_no_components_to_shorten_is_refused(settings, monkeypatch):
+    with pytest.raises(AuroraError, match="mode_approx.form cp, not nested"):
+        proximal_optimizer(monkeypatch, tiny_model(**settings))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--cfg-path", "x", "--options", "run.seed=2", "--penalty", "3"],
+        ["--penalty", "3", "--options", "run.seed=2", "--cfg-path", "x"],
+        ["--cfg-path=x", "--options=run.seed=2", "--penalty=3"],
+    ],
+)
+def test_options_of_a_penalised_run_are_kept_in_any_order(arguments, monkeypatch):
+    given = []
+    monkeypatch.setattr(proximal, "train", given.append)
+    monkeypatch.setattr(proximal.ProximalRunner, "penalty", None)
+    proximal.main(arguments)
+    assert given == [["--cfg-path", "x", "--options", "run.seed=2", "run.runner=runner_proximal"]]
+    assert proximal.ProximalRunner.penalty == 3
+    for wrong in ("-1", "nan", "inf", "much"):
+        with pytest.raises(SystemExit):
+            proximal.main(["--cfg-path", "x", "--penalty", wrong])
 
 
 @pytest.mark.slow
