@@ -201,7 +201,7 @@ class NestedPlot(Plot):
 
     def draw(self, numbers: dict[str, Any]) -> Figure:
         """R@1 of each rank, a line a method, with the standard deviation over seeds."""
-        figure, [axis] = subplots(1, 1, 5.2, 3.6)
+        figure, [axis] = subplots(1, 1, 5.6, 3.8)
         for (method, by_seed), color in zip(numbers["recall"].items(), CYCLE):
             runs = [{int(rank): value for rank, value in one.items()} for one in by_seed.values()]
             ranks = sorted(runs[0])
@@ -215,7 +215,7 @@ class NestedPlot(Plot):
         _rank_axis(axis, ranks, names=False)
         axis.set_ylabel("R@1 on test, mean of both directions")
         axis.set_title("one seed" if seeds == 1 else f"mean and standard deviation of {seeds} seeds", fontsize=10)
-        axis.legend(frameon=False, fontsize=8, loc="center left")
+        figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
         return figure
 
 
