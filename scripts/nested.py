@@ -80,13 +80,9 @@ class CutTest(Cell):
 
 
 class ProximalCell(Cell):
-    """A run with proximal.py instead of train.py."""
+    """A run whose components are shortened in each step."""
 
-    def start_run(
-        self, cfg_path: str | Path, options: Sequence[str], evaluate: bool, cwd: Path | None = None
-    ) -> None:
-        assert not evaluate
-        self.launch(ROOT / "scripts" / "proximal.py", cfg_path, [*options, f"run.output_dir={self.folder}"], cwd)
+    program = "scripts/proximal.py"
 
 
 def sort_components(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -177,7 +173,7 @@ def collect(
     methods: Sequence[str],
     seeds: Sequence[int],
     trained: Mapping[tuple[str, int, int], Cell],
-    tests: Sequence[CutTest],
+    tests: Mapping[tuple[str, int, int], CutTest],
 ) -> tuple[dict[str, dict[int, dict[int, float]]], dict[str, float]]:
     """Recall by method, seed and rank, and the mean seconds of a seed's training."""
     found: dict[str, dict[int, dict[int, float]]] = {}
@@ -193,9 +189,7 @@ def collect(
                 found.setdefault(method, {})[seed] = {rank: recall(trained[method, rank, seed]) for rank in RANKS}
                 continue
             whole = trained[source, RANKS[-1], seed]
-            cut = {
-                one.rank: recall(one) for one in tests if one.trained is whole and one.largest == (method in SORTED)
-            }
+            cut = {rank: recall(tests[method, rank, seed]) for rank in RANKS[:-1]}
             found.setdefault(method, {})[seed] = {**cut, RANKS[-1]: recall(whole)}
     return found, seconds
 
@@ -208,12 +202,12 @@ def run(args: argparse.Namespace) -> None:
     epochs = int(merge_options(cfg_path, options).run.max_epoch)
     trained = trained_cells(folder, args.methods, args.seeds, epochs)
     run_or_fail([*trained.values()], args.jobs, cfg_path, options)
-    tests = [
-        CutTest(trained[CUT_RUN.get(method, method), RANKS[-1], seed], rank, method in SORTED)
+    tests = {
+        (method, rank, seed): CutTest(trained[CUT_RUN.get(method, method), RANKS[-1], seed], rank, method in SORTED)
         for method, seed, rank in product(args.methods, args.seeds, RANKS[:-1])
         if method != "dedicated"
-    ]
-    run_or_fail(tests, args.jobs, cfg_path, options)
+    }
+    run_or_fail([*tests.values()], args.jobs, cfg_path, options)
     found, seconds = collect(args.methods, args.seeds, trained, tests)
     auto = {}
     for (method, _, seed), cell in trained.items():

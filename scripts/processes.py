@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Optional, TypeVar
+from typing import ClassVar, Optional, TypeVar
 
 from lavis_aurora_cli import end_with_parent
 
@@ -29,12 +29,14 @@ class TrainingProcess:
     """A training or an evaluation on one thread.
 
     Attributes:
+        program: what trains, below the project's folder.
         folder: everything that it writes.
         process, start_time: it, and when it was started last.
         seconds: that it took, once it has ended.
         elsewhere: whether another command runs it, as far as :func:`run_all` has seen.
     """
 
+    program: ClassVar[str] = "train.py"
     folder: Path
     process: Optional[subprocess.Popen[bytes]] = None
     start_time: float = 0.0
@@ -61,7 +63,7 @@ class TrainingProcess:
         self, cfg_path: str | Path, options: Sequence[str], evaluate: bool, cwd: Path | None = None
     ) -> None:
         """Train, or only evaluate, as a project YAML says, into :attr:`folder`."""
-        program = ROOT / ("evaluate.py" if evaluate else "train.py")
+        program = ROOT / ("evaluate.py" if evaluate else self.program)
         self.launch(program, cfg_path, [*options, f"run.output_dir={self.folder}"], cwd)
 
     def launch(self, program: Path, cfg_path: str | Path, options: Sequence[str], cwd: Path | None = None) -> None:

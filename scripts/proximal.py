@@ -74,16 +74,14 @@ class ProximalRunner(AuroraRunner):
         optimizer = super().optimizer
         if made:
             sets = find_adapters(self._model)
-            factors = sets["default"] if isinstance(sets, ModeFactors) else None
-            if not isinstance(factors, FactorSet) or not factors.separable or factors.config.nested:
+            if not isinstance(sets, ModeFactors) or not sets["default"].separable or sets["default"].config.nested:
                 raise AuroraError("proximal.py: needs model.tuning aurora with mode_approx.form cp, not nested")
-            assert isinstance(sets, ModeFactors)
-            penalised, slots = factors, sets.slots
-            v = {id(one) for one in penalised.V.values()}
+            factors, slots = sets["default"], sets.slots
+            v = {id(one) for one in factors.V.values()}
             [group] = [one for one in optimizer.param_groups if v <= {id(p) for p in one["params"]}]
 
             def after_step(*_: Any) -> None:
-                shorten(penalised, slots, group["lr"] * self.penalty)
+                shorten(factors, slots, group["lr"] * self.penalty)
 
             optimizer.register_step_post_hook(after_step)
             logging.info("proximal penalty %g", self.penalty)
