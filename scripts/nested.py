@@ -8,8 +8,8 @@ mode_approx.nested_steps, with 1.5 times the epochs; of each run the adapter of 
 and tested. ``dedicated`` trains each rank by itself. ``naive`` cuts the dedicated run of the largest rank, whose
 components are in no order; ``largest`` keeps its largest components, and ``proximal`` those of a run of 1.5 times the
 epochs that shortens components in each step, see proximal.py. The area is that under R@1 (the mean of both
-directions) over log2(rank), per unit of it, so that it is a recall too. nested.json in the folder holds the table of
-the methods and seeds that were asked for last, which ``figures.py nested`` draws.
+directions) over log2(rank), per unit of it, so that it is a recall too. nested.json in the folder holds the recalls,
+which ``figures.py nested`` draws; another call adds its methods and seeds there.
 """
 
 from __future__ import annotations
@@ -156,13 +156,18 @@ def area(recalls: Mapping[int, float]) -> float:
     return sum(steps) / (math.log2(ranks[-1]) - math.log2(ranks[0]))
 
 
-def table(found: Mapping[str, Mapping[int, Mapping[int, float]]], seconds: Mapping[str, float]) -> str:
-    """Mean (and spread over seeds) by method and rank in Markdown, the area, and training seconds of a seed."""
+def table(found: Mapping[str, Mapping[str, Mapping[str, float]]], seconds: Mapping[str, float]) -> str:
+    """Mean (and spread over seeds) by method and rank in Markdown, the area, and training seconds of a seed.
+
+    Args:
+        found: recalls by method, seed and rank, as nested.json has them.
+        seconds: by method.
+    """
     head = ["method", *map(str, RANKS), "area", "training, s"]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for method, by_seed in found.items():
-        row = []
-        for values in (*([one[rank] for one in by_seed.values()] for rank in RANKS), [*map(area, by_seed.values())]):
+        row, runs = [], [{int(rank): value for rank, value in one.items()} for one in by_seed.values()]
+        for values in (*([one[rank] for one in runs] for rank in RANKS), [*map(area, runs)]):
             spread = f" ({statistics.stdev(values):.1f})" if len(values) > 1 else ""
             row.append(f"{statistics.mean(values):.1f}{spread}")
         lines.append(f"| {method} | " + " | ".join(row) + f" | {seconds[method]:.0f} |")
@@ -194,6 +199,20 @@ def collect(
     return found, seconds
 
 
+def add_results(path: Path, found: Mapping[str, Any], seconds: Mapping[str, float], auto: Mapping[str, int]) -> Any:
+    """Add recalls by method, seed and rank, seconds by method, and chosen ranks to those of the file; all of them."""
+    known = read_json(path) if path.is_file() else {"recall": {}, "seconds": {}, "auto": {}}
+    for method, by_seed in found.items():
+        of_method = known["recall"].setdefault(method, {})
+        for seed, recalls in by_seed.items():
+            of_method[str(seed)] = {str(rank): value for rank, value in recalls.items()}
+        known["recall"][method] = dict(sorted(of_method.items(), key=lambda one: int(one[0])))
+    known["seconds"].update(seconds)
+    known["auto"].update(auto)
+    write_text(path, json.dumps(known, indent=1) + "\n")
+    return known
+
+
 def run(args: argparse.Namespace) -> None:
     """Train, test, and write the table."""
     cfg_path, options = str(ROOT / "projects" / "aurora" / TASKS[args.task]), [*OPTIONS, *args.options]
@@ -214,12 +233,11 @@ def run(args: argparse.Namespace) -> None:
         at = latest_run(cell.folder)
         if method in NESTED and at is not None:
             auto[f"{method}, seed {seed}"] = read_json(at / "ranks.json")["chosen"]
-    content: dict[str, Any] = {"recall": found, "seconds": seconds, "auto": auto}
     with locked(folder):
-        write_text(folder / "nested.json", json.dumps(content, indent=1) + "\n")
-    print(table(found, seconds))
-    if auto:
-        print("run.rank: auto chose " + "; ".join(f"{rank} ({which})" for which, rank in auto.items()))
+        known = add_results(folder / "nested.json", found, seconds, auto)
+    print(table(known["recall"], known["seconds"]))
+    if known["auto"]:
+        print("run.rank: auto chose " + "; ".join(f"{rank} ({which})" for which, rank in known["auto"].items()))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

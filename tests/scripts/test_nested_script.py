@@ -10,7 +10,7 @@ import nested
 import proximal
 import pytest
 import torch
-from nested import RANKS, CutTest, area, main, sort_components, table, trained_cells
+from nested import RANKS, CutTest, add_results, area, main, sort_components, table, trained_cells
 from tiny import activate, project_yaml, tiny_model
 
 from lavis_aurora.adapters.config import read_adapter
@@ -47,8 +47,18 @@ def test_the_area_is_the_mean_over_the_logarithm_of_the_rank():
 
 
 def test_the_table_has_mean_and_spread(tmp_path):
-    found = {"growing": {1: dict.fromkeys(RANKS, 80.0), 2: dict.fromkeys(RANKS, 82.0)}}
+    found = {"growing": {seed: dict.fromkeys(map(str, RANKS), value) for seed, value in (("1", 80.0), ("2", 82.0))}}
     assert table(found, {"growing": 61.7}).splitlines()[2] == "| growing" + " | 81.0 (1.4)" * 6 + " | 62 |"
+
+
+def test_results_are_added_to_those_of_earlier_calls(tmp_path):
+    path = tmp_path / "nested.json"
+    add_results(path, {"growing": {2: {4: 70.0}}, "naive": {2: {4: 10.0}}}, {"growing": 3.0, "naive": 2.0}, {"a": 4})
+    known = add_results(path, {"growing": {1: {4: 60.0}, 2: {4: 71.0}}}, {"growing": 5.0}, {"b": 8})
+    assert known == json.loads(path.read_text())
+    assert known["recall"] == {"growing": {"1": {"4": 60.0}, "2": {"4": 71.0}}, "naive": {"2": {"4": 10.0}}}
+    assert list(known["recall"]["growing"]) == ["1", "2"]
+    assert (known["seconds"], known["auto"]) == ({"growing": 5.0, "naive": 2.0}, {"a": 4, "b": 8})
 
 
 def adapted_factors(**settings):
