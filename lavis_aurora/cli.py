@@ -64,7 +64,8 @@ def _adapter_list(folders: Iterable[Path]) -> str:
         except AuroraError as error:
             rows.append((str(folder), str(error)))
             continue
-        said, last = describe(config), ["", *metrics(config).values()][-1]
+        # With the split: a run's best adapter has the test's, its last one may have the validation's alone.
+        said, last = describe(config), ["", *(f"{split}: {found}" for split, found in metrics(config).items())][-1]
         slots = f"; slots {said['slots']}" if said["slots"] else ""
         words = f"{said['model']}; {config.kind}: {said[config.kind]}{slots}; base {said['base']}; {last}"
         rows.append((str(folder), words))
