@@ -233,9 +233,9 @@ def show_ranks(folder: Path) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--options", nargs="+", metavar="KEY=VALUE", help="override keys of the YAML, e.g. run.max_epoch=2"
-    )
+    words = "override keys of the YAML, e.g. run.max_epoch=2"
+    # Given twice, both count: argparse alone would forget the first.
+    parser.add_argument("--options", action="extend", nargs="+", metavar="KEY=VALUE", help=words)
 
 
 def show(text: str) -> None:

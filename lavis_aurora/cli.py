@@ -64,7 +64,8 @@ def _adapter_list(folders: Iterable[Path]) -> str:
         except AuroraError as error:
             rows.append((str(folder), str(error)))
             continue
-        said, last = describe(config), ["", *metrics(config).values()][-1]
+        # With the split: a run's best adapter has the test's, its last one may have the validation's alone.
+        said, last = describe(config), ["", *(f"{split}: {found}" for split, found in metrics(config).items())][-1]
         slots = f"; slots {said['slots']}" if said["slots"] else ""
         words = f"{said['model']}; {config.kind}: {said[config.kind]}{slots}; base {said['base']}; {last}"
         rows.append((str(folder), words))
@@ -121,9 +122,10 @@ def _tensor_table(tensors: Mapping[str, Tensor]) -> str:
         key = (printable(without_numbers(name)), _shape(tensor), str(tensor.dtype).removeprefix("torch."))
         rows[key].append(tensor.numel())
     width = max((len(name) for name, _, _ in rows), default=4)
-    lines = [f"{'name':<{width}}  {'shape':<14}{'dtype':<10}{'tensors':>8}{'numbers':>14}"]
+    wide = max([12, *(len(shape) for _, shape, _ in rows)])  # of a convolution, four sides
+    lines = [f"{'name':<{width}}  {'shape':<{wide}}  {'dtype':<10}{'tensors':>8}{'numbers':>14}"]
     lines += [
-        f"{name:<{width}}  {shape:<14}{kind:<10}{len(counts):>8}{sum(counts):>14,}"
+        f"{name:<{width}}  {shape:<{wide}}  {kind:<10}{len(counts):>8}{sum(counts):>14,}"
         for (name, shape, kind), counts in rows.items()
     ]
     total = sum(tensor.numel() for tensor in tensors.values())

@@ -291,7 +291,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--task", choices=TASKS, default="pictures", help="default: %(default)s")
     parser.add_argument("--methods", nargs="+", help="names of YAMLs of scripts/comparison; default: all")
     parser.add_argument("--budgets", nargs="+", help="of adapter parameters, as these YAMLs name them; default: all")
-    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="the same for all runs")
+    parser.add_argument(
+        "--options", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="the same for all runs"
+    )
     parser.add_argument("--output", type=Path, default=Path("output/comparison"), help="folder of the runs")
     add_jobs_argument(parser, 1)
     args = parser.parse_args(argv)

@@ -102,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_jobs_argument(parser, min(2, os.cpu_count() or 1))
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output", type=Path, help="folder of the results (default: output/ and the task's name)")
-    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the YAML")
+    parser.add_argument(
+        "--options", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the YAML"
+    )
     args = parser.parse_args(argv)
     task, start = TASKS[args.task], time.time()
     output = args.output or Path("output") / task.path.stem

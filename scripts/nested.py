@@ -246,7 +246,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--task", choices=TASKS, default="pictures", help="default: %(default)s")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="default: %(default)s")
-    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="the same for all runs")
+    parser.add_argument(
+        "--options", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="the same for all runs"
+    )
     parser.add_argument("--output", type=Path, default=Path("output/nested"), help="folder; the same one goes on")
     add_jobs_argument(parser, 1)
     try:

@@ -277,7 +277,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cfg-path", required=True, help="project YAML")
     parser.add_argument("--grid", nargs="+", required=True, metavar="KEY=VALUE,VALUE", help="what differs")
-    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="the same for all cells")
+    parser.add_argument(
+        "--options", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="the same for all cells"
+    )
     parser.add_argument("--output", required=True, help="folder of the sweep; the same folder goes on")
     add_jobs_argument(parser, 1)
     try:

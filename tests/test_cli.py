@@ -350,9 +350,17 @@ def test_evaluation_needs_a_split(project: Path, failing: Callable[..., str]) ->
     assert "run.test_splits: name a split to evaluate" in failing(project, "run.test_splits=[]", command=evaluate)
 
 
+def test_options_given_twice_all_count(project: Path, failing: Callable[..., str]) -> None:
+    line = failing(project, "run.max_epoch=1", "--options", "run.batch_size_train=0")
+    assert "run.batch_size_train: 0" in line
+    line = failing(project, "run.max_epoch=0", "--options", "run.batch_size_train=1")
+    assert "run.max_epoch: 0" in line
+
+
 def test_batch_larger_than_the_split(project: Path, failing: Callable[..., str]) -> None:
     line = failing(project, f"run.batch_size_train={COUNT + 1}")
     assert f"run.batch_size_train: {COUNT + 1} on 1 processes is more than the {COUNT} samples" in line
+    assert line.rstrip().endswith("train split; lower it")
 
 
 def test_a_batch_of_training_does_not_matter_to_an_evaluation(project: Path) -> None:

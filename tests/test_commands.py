@@ -81,13 +81,14 @@ def _heads():
 
 def test_inspect_any_file_of_weights(tmp_path):
     weights = {f"layer.{i}.weight": torch.zeros(3, 2) for i in range(4)}
+    weights["patch.weight"] = torch.zeros(128, 1, 16, 16)
     save_file(weights, tmp_path / "a.safetensors")
     torch.save({"model": {**weights, "temp": torch.zeros([])}}, tmp_path / "a.pth")
     for name, count in (("a.safetensors", 24), ("a.pth", 25)):
         table = inspect(str(tmp_path / name))
         [row] = [line.split() for line in table.splitlines() if line.startswith("layer.*.weight")]
         assert row == ["layer.*.weight", "3", "x", "2", "float32", "4", "24"]
-        assert f"{count} numbers" in table
+        assert "  128 x 1 x 16 x 16  float32  " in table and f"{count + 128 * 256:,} numbers" in table
 
 
 def test_inspect_what_is_none(tmp_path, adapter, failing):

@@ -227,4 +227,5 @@ def read_json(path: str | Path, key: str = "") -> Any:
             raise ValueError("it begins with a byte order mark; save it as UTF-8 without one")
         return json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise AuroraError(f"{f'{key}: ' * bool(key)}{path} is not readable json ({error})") from error
+        remedy = "; save it as UTF-8" if isinstance(error, UnicodeError) else ""
+        raise AuroraError(f"{f'{key}: ' * bool(key)}{path} is not readable json ({error}){remedy}") from error

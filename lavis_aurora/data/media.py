@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from hashlib import blake2b
 from typing import NamedTuple, Optional
 
@@ -54,11 +56,12 @@ class MediaFiles:
         self.total = len(unique)
         self._found: dict[str, _Found] = {}
         self._why: dict[str, str] = {}
+        listed: dict[str, dict[str, str]] = {}
         for path in self._until(unique, "looking at files"):
             try:
                 self._found[path] = _look(path)
             except OSError as error:
-                self._why[path] = error.strerror or str(error)
+                self._why[path] = (error.strerror or str(error)) + _spelled_otherwise(path, listed)
         self._digests: dict[str, Optional[bytes]] = {}
 
     @property
@@ -151,6 +154,35 @@ def _look(path: str) -> _Found:
     if not found.st_size:
         raise OSError("it is empty")
     return _Found(place, found.st_size, (found.st_dev, found.st_ino))
+
+
+def _spelled_otherwise(path: str, listed: dict[str, dict[str, str]]) -> str:
+    """Of a missing path: which file differs from it in case or in the encoding of accents alone, as nobody sees."""
+    found = None if os.path.exists(path) else _alike(path, listed)
+    if found is None:
+        return ""
+    same = unicodedata.normalize("NFC", found) == unicodedata.normalize("NFC", path)
+    how = "how accents are encoded, Unicode NFC or NFD" if same else "upper and lower case"
+    return f"; there is {found}: its name differs in {how}"
+
+
+def _alike(path: str, listed: dict[str, dict[str, str]]) -> Optional[str]:
+    """The path itself, or one of the same letters; ``listed`` keeps the names of each folder by their letters."""
+    folder, name = os.path.split(path)
+    if os.path.exists(path) or not name:
+        return path
+    place = _alike(folder, listed)
+    if place is None or not os.path.isdir(place):
+        return None
+    if place not in listed:
+        with suppress(OSError):
+            listed[place] = {_letters(other): other for other in os.listdir(place)}
+    other = listed.get(place, {}).get(_letters(name))
+    return None if other is None else os.path.join(place, other)
+
+
+def _letters(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _digest(file: _Found) -> Optional[bytes]:

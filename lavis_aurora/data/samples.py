@@ -170,8 +170,10 @@ class CheckedDataset(Dataset):
             if sample is None:  # LAVIS's main branch drops its error
                 raise (BrokenVideo if "video" in self.inner.annotation[index] else OSError)("LAVIS could not read it")
         except Exception as error:  # PIL, ffmpeg and the processors each have errors of their own
+            remedy = "; replace it, or leave its entries out; lavis-aurora check --decode finds all such files"
             raise AuroraError(
                 f"{self.name}: cannot read {self.file(index)} ({type(error).__name__}: {error})"
+                f"{remedy * isinstance(error, (OSError, BrokenVideo))}"
             ) from error
         if not self.first_id:
             return sample

@@ -78,7 +78,7 @@ def read_questions(file: str | Path, images: str | Path | None = None) -> list[Q
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise AuroraError(f"{file} holds no questions; it must be VQAv2's file, or a list of image and question")
     folder = Path(images or Path(file).parent).expanduser()
-    numbered = _numbered(folder) if any("image" not in entry for entry in entries) else {}
+    numbered = _numbered(folder) if any("image" not in one and "image_id" in one for one in entries) else {}
     questions = [_question(f"{file}: question {i}", i, entry, folder, numbered) for i, entry in enumerate(entries)]
     ids = [question.question_id for question in questions]
     if len(set(ids)) < len(ids):
@@ -107,6 +107,8 @@ def _question(where: str, number: int, entry: dict[str, Any], folder: Path, numb
         raise AuroraError(f"{where}: question_id is {shown(given)}; it must be a number or a string")
     if isinstance(name, str):
         return Question(given, folder / name, words)
+    if "image_id" not in entry:
+        raise AuroraError(f"{where}: image is {shown(name)}; it must name a file (the entry has {shown([*entry])})")
     image = numbered.get(entry["image_id"]) if isinstance(entry.get("image_id"), int) else None
     if image is None:
         raise AuroraError(

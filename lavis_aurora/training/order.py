@@ -186,7 +186,7 @@ def check_batch(batch_size: int, samples: int) -> None:
     if samples < batch_size * processes:
         raise AuroraError(
             f"run.batch_size_train: {batch_size} on {processes} processes is more than the {samples} samples of the "
-            f"train split"
+            f"train split; lower it"
         )
 
 

@@ -224,7 +224,7 @@ def test_inspect_lists_the_adapters_of_a_folder(tmp_path):
     first, second = inspect(str(tmp_path)).splitlines()
     assert "run1/adapter_best" in first and "blip_retrieval_aurora tiny; mode_approx: rank 2" in first
     assert "; slots 27 of 128 x 128; base" in first and "nested" not in first
-    assert "text_to_image_r1 12.35" in first
+    assert "val: text_to_image_r1 12.35" in first
     assert "run2/adapter_last" in second
 
 

@@ -132,6 +132,12 @@ def test_json_with_a_byte_order_mark_is_refused_with_the_remedy(tmp_path):
         read_json(tmp_path / "a.json")
 
 
+def test_json_of_another_encoding_is_refused_with_the_remedy(tmp_path):
+    (tmp_path / "a.json").write_text('["Möbel"]', encoding="latin-1")
+    with pytest.raises(AuroraError, match="a.json is not readable json .*; save it as UTF-8"):
+        read_json(tmp_path / "a.json")
+
+
 def test_files_opened_without_an_encoding_are_utf8_in_any_locale(tmp_path):
     """As LAVIS opens annotations; what the terminal cannot show is escaped."""
     (tmp_path / "a.json").write_text('["ä"]', encoding="utf-8")

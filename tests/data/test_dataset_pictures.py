@@ -177,7 +177,9 @@ def test_half_a_file_is_refused_although_lavis_allows_it(project: Path, workers:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     train = build_checked("coco_retrieval", load_config(str(project), []).datasets_cfg.coco_retrieval)["train"]
     loader = DataLoader(train, batch_size=1, num_workers=workers, collate_fn=train.collater)
-    with pytest.raises(AuroraError, match=f"coco_retrieval train: cannot read {path} \\(OSError: .*truncated"):
+    with pytest.raises(
+        AuroraError, match=f"coco_retrieval train: cannot read {path} \\(OSError: .*truncated.*; replace it"
+    ):
         list(loader)
 
 

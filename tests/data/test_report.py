@@ -17,6 +17,7 @@ from tiny_vqa import vqa_project
 from lavis_aurora.common.errors import AuroraError, shown
 from lavis_aurora.data import report as module
 from lavis_aurora.data.annotations import build_checked
+from lavis_aurora.data.media import MediaFiles
 from lavis_aurora.data.report import DataReport, report_data
 from lavis_aurora.data.texts import TokenLimit
 from lavis_aurora.encoders.towers import build_tokenizer
@@ -238,6 +239,18 @@ def test_pictures_that_are_no_files_are_refused(project: Path, data: Path, split
     {"missing": lambda: None, "empty": path.touch, "folder": path.mkdir}[how]()
     said = f"coco_retrieval {split}: cannot read 1 of 4 images, which {2 if split == 'train' else 1} of"
     _found(_report(project), said, f"{path} ({why}", level="refused")
+
+
+def test_a_missing_file_that_has_another_spelling_is_named(tmp_path: Path) -> None:
+    """Archives packed on macOS hold accents as letters of their own (NFD); annotations rarely do."""
+    here = tmp_path / "M\u00f6bel" / "Tisch.JPG"
+    here.parent.mkdir()
+    here.touch()
+    asked = [str(tmp_path / name) for name in ("Mo\u0308bel/Tisch.JPG", "M\u00f6bel/tisch.jpg", "other/x.jpg")]
+    missing = MediaFiles(asked, None).missing(asked)
+    assert f"there is {here}: its name differs in how accents" in missing[asked[0]]
+    assert f"there is {here}: its name differs in upper and lower case" in missing[asked[1]]
+    assert missing[asked[2]] == "No such file or directory"
 
 
 @pytest.mark.parametrize("how", ["cut off", "a text"])

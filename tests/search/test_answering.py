@@ -117,6 +117,9 @@ def test_the_formats_of_questions(gallery, tmp_path):
     shutil.copy(gallery / "shapes/00000.jpg", images / "42.jpg")
     with pytest.raises(AuroraError, match="have one number"):
         read_questions(asked, images)
+    mistyped = write(tmp_path / "typo.json", [*listed, {"img": "42.jpg", "question": "how many?"}])
+    with pytest.raises(AuroraError, match="typo.json: question 1: image is None; it must name a file .*'img'"):
+        read_questions(mistyped, images)
 
 
 @pytest.mark.parametrize(
