@@ -260,7 +260,10 @@ def _differences(
     here = {slot: list(shape) for slot, shape in sets.slots.items()}
     problems = []
     if len(here) != len(config.slots):
-        problems.append(f"{len(config.slots)} slots there and {len(here)} here")
+        problems.append(
+            f"{len(config.slots)} slots there and {len(here)} here (a model that is built with it, by model.adapter "
+            f"or adapter=FOLDER, adapts the same layers)"
+        )
     problems += [f"slot {slot} is missing here" for slot in config.slots if slot not in here]
     problems += [f"slot {slot} is missing there" for slot in here if slot not in config.slots]
     problems += [

@@ -185,7 +185,7 @@ def inject_lora(model: nn.Module, config: LoraConfig) -> LoraSets:
         raise AuroraError(
             f"model.tuning: lora needs the library peft ({error}); pip install 'lavis_aurora[baselines]'"
         ) from error
-    names = choose_layers(model, find_targets(model, config.targets), config.layers, "lora.layers")
+    names = choose_layers(model, find_targets(model, config.targets, "lora.targets"), config.layers, "lora.layers")
     alpha: Any = config.alpha  # which may be a fraction here
     settings = PeftConfig(r=config.rank, lora_alpha=alpha, lora_dropout=config.dropout, target_modules=names)
     inject_adapter_in_model(settings, model)

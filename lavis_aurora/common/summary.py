@@ -58,6 +58,7 @@ class Summary(TypedDict):
     Attributes:
         format: 1.
         status: running (also of a run that was killed), finished, or stopped (by a signal or an error).
+        error: the signal or error; None of any other run, and of one of an older version.
         task: ``run.task``.
         arch, model_type: of the model; ``mode_approx`` for a wrapped one.
         tuning: ``model.tuning``; ``mode_approx`` for a wrapped model, none for LAVIS's own, which is evaluated only.
@@ -74,6 +75,7 @@ class Summary(TypedDict):
 
     format: int
     status: str
+    error: Optional[str]
     task: str
     arch: str
     model_type: Optional[str]
@@ -119,7 +121,7 @@ def read_summary(folder: str | Path) -> Summary:
     wrong = [key for key, fits in ENTRIES.items() if not fits(found.get(key))]
     if wrong:
         raise AuroraError(f"{path} is no summary of a run: no run writes such {', '.join(wrong)}")
-    return cast(Summary, found)
+    return cast(Summary, {"error": None, **found})
 
 
 def is_count(value: Any) -> bool:
@@ -160,7 +162,7 @@ def _are_validations(value: Any) -> bool:
 ENTRIES: dict[str, Callable[[Any], bool]] = {
     "status": lambda value: isinstance(value, str) and value in STATUSES,
     **dict.fromkeys(("task", "arch", "tuning"), lambda value: isinstance(value, str)),
-    "model_type": lambda value: value is None or isinstance(value, str),
+    **dict.fromkeys(("model_type", "error"), lambda value: value is None or isinstance(value, str)),
     "parameters": _are_counts,
     "seconds": _are_seconds,
     "best_epoch": lambda value: value is None or is_count(value),

@@ -31,7 +31,7 @@ IN_WEIGHTS = {
 FUSED = {"qkv": ("query", "key", "value"), "kv": ("key", "value")}
 
 
-def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
+def find_targets(model: nn.Module, targets: Sequence[str], key: str = "mode_approx.targets") -> list[str]:
     """Names of the layers that match, in the model's order.
 
     Layers are nn.Linear and nn.MultiheadAttention; those of momentum copies are none, they follow the others.
@@ -39,6 +39,7 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
     Args:
         model: any module.
         targets: regular expressions that must match a layer's whole name, or names of presets.
+        key: of the YAML, for errors.
 
     Raises:
         AuroraError: a pattern matches no such layer, or one that does not compute as torch's own.
@@ -57,7 +58,7 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
                 tower = f" in {pattern.partition(TOWER_END)[0]}" if entry in PRESETS and TOWER_END in pattern else ""
                 word = f"; {entry.partition('/')[2] or 'attention'} alone names those of any model" if tower else ""
                 raise AuroraError(
-                    f"target {entry!r} matches no linear or nn.MultiheadAttention layer{tower}{which}{word}"
+                    f"{key}: {_quoted(entry)} matches no linear or nn.MultiheadAttention layer{tower}{which}{word}"
                     f"{_near(entry, layers)}"
                 )
             found |= matches
@@ -113,8 +114,13 @@ def _near(pattern: str, layers: Sequence[str], limit: int = 5) -> str:
     kinds = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", r"\\d+", name) for name in layers))
     near = get_close_matches(pattern, kinds)
     if near:
-        return f"; did you mean the layers {' or '.join(map(repr, near))}?"
-    return f"; layers are {abbreviated(map(repr, kinds), limit)}"
+        return f"; did you mean the layers {' or '.join(map(_quoted, near))}?"
+    return f"; layers are {abbreviated(map(_quoted, kinds), limit)}"
+
+
+def _quoted(pattern: str) -> str:
+    """As it is written in a YAML; repr would double each backslash."""
+    return f"'{pattern}'"
 
 
 def _check_plain(name: str, layer: nn.Module) -> None:

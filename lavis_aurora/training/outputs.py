@@ -59,6 +59,7 @@ class RunSummary:
         self.content = Summary(
             format=FORMAT,
             status="running",
+            error=None,
             task=run.task,
             arch=section.arch,
             model_type=section.get("model_type"),
@@ -117,8 +118,10 @@ class RunSummary:
         if is_main_process():
             write_summary(self.folder, self.content)
 
-    def write_stopped(self) -> None:
-        """Say that the run was stopped; no error of its own comes before what stopped it, which is the caller's."""
+    def write_stopped(self, error: BaseException) -> None:
+        """Say what stopped the run; no error of its own comes before that, which is the caller's."""
+        kind = "" if isinstance(error, AuroraError) else f"{type(error).__name__}: "
+        self.content["error"] = f"{kind}{error}".rstrip(": ")
         try:
             self.write("stopped")
         except AuroraError as error:

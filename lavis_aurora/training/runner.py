@@ -139,11 +139,12 @@ class AuroraRunner(OptimizedRunner):
     def train(self) -> None:
         """Train, select the best epoch on the first validation split, and test; or only evaluate."""
         self.summary, self.loggers = RunSummary(self.output_dir, self.config, self._model, self.datasets), Loggers()
-        with StopRequest() as self.stop, order.loader_errors():
+        with StopRequest() as self.stop:
             try:
-                self._train()
-            except BaseException:
-                self.summary.write_stopped()
+                with order.loader_errors():
+                    self._train()
+            except BaseException as error:
+                self.summary.write_stopped(error)
                 self.loggers.close(failed=True)
                 raise
             self.loggers.close(failed=False)

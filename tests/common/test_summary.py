@@ -31,6 +31,7 @@ def summary(**changes: Any) -> Summary:
     whole = {
         "format": FORMAT,
         "status": "running",
+        "error": None,
         "task": "retrieval_aurora",
         "arch": "blip_retrieval_aurora",
         "model_type": "tiny",

@@ -60,7 +60,8 @@ def test_shared_slots_must_have_one_shape():
 
 def test_a_target_that_matches_nothing_names_near_ones():
     with pytest.raises(
-        AuroraError, match="'quary' matches no linear or nn.MultiheadAttention layer; did you mean the layers 'query'"
+        AuroraError,
+        match="targets: 'quary' matches no linear or nn.MultiheadAttention layer; did you mean the layers 'query'",
     ):
         inject_mode_approx(Tower(), ModeApproxConfig(), ["qkv", "quary"])
 
@@ -68,7 +69,7 @@ def test_a_target_that_matches_nothing_names_near_ones():
 def test_layers_that_differ_in_numbers_alone_are_named_once():
     model = nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({"qkv": nn.Linear(4, 12)}) for _ in range(12))})
     model.update({name: nn.Linear(4, 4) for name in "abcdefg"})
-    with pytest.raises(AuroraError, match=r"did you mean the layers 'blocks\.\\\\d\+\.qkv'\?$"):
+    with pytest.raises(AuroraError, match=r"did you mean the layers 'blocks\.\\d\+\.qkv'\?$"):
         find_targets(model, [r"blocks.\d+.qkw"])
     with pytest.raises(AuroraError, match=r"layers are 'blocks.*qkv', 'a', 'b', 'c', 'd' and 3 more$"):
         find_targets(model, ["zzz.zzz.zzz"])
@@ -112,7 +113,7 @@ def test_a_target_of_another_kind_is_named():
 
 
 def test_an_unknown_preset_gets_the_nearest_ones():
-    with pytest.raises(AuroraError, match="target 'blip_retrival' .*did you mean the preset 'blip_retrieval'"):
+    with pytest.raises(AuroraError, match="targets: 'blip_retrival' .*did you mean the preset 'blip_retrieval'"):
         inject_mode_approx(Tower(), ModeApproxConfig(targets="blip_retrival"))
 
 
@@ -259,7 +260,7 @@ def test_projections_are_never_in_blocks():
 
 
 def test_a_word_for_what_the_model_does_not_have_is_named():
-    with pytest.raises(AuroraError, match="target 'feed_forward' matches no linear"):
+    with pytest.raises(AuroraError, match="mode_approx.targets: 'feed_forward' matches no linear"):
         inject_mode_approx(Tower(), ModeApproxConfig(targets="feed_forward"))
 
 

@@ -129,12 +129,13 @@ def test_a_resumed_run_goes_on_with_its_summary(tmp_path, monkeypatch, caplog, d
         run(tmp_path, **sections)
     folder = only_run(tmp_path)
     before = read_summary(folder)
-    assert before["status"] == "stopped" and [one["epoch"] for one in before["validation"]] == [0]
+    assert (before["status"], before["error"]) == ("stopped", "KeyboardInterrupt")
+    assert [one["epoch"] for one in before["validation"]] == [0]
     if damage:
         (folder / SUMMARY).write_text('{"format": 1')
     train(["--cfg-path", str(project_yaml(tmp_path, **sections))])
     after = read_summary(folder)
-    assert after["status"] == "finished"
+    assert (after["status"], after["error"]) == ("finished", None)
     if damage:
         assert "summary.json is not readable json" in caplog.text and "it is written anew" in caplog.text
         assert [one["epoch"] for one in after["validation"]] == [1]
