@@ -56,6 +56,17 @@ def choose(monkeypatch, folded: bool) -> None:
 
 
 @layouts
+def test_factors_in_single_precision_leave_a_backbone_in_double_as_it_is(slots, columns):
+    module = layer(slots, columns=columns)
+    nn.init.normal_(module.adapted_weight)
+    module.factors.float()
+    nn.init.zeros_(module.factors["default"].V[str(D_OUT)])
+    x = torch.randn(7, module.in_features, dtype=torch.float64)
+    assert torch.equal(module(x), F.linear(x, module.adapted_weight, module.bias))
+    assert torch.equal(module.merged_weights("default")["weight"], module.adapted_weight)
+
+
+@layouts
 @pytest.mark.parametrize("shape", [(7,), (2, 7)])
 def test_forward_is_the_linear_layer_with_the_updated_weight(slots, columns, shape):
     module = layer(slots, columns=columns)
