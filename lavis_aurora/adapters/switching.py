@@ -147,11 +147,12 @@ def set_adapter(model: nn.Module, name: str) -> None:
     No tensor is copied. What is trained stays the same: an adapter that was loaded beside ``default`` is frozen.
 
     Raises:
-        AuroraError: no such adapter, or another one is merged.
+        AuroraError: no such adapter, another one is merged, or :func:`disable_adapter` is to be left first.
     """
     sets = adapters_of(model)
     sets.check_name(name)
     sets.check_switch(name)
+    _active(sets.active)
     sets.activate(name)
     sets.switch_companions(name)
 
@@ -177,13 +178,14 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """Forget an adapter that is not active.
 
     Raises:
-        AuroraError: no such adapter; it is active, or ``default``, which the model was built with.
+        AuroraError: no such adapter; it is active, or ``default``, which the model was built with; or
+            :func:`disable_adapter` is to be left first.
     """
     sets = adapters_of(model)
     sets.check_name(name)
     if name == "default":
         raise AuroraError("the adapter 'default' belongs to the model and stays; load_adapter replaces its values")
-    if name == sets.active or name == sets.merged:
+    if name == _active(sets.active) or name == sets.merged:
         raise AuroraError(f"the adapter {name!r} is active; set_adapter another one first")
     sets.remove_set(name)
 
