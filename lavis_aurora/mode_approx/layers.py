@@ -153,6 +153,12 @@ def _folded(dtype: torch.dtype, a: Tensor, b: Tensor, *weights: Tensor) -> Tenso
     return torch.addmm(weight.to(higher), b.to(higher), a.t().to(higher)).to(dtype)
 
 
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether calling a layer does more than its forward: hooks are called with what it reads and gives."""
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return any(map(len, hooks))
+
+
 def grouped_linear(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """``layer(x)`` of each layer; those of this module that fold are one product, sharing A = x U."""
     ours = [layer for layer in layers if isinstance(layer, ModeApproxLinear)]
@@ -163,7 +169,7 @@ def grouped_linear(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
         or len(ours) < len(layers)
         or any(layer.active_set is not active for layer in ours)
         or any((layer.shape, layer.tower) != (first.shape, first.tower) for layer in ours)
-        or (len(ours) > 1 and any(layer.columns for layer in ours))
+        or (len(ours) > 1 and any(layer.columns or _is_watched(layer) for layer in ours))
         or not all(layer.folds(x) for layer in ours)
     ):
         return tuple(layer(x) for layer in layers)

@@ -186,6 +186,16 @@ def test_layers_that_cannot_be_one_product_are_computed_alone():
             assert torch.equal(y, F.linear(x, one.weight, one.bias))
 
 
+def test_hooks_of_layers_that_could_be_computed_together_are_called():
+    layers, seen = three_layers(torch.float64), []
+    x = torch.randn(9, D_IN, dtype=torch.float64)
+    expected = grouped_linear(x, *layers)
+    layers[1].register_forward_hook(lambda module, args, y: seen.append(args[0]) or y + 1)
+    _, changed, _ = grouped_linear(x, *layers)
+    assert len(seen) == 1 and torch.equal(seen[0], x)
+    torch.testing.assert_close(changed, expected[1] + 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_keeps_the_factors_in_single_precision(dtype, path):
     layers = three_layers(torch.float32)
