@@ -192,8 +192,7 @@ def load_adapter(
         differences = _tensor_differences(sets, tensors)
     if differences:
         raise AuroraError(f"{folder} does not fit this model: {abbreviated(differences, separator='; ')}")
-    if config.format == 1:
-        logging.warning("%s is of an older version: no checksum covers its settings; save it again", folder)
+    _warn_of(config, folder, sets, name)
     if name not in sets.sets:
         sets.add_set(name, config.settings).requires_grad_(False)
     with torch.no_grad():
@@ -204,6 +203,18 @@ def load_adapter(
     if name == sets.active:
         sets.switch_companions(name)
     owner_of(model).adapter_loaded(name)
+
+
+def _warn_of(config: AdapterConfig, folder: str | Path, sets: AdapterSets, name: str) -> None:
+    """Say of an adapter that fits what it is not."""
+    if config.format == 1:
+        logging.warning("%s is of an older version: no checksum covers its settings; save it again", folder)
+    if name in sets.sets and getattr(sets[name].config, "nested", False) and not config.settings.nested:
+        logging.warning(
+            "%s was not trained with mode_approx.nested, as %r is here: its components are in no order before that",
+            folder,
+            name,
+        )
 
 
 def _load_companions(

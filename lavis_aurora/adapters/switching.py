@@ -147,11 +147,12 @@ def set_adapter(model: nn.Module, name: str) -> None:
     No tensor is copied. What is trained stays the same: an adapter that was loaded beside ``default`` is frozen.
 
     Raises:
-        AuroraError: no such adapter, or another one is merged.
+        AuroraError: no such adapter, another one is merged, or :func:`disable_adapter` is to be left first.
     """
     sets = adapters_of(model)
     sets.check_name(name)
     sets.check_switch(name)
+    _active(sets.active)
     sets.activate(name)
     sets.switch_companions(name)
 
@@ -177,13 +178,14 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """Forget an adapter that is not active.
 
     Raises:
-        AuroraError: no such adapter; it is active, or ``default``, which the model was built with.
+        AuroraError: no such adapter; it is active, or ``default``, which the model was built with; or
+            :func:`disable_adapter` is to be left first.
     """
     sets = adapters_of(model)
     sets.check_name(name)
     if name == "default":
         raise AuroraError("the adapter 'default' belongs to the model and stays; load_adapter replaces its values")
-    if name == sets.active or name == sets.merged:
+    if name == _active(sets.active) or name == sets.merged:
         raise AuroraError(f"the adapter {name!r} is active; set_adapter another one first")
     sets.remove_set(name)
 
@@ -236,14 +238,30 @@ def weight_layers(model: nn.Module, sets: AdapterSets) -> list[tuple[str, Update
     return layers
 
 
+def _refuse_tied(model: nn.Module, layers: list[tuple[str, UpdatedLayer]]) -> None:
+    """An AuroraError for an adapted weight that is that of a module without the update, too, such as an embedding."""
+    keys = {id(weight): f"{path}.{key}" for path, one in layers for key, weight in one.adapted_weights().items()}
+    updated = {id(layer) for _, layer in layers}
+    for path, module in model.named_modules():
+        tied = [key for key, p in module._parameters.items() if id(p) in keys and id(module) not in updated]
+        if tied:
+            raise AuroraError(
+                f"{keys[id(module._parameters[tied[0]])]} has an update and is {path}.{tied[0]}, too, which has "
+                f"none: merged, both would have it; keep the adapter (save_adapter), or untie them before tuning"
+            )
+
+
 def merged_weights(model: nn.Module, name: str) -> dict[str, Tensor]:
     """W0 + dW of every adapted layer, by its key in the state dict of the plain model.
 
     Raises:
-        AuroraError: a merged weight is not finite, or the adapter is no update of weights.
+        AuroraError: a merged weight is not finite, or tied to one without the update; or the adapter is no update of
+            weights.
     """
     merged = {}
-    for path, layer in weight_layers(model, adapters_of(model)):
+    layers = weight_layers(model, adapters_of(model))
+    _refuse_tied(model, layers)
+    for path, layer in layers:
         for weight, value in layer.merged_weights(name).items():
             key = f"{path}.{weight}"
             if not torch.isfinite(value).all():
@@ -258,8 +276,8 @@ def merge_adapter(model: nn.Module) -> None:
     The backbone's own weights are kept beside the merged ones. Merging twice changes nothing; gates stay in force.
 
     Raises:
-        AuroraError: no adapter is active, it is no update of weights, or a merged weight is not finite; nothing is
-            changed then.
+        AuroraError: no adapter is active, it is no update of weights, or a merged weight is not finite or tied to one
+            without the update; nothing is changed then.
     """
     sets = adapters_of(model)
     if sets.merged is not None:
@@ -311,7 +329,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         AuroraError: the model has gates, which no weight can hold; no adapter is active, or it is no update of
-            weights; a weight is not finite.
+            weights; a weight is not finite, or tied to one without the update.
     """
     sets = adapters_of(model)
     refuse_gates(model, sets, "to export a plain checkpoint")

@@ -43,10 +43,10 @@ class UpdatedLayer(nn.Module):
         return {name: self.originals.get(name, weight.detach()) for name, weight in self.adapted_weights().items()}
 
     def merged_weights(self, name: str) -> dict[str, Tensor]:
-        """W0 + dW in the dtype of W0, computed in that of the update. Changes nothing."""
+        """W0 + dW in the dtype of W0, computed in the higher one of W0 and the update. Changes nothing."""
         deltas = self.delta_weights(name)
         return {
-            weight: (original.to(deltas[weight].dtype) + deltas[weight].detach()).to(original.dtype)
+            weight: (original + deltas[weight].detach()).to(original.dtype)
             for weight, original in self.backbone_weights().items()
         }
 

@@ -178,17 +178,14 @@ def adapt_copies(model: nn.Module, factors: ModeFactors) -> None:
     """
     if not has_momentum(model):
         return
-    twins: list[tuple[nn.Module, str, AdaptedLayer]] = []
+    twins: dict[int, nn.Module] = {}
     for trained, copy in momentum_copies(model):
         for name, layer in trained.named_modules():
-            if name and isinstance(layer, AdaptedLayer):
-                twins.append((copy, name, layer))
+            if isinstance(layer, AdaptedLayer):
+                twins[id(copy.get_submodule(name))] = layer.twin(copy.get_submodule(name), MOMENTUM_SET)
     if not twins:
         return
-    for copy, name, layer in twins:
-        parent, _, child = name.rpartition(".")
-        owner = copy.get_submodule(parent)
-        setattr(owner, child, layer.twin(getattr(owner, child), MOMENTUM_SET))
+    _replace(model, twins)
     model.model_pairs.append(factors.add_teacher())
 
 
@@ -271,8 +268,10 @@ def _assign_slots(
 
 
 def _replace(model: nn.Module, adapted: dict[int, nn.Module]) -> None:
-    """Put the adapted layers in the place of those whose id they have, wherever a module holds them."""
+    """Put the adapted layers in the place of those whose id they have, wherever a module or a pair holds them."""
     for parent in [*model.modules(), *adapted.values()]:
         for name, child in list(parent._modules.items()):
             if id(child) in adapted:
                 setattr(parent, name, adapted[id(child)])
+    if has_momentum(model):
+        model.model_pairs[:] = [[adapted.get(id(part), part) for part in pair] for pair in model.model_pairs]

@@ -112,8 +112,8 @@ class FoldedLinear(torch.autograd.Function):
     where A is shared and B stacked for slots in the rows of the weight, and the other way round for slots in its
     columns. What B is made of (V diag(w_k) of each slot) has its gradient from dB.
 
-    The weight is folded in the factors' precision and then rounded to that of x, as a trained weight is in mixed
-    precision.
+    The weight is folded in the factors' precision, or in its own if that is higher, and then rounded to that of x, as
+    a trained weight is in mixed precision.
     """
 
     @staticmethod
@@ -149,7 +149,14 @@ class FoldedLinear(torch.autograd.Function):
 def _folded(dtype: torch.dtype, a: Tensor, b: Tensor, *weights: Tensor) -> Tensor:
     """W0 + dW of layers whose weights are stacked in rows; arguments as of :class:`FoldedLinear`."""
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-    return torch.addmm(weight.to(b.dtype), b, a.t()).to(dtype)
+    higher = torch.promote_types(weight.dtype, b.dtype)
+    return torch.addmm(weight.to(higher), b.to(higher), a.t().to(higher)).to(dtype)
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether calling a layer does more than its forward: hooks are called with what it reads and gives."""
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return any(map(len, hooks))
 
 
 def grouped_linear(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
@@ -162,7 +169,7 @@ def grouped_linear(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
         or len(ours) < len(layers)
         or any(layer.active_set is not active for layer in ours)
         or any((layer.shape, layer.tower) != (first.shape, first.tower) for layer in ours)
-        or (len(ours) > 1 and any(layer.columns for layer in ours))
+        or (len(ours) > 1 and any(layer.columns or _is_watched(layer) for layer in ours))
         or not all(layer.folds(x) for layer in ours)
     ):
         return tuple(layer(x) for layer in layers)

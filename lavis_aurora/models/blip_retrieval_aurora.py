@@ -112,6 +112,7 @@ class BlipRetrievalAurora(MomentumTeacher, RetrievalScoring, AuroraBase, BlipRet
 
     def complete_merged_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A merged state with LAVIS's momentum towers: W0 + dW of the teacher's factors."""
+        state = super().complete_merged_state(state)
         teacher = {**state, **merged_weights(self, MOMENTUM_SET)}
         towers = ("visual_encoder", "text_encoder")
         copies = {

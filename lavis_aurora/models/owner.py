@@ -188,6 +188,15 @@ class AdapterOwnerMixin(AdapterOwner):
         if name == "default":
             reset_teacher(self, self.adapters)
 
+    def complete_merged_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As it is; the log says what no plain model does with it."""
+        if self.settings.token_merging:
+            logging.warning(
+                "model.token_merging is %d here; a plain model keeps all tokens, and its scores differ: evaluate it",
+                self.settings.token_merging,
+            )
+        return state
+
 
 def describe_text(model: nn.Module) -> dict[str, Any]:
     """What tells a model's vocabulary and text tower from others, as their files cannot be named in an adapter."""

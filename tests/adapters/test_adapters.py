@@ -62,6 +62,17 @@ def test_disabled_is_the_backbone_and_ends_with_the_block():
     assert torch.equal(model(x), wide)
 
 
+def test_while_disabled_none_is_chosen_or_forgotten():
+    """At the end of the block the one before is active again: it must be there, and the choice would be gone."""
+    model = with_heads()
+    set_adapter(model, "other")
+    with disable_adapter(model):
+        for act, name in ((delete_adapter, "other"), (set_adapter, "default")):
+            with pytest.raises(AuroraError, match="no adapter is active: leave disable_adapter first"):
+                act(model, name)
+    assert model.mode_approx.active == "other" and "other" in list_adapters(model)
+
+
 def test_heads_switch_with_the_adapter_and_nothing_is_copied():
     model = with_heads()
     trained, base = model.head.weight, model.head.weight.detach() / 2

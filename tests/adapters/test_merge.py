@@ -7,7 +7,16 @@ import torch
 from torch import nn
 from toy import Toy, adapted_toy, inputs
 
-from lavis_aurora import AuroraError, disable_adapter, merge_adapter, merged_state_dict, set_adapter, unmerge_adapter
+from lavis_aurora import (
+    AuroraError,
+    ModeApproxConfig,
+    disable_adapter,
+    inject_mode_approx,
+    merge_adapter,
+    merged_state_dict,
+    set_adapter,
+    unmerge_adapter,
+)
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -76,6 +85,19 @@ def test_what_is_not_finite_is_refused_and_nothing_changes():
     assert model.mode_approx.merged is None
     with pytest.raises(AuroraError, match="not finite"):
         merged_state_dict(model)
+
+
+def test_a_weight_that_a_layer_without_the_update_has_too_is_not_merged():
+    """An output projection is often the embedding: merged, the embedding would be another."""
+    model = nn.ModuleDict({"words": nn.Embedding(7, 8), "query": nn.Linear(8, 8), "output": nn.Linear(8, 7)})
+    model["output"].weight = model["words"].weight
+    inject_mode_approx(model, ModeApproxConfig(rank=2), ["query", "output"])
+    before = weights(model)
+    for act in (merge_adapter, merged_state_dict):
+        with pytest.raises(AuroraError, match=r"output\.weight has an update and is words\.weight, too"):
+            act(model)
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    assert model.mode_approx.merged is None
 
 
 def test_training_while_merged_is_refused():

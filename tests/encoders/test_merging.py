@@ -12,7 +12,7 @@ from tiny import activate, tiny_model
 from tiny_retrieval import batch, saved_for_backward, train_steps
 from torch import Tensor
 
-from lavis_aurora import AuroraError
+from lavis_aurora import AuroraError, merged_state_dict
 from lavis_aurora.analysis.examples import word_maps
 from lavis_aurora.encoders.merging import MergingBlock, merge_tokens, patch_shares, traced
 from lavis_aurora.encoders.towers import encode_visual, frozen_tokens
@@ -244,3 +244,11 @@ def test_a_map_of_the_tower_is_refused() -> None:
         model.visual_encoder(batch()["image"], register_blk=1)
     with pytest.raises(AuroraError, match=r"0 to half of the patches of a picture \(4\)"):
         merging(5)
+
+
+@pytest.mark.parametrize("r", [0, R])
+def test_a_state_for_plain_models_says_what_they_do_not_do(r, caplog):
+    model = merging(r, gate={"form": "none"})
+    caplog.clear()
+    merged_state_dict(model)
+    assert ("a plain model keeps all tokens" in caplog.text) == bool(r)

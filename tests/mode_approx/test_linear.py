@@ -56,6 +56,17 @@ def choose(monkeypatch, folded: bool) -> None:
 
 
 @layouts
+def test_factors_in_single_precision_leave_a_backbone_in_double_as_it_is(slots, columns):
+    module = layer(slots, columns=columns)
+    nn.init.normal_(module.adapted_weight)
+    module.factors.float()
+    nn.init.zeros_(module.factors["default"].V[str(D_OUT)])
+    x = torch.randn(7, module.in_features, dtype=torch.float64)
+    assert torch.equal(module(x), F.linear(x, module.adapted_weight, module.bias))
+    assert torch.equal(module.merged_weights("default")["weight"], module.adapted_weight)
+
+
+@layouts
 @pytest.mark.parametrize("shape", [(7,), (2, 7)])
 def test_forward_is_the_linear_layer_with_the_updated_weight(slots, columns, shape):
     module = layer(slots, columns=columns)
@@ -173,6 +184,16 @@ def test_layers_that_cannot_be_one_product_are_computed_alone():
     with layers[0].factors.disabled():
         for one, y in zip(layers, grouped_linear(x, *layers)):
             assert torch.equal(y, F.linear(x, one.weight, one.bias))
+
+
+def test_hooks_of_layers_that_could_be_computed_together_are_called():
+    layers, seen = three_layers(torch.float64), []
+    x = torch.randn(9, D_IN, dtype=torch.float64)
+    expected = grouped_linear(x, *layers)
+    layers[1].register_forward_hook(lambda module, args, y: seen.append(args[0]) or y + 1)
+    _, changed, _ = grouped_linear(x, *layers)
+    assert len(seen) == 1 and torch.equal(seen[0], x)
+    torch.testing.assert_close(changed, expected[1] + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

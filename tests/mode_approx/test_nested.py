@@ -236,3 +236,15 @@ def test_a_projection_inside_attention_uses_the_first_components_too():
         found = model["attn"](x, x, x)[0]
     truncate_adapter(model, 1)
     torch.testing.assert_close(model["attn"](x, x, x)[0], found)
+
+
+def test_what_was_not_trained_nested_is_named_where_a_nested_adapter_takes_it(tmp_path, caplog):
+    save_adapter(adapted_toy(rank=6), tmp_path / "plain")
+    save_adapter(adapted_toy(rank=6, **NESTED), tmp_path / "nested")
+    model = adapted_toy(rank=6, **NESTED)
+    with caplog.at_level(logging.WARNING):
+        load_adapter(model, tmp_path / "nested")
+        load_adapter(model, tmp_path / "plain", "beside")
+        assert not caplog.records
+        load_adapter(model, tmp_path / "plain")
+    assert "plain was not trained with mode_approx.nested, as 'default' is here" in caplog.text

@@ -93,6 +93,16 @@ def test_the_update_is_the_moving_average_of_the_factors(model):
         torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-12, atol=1e-12)
 
 
+def test_a_layer_that_is_a_pair_by_itself_has_a_teacher_too():
+    """LAVIS pairs its projections so: vision_proj with vision_proj_m."""
+    model = Model()
+    inject_mode_approx(model, ModeApproxConfig(rank=2), ["head", r"tower\.query"])
+    nn.init.normal_(model.mode_approx.sets[MOMENTUM_SET].V["2"])
+    update = model.mode_approx.delta_weight("head", MOMENTUM_SET)
+    torch.testing.assert_close(model.head_m.weight, model.head_m.adapted_weight + update)
+    assert model.model_pairs[1][0] is model.head and model.model_pairs[1][1] is model.head_m
+
+
 def test_a_resting_teacher_stays_as_it_is(model):
     nn.init.normal_(model.mode_approx.sets["default"].V["4"])
     before = factors_of(model, MOMENTUM_SET)
