@@ -23,6 +23,7 @@ from tiny_vqa import vqa_project
 from lavis_aurora import AuroraError
 from lavis_aurora.adapters.files import read_adapter
 from lavis_aurora.analysis.results import final_metrics, read_config
+from lavis_aurora.common.summary import read_summary
 from lavis_aurora.project import load_config
 from lavis_aurora.training import loop
 from lavis_aurora.training.checkpoints import BEST, LATEST, read_checkpoint, write_checkpoint
@@ -115,8 +116,9 @@ def test_a_finished_run_is_tested_again_and_the_log_says_so(tmp_path, caplog):
     yaml = image_project(tmp_path, max_epoch=1)
     train(["--cfg-path", str(yaml)])
     assert "only tested again" not in caplog.text
-    before = final(tmp_path)
+    before, best = final(tmp_path), read_summary(only_run(tmp_path))["best_epoch"]
     train(["--cfg-path", str(yaml)])
+    assert best == read_summary(only_run(tmp_path))["best_epoch"] == 0
     assert f"run.resume: {only_run(tmp_path)} is finished (epochs: 1) and is only tested again" in caplog.text
     assert "resumed at" not in caplog.text
     assert_same(before, final(tmp_path))
