@@ -157,6 +157,24 @@ def test_settings_of_the_optimizer_are_the_yamls(tmp_path):
     assert {tuple(group["betas"]) for group in groups} == {(0.9, 0.9)}
 
 
+def test_moments_follow_their_parameters_into_other_groups_of_rates(tmp_path):
+    """P and lambda have one shape: by their order alone, the one would go on with the moments of the other."""
+    marks, latest = [], None
+    for epochs, moved in enumerate(("slot factors P", "coefficients lambda"), 1):
+        changes = {"max_epoch": epochs, "resume": "none", "resume_ckpt_path": latest, "lr_scales": {moved: 4.0}}
+        changes |= {"init_lr": 0.0, "valid_splits": [], "test_splits": []}
+        train(["--cfg-path", str(image_project(tmp_path / moved, **changes))])
+        state = read_checkpoint(only_run(tmp_path / moved) / LATEST)
+        names, moments = sum(state["trained"], []), state["optimizer"]["state"]
+        if latest is None:
+            for i, one in moments.items():
+                one["exp_avg_sq"].fill_(1e6 * (i + 1))  # gradients add little to that
+            latest = str(tmp_path / "marked.pth")
+            write_checkpoint(state, latest)
+        marks.append({name: float(moments[i]["exp_avg_sq"].mean()) for i, name in enumerate(names)})
+    assert marks[1] == pytest.approx(marks[0], rel=0.01) and len(set(marks[0].values())) == len(names)
+
+
 def test_a_run_killed_between_its_last_epoch_and_its_last_checkpoint(tmp_path, monkeypatch):
     run = {"max_epoch": 2, "init_lr": 1e-3}
     train(["--cfg-path", str(image_project(tmp_path / "whole", **run))])
