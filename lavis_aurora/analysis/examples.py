@@ -23,6 +23,7 @@ from lavis_aurora.analysis.results import (
     tuned_model,
     untrained_model,
 )
+from lavis_aurora.common.answers import normalise
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import read_json
 from lavis_aurora.data.samples import read_visual
@@ -252,24 +253,23 @@ def _ranked(args: argparse.Namespace) -> dict[str, Any]:
 
 def _answers(args: argparse.Namespace, labels: list[str]) -> dict[str, Any]:
     """Questions with the answers of each run; those first on which the runs differ."""
-    answers = []
+    answers: list[tuple[str, dict[str, Any]]] = []
     for run in args.runs:
         found = result_file(run, f"{args.split}_epoch_*_vqa_result.json")
-        answers.append({str(_key(one)): one for one in found})
+        # One question's number among the samples may be the id of another.
+        key = "instance_id" if any("instance_id" in one for one in found) else "question_id"
+        answers.append((key, {str(one[key]): one for one in found}))
     dataset = split_data(args.runs[0], args.split)
     truths = _ground_truth(dataset)
     entries = []
     for index, entry in enumerate(dataset.annotation):
-        key = next(
-            (k for k in (str(entry.get("instance_id")), str(entry.get("question_id"))) if k in answers[0]), None
-        )
-        if key is None or any(key not in given for given in answers):
+        given = [one for key, found in answers if (one := found.get(str(entry.get(key))))]
+        if len(given) < len(answers):
             continue
-        given = [run[key]["answer"] for run in answers]
-        truth = answers[0][key].get("truth") or truths.get(str(entry.get("question_id"))) or entry.get("answer")
+        truth = given[0].get("truth") or truths.get(str(entry.get("question_id"))) or entry.get("answer")
         entries.append(
             {"item": index, "file": dataset.file(index), "question": entry["question"]}
-            | {"answers": given, "truth": truth if isinstance(truth, str) else None}
+            | {"answers": [one["answer"] for one in given], "truth": truth if isinstance(truth, str) else None}
         )
     if not entries:
         raise AuroraError(f"{', '.join(map(str, args.runs))}: no question was answered by all of them")
@@ -281,10 +281,6 @@ def _answers(args: argparse.Namespace, labels: list[str]) -> dict[str, Any]:
         raise AuroraError(f"--items {missing[0]}: this question was not answered by all runs")
     share = {"questions": len(entries), "differing": len(differing)}
     return {"kind": "answers", "labels": labels, **share, "cases": [by_item[item] for item in items]}
-
-
-def _key(result: dict[str, Any]) -> Any:
-    return result.get("instance_id", result.get("question_id"))
 
 
 def _ground_truth(dataset) -> dict[str, str]:
@@ -344,7 +340,8 @@ def _draw_answers(numbers: dict[str, Any]) -> Figure:
 
 
 def _color(answer: str, truth: str | None) -> str:
-    return UNKNOWN if truth is None else RIGHT if answer == truth else WRONG
+    """As exact match compares them."""
+    return UNKNOWN if truth is None else RIGHT if normalise(answer) == normalise(truth) else WRONG
 
 
 ATTENTION, CASES = AttentionPlot(), CasesPlot()

@@ -98,12 +98,13 @@ def trained_parameters(summary: Summary) -> dict[str, int]:
 
 
 def result_file(run: str | Path, pattern: str) -> Any:
-    """The newest file of that name in a run's folder ``result``, read.
+    """The newest file of that name in a run's folder ``result``, read; of the whole adapter (``run.rank``).
 
     Raises:
         AuroraError: there is none.
     """
-    files = sorted((Path(run) / "result").glob(pattern), key=lambda path: path.stat().st_mtime)
+    found = (path for path in (Path(run) / "result").glob(pattern) if "_epoch_rank_" not in path.name)
+    files = sorted(found, key=lambda path: path.stat().st_mtime)
     if not files:
         raise AuroraError(f"{run}: its folder result holds no {pattern}; name the folder of a run that was tested")
     return read_json(files[-1])

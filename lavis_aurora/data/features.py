@@ -59,7 +59,7 @@ class FeatureCache:
         self.root, self.folder, self.shape, self.dtype = root, root / self.key[:16], tuple(shape), dtype
         self.pixel = str((self.folder / PIXEL).absolute())
         self._files: dict[str, Path] = {}
-        self._seen: set[Path] = set()
+        self._seen: set[tuple[Path, int]] = set()
         self._opened: dict[Path, Any] = {}
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -86,10 +86,12 @@ class FeatureCache:
     def scan(self) -> None:
         """Take in the files that are new."""
         for path in sorted(self.folder.glob(f"*{ENDING}")):
-            if path in self._seen:
-                continue
-            self._seen.add(path)
             try:
+                # A damaged one may have been written anew, by this process or another.
+                state = path, path.stat().st_mtime_ns
+                if state in self._seen:
+                    continue
+                self._seen.add(state)
                 with safe_open(path, "pt") as file:
                     names = list(file.keys())
                     parts = [file.get_slice(name) for name in names]

@@ -169,9 +169,13 @@ class AnswerList:
     """Answers as token ids, [DEC] first; tokenized once for a whole evaluation.
 
     Args:
-        texts: the answers.
+        texts: the answers; of those that are alike, one counts.
         tokenizer: BLIP's.
         positions: tokens that the decoder has room for.
+
+    Attributes:
+        given: the answers as they were listed.
+        texts: different ones, in their order.
 
     Raises:
         AuroraError: there is no answer, one is not a string, or one is too long.
@@ -180,7 +184,8 @@ class AnswerList:
     def __init__(self, texts: Sequence[str], tokenizer: BertTokenizer, positions: int) -> None:
         if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
             raise AuroraError(f"answer_list: {shown(texts)} cannot be used; it must be a list of strings")
-        self.texts = list(texts)
+        # Twice, one would take a candidate's place and have half of its confidence.
+        self.given, self.texts = list(texts), list(dict.fromkeys(texts))
         tokens = tokenizer(self.texts, padding="longest", return_tensors="pt")
         self.ids, self.mask = tokens.input_ids, tokens.attention_mask
         self.ids[:, 0] = tokenizer.bos_token_id

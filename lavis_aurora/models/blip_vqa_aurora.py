@@ -271,7 +271,7 @@ class BlipVqaAurora(AuroraBase, BlipVQA):
         """LAVIS's, in bounded memory; the list is tokenized once; confidences too."""
         states = self.forward_encoder(samples)[0].last_hidden_state
         mask = samples["tokenized_text"].attention_mask
-        if self._answers is None or self._answers.texts != list(answer_list):
+        if self._answers is None or self._answers.given != list(answer_list):
             self._answers = AnswerList(answer_list, self.tokenizer, self.positions)
         best, scores = rank_answers(
             self.text_decoder, states, mask, self._answers, num_ans_candidates, chunk=self.rank_chunk

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -80,9 +81,8 @@ def read_questions(file: str | Path, images: str | Path | None = None) -> list[Q
     folder = Path(images or Path(file).parent).expanduser()
     numbered = _numbered(folder) if any("image" not in one and "image_id" in one for one in entries) else {}
     questions = [_question(f"{file}: question {i}", i, entry, folder, numbered) for i, entry in enumerate(entries)]
-    ids = [question.question_id for question in questions]
-    if len(set(ids)) < len(ids):
-        twice = next(one for i, one in enumerate(ids) if one in set(ids[:i]))
+    [(twice, count)] = Counter(question.question_id for question in questions).most_common(1)
+    if count > 1:
         raise AuroraError(f"{file}: two questions have the question_id {shown(twice)}; answers are told apart by it")
     return questions
 

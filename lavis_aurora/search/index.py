@@ -110,21 +110,26 @@ class PictureIndex:
         source = ModelSource(model_type=model_type, frames=frames, **given).absolute()
         self.place, root = find_places(folder, index)
         self._store = Store(self.place)
-        said = self._store.settings()
-        if said is None:
-            if root is None:
-                raise AuroraError(f"{folder} is neither a folder nor an index; make one by lavis-aurora index FOLDER")
-            self._settings = None
-        else:
-            self._settings = parse(IndexSettings, said, f"the index {self.place}")
-            self._settings.source = self._settings.source.relocated()
+        self._settings = self._written()
+        if self._settings is not None:
             self._settings.source.check_local(self.place, source)
             source = self._settings.source.overlaid(source)
+        elif root is None:
+            raise AuroraError(f"{folder} is neither a folder nor an index; make one by lavis-aurora index FOLDER")
         self.root = Path(self._settings.root) if root is None and self._settings is not None else Path(root or "")
         self.model = SearchModel(ARCH, source, device)
         self._check()
         self.lock = threading.RLock()
         self._ranker = Ranker(self.model, token_budget_gb)
+
+    def _written(self) -> IndexSettings | None:
+        """What the index is of by now; None where there is none yet."""
+        said = self._store.settings()
+        if said is None:
+            return None
+        settings = parse(IndexSettings, said, f"the index {self.place}")
+        settings.source = settings.source.relocated()
+        return settings
 
     def _check(self) -> None:
         """Refuse a model or a folder that is not that of the index."""
@@ -162,13 +167,15 @@ class PictureIndex:
             retry_broken: files that could not be read before are tried again, also if they have not changed.
 
         Raises:
-            AuroraError: the folder is not there, another process updates the index, or it cannot be written.
+            AuroraError: the folder is not there, another process updates the index, or has made it of another model
+                since this was opened, or it cannot be written.
         """
         inside = () if "://" in self.place else (Path(self.place),)
         tree = look_through(self.root, inside)
         with self._locked():
+            before = self._settings = self._written()  # another process may have made it, or measured it anew
+            self._check()
             self._store.create(self.model.model.feature_size)
-            before = self._settings
             settings = IndexSettings(str(self.root.resolve()), self.model.source, self.model.identity)
             if before is not None:
                 settings.probes, settings.recall = before.probes, before.recall

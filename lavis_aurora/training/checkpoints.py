@@ -121,6 +121,7 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
     ),
     "queue": _are_tensors,
     "optimizer": _is_adamw,
+    "trained": lambda value: all(isinstance(name, str) for group in value for name in group),
     "scaler": _is_scaler,
     "config": lambda value: _numeric_config(value) is not None,
     "epoch": is_count,

@@ -74,8 +74,9 @@ class RunSummary:
             machine=machine(run.device, get_world_size()),
         )
 
-    def resume(self, folder: Path, epoch: int) -> None:
+    def resume(self, folder: Path, epoch: int, best_epoch: int | None) -> None:
         """Go on with the summary of a run of which ``epoch`` epochs are done; one that is damaged is written anew."""
+        self.content["best_epoch"] = best_epoch
         if not (folder / SUMMARY).exists():
             return
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class RunCheckpoints:
             "model": state.unwrapped.run_state(),
             "queue": state.unwrapped.queue_state() if self.cfg.run_cfg.save_queue else {},
             "optimizer": state.optimizer.state_dict(),
+            "trained": self._trained_names(),
             "scaler": state.scaler.state_dict() if state.scaler else None,
             "config": self.cfg.to_dict(),
             "epoch": epoch,
@@ -126,16 +128,24 @@ class RunCheckpoints:
         else:
             logging.info("resumed at epoch %d, step %d from %s", state.epoch + 1, state.step + 1, path)
 
+    def _trained_names(self) -> list[list[str]]:
+        """Of the parameters of each group of the optimizer."""
+        names = {id(parameter): name for name, parameter in self.state.unwrapped.named_parameters()}
+        return [[names[id(one)] for one in group["params"]] for group in self.state.optimizer.param_groups]
+
     def _load_optimizer(self, content: dict[str, Any], path: Path) -> None:
-        """Moments and scale; weight decay and betas are this YAML's."""
+        """Moments and scale; groups of rates, weight decay and betas are this YAML's."""
         optimizer, scaler = self.state.optimizer, self.state.scaler
+        saved, trained, names = content["optimizer"], content.get("trained"), self._trained_names()
         # The rate is the schedule's, set before each step: until then that of the checkpoint stands.
         settings = [
             {key: value for key, value in group.items() if key not in ("params", "lr")}
             for group in optimizer.param_groups
         ]
         try:
-            optimizer.load_state_dict(content["optimizer"])
+            if trained is not None and trained != names:  # torch goes by the order alone, which other groups change
+                saved = {**optimizer.state_dict(), "state": _reordered(saved["state"], trained, names)}
+            optimizer.load_state_dict(saved)
             for parameter, moments in optimizer.state.items():
                 if moments and moments["exp_avg"].shape != parameter.shape:
                     raise ValueError(f"moments of {moments['exp_avg'].shape} for a parameter of {parameter.shape}")
@@ -188,6 +198,13 @@ class RunCheckpoints:
         if source != self.folder / BEST:
             write_checkpoint(best, self.folder / BEST)
         return best["best_metric"], best["epoch"]
+
+
+def _reordered(moments: dict[int, Any], names: list[list[str]], wanted: list[list[str]]) -> dict[int, Any]:
+    """Moments of named parameters, by their numbers among the wanted ones; a KeyError where one is not named."""
+    numbers = {name: i for i, name in enumerate(chain.from_iterable(names))}
+    before = ((i, numbers[name]) for i, name in enumerate(chain.from_iterable(wanted)))
+    return {i: moments[number] for i, number in before if number in moments}
 
 
 def _shapes(content: dict[str, Any]) -> dict[str, torch.Size]:

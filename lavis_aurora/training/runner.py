@@ -216,7 +216,7 @@ class AuroraRunner(OptimizedRunner):
         self.checkpoints = RunCheckpoints(self.output_dir, self.config, state)
         resumed = self.checkpoints.resume()
         if resumed is not None:
-            self.summary.resume(resumed.parent, state.epoch)
+            self.summary.resume(resumed.parent, state.epoch, state.best_epoch if self.valid_splits else None)
         self.summary.write()
         self.loggers.start(self.config, self.output_dir, state.batches)
         if state.best_lost and self.valid_splits:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from tiny import activate, project_yaml, tiny_model
 from tiny_figures import arguments, with_candidates
 
+from lavis_aurora.analysis import examples
 from lavis_aurora.analysis.examples import ATTENTION, CASES, word_maps
 from lavis_aurora.analysis.results import load_trained, split_data, untrained_model
 from lavis_aurora.analysis.weights import DISTRIBUTION, TOWERS, stacked
@@ -197,3 +200,21 @@ def test_answers_of_two_runs_stand_under_their_questions(answer_runs):
     assert texts == [f"{x}: {y}" for x, y in zip("AB", numbers["cases"][0]["answers"])] + [
         f"true: {numbers['cases'][0]['truth']}"
     ]
+
+
+def test_an_id_that_is_another_questions_number_is_no_match(tmp_path, monkeypatch):
+    """The demo's ids are 0, 1, 2, 100, ...: that of its fourth question is the number of its hundredth."""
+    entries = [{"instance_id": str(i), "question_id": 3 - i, "question": f"is it {3 - i}?"} for i in range(4)]
+    dataset = SimpleNamespace(annotation=entries, file=str)
+    monkeypatch.setattr(examples, "split_data", lambda *_: dataset)
+    monkeypatch.setattr(examples, "read_config", lambda _: OmegaConf.create({"model": {"arch": "blip_vqa_aurora"}}))
+    (tmp_path / "result").mkdir()
+    result = tmp_path / "result" / "test_epoch_best_vqa_result.json"
+    result.write_text(json.dumps([{"question_id": i, "answer": str(i)} for i in range(4)]))
+    # What is written last, for run.rank, is of a part of the adapter.
+    cut = [{"question_id": i, "answer": "cut"} for i in range(4)]
+    (tmp_path / "result" / "test_epoch_rank_4_vqa_result.json").write_text(json.dumps(cut))
+    os.utime(result, (0, 0))
+    cases = CASES.numbers(arguments(CASES, tmp_path))["cases"]
+    assert [case["answers"] for case in cases] == [["3"], ["2"], ["1"], ["0"]]
+    assert [case["question"] for case in cases] == [f"is it {i}?" for i in (3, 2, 1, 0)]

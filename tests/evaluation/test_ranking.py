@@ -88,6 +88,17 @@ def test_fewer_answers_than_candidates():
     assert model.predict_answers(vqa_batch(), answer_list=["yes"]) == ["yes"] * 4
 
 
+def test_an_answer_that_is_listed_twice_is_one():
+    """No candidate's place is lost to it, and no confidence."""
+    model = activate(vqa_model()).eval()
+    once, twice = ANSWERS[:6], [answer for answer in ANSWERS[:6] for _ in range(2)]
+    found = [
+        model.predict_answers(vqa_batch(), answer_list=listed, num_ans_candidates=4, return_scores=True)
+        for listed in (once, twice)
+    ]
+    assert found[0] == found[1]
+
+
 def test_list_is_tokenized_once_and_again_when_it_changes():
     model = vqa_model().eval()
     answers = ["yes", "no"]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -255,6 +256,17 @@ def test_another_backbone_is_refused_heads_too(gallery, open_index, tmp_path):
         torch.save(other.state_dict(), tmp_path / "other.pth")
         with pytest.raises(AuroraError, match=r"is of another model \(backbone "):
             PictureIndex(gallery, pretrained=tmp_path / "other.pth")
+
+
+def test_another_backbone_of_a_process_that_made_the_index_meanwhile_is_refused(open_index, model):
+    """Both were opened where there was none: the entries of the one are not the other's."""
+    first, second = open_index(), open_index()
+    second.model = copy(model)
+    second.model.identity = {**model.identity, "backbone": "other"}
+    second.update()
+    with pytest.raises(AuroraError, match=r"is of another model \(backbone other there"):
+        first.update()
+    assert second.update().changes == 0, "as it was"
 
 
 def test_another_folder_is_refused_a_moved_one_is_not(open_index, gallery, made, tmp_path):

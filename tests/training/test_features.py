@@ -184,6 +184,9 @@ def test_foreign_and_damaged_files_are_not_used(tmp_path: Path, caplog: pytest.L
     file.write_bytes(file.read_bytes()[:-4])
     fresh = a_cache(tmp_path, layer=1)
     assert len(fresh) == 0 and "cannot be read" in log_of(caplog)
+    one.write({features.entry_name(str(picture)): tokens})  # of the same pictures, it has the same name
+    fresh.scan()
+    assert torch.equal(fresh.read(str(picture)), tokens)
 
 
 def test_killed_while_it_fills_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: list) -> None:

@@ -23,6 +23,7 @@ from tiny_vqa import vqa_project
 from lavis_aurora import AuroraError
 from lavis_aurora.adapters.files import read_adapter
 from lavis_aurora.analysis.results import final_metrics, read_config
+from lavis_aurora.common.summary import read_summary
 from lavis_aurora.project import load_config
 from lavis_aurora.training import loop
 from lavis_aurora.training.checkpoints import BEST, LATEST, read_checkpoint, write_checkpoint
@@ -115,8 +116,9 @@ def test_a_finished_run_is_tested_again_and_the_log_says_so(tmp_path, caplog):
     yaml = image_project(tmp_path, max_epoch=1)
     train(["--cfg-path", str(yaml)])
     assert "only tested again" not in caplog.text
-    before = final(tmp_path)
+    before, best = final(tmp_path), read_summary(only_run(tmp_path))["best_epoch"]
     train(["--cfg-path", str(yaml)])
+    assert best == read_summary(only_run(tmp_path))["best_epoch"] == 0
     assert f"run.resume: {only_run(tmp_path)} is finished (epochs: 1) and is only tested again" in caplog.text
     assert "resumed at" not in caplog.text
     assert_same(before, final(tmp_path))
@@ -153,6 +155,24 @@ def test_settings_of_the_optimizer_are_the_yamls(tmp_path):
     groups = read_checkpoint(resumed / "checkpoint_latest.pth")["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.25, 0]
     assert {tuple(group["betas"]) for group in groups} == {(0.9, 0.9)}
+
+
+def test_moments_follow_their_parameters_into_other_groups_of_rates(tmp_path):
+    """P and lambda have one shape: by their order alone, the one would go on with the moments of the other."""
+    marks, latest = [], None
+    for epochs, moved in enumerate(("slot factors P", "coefficients lambda"), 1):
+        changes = {"max_epoch": epochs, "resume": "none", "resume_ckpt_path": latest, "lr_scales": {moved: 4.0}}
+        changes |= {"init_lr": 0.0, "valid_splits": [], "test_splits": []}
+        train(["--cfg-path", str(image_project(tmp_path / moved, **changes))])
+        state = read_checkpoint(only_run(tmp_path / moved) / LATEST)
+        names, moments = sum(state["trained"], []), state["optimizer"]["state"]
+        if latest is None:
+            for i, one in moments.items():
+                one["exp_avg_sq"].fill_(1e6 * (i + 1))  # gradients add little to that
+            latest = str(tmp_path / "marked.pth")
+            write_checkpoint(state, latest)
+        marks.append({name: float(moments[i]["exp_avg_sq"].mean()) for i, name in enumerate(names)})
+    assert marks[1] == pytest.approx(marks[0], rel=0.01) and len(set(marks[0].values())) == len(names)
 
 
 def test_a_run_killed_between_its_last_epoch_and_its_last_checkpoint(tmp_path, monkeypatch):
