@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import codecs
+import fcntl
 import io
 import json
 import locale
 import logging
 import os
 import pickle
+import secrets
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from lavis_aurora.common.errors import AuroraError
 
+FRESH = 10.0  # seconds; an unfinished file that was written to since then is another writer's
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
@@ -98,6 +102,8 @@ def write_text(path: str | Path, text: str) -> None:
 def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterator[BinaryIO]:
     """A file to write beside ``path``; renamed once it is complete, so that no interrupted write leaves a broken one.
 
+    Of several who write one path at once, each has a file of its own, and the last one's stays.
+
     Args:
         path: where.
         previous: where an older file of that name is kept.
@@ -107,10 +113,11 @@ def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterat
             is raised as it is.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = _name_for_unfinished(path)
     try:
-        partial.unlink(missing_ok=True)  # to open a link would write what it leads to
         with partial.open("xb") as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -127,6 +134,26 @@ def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterat
         if isinstance(refusal, OSError):
             raise _cannot_write(path, refusal) from error
         raise
+
+
+def _name_for_unfinished(path: Path) -> Path:
+    """PATH.partial, from which goes what a killed writer has left; another name while somebody writes there."""
+    partial = path.with_name(path.name + ".partial")
+    with suppress(OSError):  # what is wrong there, opening it says
+        found = os.lstat(partial)
+        if stat.S_ISREG(found.st_mode) and (time.time() - found.st_mtime < FRESH or _is_locked(partial)):
+            return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+        partial.unlink()  # to open a link would write what it leads to
+    return partial
+
+
+def _is_locked(path: Path) -> bool:
+    with suppress(OSError), path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 @contextmanager

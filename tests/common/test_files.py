@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lavis_aurora import AuroraError
+from lavis_aurora.common import files
 from lavis_aurora.common.files import appended, atomic_write, load_torch, read_json, regular, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +31,28 @@ def test_what_a_link_of_the_unfinished_files_name_leads_to_is_left_alone(tmp_pat
     write_text(tmp_path / "a", "new")
     assert ((tmp_path / "precious").read_text(), (tmp_path / "a").read_text()) == ("old", "new")
     assert not (tmp_path / "a").is_symlink() and not (tmp_path / "a.partial").exists()
+
+
+def test_two_writers_of_one_path_do_not_meet(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    with atomic_write(path) as first:
+        first.write(b"fir")
+        first.flush()
+        monkeypatch.setattr(files, "FRESH", 0.0)  # now the lock alone tells
+        with atomic_write(path) as second:
+            second.write(b"second")
+            first.write(b"st")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first" and [*tmp_path.iterdir()] == [path]
+
+
+def test_what_a_killed_writer_has_left_goes(tmp_path, monkeypatch):
+    (tmp_path / "a.partial").write_text("left, longer than what follows")
+    write_text(tmp_path / "a", "new")
+    assert len([*tmp_path.iterdir()]) == 2, "it may be another writer's still"
+    monkeypatch.setattr(files, "FRESH", 0.0)
+    write_text(tmp_path / "a", "newer")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "newer")]
 
 
 ERRORS = [

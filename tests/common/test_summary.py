@@ -75,7 +75,7 @@ def test_another_file_is_refused_by_name(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize("key", [key for key in summary() if key != "format"])
 @pytest.mark.parametrize("value", [7, "?", {"groups": 3}, [{}], math.nan])
 def test_a_key_of_another_type_is_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
-    right = {"best_epoch": 7} | dict.fromkeys(("task", "arch", "model_type", "tuning"), "?")
+    right = {"best_epoch": 7} | dict.fromkeys(("task", "arch", "model_type", "tuning", "error"), "?")
     right |= dict.fromkeys(("versions", "machine"), {"groups": 3})
     if right.get(key) == value:
         return
@@ -84,7 +84,9 @@ def test_a_key_of_another_type_is_refused_by_name(tmp_path: Path, key: str, valu
         read_summary(tmp_path)
 
 
-@pytest.mark.parametrize("key", [key for key in summary() if key not in ("format", "model_type", "best_epoch")])
+@pytest.mark.parametrize(
+    "key", [key for key in summary() if key not in ("format", "model_type", "best_epoch", "error")]
+)
 def test_a_missing_key_is_refused_by_name(tmp_path: Path, key: str) -> None:
     (tmp_path / SUMMARY).write_text(json.dumps({k: v for k, v in summary().items() if k != key}))
     with pytest.raises(AuroraError, match=f"no run writes such {key}"):
