@@ -111,15 +111,19 @@ class BlipRetrievalAurora(MomentumTeacher, RetrievalScoring, AuroraBase, BlipRet
         return {name: getattr(self, name) for name in names} if self.queue_size else {}
 
     def complete_merged_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A merged state with LAVIS's momentum towers: W0 + dW of the teacher's factors."""
+        """A merged state with LAVIS's momentum towers: W0 + dW of the teacher's factors.
+
+        The teacher is that of ``default``. Of an adapter beside it momentum starts anew, as a copy.
+        """
         state = super().complete_merged_state(state)
-        teacher = {**state, **merged_weights(self, MOMENTUM_SET)}
-        towers = ("visual_encoder", "text_encoder")
+        teacher, copied = state, ["visual_encoder", "text_encoder", "vision_proj", "text_proj"]
+        if self.adapters.active == "default":
+            teacher, copied = {**state, **merged_weights(self, MOMENTUM_SET)}, copied[:2]
         copies = {
-            f"{tower}_m{key[len(tower) :]}": value
+            f"{part}_m{key[len(part) :]}": value
             for key, value in teacher.items()
-            for tower in towers
-            if key.startswith(f"{tower}.")
+            for part in copied
+            if key.startswith(f"{part}.")
         }
         return {**state, **copies}
 

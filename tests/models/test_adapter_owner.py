@@ -149,6 +149,17 @@ def test_merged_retrieval_scores_as_in_plain_lavis_teacher_and_all():
     assert (image_m - plain.visual_encoder.forward_features(image)).abs().max() > 1e-2
 
 
+def test_of_an_adapter_beside_default_the_merged_teacher_is_itself(tmp_path):
+    save_adapter(randomized(tiny_model(gate={"form": "none"}, queue_size=8)), tmp_path)
+    model = randomized(tiny_model(gate={"form": "none"}, queue_size=8))
+    load_adapter(model, tmp_path, "other")
+    set_adapter(model, "other")
+    plain = plain_retrieval(queue_size=8)
+    plain.load_state_dict(merged_state_dict(model), strict=True)
+    for own, twin in plain.model_pairs:
+        assert all(torch.equal(p, q) for p, q in zip(own.parameters(), twin.parameters()))
+
+
 def test_merged_question_answering_answers_as_in_plain_lavis():
     model = activate(vqa_model(gate={"form": "none"}), seed=3).eval()
     plain = plain_vqa().eval()
