@@ -98,6 +98,8 @@ def search(
     nothing = "nothing was found" if len(index) else f"the index {index.place} is empty"
     if (query or {}).get("where") and len(index):  # hits are printed with whole paths, which no condition fits
         nothing += "; in --where, kind is 'picture' or 'clip', and path begins below the folder: 'holiday/1.jpg'"
+    if sheet:
+        nothing += f"; {sheet} was not written"
     return "\n".join([head, *rows, *lines] if hits else [nothing])
 
 
