@@ -276,7 +276,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the sweep that the command line asks for; the exit status is 1 if a cell failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cfg-path", required=True, help="project YAML")
-    parser.add_argument("--grid", nargs="+", required=True, metavar="KEY=VALUE,VALUE", help="what differs")
+    parser.add_argument(
+        "--grid", action="extend", nargs="+", required=True, metavar="KEY=VALUE,VALUE", help="what differs"
+    )
     parser.add_argument(
         "--options", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="the same for all cells"
     )

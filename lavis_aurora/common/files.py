@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import fcntl
+import glob
 import io
 import json
 import locale
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from lavis_aurora.common.errors import AuroraError
 
-FRESH = 10.0  # seconds; an unfinished file that was written to since then is another writer's
+STALE = 3600.0  # seconds; an unfinished file that nobody has written to since then was left by a killed process
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
@@ -113,7 +114,7 @@ def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterat
             is raised as it is.
     """
     path = Path(path)
-    partial = _name_for_unfinished(path)
+    partial = _unfinished(path)
     try:
         with partial.open("xb") as file:
             with suppress(OSError):  # a file system without locks
@@ -121,9 +122,9 @@ def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterat
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            path.replace(previous)
-        partial.replace(path)
+            if previous is not None and path.exists():
+                path.replace(previous)
+            partial.replace(path)
     except BaseException as error:
         try:
             partial.unlink(missing_ok=True)
@@ -136,21 +137,23 @@ def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterat
         raise
 
 
-def _name_for_unfinished(path: Path) -> Path:
-    """PATH.partial, from which goes what a killed writer has left; another name while somebody writes there."""
-    partial = path.with_name(path.name + ".partial")
-    with suppress(OSError):  # what is wrong there, opening it says
-        found = os.lstat(partial)
-        if stat.S_ISREG(found.st_mode) and (time.time() - found.st_mtime < FRESH or _is_locked(partial)):
-            return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-        partial.unlink()  # to open a link would write what it leads to
-    return partial
+def _unfinished(path: Path) -> Path:
+    """A name beside PATH that nobody else has; what killed writers have left there goes."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        with suppress(OSError):
+            if time.time() - os.lstat(left).st_mtime < STALE or _is_locked(left):
+                continue
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
 
 
 def _is_locked(path: Path) -> bool:
     with suppress(OSError), path.open("rb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # NFS gives readers no other
         except BlockingIOError:
             return True
     return False
@@ -166,10 +169,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path).expanduser()
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise AuroraError(f"{path} is there already; name another folder")
-    partial = path.with_name(path.name + ".partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        partial = _unfinished(path)
         partial.mkdir()
         try:
             yield partial

@@ -169,7 +169,7 @@ class AnswerList:
     """Answers as token ids, [DEC] first; tokenized once for a whole evaluation.
 
     Args:
-        texts: the answers; of those that are alike, one counts.
+        texts: the answers; of those with the same tokens, the first counts.
         tokenizer: BLIP's.
         positions: tokens that the decoder has room for.
 
@@ -185,9 +185,12 @@ class AnswerList:
         if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
             raise AuroraError(f"answer_list: {shown(texts)} cannot be used; it must be a list of strings")
         # Twice, one would take a candidate's place and have half of its confidence.
-        self.given, self.texts = list(texts), list(dict.fromkeys(texts))
-        tokens = tokenizer(self.texts, padding="longest", return_tensors="pt")
-        self.ids, self.mask = tokens.input_ids, tokens.attention_mask
+        self.given = list(texts)
+        tokens = tokenizer(self.given, padding="longest", return_tensors="pt")
+        first = {tuple(ids): i for i, ids in reversed([*enumerate(tokens.input_ids.tolist())])}
+        kept = sorted(first.values())
+        self.texts = [self.given[i] for i in kept]
+        self.ids, self.mask = tokens.input_ids[kept], tokens.attention_mask[kept]
         self.ids[:, 0] = tokenizer.bos_token_id
         self.lengths = self.mask.sum(dim=1)
         longest = int(self.lengths.argmax())

@@ -118,7 +118,7 @@ class PictureIndex:
             raise AuroraError(f"{folder} is neither a folder nor an index; make one by lavis-aurora index FOLDER")
         self.root = Path(self._settings.root) if root is None and self._settings is not None else Path(root or "")
         self.model = SearchModel(ARCH, source, device)
-        self._check()
+        self._check(self._settings)
         self.lock = threading.RLock()
         self._ranker = Ranker(self.model, token_budget_gb)
 
@@ -131,11 +131,11 @@ class PictureIndex:
         settings.source = settings.source.relocated()
         return settings
 
-    def _check(self) -> None:
+    def _check(self, written: IndexSettings | None) -> None:
         """Refuse a model or a folder that is not that of the index."""
-        if self._settings is None:
+        if written is None:
             return
-        there, here = self._settings.model, self.model.identity
+        there, here = written.model, self.model.identity
         differing = [key for key in here if there.get(key) != here[key]]
         if differing:
             told = ", ".join(f"{key} {there.get(key, '?')[:12]} there and {here[key][:12]} here" for key in differing)
@@ -143,7 +143,7 @@ class PictureIndex:
                 f"the index {self.place} is of another model ({told}); name the model it was made with, or another "
                 f"place for this one's (--out)"
             )
-        before = Path(self._settings.root)
+        before = Path(written.root)
         if before != self.root and before.is_dir() and not before.samefile(self.root):
             raise AuroraError(f"the index {self.place} is of {before}, not {self.root}; name another place (--out)")
 
@@ -173,8 +173,9 @@ class PictureIndex:
         inside = () if "://" in self.place else (Path(self.place),)
         tree = look_through(self.root, inside)
         with self._locked():
-            before = self._settings = self._written()  # another process may have made it, or measured it anew
-            self._check()
+            before = self._written()  # another process may have made it, or measured it anew
+            self._check(before)
+            self._settings = before
             self._store.create(self.model.model.feature_size)
             settings = IndexSettings(str(self.root.resolve()), self.model.source, self.model.identity)
             if before is not None:

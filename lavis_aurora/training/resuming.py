@@ -142,6 +142,12 @@ class RunCheckpoints:
             {key: value for key, value in group.items() if key not in ("params", "lr")}
             for group in optimizer.param_groups
         ]
+        rates, before = (one.get("run", {}).get("lr_scales") for one in (self.cfg.to_dict(), content["config"]))
+        if trained is None and (rates or {}) != (before or {}):
+            raise AuroraError(
+                f"run.resume_ckpt_path: {path} is of an older version, which does not say what its moments are of; go "
+                f"on with the run.lr_scales that it was trained with: {before or {}}"
+            )
         try:
             if trained is not None and trained != names:  # torch goes by the order alone, which other groups change
                 saved = {**optimizer.state_dict(), "state": _reordered(saved["state"], trained, names)}

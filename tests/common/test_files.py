@@ -9,7 +9,7 @@ import torch
 
 from lavis_aurora import AuroraError
 from lavis_aurora.common import files
-from lavis_aurora.common.files import appended, atomic_write, load_torch, read_json, regular, write_text
+from lavis_aurora.common.files import appended, atomic_write, load_torch, new_folder, read_json, regular, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,21 +24,11 @@ def test_a_whole_file_takes_the_place_of_the_older_one(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_what_a_link_of_the_unfinished_files_name_leads_to_is_left_alone(tmp_path):
-    """In a folder from a stranger there may be one."""
-    (tmp_path / "precious").write_text("old")
-    (tmp_path / "a.partial").symlink_to(tmp_path / "precious")
-    write_text(tmp_path / "a", "new")
-    assert ((tmp_path / "precious").read_text(), (tmp_path / "a").read_text()) == ("old", "new")
-    assert not (tmp_path / "a").is_symlink() and not (tmp_path / "a.partial").exists()
-
-
-def test_two_writers_of_one_path_do_not_meet(tmp_path, monkeypatch):
+def test_two_writers_of_one_path_do_not_meet(tmp_path):
     path = tmp_path / "a"
     with atomic_write(path) as first:
         first.write(b"fir")
         first.flush()
-        monkeypatch.setattr(files, "FRESH", 0.0)  # now the lock alone tells
         with atomic_write(path) as second:
             second.write(b"second")
             first.write(b"st")
@@ -46,13 +36,25 @@ def test_two_writers_of_one_path_do_not_meet(tmp_path, monkeypatch):
     assert path.read_text() == "first" and [*tmp_path.iterdir()] == [path]
 
 
-def test_what_a_killed_writer_has_left_goes(tmp_path, monkeypatch):
-    (tmp_path / "a.partial").write_text("left, longer than what follows")
+def test_two_who_fill_one_folder_do_not_meet(tmp_path):
+    with pytest.raises(AuroraError, match="cannot write"), new_folder(tmp_path / "a") as first:
+        (first / "x").write_text("first")
+        with new_folder(tmp_path / "a") as second:
+            (second / "y").write_text("second")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "y"]
+
+
+def test_what_killed_writers_have_left_goes_and_what_is_written_still_stays(tmp_path, monkeypatch):
+    (tmp_path / "a.0.partial").write_text("left")
+    (tmp_path / "a.1.partial").mkdir()
     write_text(tmp_path / "a", "new")
-    assert len([*tmp_path.iterdir()]) == 2, "it may be another writer's still"
-    monkeypatch.setattr(files, "FRESH", 0.0)
-    write_text(tmp_path / "a", "newer")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "newer")]
+    assert len([*tmp_path.iterdir()]) == 3, "they are fresh"
+    monkeypatch.setattr(files, "STALE", 0.0)
+    with atomic_write(tmp_path / "a") as first:
+        write_text(tmp_path / "a", "newer")
+        assert len([*tmp_path.iterdir()]) == 2, "the first one's is locked"
+        first.write(b"newest")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "newest")]
 
 
 ERRORS = [

@@ -200,7 +200,7 @@ def test_nothing_is_half_written(tmp_path, msrvtt, published, monkeypatch):
     original = io.open
 
     def no_space(path, mode="r", *args, **kwargs):
-        full = str(path).endswith("retrieval_val.json.partial")
+        full = "retrieval_val.json." in str(path)
         if full:
             kwargs.pop("opener", None)  # that of Path.open before Python 3.10 opens its own path
         return original("/dev/full" if full else path, "wb" if full else mode, *args, **kwargs)

@@ -91,7 +91,7 @@ def test_fewer_answers_than_candidates():
 def test_an_answer_that_is_listed_twice_is_one():
     """No candidate's place is lost to it, and no confidence."""
     model = activate(vqa_model()).eval()
-    once, twice = ANSWERS[:6], [answer for answer in ANSWERS[:6] for _ in range(2)]
+    once, twice = ANSWERS[:6], [one for answer in ANSWERS[:6] for one in (answer, answer, answer.upper())]
     found = [
         model.predict_answers(vqa_batch(), answer_list=listed, num_ans_candidates=4, return_scores=True)
         for listed in (once, twice)

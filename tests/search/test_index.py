@@ -266,6 +266,8 @@ def test_another_backbone_of_a_process_that_made_the_index_meanwhile_is_refused(
     second.update()
     with pytest.raises(AuroraError, match=r"is of another model \(backbone other there"):
         first.update()
+    with pytest.raises(AuroraError, match="no index"):
+        first.search(TEXT)
     assert second.update().changes == 0, "as it was"
 
 

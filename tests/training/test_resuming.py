@@ -327,6 +327,11 @@ def test_moments_of_other_parameters_are_refused(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "other.pth does not fit the optimizer (moments of torch.Size([1, 1]) for" in error
     assert "the groups of run.lr_scales that it was trained with" in error
+    del state["trained"]  # as of an older version
+    write_checkpoint(state, tmp_path / "other.pth")
+    with pytest.raises(SystemExit):
+        train(["--cfg-path", str(yaml), "--options", *options, "run.lr_scales={heads: 0.5}"])
+    assert "of an older version" in (error := capsys.readouterr().err) and "run.lr_scales" in error
 
 
 def test_a_best_file_that_is_damaged_before_it_is_tested_is_named(tmp_path, monkeypatch, capsys):
