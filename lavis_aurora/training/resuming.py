@@ -145,8 +145,8 @@ class RunCheckpoints:
         rates, before = (one.get("run", {}).get("lr_scales") for one in (self.cfg.to_dict(), content["config"]))
         if trained is None and (rates or {}) != (before or {}):
             raise AuroraError(
-                f"run.resume_ckpt_path: {path} is of an older version, which does not say what its moments are of; go "
-                f"on with the run.lr_scales that it was trained with: {before or {}}"
+                f"run.resume_ckpt_path: {path} is of an older version, which does not say what its moments are of; "
+                f"go on with the run.lr_scales that it was trained with: {before or {}}"
             )
         try:
             if trained is not None and trained != names:  # torch goes by the order alone, which other groups change
