@@ -201,7 +201,7 @@ class NestedPlot(Plot):
 
     def draw(self, numbers: dict[str, Any]) -> Figure:
         """R@1 of each rank, a line a method, with the standard deviation over seeds."""
-        figure, [axis] = subplots(1, 1, 5.6, 3.8)
+        figure, [axis] = subplots(1, 1, 7.6, 4.2)
         for (method, by_seed), color in zip(numbers["recall"].items(), CYCLE):
             runs = [{int(rank): value for rank, value in one.items()} for one in by_seed.values()]
             ranks = sorted(runs[0])
