@@ -274,7 +274,7 @@ def _answers(args: argparse.Namespace, labels: list[str]) -> dict[str, Any]:
     if not entries:
         raise AuroraError(f"{', '.join(map(str, args.runs))}: no question was answered by all of them")
     by_item = {entry["item"]: entry for entry in entries}
-    differing = [entry["item"] for entry in entries if len(set(entry["answers"])) > 1]
+    differing = [entry["item"] for entry in entries if len(set(map(normalise, entry["answers"]))) > 1]
     items = _selected(args, differing if len(differing) >= args.count else list(by_item), len(dataset.annotation))
     missing = [item for item in items if item not in by_item]
     if missing:

@@ -172,11 +172,11 @@ def _alike(path: str, listed: dict[str, dict[str, str]]) -> Optional[str]:
     if os.path.exists(path) or not name:
         return path
     place = _alike(folder, listed)
-    if place is None or not os.path.isdir(place):
+    if place is None or not os.path.isdir(place or "."):
         return None
     if place not in listed:
         with suppress(OSError):
-            listed[place] = {_letters(other): other for other in os.listdir(place)}
+            listed[place] = {_letters(other): other for other in os.listdir(place or ".")}
     other = listed.get(place, {}).get(_letters(name))
     return None if other is None else os.path.join(place, other)
 
