@@ -88,7 +88,7 @@ WRONG = [
     ({"mode_approx": {"targets": ["(q"]}}, r"mode_approx.targets: '\(q' is no regular expression"),
     (
         {"mode_approx": {"targets": ["blip_retrival"]}},
-        "target 'blip_retrival' .*did you mean the preset 'blip_retrieval'",
+        "targets: 'blip_retrival' .*did you mean the preset 'blip_retrieval'",
     ),
     ({"modules_to_save": ["itm_haed"]}, "model.modules_to_save: 'itm_haed' matches no module.*'itm_head'"),
     ({"modules_to_save": ["text_proj_m"]}, "model.modules_to_save: 'text_proj_m' matches no module"),
