@@ -151,7 +151,7 @@ def _unfinished(path: Path) -> Path:
 
 
 def _is_locked(path: Path) -> bool:
-    with suppress(OSError), path.open("rb") as file:
+    with suppress(OSError), regular(path).open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # NFS gives readers no other
         except BlockingIOError:

@@ -201,12 +201,13 @@ def test_merged_is_unmerged_and_a_plain_checkpoint(tuning, targets):
     plain = tiny_model(tuning="full", queue_size=0)
     missing, unexpected = plain.load_state_dict(merged_state_dict(model), strict=False)
     assert not missing and not unexpected
-    # Processors round differently; without the update all is elsewhere.
-    torch.testing.assert_close(outputs(plain), before, atol=2e-4, rtol=1e-3)
+    # Processors round the core's larger update differently; without it all is elsewhere.
+    near = {"atol": 2e-4, "rtol": 1e-3} if settings.get("form") == "core" else {"atol": 3e-5, "rtol": 1e-4}
+    torch.testing.assert_close(outputs(plain), before, **near)
     with disable_adapter(model):
         assert (outputs(model) - before).abs().max() > 0.02
     merge_adapter(model)
-    torch.testing.assert_close(outputs(model), before, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(outputs(model), before, **near)
     # While merged, state dicts hold the backbone's own weights.
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     for forbidden in (lambda: model.train()(batch()), lambda: disable_adapter(model).__enter__()):

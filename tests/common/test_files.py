@@ -57,6 +57,17 @@ def test_what_killed_writers_have_left_goes_and_what_is_written_still_stays(tmp_
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "newest")]
 
 
+def test_what_a_link_of_an_unfinished_files_name_leads_to_is_left_alone(tmp_path, monkeypatch):
+    """In a folder from a stranger there may be one, or a pipe that nobody writes to."""
+    (tmp_path / "precious").write_text("old")
+    (tmp_path / "a.0.partial").symlink_to(tmp_path / "precious")
+    os.mkfifo(tmp_path / "a.1.partial")
+    monkeypatch.setattr(files, "STALE", 0.0)
+    write_text(tmp_path / "a", "new")
+    assert ((tmp_path / "precious").read_text(), (tmp_path / "a").read_text()) == ("old", "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "precious"}
+
+
 ERRORS = [
     OSError(28, "No space left"),
     KeyboardInterrupt(),

@@ -62,7 +62,8 @@ def test_index_and_search(run, failing, gallery, tmp_path, monkeypatch):
     monkeypatch.setattr(webbrowser, "open", lambda url: opened.append(url) or True)
     assert run("search", gallery, "--image", gallery / "clips/0.mp4", "--open").splitlines()[-1] in opened[0]
     said = run("search", gallery, "a star", "--where", "kind = 'video'")
-    assert said.startswith("nothing was found; in --where, kind is 'picture' or 'clip'")
+    hint = "in --where, kind is 'picture' or 'clip', and path begins below the folder: 'holiday/1.jpg'"
+    assert said.strip() == f"nothing was found; {hint}"
     assert "no such folder" in failing("search", tmp_path / "absent", "a star")
     assert "has no index; make it by" in failing("search", tmp_path, "a star", *MODEL)
     assert "nothing to search for" in failing("search", gallery)
