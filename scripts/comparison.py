@@ -26,7 +26,7 @@ from typing import Any, Optional
 
 from comparison_methods import TASKS, Method, read_methods
 from omegaconf import DictConfig, OmegaConf
-from processes import ROOT, add_jobs_argument, run_all
+from processes import ROOT, add_jobs_argument, add_options_argument, run_all
 from sweep import Cell, check_cells, locked, report
 
 from lavis_aurora.analysis.results import best_rate, compared, compared_metrics, latest_run
@@ -291,9 +291,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--task", choices=TASKS, default="pictures", help="default: %(default)s")
     parser.add_argument("--methods", nargs="+", help="names of YAMLs of scripts/comparison; default: all")
     parser.add_argument("--budgets", nargs="+", help="of adapter parameters, as these YAMLs name them; default: all")
-    parser.add_argument(
-        "--options", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="the same for all runs"
-    )
+    add_options_argument(parser, "the same for all runs")
     parser.add_argument("--output", type=Path, default=Path("output/comparison"), help="folder of the runs")
     add_jobs_argument(parser, 1)
     args = parser.parse_args(argv)

@@ -23,7 +23,7 @@ from typing import Any
 from demo_retrieval import RETRIEVAL, VIDEO
 from demo_tasks import LABELS, DemoTask, Row, Run, execute, validation_score
 from demo_vqa import VQA
-from processes import add_jobs_argument
+from processes import add_jobs_argument, add_options_argument
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.annotations import build_checked
@@ -102,9 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_jobs_argument(parser, min(2, os.cpu_count() or 1))
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output", type=Path, help="folder of the results (default: output/ and the task's name)")
-    parser.add_argument(
-        "--options", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the YAML"
-    )
+    add_options_argument(parser, "override keys of the YAML")
     args = parser.parse_args(argv)
     task, start = TASKS[args.task], time.time()
     output = args.output or Path("output") / task.path.stem

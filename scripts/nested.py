@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from comparison import SEEDS, TASKS
-from processes import ROOT, add_jobs_argument
+from processes import ROOT, add_jobs_argument, add_options_argument
 from proximal import component_sizes
 from sweep import Cell, locked, run_cells, write_or_check_plan
 from torch import Tensor
@@ -246,9 +246,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--task", choices=TASKS, default="pictures", help="default: %(default)s")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="default: %(default)s")
-    parser.add_argument(
-        "--options", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="the same for all runs"
-    )
+    add_options_argument(parser, "the same for all runs")
     parser.add_argument("--output", type=Path, default=Path("output/nested"), help="folder; the same one goes on")
     add_jobs_argument(parser, 1)
     try:

@@ -122,6 +122,11 @@ def add_jobs_argument(parser: argparse.ArgumentParser, default: int) -> None:
     )
 
 
+def add_options_argument(parser: argparse.ArgumentParser, words: str) -> None:
+    """The argument ``--options`` of programs that start runs; given twice, both count."""
+    parser.add_argument("--options", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help=words)
+
+
 def run_all(
     processes: Sequence[Process],
     jobs: int,

@@ -24,7 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Optional
 
-from processes import TrainingProcess, add_jobs_argument, run_all
+from processes import TrainingProcess, add_jobs_argument, add_options_argument, run_all
 
 from lavis_aurora.analysis.results import final_metrics, latest_run, trained_parameters, write_table
 from lavis_aurora.common.errors import AuroraError, Diverged
@@ -279,9 +279,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument(
         "--grid", action="extend", nargs="+", required=True, metavar="KEY=VALUE,VALUE", help="what differs"
     )
-    parser.add_argument(
-        "--options", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="the same for all cells"
-    )
+    add_options_argument(parser, "the same for all cells")
     parser.add_argument("--output", required=True, help="folder of the sweep; the same folder goes on")
     add_jobs_argument(parser, 1)
     try:

@@ -257,7 +257,7 @@ def _answers(args: argparse.Namespace, labels: list[str]) -> dict[str, Any]:
     for run in args.runs:
         found = result_file(run, f"{args.split}_epoch_*_vqa_result.json")
         # One question's number among the samples may be the id of another.
-        key = "instance_id" if found and all("instance_id" in one for one in found) else "question_id"
+        key = "instance_id" if all("instance_id" in one for one in found) else "question_id"
         answers.append((key, {str(one[key]): one for one in found}))
     dataset = split_data(args.runs[0], args.split)
     truths = _ground_truth(dataset)

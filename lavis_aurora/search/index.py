@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,11 +25,6 @@ from lavis_aurora.search.model import ModelSource, SearchModel
 from lavis_aurora.search.ranking import Hit, Ranker
 from lavis_aurora.search.store import Store
 from lavis_aurora.search.update import IndexUpdate, update_store
-
-try:
-    import fcntl
-except ImportError:  # no such locks there
-    fcntl = None  # type: ignore[assignment]
 
 ARCH = "blip_retrieval_aurora"
 # Where the index of a folder is unless it is told otherwise.
@@ -196,7 +192,7 @@ class PictureIndex:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Of an index on this machine, no other process writes meanwhile."""
-        if "://" in self.place or fcntl is None:
+        if "://" in self.place:
             yield
             return
         with writing(self.place):
