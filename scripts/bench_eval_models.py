@@ -96,7 +96,7 @@ def build(kind: Workload, side: str, device: str, merge: int = 0) -> nn.Module:
     from lavis.models.vit import VisionTransformerEncoder
     from omegaconf import OmegaConf
 
-    from lavis_aurora.adapters.switching import merged_weights
+    from lavis_aurora.adapters.merging import merged_weights
     from lavis_aurora.common.paths import package_file
     from lavis_aurora.encoders.towers import build_tokenizer
     from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora

@@ -17,7 +17,7 @@ import onnxruntime
 import torch
 from omegaconf import OmegaConf
 
-from lavis_aurora.adapters.switching import merge_adapter
+from lavis_aurora.adapters.merging import merge_adapter
 from lavis_aurora.common.paths import package_file
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 from lavis_aurora.models.onnx import export_onnx, parts_of

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from lavis_aurora.adapters.companions import head_modules
 from lavis_aurora.adapters.config import CONFIG, TENSORS
+from lavis_aurora.adapters.merging import plain_model, refuse_gates, weight_layers
 from lavis_aurora.adapters.sets import AdapterSets
-from lavis_aurora.adapters.switching import adapters_of, plain_model, refuse_gates, weight_layers
+from lavis_aurora.adapters.switching import adapters_of
 from lavis_aurora.adapters.updates import LowRank
 from lavis_aurora.common.errors import AuroraError, abbreviated
 from lavis_aurora.common.files import new_folder

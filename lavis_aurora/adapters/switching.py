@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lavis_aurora.adapters.companions import (
@@ -23,8 +22,8 @@ from lavis_aurora.adapters.companions import (
     persistent_buffers,
 )
 from lavis_aurora.adapters.sets import MOMENTUM_SET, AdapterSets
-from lavis_aurora.adapters.updates import UpdatedLayer
 from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.summary import GroupCount
 
 # Attributes of LAVIS's models as they are here, which hold the sets of their adapters.
 SETS = ("mode_approx", "baseline")
@@ -152,7 +151,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
     sets = adapters_of(model)
     sets.check_name(name)
     sets.check_switch(name)
-    _active(sets.active)
+    active_name(sets.active)
     sets.activate(name)
     sets.switch_companions(name)
 
@@ -185,7 +184,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     sets.check_name(name)
     if name == "default":
         raise AuroraError("the adapter 'default' belongs to the model and stays; load_adapter replaces its values")
-    if name == _active(sets.active) or name == sets.merged:
+    if name == active_name(sets.active) or name == sets.merged:
         raise AuroraError(f"the adapter {name!r} is active; set_adapter another one first")
     sets.remove_set(name)
 
@@ -205,7 +204,7 @@ def truncate_adapter(model: nn.Module, rank: int, name: str | None = None) -> No
         AuroraError: no such adapter or rank, it is merged, or it is of a kind without components; nothing is changed.
     """
     sets = adapters_of(model)
-    name = _active(sets.active) if name is None else name
+    name = active_name(sets.active) if name is None else name
     sets.check_name(name)
     if name == sets.merged:
         raise AuroraError(f"the adapter {name!r} is merged into the weights; unmerge_adapter(model) first")
@@ -227,120 +226,45 @@ def warn_of_order(settings: Any, which: str, rank: int) -> None:
         )
 
 
-def weight_layers(model: nn.Module, sets: AdapterSets) -> list[tuple[str, UpdatedLayer]]:
-    """The layers whose weights the adapters update, by name; an AuroraError for a kind that updates none."""
-    layers = list(sets.updated_layers(model))
-    if not layers:
-        raise AuroraError(
-            f"an adapter of model.tuning: {sets.tuning} is no update of weights and cannot be merged into them; keep "
-            f"it (save_adapter) and load it with model.adapter"
-        )
-    return layers
-
-
-def _refuse_tied(model: nn.Module, layers: list[tuple[str, UpdatedLayer]]) -> None:
-    """An AuroraError for an adapted weight that is that of a module without the update, too, such as an embedding."""
-    keys = {id(weight): f"{path}.{key}" for path, one in layers for key, weight in one.adapted_weights().items()}
-    updated = {id(layer) for _, layer in layers}
-    for path, module in model.named_modules():
-        tied = [key for key, p in module._parameters.items() if id(p) in keys and id(module) not in updated]
-        if tied:
-            raise AuroraError(
-                f"{keys[id(module._parameters[tied[0]])]} has an update and is {path}.{tied[0]}, too, which has "
-                f"none: merged, both would have it; keep the adapter (save_adapter), or untie them before tuning"
-            )
-
-
-def merged_weights(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """W0 + dW of every adapted layer, by its key in the state dict of the plain model.
-
-    Raises:
-        AuroraError: a merged weight is not finite, or tied to one without the update; or the adapter is no update of
-            weights.
-    """
-    merged = {}
-    layers = weight_layers(model, adapters_of(model))
-    _refuse_tied(model, layers)
-    for path, layer in layers:
-        for weight, value in layer.merged_weights(name).items():
-            key = f"{path}.{weight}"
-            if not torch.isfinite(value).all():
-                raise AuroraError(f"{key}: not finite once the adapter {name!r} is merged; nothing was changed")
-            merged[key] = value
-    return merged
-
-
-def merge_adapter(model: nn.Module) -> None:
-    """Fold the active adapter into the weights: forwards then cost what the plain backbone's cost.
-
-    The backbone's own weights are kept beside the merged ones. Merging twice changes nothing; gates stay in force.
-
-    Raises:
-        AuroraError: no adapter is active, it is no update of weights, or a merged weight is not finite or tied to one
-            without the update; nothing is changed then.
-    """
-    sets = adapters_of(model)
-    if sets.merged is not None:
-        return
-    weights = merged_weights(model, _active(sets.active))
-    layers = weight_layers(model, sets)
-    # Layers may share a weight: all of them remember it before one changes it.
-    for _, layer in layers:
-        layer.backup_weights()
-    for path, layer in layers:
-        layer.merge({weight: weights[f"{path}.{weight}"] for weight in layer.adapted_weights()})
-    sets.merged = sets.active
-    sets.activate(sets.active)
-
-
-def unmerge_adapter(model: nn.Module) -> None:
-    """Put the backbone's own weights back, bit for bit; without a merged adapter nothing happens."""
-    sets = adapters_of(model)
-    for _, layer in sets.updated_layers(model):
-        layer.unmerge()
-    sets.merged = None
-    sets.activate(sets.active)
-
-
-def refuse_gates(model: nn.Module, sets: AdapterSets, purpose: str) -> None:
-    """An AuroraError for a model with gates, which no weight can hold."""
-    own = {id(parameter) for parameter in (*sets.parameters(), *sets.set_parameters())}
-    if any(id(parameter) not in own for _, parameter in adapter_parameters(model)):
-        raise AuroraError(
-            f"the gates cannot be folded into weights: tune with model.gate.form: none {purpose}, or keep the "
-            f"adapter (save_adapter) and load it with model.adapter"
-        )
-
-
-def plain_model(model: nn.Module, sets: AdapterSets) -> tuple[nn.Module, str]:
-    """The model that the sets were put into, as it stands in ``model``, and the prefix of its names there."""
-    [name] = [name for name, module in model.named_modules() if module is sets]
-    path = name.rpartition(".")[0]
-    return model.get_submodule(path), f"{path}." if path else ""
-
-
-def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the plain model with the active adapter folded into its weights. Changes nothing.
-
-    Its keys are those of the model without the adapter: a checkpoint of LAVIS, or of nn.Linear layers. A model that
-    shares towers with its momentum teacher adds the teacher's, see
-    :meth:`~lavis_aurora.adapters.switching.AdapterOwner.complete_merged_state`.
-    Tensors that the adapter does not touch are the model's own, as in ``state_dict``.
-
-    Raises:
-        AuroraError: the model has gates, which no weight can hold; no adapter is active, or it is no update of
-            weights; a weight is not finite, or tied to one without the update.
-    """
-    sets = adapters_of(model)
-    refuse_gates(model, sets, "to export a plain checkpoint")
-    [prefix] = [name for name, module in model.named_modules() if module is sets]
-    weights = merged_weights(model, _active(sets.active))
-    state = sets.plain_state(model.state_dict(), f"{prefix}.")
-    state.update(weights)
-    return owner_of(model).complete_merged_state(state)
-
-
-def _active(name: str | None) -> str:
+def active_name(name: str | None) -> str:
     if name is None:
         raise AuroraError("no adapter is active: leave disable_adapter first")
     return name
+
+
+def trained_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """What is trained, by group: adapters' own, ``heads``, ``backbone``."""
+    group_of = {id(p): group for group, p in adapter_parameters(model)}
+    group_of.update((id(p), "heads") for p in head_parameters(model))
+    groups: dict[str, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault(group_of.get(id(parameter), "backbone"), []).append(parameter)
+    return groups
+
+
+def parameter_groups(model: nn.Module) -> dict[str, GroupCount]:
+    """Tensors and scalars of what is trained, by group of :func:`trained_groups`, then of what is ``frozen``."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return {
+        group: GroupCount(tensors=len(parameters), parameters=sum(parameter.numel() for parameter in parameters))
+        for group, parameters in {**trained_groups(model), "frozen": frozen}.items()
+    }
+
+
+def trainable_parameters_summary(model: nn.Module) -> str:
+    """What is trained: a row for each group, then PEFT's one line. Counts are numbers of scalars."""
+    groups = parameter_groups(model)
+    total = sum(count["parameters"] for count in groups.values())
+    trained = total - groups["frozen"]["parameters"]
+    lines = [f"{'group':<22}{'tensors':>9}{'parameters':>14}{'%':>10}"]
+    for group, count in groups.items():
+        share = _percent(count["parameters"], total)
+        lines.append(f"{group:<22}{count['tensors']:>9,}{count['parameters']:>14,}{share:>10.4f}")
+    share = _percent(trained, total)
+    lines.append(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f}")
+    return "\n".join(lines)
+
+
+def _percent(part: int, whole: int) -> float:
+    return 100 * part / whole if whole else 0.0

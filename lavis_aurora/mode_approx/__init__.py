@@ -4,18 +4,16 @@ Knows torch, not LAVIS.
 """
 
 from lavis_aurora.adapters.files import load_adapter, save_adapter
+from lavis_aurora.adapters.merging import merge_adapter, merged_state_dict, unmerge_adapter
 from lavis_aurora.adapters.switching import (
     bind_companions,
     delete_adapter,
     disable_adapter,
     list_adapters,
-    merge_adapter,
-    merged_state_dict,
     set_adapter,
+    trainable_parameters_summary,
     truncate_adapter,
-    unmerge_adapter,
 )
-from lavis_aurora.adapters.trained import trainable_parameters_summary
 from lavis_aurora.mode_approx.core import CoreFactorSet
 from lavis_aurora.mode_approx.factors import FactorSet, ModeFactors
 from lavis_aurora.mode_approx.inject import inject_mode_approx

@@ -14,8 +14,7 @@ from transformers import BatchEncoding
 
 from lavis_aurora.adapters.companions import adapter_parameters
 from lavis_aurora.adapters.sets import AdapterSets
-from lavis_aurora.adapters.switching import SETS, bind_companions
-from lavis_aurora.adapters.trained import trainable_parameters_summary
+from lavis_aurora.adapters.switching import SETS, bind_companions, trainable_parameters_summary
 from lavis_aurora.baselines.lora import LoraSets, inject_lora
 from lavis_aurora.baselines.uniadapter import UniAdapters
 from lavis_aurora.common.errors import AuroraError, did_you_mean

@@ -13,8 +13,8 @@ from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Encoded
 
+from lavis_aurora.adapters.merging import merged_weights
 from lavis_aurora.adapters.sets import MOMENTUM_SET
-from lavis_aurora.adapters.switching import merged_weights
 from lavis_aurora.alignment.context import enhance_context
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.paths import package_file

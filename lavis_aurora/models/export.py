@@ -16,7 +16,7 @@ from lavis_aurora.adapters.arithmetic import BACKBONE_SETTINGS
 from lavis_aurora.adapters.card import CARD, model_card
 from lavis_aurora.adapters.config import AdapterConfig, read_adapter_config
 from lavis_aurora.adapters.export import export_lora
-from lavis_aurora.adapters.switching import merged_state_dict
+from lavis_aurora.adapters.merging import merged_state_dict
 from lavis_aurora.common.errors import AuroraError, did_you_mean
 from lavis_aurora.common.files import atomic_write, write_text
 from lavis_aurora.config.adapter_settings import type_settings

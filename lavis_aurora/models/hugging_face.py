@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertTokenizer
 
-from lavis_aurora.adapters.switching import adapters_of, merged_state_dict, owner_of, plain_model
+from lavis_aurora.adapters.merging import merged_state_dict, plain_model
+from lavis_aurora.adapters.switching import adapters_of, owner_of
 from lavis_aurora.common.errors import AuroraError, abbreviated
 from lavis_aurora.common.files import new_folder, tensor_format
 

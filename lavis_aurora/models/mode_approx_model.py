@@ -15,8 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from lavis_aurora.adapters.companions import momentum_copies
-from lavis_aurora.adapters.switching import AdapterOwner, bind_companions, owner_of, reset_teacher
-from lavis_aurora.adapters.trained import trainable_parameters_summary
+from lavis_aurora.adapters.switching import (
+    AdapterOwner,
+    bind_companions,
+    owner_of,
+    reset_teacher,
+    trainable_parameters_summary,
+)
 from lavis_aurora.common.errors import AuroraError, did_you_mean, shown
 from lavis_aurora.common.paths import package_file, use_weights_folder
 from lavis_aurora.config.adapter_settings import fit_picture_size, portable_settings, type_settings

@@ -17,7 +17,8 @@ from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from lavis.models.blip_models.blip_vqa import BlipVQA
 from torch import Tensor, nn
 
-from lavis_aurora.adapters.switching import adapters_of, merge_adapter, plain_model, refuse_gates, unmerge_adapter
+from lavis_aurora.adapters.merging import merged, plain_model, refuse_gates
+from lavis_aurora.adapters.switching import adapters_of
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import new_folder
 from lavis_aurora.models.hugging_face import blip_processor
@@ -141,18 +142,12 @@ def export_onnx(model: nn.Module, folder: str | Path) -> list[str]:
     blip: Any = plain_model(model, sets)[0]
     _check(blip)
     refuse_gates(model, sets, "to export ONNX")
-    unmerge = sets.merged is None
-    merge_adapter(model)
-    try:
-        with evaluating(model), torch.no_grad(), new_folder(folder) as place:
-            parts = parts_of(blip)
-            for name, part in parts.items():
-                _write(name, part, blip.text_encoder.config.max_position_embeddings, place)
-            side = blip.visual_encoder.patch_embed.img_size[0]
-            blip_processor(model, blip, side, place).save_pretrained(place)
-    finally:
-        if unmerge:
-            unmerge_adapter(model)
+    with merged(model), evaluating(model), torch.no_grad(), new_folder(folder) as place:
+        parts = parts_of(blip)
+        for name, part in parts.items():
+            _write(name, part, blip.text_encoder.config.max_position_embeddings, place)
+        side = blip.visual_encoder.patch_embed.img_size[0]
+        blip_processor(model, blip, side, place).save_pretrained(place)
     return [f"{name}.onnx" for name in parts]
 
 

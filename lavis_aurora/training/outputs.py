@@ -17,8 +17,7 @@ from torch.utils.data import Dataset
 
 from lavis_aurora.adapters.config import CONFIG, read_adapter_config
 from lavis_aurora.adapters.files import save_adapter
-from lavis_aurora.adapters.switching import find_adapters
-from lavis_aurora.adapters.trained import parameter_groups
+from lavis_aurora.adapters.switching import find_adapters, parameter_groups
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.common.files import write_text
 from lavis_aurora.common.summary import (

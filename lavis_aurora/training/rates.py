@@ -12,7 +12,7 @@ from lavis.runners.runner_base import RunnerBase
 from torch import nn
 from torch.optim import Optimizer
 
-from lavis_aurora.adapters.trained import trained_groups
+from lavis_aurora.adapters.switching import trained_groups
 from lavis_aurora.common.errors import AuroraError, did_you_mean
 
 # In a group of an optimizer: its rate by that of the schedule, as timm and later versions of LAVIS name it.

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ChainDataset
 
+from lavis_aurora.adapters.merging import merged_where_exact
 from lavis_aurora.common.errors import AuroraError, Diverged
 from lavis_aurora.common.files import appended, write_text
 from lavis_aurora.common.paths import package_reference
@@ -285,10 +286,13 @@ class AuroraRunner(OptimizedRunner):
                 choose_rank(self)
         self.summary.finish(logs or {})
 
-    def _reload_best_model(self, model: nn.Module) -> nn.Module:
-        """LAVIS's hook: put the best epoch's weights back."""
-        self.checkpoints.load_best()
-        return model
+    def eval_epoch(self, split_name: str, cur_epoch: int | str, skip_reload: bool = False) -> dict[str, Any] | None:
+        """LAVIS's, by default of the weights of the best epoch, with the adapter merged meanwhile."""
+        if cur_epoch == "best" and not skip_reload:
+            self.checkpoints.load_best()
+        with merged_where_exact(self.unwrap_dist_model(self.model)):
+            logs: dict[str, Any] | None = super().eval_epoch(split_name, cur_epoch, skip_reload=True)
+        return logs
 
     def evaluate(self, cur_epoch: int | str = "best", skip_reload: bool = False) -> dict[str, Any] | None:
         """LAVIS's; the metrics also go to log.txt."""

@@ -17,6 +17,7 @@ from lavis_aurora import (
     set_adapter,
     unmerge_adapter,
 )
+from lavis_aurora.adapters.merging import merged_where_exact
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -98,6 +99,35 @@ def test_a_weight_that_a_layer_without_the_update_has_too_is_not_merged():
             act(model)
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
     assert model.mode_approx.merged is None
+
+
+def test_merged_for_a_block_and_as_before_behind_it():
+    model = adapted_toy()
+    before, x = weights(model), inputs(1)
+    expected = model(x)
+    with pytest.raises(KeyError), merged_where_exact(model):
+        assert model.mode_approx.merged == "default"
+        torch.testing.assert_close(model(x), expected)
+        raise KeyError
+    assert model.mode_approx.merged is None
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    merge_adapter(model)
+    with merged_where_exact(model):
+        pass
+    assert model.mode_approx.merged == "default"
+
+
+def test_what_merging_would_change_stays_beside_the_weights():
+    rounded, plain, disabled = adapted_toy().half(), Toy(), adapted_toy()
+    tied = nn.ModuleDict({"words": nn.Embedding(7, 8), "output": nn.Linear(8, 7)})
+    tied["output"].weight = tied["words"].weight
+    inject_mode_approx(tied, ModeApproxConfig(rank=2), ["output"])
+    for model in (rounded, plain, tied):
+        before = weights(model)
+        with merged_where_exact(model):
+            assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    with disable_adapter(disabled), merged_where_exact(disabled):
+        assert disabled.mode_approx.merged is None
 
 
 def test_training_while_merged_is_refused():

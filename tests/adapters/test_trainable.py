@@ -6,7 +6,7 @@ from torch import nn
 
 from lavis_aurora import ModeApproxConfig, inject_mode_approx, trainable_parameters_summary
 from lavis_aurora.adapters.companions import adapter_parameters, head_parameters
-from lavis_aurora.adapters.trained import parameter_groups
+from lavis_aurora.adapters.switching import parameter_groups
 from lavis_aurora.analysis.paper import ALL_SLOTS, aurora_count
 
 

@@ -6,7 +6,7 @@ import pytest
 from tiny import tiny_model
 from tiny_vqa import vqa_model
 
-from lavis_aurora.adapters.trained import parameter_groups
+from lavis_aurora.adapters.switching import parameter_groups
 from lavis_aurora.analysis.paper import (
     ALL_SLOTS,
     ATTENTION_SLOTS,

@@ -15,7 +15,7 @@ from tiny import COLORS, SHAPES, SIZES, activate, tiny_model
 from torch.utils.data import DataLoader, Dataset
 
 from lavis_aurora.adapters.companions import adapter_parameters
-from lavis_aurora.adapters.switching import merge_adapter, unmerge_adapter
+from lavis_aurora.adapters.merging import merge_adapter, unmerge_adapter
 from lavis_aurora.common.errors import Diverged
 from lavis_aurora.evaluation import encode, rerank
 from lavis_aurora.evaluation.encode import ImageTokens, all_gather_rows, broadcast, rank_indices

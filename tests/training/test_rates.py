@@ -11,7 +11,7 @@ from lavis.common.optims import LinearWarmupCosineLRScheduler, LinearWarmupStepL
 from runs import logged, only_run
 from tiny import project_yaml, refused, tiny_model
 
-from lavis_aurora.adapters.trained import trained_groups
+from lavis_aurora.adapters.switching import trained_groups
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.training.checkpoints import read_checkpoint
 from lavis_aurora.training.rates import LongWarmup, ScaledRates, scale_rates

@@ -1,11 +1,13 @@
 """Whole runs through the command line's entry, on a tiny project."""
 
+import copy
 import json
 import logging
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from distributed import run_programs
@@ -13,6 +15,7 @@ from omegaconf import OmegaConf
 from runs import logged, only_run
 from tiny import project_yaml
 
+from lavis_aurora import unmerge_adapter
 from lavis_aurora.common.paths import PACKAGE_ROOT
 from lavis_aurora.project import load_config
 from lavis_aurora.training.tasks.retrieval import RetrievalAuroraTask
@@ -94,8 +97,6 @@ def test_what_starts_from_a_moved_runs_configuration_writes_beside_that_run(tmp_
 
 
 def test_the_best_epoch_is_tested_even_when_its_metric_is_zero(tmp_path, monkeypatch):
-    from lavis_aurora.training.tasks.retrieval import RetrievalAuroraTask
-
     original = RetrievalAuroraTask.after_evaluation
     values = iter([0.0, 0.0, 0.0])
 
@@ -110,10 +111,27 @@ def test_the_best_epoch_is_tested_even_when_its_metric_is_zero(tmp_path, monkeyp
     assert (folder / "result" / "test_epoch_best.json").exists()
 
 
+def test_adapters_are_merged_while_they_are_evaluated(tmp_path, monkeypatch):
+    original, seen = RetrievalAuroraTask.evaluation, []
+
+    def best_scores(*args):
+        return np.array(original(*args)["candidates"]["image_to_text"]["scores"])
+
+    def watched(self, model, data_loader):
+        seen.append(model.mode_approx.merged)
+        beside = copy.deepcopy(model)
+        unmerge_adapter(beside)
+        merged, unmerged = (best_scores(self, one, data_loader) for one in (model, beside))
+        np.testing.assert_allclose(merged, unmerged, atol=2e-4)
+        return original(self, model, data_loader)
+
+    monkeypatch.setattr(RetrievalAuroraTask, "evaluation", watched)
+    run(project_yaml(tmp_path, run={"max_epoch": 2}))
+    assert seen == ["default"] * 3  # two validations and the test
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_metric_that_is_no_number_selects_no_epoch(tmp_path, monkeypatch, capsys, value):
-    from lavis_aurora.training.tasks.retrieval import RetrievalAuroraTask
-
     original = RetrievalAuroraTask.after_evaluation
     monkeypatch.setattr(
         RetrievalAuroraTask, "after_evaluation", lambda *args, **kw: {**original(*args, **kw), "agg_metrics": value}
