@@ -65,6 +65,7 @@ def rows_of(task: DemoTask, runs: list[Run], baselines: Row) -> list[Row]:
 
 def compare(task: DemoTask, folder: Path, jobs: int, seed: int, options: Sequence[str]) -> None:
     """Run every way of tuning, print the table, draw the picture."""
+    options = [*task.options, *options]
     datasets = make_data(task, options, "test_splits", "test")
     runs = {
         tuning: Run(task.path, tuning, rate, folder / tuning, seed) for tuning, rate in task.learning_rates.items()

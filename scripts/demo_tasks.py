@@ -107,12 +107,14 @@ class DemoTask(ABC):
         learning_rates: of each way of tuning, the ways in the order of the table.
         lr_grid: those that --search compares.
         score: what the best epoch is selected by, in words.
+        options: KEY=VALUE of all runs of a comparison, before the user's.
     """
 
     project: str
     learning_rates: dict[str, float]
     lr_grid: dict[str, tuple[float, ...]]
     score: str
+    options: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:

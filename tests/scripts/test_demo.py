@@ -243,6 +243,16 @@ def test_command_line_chooses_the_task(monkeypatch, capsys) -> None:
     assert "invalid choice: 'vqaa'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("task", "own"), [("retrieval", ["run.valid_splits=[]"]), ("vqa", [])])
+def test_the_users_options_come_behind_the_demos_own(tmp_path: Path, monkeypatch, task: str, own: list[str]) -> None:
+    given = []
+    monkeypatch.setattr(demo, "make_data", lambda task, options, *_: given.append(options))
+    monkeypatch.setattr(demo, "execute", lambda runs, jobs, options: given.append(options) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        demo.main(["--task", task, "--output", str(tmp_path), "--options", "run.valid_splits=[val]"])
+    assert given == [[*own, "run.valid_splits=[val]"]] * 2
+
+
 def test_options_that_cannot_be_used_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"^error: .*run.max_epochs: unknown key; did you mean 'max_epoch'"):
         demo.main(["--output", str(tmp_path / "out"), "--options", "run.max_epochs=1"])
