@@ -10,8 +10,9 @@ BLIP base with random weights, k candidates a query. Each run is a process of it
 - LAVIS: its BlipRetrieval with the adapter merged into its weights, and its own compute_sim_matrix on k images and
   k captions, as one of so many processes that ``--rows`` images and as many captions fall to this one. LAVIS cannot
   take a video: it is given the tokens of all frames as those of one picture, and the frames' mean as ITC feature.
-- Ours: blip_retrieval_aurora with that adapter and a gate, on the same set; ``2 * rows`` of its images, so that both
-  score as many pairs. That each of our pairs serves both directions of a real evaluation is not counted.
+- Ours: blip_retrieval_aurora with that adapter, which is merged meanwhile, and a gate, on the same set; ``2 * rows``
+  of its images, so that both score as many pairs. That each of our pairs serves both directions of a real evaluation
+  is not counted.
 - The tokens of pictures are random numbers here, so that the reranking alone is timed; the vision tower is timed by
   itself, on ``--rows`` pictures or on one video.
 """
@@ -110,6 +111,7 @@ def run_lavis(model: nn.Module, loader: DataLoader, rows: int) -> dict:
 
 def run_aurora(model: nn.Module, loader: DataLoader, rows: int) -> dict:
     """All captions with 2 * rows images, as :func:`lavis_aurora.evaluation.rerank.retrieval_scores` does it."""
+    from lavis_aurora.adapters.merging import merged_where_exact
     from lavis_aurora.evaluation.encode import ImageTokens, encode_texts
     from lavis_aurora.evaluation.rerank import score_pairs
 
@@ -118,7 +120,8 @@ def run_aurora(model: nn.Module, loader: DataLoader, rows: int) -> dict:
     count = len(texts.feats)
     keys = torch.arange(2 * rows * count)
     clock = Timer()
-    itm = score_pairs(model, images, texts, keys)[:, 1]
+    with merged_where_exact(model):  # as in a run
+        itm = score_pairs(model, images, texts, keys)[:, 1]
     took = clock.read()
     scores = np.full((count, count), np.nan, dtype=np.float32)
     scores[: 2 * rows] = (itm.view(2 * rows, count) + (images.feats @ texts.feats.t())[: 2 * rows]).numpy()
