@@ -237,6 +237,19 @@ class AdapterSets(nn.Module):
                 f"without a name to train it further, or model.eval() to score with it"
             )
 
+    def check_teacher(self) -> None:
+        """Refuse a loss with a momentum teacher while none or another adapter is active than the one it follows.
+
+        Raises:
+            AuroraError: there is such a teacher, which the loss would compare with and move.
+        """
+        if MOMENTUM_SET in self.sets and self.active not in ("default", MOMENTUM_SET):
+            active = "no adapter is active" if self.active is None else f"the adapter {self.active!r} is active"
+            raise AuroraError(
+                f"{active}, and the training loss has a momentum teacher, which follows 'default': leave "
+                f"disable_adapter, or set_adapter(model, 'default'), before it; scores and features need neither"
+            )
+
     def check_name(self, name: str) -> None:
         """Refuse a name that no adapter has."""
         if name not in self.names:
