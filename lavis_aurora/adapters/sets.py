@@ -264,7 +264,10 @@ class AdapterSets(nn.Module):
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:
-        """Let forwards inside the block use the set ``name``; None is the plain backbone.
+        """Let forwards inside the block use the set ``name``; None is the plain backbone's weights.
+
+        Of the set alone: gates and heads stay those of the adapter that ``set_adapter`` chose last. The whole adapter
+        is switched by ``set_adapter`` and ``disable_adapter`` (:mod:`lavis_aurora.adapters.switching`).
 
         With gradient checkpointing the backward pass belongs inside the block too: it computes forward again.
         """
@@ -277,7 +280,7 @@ class AdapterSets(nn.Module):
             self.activate(before)
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Context in which every adapted layer is the plain backbone's."""
+        """Context in which every adapted layer is the plain backbone's; gates and heads stay, as in :meth:`use`."""
         return self.use(None)
 
     def switch_companions(self, name: str | None) -> None:
