@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
@@ -167,9 +168,10 @@ def test_the_loop_stops_where_no_scale_helps(tmp_path):
         scaled_epoch(tmp_path, steps=60, bad=set(range(1, 60)))
 
 
-def test_the_count_in_a_row_goes_on_over_epochs(tmp_path, spoiled, capsys):
+def test_the_count_in_a_row_goes_on_over_epochs(tmp_path, spoiled, capsys, caplog):
     """Epochs of fewer steps than may be skipped in a row."""
     spoiled(0, 1, 2, 3)
+    caplog.set_level(logging.INFO)
     run = {"skip_nonfinite": True, "batch_size_train": 2, "max_epoch": 4, "valid_splits": [], "test_splits": []}
     with pytest.raises(SystemExit):
         train(["--cfg-path", str(project_yaml(tmp_path, run=run))])
@@ -177,6 +179,7 @@ def test_the_count_in_a_row_goes_on_over_epochs(tmp_path, spoiled, capsys):
     [folder] = (tmp_path / "output").iterdir()
     counts = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines() if "train_skipped" in line]
     assert [entry["train_skipped_steps"] for entry in counts] == [4, 4]
+    assert "No validation splits" not in caplog.text, "this run is to have none"
 
 
 class Normed(Line):
