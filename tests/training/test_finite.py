@@ -68,6 +68,17 @@ def test_a_bad_step_is_skipped_and_counted(tmp_path, spoiled):
     assert {int(entry["step"]) for entry in state["optimizer"]["state"].values()} == {3}
 
 
+@pytest.mark.parametrize("each", [1, 2])
+def test_of_a_skipped_step_nothing_is_in_the_mean_loss(tmp_path, each):
+    model, batches = NoLoss({1}), [{"x": torch.ones(1, 2)} for _ in range(4)]
+    task, still = task_of("multimodal_classification"), torch.optim.SGD(model.parameters(), lr=0.0)
+    state = training_state(task, model, batches, tmp_path, still, accum_grad_iters=each)
+    state.guard = FiniteGuard(tmp_path, skip=True)
+    loss = float(model({**batches[0], "iters": 0})["loss"])
+    assert train_epoch(state)["loss"] == pytest.approx(loss)
+    assert int(state.totals["loss"][1]) == 4 - each
+
+
 def test_too_many_in_a_row_are_an_error(tmp_path):
     guard = FiniteGuard(tmp_path, skip=True)
     for _ in range(MAX_CONSECUTIVE_SKIPS):
@@ -179,6 +190,7 @@ def test_the_count_in_a_row_goes_on_over_epochs(tmp_path, spoiled, capsys, caplo
     [folder] = (tmp_path / "output").iterdir()
     counts = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines() if "train_skipped" in line]
     assert [entry["train_skipped_steps"] for entry in counts] == [4, 4]
+    assert not [entry for entry in counts if "train_loss" in entry], "of no step there is no mean"
     assert "No validation splits" not in caplog.text, "this run is to have none"
 
 
