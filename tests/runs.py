@@ -60,6 +60,8 @@ def final(folder: Path) -> dict:
     """What must be equal at the end, tested ranks included."""
     run = only_run(folder)
     states = {name: read_checkpoint(run / f"checkpoint_{name}.pth") for name in ("latest", "best")}
+    for process in (process for state in states.values() for process in state["processes"]):
+        process["broken"] = [video.replace(str(folder), "") for video in process["broken"]]
     results = {path.name: json.loads(path.read_text()) for path in (run / "result").glob("test_epoch_best*.json")}
     for result in results.values():
         if isinstance(result, dict):

@@ -361,6 +361,7 @@ def test_batch_larger_than_the_split(project: Path, failing: Callable[..., str])
     line = failing(project, f"run.batch_size_train={COUNT + 1}")
     assert f"run.batch_size_train: {COUNT + 1} on 1 processes is more than the {COUNT} samples" in line
     assert line.rstrip().endswith("train split; lower it")
+    assert not (project.parent / "output").exists()
 
 
 def test_a_batch_of_training_does_not_matter_to_an_evaluation(project: Path) -> None:

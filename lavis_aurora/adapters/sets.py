@@ -237,6 +237,19 @@ class AdapterSets(nn.Module):
                 f"without a name to train it further, or model.eval() to score with it"
             )
 
+    def check_teacher(self) -> None:
+        """Refuse a loss with a momentum teacher while none or another adapter is active than the one it follows.
+
+        Raises:
+            AuroraError: there is such a teacher, which the loss would compare with and move.
+        """
+        if MOMENTUM_SET in self.sets and self.active not in ("default", MOMENTUM_SET):
+            active = "no adapter is active" if self.active is None else f"the adapter {self.active!r} is active"
+            raise AuroraError(
+                f"{active}, and the training loss has a momentum teacher, which follows 'default': leave "
+                f"disable_adapter, or set_adapter(model, 'default'), before it; scores and features need neither"
+            )
+
     def check_name(self, name: str) -> None:
         """Refuse a name that no adapter has."""
         if name not in self.names:
@@ -251,7 +264,10 @@ class AdapterSets(nn.Module):
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:
-        """Let forwards inside the block use the set ``name``; None is the plain backbone.
+        """Let forwards inside the block use the set ``name``; None is the plain backbone's weights.
+
+        Of the set alone: gates and heads stay those of the adapter that ``set_adapter`` chose last. The whole adapter
+        is switched by ``set_adapter`` and ``disable_adapter`` (:mod:`lavis_aurora.adapters.switching`).
 
         With gradient checkpointing the backward pass belongs inside the block too: it computes forward again.
         """
@@ -264,7 +280,7 @@ class AdapterSets(nn.Module):
             self.activate(before)
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Context in which every adapted layer is the plain backbone's."""
+        """Context in which every adapted layer is the plain backbone's; gates and heads stay, as in :meth:`use`."""
         return self.use(None)
 
     def switch_companions(self, name: str | None) -> None:

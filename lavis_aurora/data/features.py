@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import safetensors.torch
 import torch
@@ -36,11 +37,16 @@ def entry_name(path: str) -> str:
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
 
 
+def _checksum(tokens: Tensor) -> str:
+    return f"{crc32(tokens.contiguous().view(torch.uint8).numpy()):08x}"
+
+
 class FeatureCache:
     """Tokens of pictures in a folder, a few to each safetensors file, read from there when they are needed.
 
     What they are of stands in ``about.json``; its hash names the folder and stands in each file. A file of another
-    hash, or one that cannot be read, is not used, and the log says so.
+    hash, or one that cannot be read, is not used, and the log says so. Checksums of the tokens stand there too, each
+    compared whenever they are read; files of older versions have none.
 
     Args:
         root: folder of all caches.
@@ -108,7 +114,8 @@ class FeatureCache:
     def write(self, entries: Mapping[str, Tensor]) -> None:
         """Keep tokens by their entry, in one file, which is there as a whole or not at all."""
         name = hashlib.sha256("".join(sorted(entries)).encode()).hexdigest()[:24]
-        content = safetensors.torch.save(dict(entries), {OWNER: self.key})
+        checksums = {entry: _checksum(tokens) for entry, tokens in entries.items()}
+        content = safetensors.torch.save(dict(entries), {**checksums, OWNER: self.key})
         with atomic_write(self.folder / f"{name}{ENDING}") as file:
             file.write(content)
 
@@ -116,7 +123,8 @@ class FeatureCache:
         """The tokens of a picture's file as it is now.
 
         Raises:
-            AuroraError: it is not there: the picture was changed since the run began, or the cache was.
+            AuroraError: it is not there: the picture was changed since the run began, or the cache was; or it is
+                damaged.
         """
         entry = entry_name(path)
         file = self._files.get(entry)
@@ -126,6 +134,12 @@ class FeatureCache:
             if file not in self._opened:
                 self._opened[file] = safe_open(file, "pt").__enter__()
             tokens: Tensor = self._opened[file].get_tensor(entry)
+            checksum = self._opened[file].metadata().get(entry)
         except (SafetensorError, OSError) as error:
             raise AuroraError(f"run.cache_features: {file} is gone or damaged ({error}); start again") from error
+        if checksum not in (None, _checksum(tokens)):
+            raise AuroraError(
+                f"run.cache_features: {file} is damaged: tokens of {path} have another checksum than when they were "
+                f"written; remove the file, and start the run again (run.resume=auto)"
+            )
         return tokens

@@ -52,7 +52,7 @@ def merge(
     with atomic_write(place) as file:
         torch.save({"model": state}, file)
     said = loading_instructions(config.model["arch"], model.settings, place.absolute())
-    return "\n".join([f"{place}: {len(state)} tensors; {said}", *_merging_notes(config)])
+    return f"{place}: {len(state)} tensors; {said}"
 
 
 def _tuned_model(adapter: str, in_python: str, *sources: str | None) -> tuple[Any, AdapterConfig]:
@@ -105,9 +105,10 @@ def export(
     elif to == "onnx":
         usage, notes = _to_onnx(model, place)
     else:
-        usage, notes = _to_transformers(model, config, place)
+        usage, notes = _to_transformers(model, place)
     # A card is shared: it does not say where this machine has the folder.
-    card = model_card(config, to, usage.replace("FOLDER", repr(place.absolute().name)), adapter, notes)
+    said = [*notes, *(_merging_notes(config) if to == "transformers" else [])]  # whoever exports has it in the log
+    card = model_card(config, to, usage.replace("FOLDER", repr(place.absolute().name)), adapter, said)
     write_text(place / CARD, card)
     code = usage.replace("FOLDER", repr(str(place))).strip().splitlines()
     return "\n".join([f"{place}: loaded by", *(f"    {line}".rstrip() for line in code), *notes])
@@ -210,7 +211,7 @@ def _to_peft(
     return PEFT_USAGE.format(arguments=arguments), notes
 
 
-def _to_transformers(model: nn.Module, config: AdapterConfig, output: Path) -> tuple[str, list[str]]:
+def _to_transformers(model: nn.Module, output: Path) -> tuple[str, list[str]]:
     """Usage of ``FOLDER``, and notes."""
     name = export_transformers(model, output)
     prompt = getattr(model, "prompt", None) or ""
@@ -218,7 +219,6 @@ def _to_transformers(model: nn.Module, config: AdapterConfig, output: Path) -> t
     notes = [
         "Prepare texts as LAVIS's processors do: lower case, without .!\"()*#:;~",
         "The vision tower's weights are scaled: with transformers' epsilon of layer norm they give LAVIS's numbers.",
-        *_merging_notes(config),
     ]
     if getattr(model, "mask_question_padding", False):
         notes.append(
@@ -241,8 +241,9 @@ def _to_onnx(model: nn.Module, output: Path) -> tuple[str, list[str]]:
 
 
 def _merging_notes(config: AdapterConfig) -> list[str]:
-    """What no other program does as the tuned model does."""
-    merging = (config.model.get("settings") or {}).get("token_merging")
+    """What no other program does as the tuned model does, for the card; the log says it when weights are merged."""
+    settings = config.model.get("settings") or {}
+    merging = (settings.get("base") or settings).get("token_merging")
     if not merging:
         return []
     return [f"It was tuned with token_merging {merging}; with all tokens, as here, scores differ: evaluate it."]

@@ -189,6 +189,8 @@ class ModeApproxModel(AdapterOwner, RunState, BaseModel):
     def forward(self, *args, **kwargs) -> Any:
         """The base's, e.g. ``model(samples)["loss"]``."""
         self.mode_approx.check_trained()
+        if kwargs.get("is_train", True):  # LAVIS's classifiers predict by it too
+            self.mode_approx.check_teacher()
         return self.base(*args, **kwargs)
 
     def before_evaluation(self, **kwargs) -> None:

@@ -59,7 +59,13 @@ class MomentumTeacher:
 
     @torch.no_grad()
     def _momentum_update(self) -> None:
-        """LAVIS's moving averages; what the slots share is the student's own where the configuration says so."""
+        """LAVIS's moving averages; what the slots share is the student's own where the configuration says so.
+
+        Raises:
+            AuroraError: another adapter than the trained one is active, or none, whose heads they would follow.
+        """
+        if self.adapters is not None:
+            self.adapters.check_teacher()
         super()._momentum_update()
         for trained, copies in self.model_pairs:
             for own, copy in zip(trained.parameters(), copies.parameters()):

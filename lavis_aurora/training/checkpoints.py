@@ -109,7 +109,18 @@ def _are_processes(value: list[dict[str, Any]]) -> bool:
     losses = [one["losses"] for one in value]
     return all(
         one.keys() == losses[0].keys() and all(isinstance(x, float) for x in one.values()) for one in losses
-    ) and all(is_random_state(one["random"]) for one in value)
+    ) and all(is_random_state(one["random"]) and _is_tally(one) for one in value)
+
+
+def _is_tally(process: dict[str, Any]) -> bool:
+    """Counts of an epoch so far, which older versions did not write."""
+    counts, losses = process.get("counts") or process["losses"], process["losses"]
+    return (
+        counts.keys() == losses.keys()
+        and all(isinstance(x, float) for x in counts.values())
+        and is_count(process.get("skipped", 0))
+        and all(isinstance(video, str) for video in process.get("broken", []))
+    )
 
 
 # What is right for each entry; those that older versions did not write may be missing.

@@ -48,7 +48,8 @@ def read_data(cfg: Config, seconds: float | None, say: Say, decode: bool = False
         decode: whether to read each picture and video, too.
 
     Raises:
-        AuroraError: the run would stop at something that the report names; other processes end without a word.
+        AuroraError: the run would stop at something that the report names, or trains on fewer samples than a batch;
+            other processes end without a word.
     """
     task = runnable_task(registry.get_task_class(cfg.run_cfg.task)).setup_task(cfg=cfg)
     datasets = task.build_datasets(cfg)
@@ -61,6 +62,9 @@ def read_data(cfg: Config, seconds: float | None, say: Say, decode: bool = False
             for level, line in report.lines():
                 say(level, line)
             report.check()
+            train = [splits["train"] for splits in datasets.values() if "train" in splits]
+            if not cfg.run_cfg.evaluate and train and all(hasattr(data, "__len__") for data in train):
+                order.check_batch(cfg.run_cfg.batch_size_train, sum(map(len, train)))
             good = True
     finally:
         good = broadcast(good)
@@ -93,12 +97,9 @@ def check_data(cfg: Config, decode: bool = False) -> None:
 
     use_data_root()
     try:
-        _, datasets = read_data(cfg, None, say, decode)
+        read_data(cfg, None, say, decode)
     except AuroraError as error:
         if not refused:
             raise
         things = "1 thing" if refused == 1 else f"{refused} things"
         raise AuroraError(f"{things} above would end the run") from error
-    run, train = cfg.run_cfg, [splits["train"] for splits in datasets.values() if "train" in splits]
-    if not run.evaluate and train:
-        order.check_batch(run.batch_size_train, sum(map(len, train)))

@@ -13,7 +13,7 @@ from typing import Any, Optional, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
-from lavis.common.dist_utils import get_world_size, is_dist_avail_and_initialized
+from lavis.common.dist_utils import is_dist_avail_and_initialized
 from lavis.datasets.data_utils import prepare_sample
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -119,7 +119,8 @@ class TrainingState:
         run: the ``run:`` part of the YAML.
         folder: of the run.
         epoch, step: where training stands: the epoch, from 0, and how many batches of it are done.
-        totals: of these batches, the sum of each loss on this process.
+        totals: of the steps made of these batches, the sum of each loss on this process, and over how many batches.
+        broken: videos of them that could not be read, on this process.
         gradient_norm: of the last step of the optimizer, before it was clipped; None before the first.
         running_stats: buffers that training changes, and their values before the step of the optimizer.
         best_metric, best_epoch: of the best epoch so far.
@@ -141,6 +142,7 @@ class TrainingState:
     epoch: int = 0
     step: int = 0
     totals: dict[str, Tensor] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
     gradient_norm: Optional[Tensor] = None
     running_stats: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     best_metric: float = float("-inf")
@@ -203,7 +205,7 @@ class TrainingProgress:
 def train_steps(state: TrainingState) -> Iterator[int]:
     """Train on what is left of an epoch; LAVIS's own loop waits for the GPU every step.
 
-    ``state.step`` and ``state.totals`` go along.
+    ``state.step``, ``state.totals`` and ``state.broken`` go along.
 
     Yields:
         After each step of the optimizer, how many batches of the epoch are done.
@@ -216,28 +218,28 @@ def train_steps(state: TrainingState) -> Iterator[int]:
     accumulated, log_freq = int(run["accum_grad_iters"]), int(run["log_freq"])
     progress = TrainingProgress(state.epoch, int(run["max_epoch"]), steps, first)
     if not first:
-        state.totals = {}
-    state.guard.start_epoch()
+        state.totals, state.broken = {}, []
+        state.guard.start_epoch()
     state.running_stats = [(buffer, buffer.clone()) for buffer in trained_buffers(state.unwrapped).values()]
-    broken: list[str] = []
+    pending: dict[str, Tensor] = {}
     # The last batches of an epoch may be fewer than are accumulated.
     rest = steps % accumulated
     for i, samples in enumerate(state.loader, start=first):
         samples = prepare_sample(samples, cuda_enabled=next(state.model.parameters()).is_cuda)
-        broken += samples.pop(BROKEN, [])
+        state.broken += samples.pop(BROKEN, [])
         samples.update(epoch=state.epoch, num_iters_per_epoch=steps, iters=i)
         state.schedule.step(cur_epoch=state.epoch, cur_step=i)
         parts = rest if i >= steps - rest else accumulated
         begins = i == first or i % accumulated == 0
         updates = (i + 1) % accumulated == 0 or i + 1 == steps
         losses = _backward(state, samples, parts, begins, updates)
-        for key, value in losses.items():
-            # Of a step that is skipped, nothing counts.
-            state.totals[key] = state.totals.get(key, 0.0) + value.double().nan_to_num(0.0, 0.0, 0.0)
+        _add(pending, {key: _counted(value) for key, value in losses.items()})
         place = f"epoch {state.epoch + 1}, step {i + 1}"
         state.collapse.note(state.task.in_batch, place)
         if updates:
-            _update(state, losses, samples)
+            if _update(state, losses, samples):
+                _add(state.totals, pending)
+            pending = {}  # of a step that is skipped, nothing counts
         else:
             state.guard.note(get_total_norm(_gradients(state.optimizer)), losses.values(), samples)
         state.step = i + 1
@@ -249,16 +251,16 @@ def train_steps(state: TrainingState) -> Iterator[int]:
         if updates:
             yield state.step
     state.guard.flush()
-    count = (steps - first) * int(run["batch_size_train"])
+    count = steps * int(run["batch_size_train"])
     path = state.folder / f"broken_videos_epoch_{state.epoch}.txt"
-    report_undecodable(broken, count, float(run["max_broken_share"]), path)
+    report_undecodable(state.broken, count, float(run["max_broken_share"]), path)
 
 
 def epoch_stats(state: TrainingState) -> dict[str, float]:
-    """Of an epoch that is done: the mean of each loss over steps and processes, the last ``lr``, and
-    ``skipped_steps`` if there are any."""
+    """Of an epoch that is done: the mean of each loss over processes and the steps that were made, the last ``lr``,
+    and ``skipped_steps`` if there are any."""
     skipped = {"skipped_steps": state.guard.skipped} if state.guard.skipped else {}
-    return {**_means(state.totals, state.steps), "lr": state.optimizer.param_groups[0]["lr"], **skipped}
+    return {**_means(state.totals), "lr": state.optimizer.param_groups[0]["lr"], **skipped}
 
 
 def _backward(state: TrainingState, samples: Samples, parts: int, begins: bool, updates: bool) -> dict[str, Tensor]:
@@ -290,15 +292,16 @@ def _backward(state: TrainingState, samples: Samples, parts: int, begins: bool, 
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def _update(state: TrainingState, losses: dict[str, Tensor], samples: Samples) -> None:
-    """One step of the optimizer, unless its numbers are refused; the scaler learns of them either way."""
+def _update(state: TrainingState, losses: dict[str, Tensor], samples: Samples) -> bool:
+    """One step of the optimizer, unless its numbers are refused; whether it was made. The scaler learns of it."""
     optimizer, scaler = state.optimizer, state.scaler
     if scaler is not None:
         scaler.unscale_(optimizer)
     norm = state.gradient_norm = get_total_norm(_gradients(optimizer))
     if clip := float(state.run["grad_clip"]):
         clip_grads_with_norm_(_trained(optimizer), clip, norm)
-    if state.guard.accepts(norm, losses.values(), samples, scaled=scaler is not None):
+    made = state.guard.accepts(norm, losses.values(), samples, scaled=scaler is not None)
+    if made:
         if scaler is None:
             optimizer.step()
         else:
@@ -310,6 +313,7 @@ def _update(state: TrainingState, losses: dict[str, Tensor], samples: Samples) -
     if scaler is not None:
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    return made
 
 
 def _trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -320,12 +324,22 @@ def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter.grad for parameter in _trained(optimizer) if parameter.grad is not None]
 
 
-def _means(totals: dict[str, Tensor], steps: int) -> dict[str, float]:
-    """Mean over steps and processes."""
+def _counted(value: Tensor) -> Tensor:
+    """A loss and 1, (2,); zeros for one that is not finite, as a part that only the log shows may be."""
+    value = value.double()
+    return torch.stack([value.nan_to_num(0.0, 0.0, 0.0), value.isfinite().double()])
+
+
+def _add(totals: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    for key, value in more.items():
+        totals[key] = totals[key].to(value.device) + value if key in totals else value
+
+
+def _means(totals: dict[str, Tensor]) -> dict[str, float]:
+    """Mean over what was counted on all processes; what never was has none."""
     if not totals:
         return {}
     stacked = torch.stack(list(totals.values()))
     if is_dist_avail_and_initialized():
         dist.all_reduce(stacked)
-    values = (stacked / (steps * get_world_size())).tolist()
-    return dict(zip(totals, values))
+    return {key: total / count for key, (total, count) in zip(totals, stacked.tolist()) if count}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, get_world_size, is_dist_avail_and_initialized, is_main_process
+from torch import Tensor
 
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.evaluation.encode import broadcast
@@ -52,8 +53,11 @@ class RunCheckpoints:
             name: of the file.
         """
         state = self.state
-        local = {"random": random_state(), "losses": {key: float(x) for key, x in state.totals.items()}}
-        processes = [local]
+        sums, counts = ({key: float(x[i]) for key, x in state.totals.items()} for i in (0, 1))
+        local = dict(
+            random=random_state(), losses=sums, counts=counts, skipped=state.guard.skipped, broken=state.broken
+        )
+        processes: list[dict[str, Any]] = [local]
         if is_dist_avail_and_initialized():
             processes = [{}] * get_world_size()
             dist.all_gather_object(processes, local)
@@ -166,14 +170,17 @@ class RunCheckpoints:
             scaler.load_state_dict(content["scaler"])
 
     def _load_position(self, content: dict[str, Any]) -> None:
-        """Epoch, step, and each process's random numbers and losses so far."""
+        """Epoch, step, and each process's random numbers and losses so far; skipped steps and broken videos."""
         state, validated = self.state, content.get("validated", True)
         state.epoch, state.step = (content["epoch"] + 1, 0) if validated else (content["epoch"], content["step"])
         if state.step and content.get("steps_per_epoch") != state.steps:
             logging.warning("epoch %d starts anew: it now has %d steps", state.epoch + 1, state.steps)
             state.step = 0
         processes = content.get("processes", [])
-        losses = [process["losses"] for process in processes]
+        state.guard.skipped = max((process.get("skipped", 0) for process in processes), default=0)
+        if get_rank() == 0:  # only all of them together are asked for
+            state.broken = [video for process in processes for video in process.get("broken", ())]
+        losses = [_totals(process, state.step) for process in processes]
         if len(processes) == get_world_size():
             set_random_state(processes[get_rank()]["random"])
             losses = [losses[get_rank()]]
@@ -181,8 +188,7 @@ class RunCheckpoints:
             logging.warning("random numbers start anew: there were %d processes", len(processes))
         # Of other processes' losses the mean: that over all of them stays what it was.
         state.totals = {
-            key: torch.tensor(sum(one[key] for one in losses) / len(losses), dtype=torch.float64)
-            for key in (losses[0] if losses else ())
+            key: torch.stack([one[key] for one in losses]).mean(dim=0) for key in (losses[0] if losses else ())
         }
 
     def _keep_best(self, content: dict[str, Any], path: Path) -> tuple[float, int] | None:
@@ -204,6 +210,12 @@ class RunCheckpoints:
         if source != self.folder / BEST:
             write_checkpoint(best, self.folder / BEST)
         return best["best_metric"], best["epoch"]
+
+
+def _totals(process: dict[str, Any], step: int) -> dict[str, Tensor]:
+    """Sum and count of each loss; older versions counted every batch, ``step`` of them."""
+    counts = process.get("counts") or dict.fromkeys(process["losses"], step)
+    return {key: torch.tensor([x, counts[key]], dtype=torch.float64) for key, x in process["losses"].items()}
 
 
 def _reordered(moments: dict[int, Any], names: list[list[str]], wanted: list[list[str]]) -> dict[int, Any]:

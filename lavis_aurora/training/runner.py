@@ -137,6 +137,11 @@ class AuroraRunner(OptimizedRunner):
             order.check_splits(self.config, self.datasets, self.task.shard_evaluation)
         return cast("dict[str, Any]", super().dataloaders)
 
+    @property
+    def valid_splits(self) -> list[str]:
+        """Those that the YAML names, which may be none; LAVIS's says that there are none each time it is asked."""
+        return list(self.config.run_cfg.get("valid_splits") or [])
+
     def train(self) -> None:
         """Train, select the best epoch on the first validation split, and test; or only evaluate."""
         self.summary, self.loggers = RunSummary(self.output_dir, self.config, self._model, self.datasets), Loggers()

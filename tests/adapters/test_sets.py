@@ -111,6 +111,22 @@ def test_disabled_is_the_backbone_with_its_heads(tuning):
 
 
 @kinds
+def test_a_loss_without_the_trained_adapter_has_no_teacher(tuning, tmp_path):
+    """The momentum copies follow ``default``: inside, they would be compared with and moved to other heads."""
+    model = tuned(tuning)
+    save_adapter(model, tmp_path)
+    load_adapter(model, tmp_path, "other")
+    copies = [p for _, copy in model.model_pairs for p in copy.parameters()]
+    before = [p.clone() for p in copies]
+    with disable_adapter(model), pytest.raises(AuroraError, match="no adapter is active, .*leave disable_adapter"):
+        model(batch())
+    set_adapter(model, "other")
+    with torch.no_grad(), pytest.raises(AuroraError, match="'other' is active, .*set_adapter"):
+        model(batch())
+    assert all(map(torch.equal, copies, before))
+
+
+@kinds
 def test_an_adapter_of_another_kind_is_refused(tuning, tmp_path):
     save_adapter(tuned(tuning), tmp_path)
     for one in TUNINGS:

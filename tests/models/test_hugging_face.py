@@ -304,7 +304,7 @@ def test_the_command_writes_a_lora_whose_card_can_be_run(adapter, tmp_path, caps
     assert "Cut to this rank: || dW - B A || / || dW || = 0." in capsys.readouterr().out
 
 
-def test_what_the_other_program_must_be_told_is_said(tmp_path, capsys):
+def test_what_the_other_program_must_be_told_is_said(tmp_path, capsys, caplog):
     """Settings and sources that are not the type's, and what neither of the libraries can do."""
     weights = tmp_path / "own.safetensors"
     weights.write_bytes(Path(package_file("configs/models/tiny/model.safetensors")).read_bytes())
@@ -319,9 +319,12 @@ def test_what_the_other_program_must_be_told_is_said(tmp_path, capsys):
     assert "load_model_and_preprocess('blip_retrieval_aurora', 'tiny', pretrained=..., is_eval=True)" in said["peft"]
     assert "not that of the type: name the pretrained that it was tuned with." in said["peft"]
     assert "is to be built as it was tuned, by a YAML or in Python: max_txt_len 20, token_merging 2." in said["peft"]
-    assert "tuned with token_merging 2; with all tokens, as here, scores differ" in said["transformers"]
+    # To whoever exports once, by the log; to whoever is given the folder, by its card.
+    card = (tmp_path / "it's transformers" / "README.md").read_text()
+    assert "tuned with token_merging 2; with all tokens, as here, scores differ" in card
     main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged.pth"), *sources])
-    assert "tuned with token_merging 2; with all tokens" in capsys.readouterr().out
+    assert "token_merging" not in said["transformers"] + capsys.readouterr().out
+    assert caplog.text.count("token_merging is 2 here; a plain model keeps all tokens") == 2
 
 
 def test_the_home_folder_is_the_shells(adapter, tmp_path, monkeypatch):

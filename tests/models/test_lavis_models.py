@@ -15,6 +15,7 @@ from torch import nn
 from lavis_aurora import (
     AuroraError,
     ModeApproxConfig,
+    disable_adapter,
     load_adapter,
     merge_adapter,
     merged_state_dict,
@@ -222,6 +223,11 @@ def test_the_teacher_is_the_moving_average_of_the_tuned_model(name, word):
     for key, value in average.state_dict().items():
         torch.testing.assert_close(value, expected[key])
     assert not any(p.requires_grad for p in average.parameters())
+    with disable_adapter(model):
+        with pytest.raises(AuroraError, match="no adapter is active, and the training loss has a momentum teacher"):
+            model(samples(name))
+        if name == "albef_classification":
+            model(samples(name), is_train=False)  # no loss
 
 
 def test_the_vision_tower_of_blip2_computes_with_the_update_though_it_reads_the_weight_itself():

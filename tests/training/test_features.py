@@ -22,6 +22,7 @@ from tiny_video import video_project, write_videos
 from tiny_vqa import vqa_project
 from torch import Tensor
 
+from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.features import FeatureCache
 from lavis_aurora.encoders import towers
 from lavis_aurora.training import features, runner
@@ -187,6 +188,11 @@ def test_foreign_and_damaged_files_are_not_used(tmp_path: Path, caplog: pytest.L
     one.write({features.entry_name(str(picture)): tokens})  # of the same pictures, it has the same name
     fresh.scan()
     assert torch.equal(fresh.read(str(picture)), tokens)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # which no length and no header tells
+    file.write_bytes(content)
+    with pytest.raises(AuroraError, match=f"{file} is damaged: .* have another checksum .*; remove the file"):
+        a_cache(tmp_path, layer=1).read(str(picture))
 
 
 def test_killed_while_it_fills_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: list) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
@@ -65,6 +66,17 @@ def test_a_bad_step_is_skipped_and_counted(tmp_path, spoiled):
     state = read_checkpoint(run / "checkpoint_latest.pth")
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
     assert {int(entry["step"]) for entry in state["optimizer"]["state"].values()} == {3}
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_of_a_skipped_step_nothing_is_in_the_mean_loss(tmp_path, each):
+    model, batches = NoLoss({1}), [{"x": torch.ones(1, 2)} for _ in range(4)]
+    task, still = task_of("multimodal_classification"), torch.optim.SGD(model.parameters(), lr=0.0)
+    state = training_state(task, model, batches, tmp_path, still, accum_grad_iters=each)
+    state.guard = FiniteGuard(tmp_path, skip=True)
+    loss = float(model({**batches[0], "iters": 0})["loss"])
+    assert train_epoch(state)["loss"] == pytest.approx(loss)
+    assert int(state.totals["loss"][1]) == 4 - each
 
 
 def test_too_many_in_a_row_are_an_error(tmp_path):
@@ -167,9 +179,10 @@ def test_the_loop_stops_where_no_scale_helps(tmp_path):
         scaled_epoch(tmp_path, steps=60, bad=set(range(1, 60)))
 
 
-def test_the_count_in_a_row_goes_on_over_epochs(tmp_path, spoiled, capsys):
+def test_the_count_in_a_row_goes_on_over_epochs(tmp_path, spoiled, capsys, caplog):
     """Epochs of fewer steps than may be skipped in a row."""
     spoiled(0, 1, 2, 3)
+    caplog.set_level(logging.INFO)
     run = {"skip_nonfinite": True, "batch_size_train": 2, "max_epoch": 4, "valid_splits": [], "test_splits": []}
     with pytest.raises(SystemExit):
         train(["--cfg-path", str(project_yaml(tmp_path, run=run))])
@@ -177,6 +190,8 @@ def test_the_count_in_a_row_goes_on_over_epochs(tmp_path, spoiled, capsys):
     [folder] = (tmp_path / "output").iterdir()
     counts = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines() if "train_skipped" in line]
     assert [entry["train_skipped_steps"] for entry in counts] == [4, 4]
+    assert not [entry for entry in counts if "train_loss" in entry], "of no step there is no mean"
+    assert "No validation splits" not in caplog.text, "this run is to have none"
 
 
 class Normed(Line):

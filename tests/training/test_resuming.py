@@ -130,6 +130,7 @@ def test_another_number_of_processes_goes_on_with_their_mean_losses(tmp_path):
     state = read_checkpoint(run / "checkpoint_latest.pth")
     [local] = state["processes"]
     others = {key: 3 * value for key, value in local["losses"].items()}
+    local.update(skipped=2, broken=["clip.mp4 (no such file)"])
     state.update(validated=False, step=state["steps_per_epoch"] - 1, processes=[local, {**local, "losses": others}])
     write_checkpoint(state, tmp_path / "two.pth")
     options = [
@@ -137,12 +138,16 @@ def test_another_number_of_processes_goes_on_with_their_mean_losses(tmp_path):
         f"run.resume_ckpt_path={tmp_path / 'two.pth'}",
         "run.output_dir=" + str(tmp_path / "on"),
     ]
-    train(["--cfg-path", str(image_project(tmp_path, max_epoch=1)), "--options", *options])
+    train(["--cfg-path", str(image_project(tmp_path, max_epoch=1, max_broken_share=1.0)), "--options", *options])
     [resumed] = (tmp_path / "on").iterdir()
     final = read_checkpoint(resumed / "checkpoint_latest.pth")
     [on] = final["processes"]
     # Those of the last step were added to the mean.
     assert all(2 * value < on["losses"][key] < 3 * value for key, value in local["losses"].items())
+    # What was skipped and what was broken before counts for the whole epoch.
+    assert on["skipped"] == 2 and '"train_skipped_steps": 2' in (resumed / "log.txt").read_text()
+    assert on["broken"] == 2 * local["broken"]
+    assert (resumed / "broken_videos_epoch_0.txt").read_text().splitlines() == local["broken"]
 
 
 def test_settings_of_the_optimizer_are_the_yamls(tmp_path):
