@@ -180,10 +180,7 @@ class AuroraRunner(OptimizedRunner):
             use_features(self.config, self.unwrap_dist_model(self.model), self.datasets)
         if self.config.run_cfg.amp is True and not self.cuda_enabled:
             logging.warning("run.amp: true is for a GPU; computing in single precision; bf16 is for CPUs too")
-        if self.evaluate_only:
-            epoch = self._load_evaluated()
-        else:
-            epoch = self._fit()
+        epoch = self._load_evaluated() if self.evaluate_only else self._fit()
         trained = time.time() - start
         self._test(epoch)
         logging.info(
