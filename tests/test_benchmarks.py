@@ -166,8 +166,7 @@ def coco_adapter(tmp_path_factory, data) -> Path:
     return only_run(folder) / "adapter_best"
 
 
-@pytest.mark.parametrize("command", [train, evaluate])
-@pytest.mark.parametrize("name", ["msrvtt", "didemo"])
+@pytest.mark.parametrize(("name", "command"), [("msrvtt", train), ("didemo", evaluate)])
 def test_zero_shot_tests_an_adapter_of_coco(tmp_path, capsys, coco_adapter, name, command):
     """Smaller frames than COCO's pictures, as in the paper; nothing is trained."""
     size = 32

@@ -7,7 +7,9 @@ import json
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import torch
@@ -106,6 +108,14 @@ class RunState:
         return True
 
 
+@cache  # each adapter that a run saves says them
+def _defaults_in(path: str, cls: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and preprocessing of a type, of which ``path`` is the YAML."""
+    defaults = OmegaConf.load(path)
+    preprocess = OmegaConf.to_container(defaults.get("preprocess") or OmegaConf.create(), resolve=True)
+    return asdict(parse_config(cls, defaults.model, "model")), preprocess
+
+
 def _kind(tensor: Tensor) -> str:
     """Shape of a tensor, and its type if it holds no floating point numbers."""
     return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else f' of {tensor.dtype}'}"
@@ -152,9 +162,7 @@ class AdapterOwnerMixin(AdapterOwner):
         """Settings and preprocessing of the model's type; without one, of the configuration alone."""
         if self.settings.model_type is None:
             return asdict(self.CONFIG_CLASS()), {}
-        defaults = OmegaConf.load(self.default_config_path(self.settings.model_type))
-        preprocess = OmegaConf.to_container(defaults.get("preprocess") or OmegaConf.create(), resolve=True)
-        return asdict(parse_config(self.CONFIG_CLASS, defaults.model, "model")), preprocess
+        return deepcopy(_defaults_in(self.default_config_path(self.settings.model_type), self.CONFIG_CLASS))
 
     def check_trained(self) -> None:
         """Refuse to train while the active adapter is a frozen one; models call it first in ``forward``."""

@@ -44,7 +44,7 @@ class LoggedRun:
     Attributes:
         folder: of the run; its name is that of the run everywhere, by which one that is resumed is found again.
         step: batches that were done before, 0 for a new run.
-        config: as resolved.
+        config: as resolved; empty where there is metrics.csv alone, which does not hold it.
     """
 
     folder: Path
@@ -249,12 +249,14 @@ class Loggers:
         """
         if not is_main_process():
             return
-        config = resolved(cfg.to_dict())
+        names = dict.fromkeys(("csv", *cfg.run_cfg.loggers))
+        config = resolved(cfg.to_dict()) if len(names) > 1 else {}
         run, before = LoggedRun(folder, step, config), random_state()
-        for name in dict.fromkeys(("csv", *cfg.run_cfg.loggers)):
+        for name in names:
             self._attempt(name, partial(self._start, name, run))
         set_random_state(before)
-        self.text("config", OmegaConf.to_yaml(config))
+        if config:
+            self.text("config", OmegaConf.to_yaml(config))
 
     def _start(self, name: str, run: LoggedRun) -> None:
         self._open[name] = LOGGERS[name](run)

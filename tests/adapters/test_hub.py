@@ -2,22 +2,27 @@
 
 import base64
 import hashlib
+import io
 import json
 import os
-import subprocess
+import re
 import sys
 import threading
+from contextlib import redirect_stderr, redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+from distributed import run_apart
 from toy import adapted_toy
 
 from lavis_aurora import AuroraError, load_adapter, save_adapter
 from lavis_aurora.adapters.card import push_adapter
+from lavis_aurora.cli import inspect, truncate
+from lavis_aurora_cli import main
 
 pytest.importorskip("huggingface_hub")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -81,34 +86,55 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path):
-    """Runs Python against the fake hub, in a process of its own: the library reads its endpoint as it is imported."""
+def hub(tmp_path, monkeypatch):
+    """The fake hub, to which the environment of a process that is started points."""
     handler = type("OneHub", (Hub,), {"commits": {}, "seen": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    (tmp_path / "cwd").mkdir()
-
-    def run(code: str) -> str:
-        here = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(tmp_path / "cache"),
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", here + code], cwd=tmp_path / "cwd", env=environment, text=True, capture_output=True
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr
-
-    run.handler = handler
-    yield run
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    yield handler
     server.shutdown()
     server.server_close()
+
+
+def push_and_load(rank: int, folder: Path) -> str:
+    """What a program says that pushes two adapters and loads them; the library reads its endpoint at import."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+        del sys.modules[name]
+    (folder / "cwd").mkdir()
+    os.chdir(folder / "cwd")
+    with redirect_stdout(io.StringIO()) as said, redirect_stderr(said):
+        with redirect_stdout(io.StringIO()) as out:
+            main(["push", str(folder / "toy1"), "user/toy", "--private"])
+        first = re.search("user/toy@([0-9a-f]+) names this adapter", out.getvalue())[1]
+        main(["push", str(folder / "toy2"), "user/toy"])
+        for source, seed in (("user/toy", 2), (f"user/toy@{first}", 1), ("user/toy", 2)):
+            model = adapted_toy(update_seed=9)
+            load_adapter(model, source)
+            expected = adapted_toy(update_seed=seed).mode_approx.sets["default"].state_dict()
+            for key, value in model.mode_approx.sets["default"].state_dict().items():
+                assert torch.equal(value, expected[key])
+        print(inspect("user/toy"))
+        with pytest.raises(AuroraError, match="--out: name the folder to write; user/toy is of the hub"):
+            truncate("user/toy", 2)
+        print(truncate("user/toy", 2, "cut"))
+        for source, words in (
+            ("user/none", "is no folder here, and the hub gives no such repository ("),
+            ("user/none@v1", "no such repository at v1"),
+        ):
+            with pytest.raises(AuroraError, match=re.escape(words)) as refused:
+                load_adapter(model, source)
+            assert "\n" not in str(refused.value)
+    return said.getvalue()
 
 
 def test_what_is_pushed_is_loaded_at_the_commit_that_is_named(hub, tmp_path):
@@ -116,43 +142,10 @@ def test_what_is_pushed_is_loaded_at_the_commit_that_is_named(hub, tmp_path):
     for seed in (1, 2):
         save_adapter(adapted_toy(update_seed=seed), tmp_path / f"toy{seed}")
     (tmp_path / "toy1" / "secret.txt").write_text("mine")
-    said = hub(f"""
-import contextlib, io, re, torch
-from lavis_aurora_cli import main
-with contextlib.redirect_stdout(io.StringIO()) as out:
-    main(["push", {str(tmp_path / "toy1")!r}, "user/toy", "--private"])
-first = re.search("user/toy@([0-9a-f]+) names this adapter", out.getvalue())[1]
-main(["push", {str(tmp_path / "toy2")!r}, "user/toy"])
-from toy import adapted_toy
-from lavis_aurora import load_adapter, AuroraError
-for source, seed in (("user/toy", 2), (f"user/toy@{{first}}", 1), ("user/toy", 2)):
-    model = adapted_toy(update_seed=9)
-    load_adapter(model, source)
-    expected = adapted_toy(update_seed=seed).mode_approx.sets["default"].state_dict()
-    for key, value in model.mode_approx.sets["default"].state_dict().items():
-        assert torch.equal(value, expected[key])
-from lavis_aurora.cli import inspect
-print(inspect("user/toy"))
-from lavis_aurora.cli import truncate
-try:
-    truncate("user/toy", 2)
-except AuroraError as error:
-    assert "--out: name the folder to write; user/toy is of the hub" in str(error), error
-print(truncate("user/toy", 2, "cut"))
-for source, words in (
-    ("user/none", "is no folder here, and the hub gives no such repository ("),
-    ("user/none@v1", "no such repository at v1"),
-):
-    try:
-        load_adapter(model, source)
-    except AuroraError as error:
-        assert words in str(error) and "\\n" not in str(error), error
-    else:
-        raise SystemExit("not refused")
-""")
-    first, second = hub.handler.commits
+    [said] = run_apart(1, push_and_load, tmp_path)
+    first, second = hub.commits
     assert f"user/toy@{second} names this adapter" in said
-    files = hub.handler.commits[first]
+    files = hub.commits[first]
     assert sorted(files) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert files["adapter_model.safetensors"] == (tmp_path / "toy1" / "adapter_model.safetensors").read_bytes()
     card = files["README.md"].decode()
@@ -160,7 +153,7 @@ for source, words in (
     assert "| targets | qkv: query, key, value; query, key |" in card
     assert said.count(f"user/toy: fetched from the hub; name user/toy@{second} to have this very one again") == 1
     assert "any nn.Module" in said and "cut: " in said
-    names = {path.rpartition("/")[2] for path in hub.handler.seen if "/resolve/" in path}
+    names = {path.rpartition("/")[2] for path in hub.seen if "/resolve/" in path}
     assert names == {"adapter_config.json", "adapter_model.safetensors"}
 
 

@@ -127,13 +127,23 @@ def test_a_folder_is_no_video(tmp_path):
 
 
 def test_a_locale_without_utf_8(tmp_path):
+    """What it writes; and what is opened without an encoding afterwards, as LAVIS opens annotations, is UTF-8 too.
+
+    What the terminal cannot show is escaped.
+    """
     encoding = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     (tmp_path / "train.csv").write_text("image;caption\ncafé.jpg;ein großer Hund\n", encoding="utf-8-sig")
     (tmp_path / "é.jsonl").write_text('{"image": "é.jpg", "caption": "ä"}\n', encoding="utf-8")
     files = [str(tmp_path / "train.csv"), f"val={tmp_path}/é.jsonl"]
-    command = [sys.executable, "-m", "lavis_aurora.data.convert", "own", *files, "--output", str(tmp_path / "é")]
+    (tmp_path / "a.json").write_text('["ä"]', encoding="utf-8")
+    code = (
+        "import json, runpy\nrunpy.run_module('lavis_aurora.data.convert', run_name='__main__')\n"
+        f"print(json.load(open({str(tmp_path / 'a.json')!r})))"
+    )
+    command = [sys.executable, "-c", code, "own", *files, "--output", str(tmp_path / "é")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False, env={**os.environ, **encoding})
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == b"['\\xe4']"
     [entry] = read(tmp_path / "é" / "train.json")
     assert (entry["image"], entry["caption"]) == ("café.jpg", "ein großer Hund")
     assert (tmp_path / "é" / "train.json").read_bytes().isascii()

@@ -38,7 +38,11 @@ IDLE = {"blip2_image_text_matching": r"Qformer\.bert\.encoder\.layer\.1\.(interm
 ALIASES = {"blip2_feature_extractor": "blip2", "clip_feature_extractor": "clip"}
 ALIASES |= {"blip_retrieval_aurora": "blip_retrieval", "blip_vqa_aurora": "blip_vqa"}
 every_model = pytest.mark.parametrize("name", BUILDERS)
-every_word = pytest.mark.parametrize("word", ["attention", "all_linear"])
+# The layers of attention are among all linear ones; alone for models that share their weights, or copy or read them.
+ATTENTION = ("albef_nlvr", "blip_retrieval", "clip", "clip/resnet")
+every_model_adapted = pytest.mark.parametrize(
+    ("name", "word"), [*((name, "all_linear") for name in BUILDERS), *((name, "attention") for name in ATTENTION)]
+)
 COPIES = ("albef_classification", "albef_nlvr", "albef_pretrain", "albef_retrieval", "albef_vqa")
 COPIES += ("blip_classification", "blip_pretrain", "blip_retrieval")
 
@@ -126,8 +130,7 @@ def test_all_linear_is_every_linear_layer_of_the_towers(name):
     assert sorted(named) == sorted(layer for kind in kinds for layer in kind)
 
 
-@every_word
-@every_model
+@every_model_adapted
 def test_step_0_is_the_plain_model(name, word):
     model = wrapped(name, word)
     torch.testing.assert_close(loss(name, model), loss(name, plain(name)), rtol=1e-5, atol=1e-5)
@@ -136,8 +139,7 @@ def test_step_0_is_the_plain_model(name, word):
     }
 
 
-@every_word
-@every_model
+@every_model_adapted
 def test_every_slot_takes_part(name, word):
     """A layer whose weight is read past the update would have no gradient in its row."""
     model = activate(wrapped(name, word), std=0.4)
@@ -148,8 +150,7 @@ def test_every_slot_takes_part(name, word):
     assert not [slot for slot in idle if not re.fullmatch(IDLE.get(name, "-"), slot)]
 
 
-@every_word
-@every_model
+@every_model_adapted
 def test_a_step_changes_the_adapter_alone(name, word):
     model = wrapped(name, word)
     before = copy.deepcopy(model.state_dict())
@@ -168,8 +169,7 @@ def test_a_step_changes_the_adapter_alone(name, word):
     assert "backbone" not in trainable_parameters_summary(model)
 
 
-@every_word
-@every_model
+@every_model_adapted
 def test_saved_loaded_and_merged_it_scores_the_same(name, word, tmp_path: Path):
     model = activate(wrapped(name, word), std=0.4)
     if hasattr(model, "momentum"):
@@ -201,10 +201,9 @@ def test_saved_loaded_and_merged_it_scores_the_same(name, word, tmp_path: Path):
     torch.testing.assert_close(loss(name, model), expected, rtol=0, atol=0)
 
 
-@every_word
 @pytest.mark.parametrize("name", COPIES)
-def test_the_teacher_is_the_moving_average_of_the_tuned_model(name, word):
-    model = wrapped(name, word)
+def test_the_teacher_is_the_moving_average_of_the_tuned_model(name):
+    model = wrapped(name, "all_linear")
     pairs = model.model_pairs
     for trained, teacher in pairs:
         ours, theirs = dict(trained.named_parameters()), dict(teacher.named_parameters())
@@ -261,8 +260,7 @@ NOT_FOR_PEFT = {
 }
 
 
-@every_word
-@every_model
+@every_model_adapted
 def test_peft_adds_the_same_updates(name, word, tmp_path):
     peft = pytest.importorskip("peft")
     model = activate(wrapped(name, word))

@@ -311,8 +311,8 @@ def test_answers_are_compared_at_lower_rates():
 
 @pytest.mark.parametrize("task", comparison.TASKS)
 def test_the_runs_of_all_methods_can_be_configured(task, tmp_path):
-    """Each YAML, at each of its sizes, for each task."""
-    found = Comparison(task, read_methods(None), None, tmp_path)
+    """Each YAML for each task; at each of its sizes, which are the same for all."""
+    found = Comparison(task, read_methods(None), None if task == "pictures" else ["25k"], tmp_path)
     for _, method, budget in found.sizes():
         options = [f"{key}={value}" for key, value in method.options_at(budget, task).items()]
         load_config(str(found.project), options)

@@ -16,6 +16,7 @@ from tiny import project_yaml
 from lavis_aurora.common.errors import AuroraError, Diverged
 from lavis_aurora.config.check import parse_run
 from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
+from lavis_aurora.training import guards
 from lavis_aurora.training.guards import CHECK_EVERY, MAX_CHECKS, CollapseGuard
 from lavis_aurora.training.tasks import base
 from lavis_aurora.training.tasks.base import AuroraTaskBase, itc_in_batch
@@ -87,13 +88,14 @@ def test_a_run_says_what_happened_and_what_to_do(tmp_path, monkeypatch, capsys):
         return original(self, samples, teacher, image_feat * 0 + made, text_feat * 0 + made, idx)
 
     monkeypatch.setattr(BlipRetrievalAurora, "_itc_loss", collapsed)
-    run = {"max_epoch": 60, "batch_size_train": 8, "valid_splits": [], "test_splits": []}
+    monkeypatch.setattr(guards, "CHECK_EVERY", 2)  # the true number is that of the guard alone, above
+    run = {"max_epoch": 9, "batch_size_train": 8, "valid_splits": [], "test_splits": []}
     yaml = project_yaml(tmp_path, count=8, run=run)
     with pytest.raises(SystemExit) as end:
         train(["--cfg-path", str(yaml)])
     assert end.value.code == Diverged.exit_status == 3
     error = capsys.readouterr().err
-    assert "epoch 51, step 1: for 50 steps the ITC loss among the pairs of a batch has been that of" in error
+    assert "epoch 5, step 1: for 4 steps the ITC loss among the pairs of a batch has been that of" in error
     assert "chance, ln(8) = 2.08" in error
     assert "lower run.init_lr (0.001)" in error and "run.stop_collapsed: false" in error
     assert (only_run(tmp_path) / "checkpoint_latest.pth").is_file()
@@ -131,10 +133,13 @@ def test_the_loss_of_a_batch_is_computed_where_it_is_looked_at(monkeypatch, watc
     assert len(asked) == watched
 
 
-def _collapses_in(rank: int, where: tuple[int, ...]) -> int | None:
-    return stopped_at([0.5 * CHANCE, *[CHANCE if rank in where else 0.5 * CHANCE] * 100])
+# In which processes features collapse, and the step at which both then stop.
+WHERE = [((0,), None), ((0, 1), 51)]
 
 
-@pytest.mark.parametrize("where, step", [((0,), None), ((0, 1), 51)])
-def test_processes_stop_together_by_the_mean_of_their_losses(where, step):
-    assert run_processes(2, _collapses_in, where) == [step, step]
+def _collapses(rank: int) -> list[int | None]:
+    return [stopped_at([0.5 * CHANCE, *[CHANCE if rank in where else 0.5 * CHANCE] * 100]) for where, _ in WHERE]
+
+
+def test_processes_stop_together_by_the_mean_of_their_losses():
+    assert run_processes(2, _collapses) == 2 * [[step for _, step in WHERE]]

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -26,9 +26,11 @@ from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.data.features import FeatureCache
 from lavis_aurora.encoders import towers
 from lavis_aurora.training import features, runner
+from lavis_aurora.training.checkpoints import LATEST, read_checkpoint
 from lavis_aurora_cli import evaluate, train
 
 LAYERS = {"mode_approx": {"layers": {"last": 1}}}
+UNTESTED: dict[str, Any] = {"valid_splits": [], "test_splits": []}
 
 
 def kept(tmp_path: Path, **run: Any) -> dict[str, Any]:
@@ -43,13 +45,12 @@ def start(yaml: Path, *options: str, program: Any = train) -> None:
 def retrieval(folder: Path, cached: bool = True, model: dict | None = None, **run: Any) -> Path:
     """Eight pictures a split, two captions each to train on; three layers, of which the last is tuned."""
     folder.mkdir(parents=True, exist_ok=True)
-    run = {"max_epoch": 2, **run}
+    run = {"max_epoch": 2, "save_queue": True, **run}
     return project_yaml(folder, 8, 2, model=model or LAYERS, run=kept(folder, **run) if cached else run)
 
 
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Pictures of each pass through the frozen part of the tower."""
+def count_passes(patch: pytest.MonkeyPatch) -> list[int]:
+    """Pictures of each pass through the frozen part of the tower, from now on."""
     counts: list[int] = []
     plain = towers.VisionTransformer.forward
 
@@ -57,54 +58,73 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(x))
         return plain(self, x, *args)
 
-    monkeypatch.setattr(towers.VisionTransformer, "forward", counted)
+    patch.setattr(towers.VisionTransformer, "forward", counted)
     return counts
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    return count_passes(monkeypatch)
+
+
+class Whole(NamedTuple):
+    """A run of retrieval with tokens on disk that nothing disturbed; tests add folders to its cache, and no more."""
+
+    folder: Path
+    passes: list[int]
+    final: dict
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        counts = count_passes(patch)
+        start(retrieval(folder))
+    return Whole(folder, counts, final(folder))
 
 
 def log_of(caplog: pytest.LogCaptureFixture) -> str:
     return "\n".join(record.getMessage() for record in caplog.records)
 
 
-@pytest.mark.parametrize("make", [retrieval, None], ids=["retrieval", "vqa"])
-def test_in_single_precision_a_run_is_what_it_is_without(tmp_path: Path, make: Any, passes: list) -> None:
-    def made(name: str, cached: bool) -> Path:
-        folder = tmp_path / name
-        if make is not None:
-            return make(folder, cached)
-        folder.mkdir()
-        processors = {"vis_processor": {"train": {"name": "blip_image_eval", "image_size": 48}}}
-        run = {"max_epoch": 2}
-        datasets = {"coco_vqa": processors, "vg_vqa": processors}
-        return vqa_project(folder, 8, model=LAYERS, datasets=datasets, run=kept(folder, **run) if cached else run)
+def test_in_single_precision_a_run_is_what_it_is_without(tmp_path: Path, whole: Whole, passes: list) -> None:
+    start(retrieval(tmp_path / "plain", cached=False))
+    assert_same(final(tmp_path / "plain"), whole.final)
+    # One to learn the size, and each picture once: of train, val and test.
+    assert sum(whole.passes) == 1 + 24 and len(whole.passes) < len(passes)
 
-    start(made("plain", False))
-    without = len(passes)
-    passes.clear()
-    start(made("cached", True))
+
+def test_so_is_a_run_of_questions(tmp_path: Path, passes: list) -> None:
+    processors = {"vis_processor": {"train": {"name": "blip_image_eval", "image_size": 48}}}
+    datasets, run = {"coco_vqa": processors, "vg_vqa": processors}, {"max_epoch": 2}
+    counts = {}
+    for name, keys in (("plain", run), ("cached", kept(tmp_path, **run))):
+        (tmp_path / name).mkdir()
+        start(vqa_project(tmp_path / name, 8, model=LAYERS, datasets=datasets, run=keys))
+        counts[name] = passes[:]
+        passes.clear()
     assert_same(final(tmp_path / "plain"), final(tmp_path / "cached"))
-    # One to learn the size, and each picture once: of train, val and test, or the eight that all of them have.
-    assert sum(passes) == 1 + (24 if make is not None else 8) and len(passes) < without
+    # The eight pictures that all splits have.
+    assert sum(counts["cached"]) == 1 + 8 and len(counts["cached"]) < len(counts["plain"])
 
 
 def test_half_precision_changes_little_and_takes_half(tmp_path: Path) -> None:
     results, sizes = {}, {}
     for dtype in ("float32", "float16"):
-        start(retrieval(tmp_path / dtype, cache_dtype=dtype, max_epoch=1))
-        results[dtype] = final(tmp_path / dtype)["latest"]["model"]
+        start(retrieval(tmp_path / dtype, cache_dtype=dtype, max_epoch=1, **UNTESTED))
+        results[dtype] = read_checkpoint(only_run(tmp_path / dtype) / LATEST)["model"]
         sizes[dtype] = sum(path.stat().st_size for path in (tmp_path / dtype / "cache").rglob("*.safetensors"))
     assert 0.5 <= sizes["float16"] / sizes["float32"] < 0.55
     for name, value in results["float32"].items():
         assert (results["float16"][name] - value).abs().max() <= 0.02, name
 
 
-def test_evaluations_and_further_adapters_use_what_is_there(tmp_path: Path, passes: list) -> None:
-    yaml = retrieval(tmp_path)
-    start(yaml)
-    result = next((only_run(tmp_path) / "result").glob("test_epoch_best.json")).read_text()
-    checkpoint = only_run(tmp_path) / "checkpoint_best.pth"
-    passes.clear()
+def test_evaluations_and_further_adapters_use_what_is_there(tmp_path: Path, whole: Whole, passes: list) -> None:
+    yaml, run = whole.folder / "project.yaml", only_run(whole.folder)
+    result = next((run / "result").glob("test_epoch_best.json")).read_text()
     output = f"run.output_dir={tmp_path / 'again'}"
-    start(yaml, f"run.resume_ckpt_path={checkpoint}", output, program=evaluate)
+    start(yaml, f"run.resume_ckpt_path={run / 'checkpoint_best.pth'}", output, program=evaluate)
     start(yaml, "model.mode_approx.rank=3", output)
     assert passes == [1, 1]
     again = next(tmp_path.glob("again/*/result/test_epoch_0.json")).read_text()
@@ -112,7 +132,7 @@ def test_evaluations_and_further_adapters_use_what_is_there(tmp_path: Path, pass
 
 
 def test_a_changed_picture_is_computed_anew(tmp_path: Path, passes: list) -> None:
-    yaml = retrieval(tmp_path, max_epoch=1)
+    yaml = retrieval(tmp_path, max_epoch=1, **UNTESTED)
     start(yaml)
     [path] = [tmp_path / "data" / "images" / "train" / "003.jpg"]
     size, moment = path.stat().st_size, path.stat().st_mtime_ns
@@ -154,14 +174,15 @@ def test_a_picture_that_changes_during_the_run_ends_it(
         "datasets.coco_retrieval.vis_processor.eval.mean=[0.1,0.1,0.1]",
     ],
 )
-def test_other_weights_layers_and_preprocessing_have_their_own(tmp_path: Path, option: str, passes: list) -> None:
-    yaml = retrieval(tmp_path, max_epoch=1)
-    start(yaml)
-    first = {path.name for path in (tmp_path / "cache").iterdir()}
-    passes.clear()
-    start(yaml, option)
+def test_other_weights_layers_and_preprocessing_have_their_own(
+    tmp_path: Path, whole: Whole, option: str, passes: list
+) -> None:
+    cache = whole.folder / "cache"
+    first = {path.name for path in cache.iterdir()}
+    alone = [f"run.output_dir={tmp_path}", "run.max_epoch=1", "run.test_splits=[]"]
+    start(whole.folder / "project.yaml", option, *alone)
     assert sum(passes) > 1
-    assert len({path.name for path in (tmp_path / "cache").iterdir()} - first) == 1
+    assert len({path.name for path in cache.iterdir()} - first) == 1
 
 
 def a_cache(folder: Path, **about: Any) -> FeatureCache:
@@ -195,7 +216,9 @@ def test_foreign_and_damaged_files_are_not_used(tmp_path: Path, caplog: pytest.L
         a_cache(tmp_path, layer=1).read(str(picture))
 
 
-def test_killed_while_it_fills_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: list) -> None:
+def test_killed_while_it_fills_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Whole, passes: list
+) -> None:
     monkeypatch.setattr(features, "FILE_PICTURES", 4)
     write = FeatureCache.write
     writes: list[int] = []
@@ -215,13 +238,13 @@ def test_killed_while_it_fills_it_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     passes.clear()
     start(yaml)
     assert sum(passes) == 1 + 24 - 8
-    start(retrieval(tmp_path / "whole"))
-    assert_same(final(tmp_path / "whole"), final(tmp_path / "killed"))
+    assert_same(whole.final, final(tmp_path / "killed"))
 
 
-def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start(retrieval(tmp_path / "whole", save_queue=True))
-    yaml = retrieval(tmp_path / "killed", save_queue=True, checkpoint_every=1)
+def test_an_interrupted_run_ends_as_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Whole
+) -> None:
+    yaml = retrieval(tmp_path / "killed", checkpoint_every=1)
     read, count = FeatureCache.read, []
 
     def killed(self: FeatureCache, path: str) -> Tensor:
@@ -234,7 +257,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path: Path, monkeypat
         patched.setattr(FeatureCache, "read", killed)
         start(yaml)
     start(yaml, "run.resume=auto")
-    assert_same(final(tmp_path / "whole"), final(tmp_path / "killed"))
+    assert_same(whole.final, final(tmp_path / "killed"))
 
 
 @pytest.mark.slow

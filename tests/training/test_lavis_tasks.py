@@ -204,8 +204,7 @@ def test_vqa_ranks_and_scores(tmp_path, model):
     assert (folder / "result" / "test_vqa_result.json").is_file()
 
 
-@pytest.mark.parametrize("task", ["gqa", "aok_vqa"])
-@pytest.mark.parametrize("method", ["rank", "generate"])
+@pytest.mark.parametrize(("task", "method"), [("gqa", "rank"), ("gqa", "generate"), ("aok_vqa", "rank")])
 def test_other_questions(tmp_path, task, method):
     """GQA's and A-OKVQA's files, which have a list of answers, but are not VQAv2's."""
     path = vqa_project(tmp_path, run={"task": task, "inference_method": method})

@@ -8,6 +8,7 @@ import logging
 import struct
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -73,9 +74,21 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_run_writes_what_its_log_has_by_step_and_epoch(tmp_path):
-    run(project_yaml(tmp_path), "run.max_epoch=2", "run.log_freq=1", "run.grad_clip=1e-3")
-    folder = only_run(tmp_path)
+# Its gradients are always clipped.
+TWO_EPOCHS = ("run.max_epoch=2", "run.log_freq=1", "run.grad_clip=1e-3", "run.resume=auto", "run.save_queue=true")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A folder with a run of two epochs that was not stopped, with TensorBoard where that is installed."""
+    folder = tmp_path_factory.mktemp("whole")
+    names = "tensorboard" if find_spec("tensorboard") else "csv"
+    run(project_yaml(folder), *TWO_EPOCHS, f"run.loggers=[{names}]")
+    return folder
+
+
+def test_a_run_writes_what_its_log_has_by_step_and_epoch(whole):
+    folder = only_run(whole)
     found = metrics(folder)
     assert list(found["train/loss"]) == [1, 2, 3, 4] and [e for e, _ in found["train/loss"].values()] == [0, 0, 1, 1]
     epochs, validated = logged(folder, "train_loss"), logged(folder, "val_agg_metrics")
@@ -90,11 +103,9 @@ def test_a_run_writes_what_its_log_has_by_step_and_epoch(tmp_path):
     assert found["test/agg_metrics"].keys() == {4} and found["test/agg_metrics"][4][0] == best
 
 
-def test_a_resumed_run_has_each_step_once_and_the_numbers_of_one_that_was_not_stopped(tmp_path, monkeypatch):
+def test_a_resumed_run_has_each_step_once_and_the_numbers_of_one_that_was_not_stopped(tmp_path, whole, monkeypatch):
     from lavis_aurora.training import runner
 
-    options = ("run.max_epoch=2", "run.log_freq=1", "run.resume=auto", "run.save_queue=true")
-    run(project_yaml(tmp_path / "whole"), *options)
     original = runner.AuroraRunner._save_adapter
 
     def stopped(self, kind, metrics):
@@ -105,12 +116,12 @@ def test_a_resumed_run_has_each_step_once_and_the_numbers_of_one_that_was_not_st
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runner.AuroraRunner, "_save_adapter", stopped)
-        run(project_yaml(tmp_path / "parts"), *options)
-    folder = only_run(tmp_path / "parts")
+        run(project_yaml(tmp_path), *TWO_EPOCHS)
+    folder = only_run(tmp_path)
     with (folder / METRICS).open("a") as file:
         file.write("9,1,train/loss,1.0\n7,1,tra")
-    run(project_yaml(tmp_path / "parts"), *options, "run.loggers=[csv]")
-    assert metrics(folder) == metrics(only_run(tmp_path / "whole"))
+    run(project_yaml(tmp_path), *TWO_EPOCHS, "run.loggers=[csv]")
+    assert metrics(folder) == metrics(only_run(whole))
 
 
 @pytest.mark.parametrize("cut", ["4,0,train/loss,0.1", '4,0,"a, b/lo', "4,0,tra\0\0\0\0", "\0" * 9, "\udcff"])
@@ -144,12 +155,11 @@ def test_an_evaluation_leaves_its_metrics(tmp_path):
     assert metrics(only_run(tmp_path))["test/agg_metrics"].keys() == {0}
 
 
-def test_tensorboard_reads_a_run_back(tmp_path):
+def test_tensorboard_reads_a_run_back(whole):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run(project_yaml(tmp_path), "run.max_epoch=2", "run.log_freq=1", "run.loggers=[tensorboard]")
-    folder = only_run(tmp_path)
+    folder = only_run(whole)
     read = EventAccumulator(str(folder / "tensorboard"))
     read.Reload()
     for name, values in metrics(folder).items():
@@ -240,11 +250,10 @@ def test_mlflow_goes_on_with_the_same_run(folder, tmp_path, monkeypatch):
     assert {one.path for one in client.list_artifacts(found.info.run_id)} >= {"config.txt", "pictures"}
 
 
-def test_a_run_computes_the_same_with_loggers(tmp_path):
+def test_a_run_computes_the_same_with_loggers(tmp_path, whole):
     pytest.importorskip("tensorboard")
-    run(project_yaml(tmp_path / "without"))
-    run(project_yaml(tmp_path / "with"), "run.loggers=[tensorboard]", "run.log_freq=1")
-    assert_same(final(tmp_path / "without"), final(tmp_path / "with"))
+    run(project_yaml(tmp_path), *TWO_EPOCHS, "run.log_freq=10")
+    assert_same(final(tmp_path), final(whole))
 
 
 class Silent:

@@ -277,12 +277,12 @@ MODEL = {"mode_approx": {"rank": 8, "nested": True, "nested_ranks": [2, 4]}, "qu
 def test_a_stopped_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch):
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
-        yaml = project_yaml(tmp_path / name, model=MODEL, run={**RUN, "rank": "auto"})
+        yaml = project_yaml(tmp_path / name, count=4, model=MODEL, run={**RUN, "rank": "auto"})
         if name == "stopped":
             original, steps = loop._update, iter(range(100))
 
             def update(*args, original=original, steps=steps):
-                if next(steps) == 5:
+                if next(steps) == 2:  # of two epochs of two steps
                     os.kill(os.getpid(), signal.SIGTERM)
                 return original(*args)
 
@@ -337,7 +337,7 @@ def test_without_a_test_the_best_epoch_is_ranked_all_the_same(tmp_path, monkeypa
     measured: list[dict] = []
     monkeypatch.setattr(AuroraRunner, "eval_epoch", eval_epoch)
     run = {"rank": "auto", "test_splits": [], "max_epoch": 3}
-    train(["--cfg-path", str(project_yaml(tmp_path, model=MODEL, run=run))])
+    train(["--cfg-path", str(project_yaml(tmp_path, count=4, model=MODEL, run=run))])
     best = read_checkpoint(only_run(tmp_path) / "checkpoint_best.pth")
     assert best["epoch"] == 0 and len(measured) == 3
     for name, value in measured[0].items():
@@ -353,7 +353,7 @@ def test_without_a_test_the_best_epoch_is_ranked_all_the_same(tmp_path, monkeypa
 
 
 def test_the_rank_of_a_finished_run(tmp_path, monkeypatch, capsys):
-    yaml = project_yaml(tmp_path, model=MODEL)
+    yaml = project_yaml(tmp_path, count=5, model=MODEL)
     train(["--cfg-path", str(yaml)])
     run = only_run(tmp_path)
     checkpoints = {path.name: path.read_bytes() for path in run.glob("*.pth")}

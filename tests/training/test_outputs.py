@@ -27,8 +27,14 @@ def config(folder: Path) -> dict:
     return json.loads((folder / "adapter_config.json").read_text())
 
 
-def test_best_and_last_hold_what_the_checkpoints_hold(tmp_path):
-    folder = run(tmp_path, run={"max_epoch": 2, "init_lr": 1e-2})
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory) -> Path:
+    """The folder of a run, which tests read."""
+    return run(tmp_path_factory.mktemp("two_epochs"), run={"max_epoch": 2, "init_lr": 1e-2})
+
+
+def test_best_and_last_hold_what_the_checkpoints_hold(two_epochs):
+    folder = two_epochs
     for adapter, checkpoint in (("adapter_best", "checkpoint_best.pth"), ("adapter_last", "checkpoint_latest.pth")):
         state = torch.load(folder / checkpoint, weights_only=True)
         tensors = load_file(folder / adapter / "adapter_model.safetensors")
@@ -54,10 +60,13 @@ def test_baselines_leave_adapters_that_evaluate_alike(tmp_path, tuning):
     """The folder says how the model was tuned; its YAML need not."""
     weights = {"pretrained": str(Path(__file__).parents[2] / "lavis_aurora/configs/models/tiny/model.safetensors")}
     options = (f"model.tuning={tuning}", f"model.{tuning}.rank=4")
-    adapter = run(tmp_path, *options, model=weights, run={"init_lr": 1e-2}) / "adapter_last"
+    untested = {"test_splits": []}
+    adapter = run(tmp_path, *options, model=weights, run={"init_lr": 1e-2, **untested}) / "adapter_last"
     written = config(adapter)
     assert written[tuning]["rank"] == 4 and written["model"]["settings"]["tuning"] == tuning
-    again = run(tmp_path, f"model.adapter={adapter}", model=weights, run={"init_lr": 0.0}) / "adapter_last"
+    again = (
+        run(tmp_path, f"model.adapter={adapter}", model=weights, run={"init_lr": 0.0, **untested}) / "adapter_last"
+    )
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, again))
     assert before.keys() == after.keys() and all(torch.equal(after[key], value) for key, value in before.items())
     assert config(again)["metrics"]["val"] == written["metrics"]["val"]
@@ -71,17 +80,18 @@ def test_other_tunings_leave_no_adapter(tmp_path, tuning):
 
 def test_tuning_goes_on_from_an_adapter_and_evaluation_writes_none(tmp_path):
     weights = {"pretrained": str(Path(__file__).parents[2] / "lavis_aurora/configs/models/tiny/model.safetensors")}
-    first = run(tmp_path, model=weights, run={"init_lr": 1e-2})
+    unscored = {"valid_splits": [], "test_splits": []}
+    first = run(tmp_path, model=weights, run={"init_lr": 1e-2, **unscored})
     adapter = first / "adapter_last"
-    second = run(tmp_path, f"model.adapter={adapter}", model=weights, run={"init_lr": 0.0})
+    second = run(tmp_path, f"model.adapter={adapter}", model=weights, run={"init_lr": 0.0, **unscored})
     before, after = (load_file(f / "adapter_last" / "adapter_model.safetensors") for f in (first, second))
     assert all(torch.equal(after[key], value) for key, value in before.items())
     third = run(tmp_path, f"model.adapter={adapter}", command=evaluate, model=weights)
     assert not list(third.glob("adapter_*"))
 
 
-def test_a_run_leaves_a_summary(tmp_path):
-    folder = run(tmp_path, run={"max_epoch": 2})
+def test_a_run_leaves_a_summary(two_epochs):
+    folder = two_epochs
     summary = read_summary(folder)
     assert (summary["status"], summary["task"]) == ("finished", "retrieval_aurora")
     assert (summary["arch"], summary["model_type"], summary["tuning"]) == ("blip_retrieval_aurora", "tiny", "aurora")

@@ -3,14 +3,15 @@
 import copy
 import json
 import logging
-import subprocess
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from distributed import run_programs
+from distributed import run_apart, run_programs
+from lavis.common.logger import setup_logger
 from omegaconf import OmegaConf
 from runs import logged, only_run
 from tiny import project_yaml
@@ -66,18 +67,23 @@ def test_a_run_leaves_configuration_checkpoints_results_and_log(tmp_path, capsys
     assert any(key.startswith("mode_approx.sets.momentum") for key in state["model"])
 
 
+def warn_and_log(rank: int, yaml: str, said: Path) -> None:
+    """What a program does whose configuration is warned of, with its standard error in a file."""
+    sys.stderr = said.open("w")  # where no handler of the log is yet
+    for os.environ["RANK"] in "10":
+        load_config(yaml)
+    setup_logger()
+    logging.info("losses")
+    sys.stderr.close()
+
+
 def test_a_warning_about_a_configuration_leaves_the_log_of_the_run_to_lavis(tmp_path):
     """In a process of its own: pytest has set up a log already. Said once of all processes."""
     yaml = str(project_yaml(tmp_path, run={"init_lr": 1e-5, "num_beams": 7}))
-    code = (
-        "import logging, os\nfrom lavis.common.logger import setup_logger\n"
-        "from lavis_aurora.project import load_config\n"
-        f"for os.environ['RANK'] in '10': load_config({yaml!r})\n"
-        "setup_logger(); logging.info('losses')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr.count("run.init_lr: 1e-05 is a rate for") == 1 and "losses" in done.stderr
-    assert "does not read run.num_beams, a key of other tasks" in done.stderr
+    run_apart(1, warn_and_log, yaml, tmp_path / "said")
+    said = (tmp_path / "said").read_text()
+    assert said.count("run.init_lr: 1e-05 is a rate for") == 1 and "losses" in said
+    assert "does not read run.num_beams, a key of other tasks" in said
 
 
 def test_what_starts_from_a_moved_runs_configuration_writes_beside_that_run(tmp_path, caplog):
@@ -142,14 +148,19 @@ def test_a_metric_that_is_no_number_selects_no_epoch(tmp_path, monkeypatch, caps
     assert not (only_run(tmp_path) / "checkpoint_best.pth").exists()
 
 
-def test_evaluation_of_a_checkpoint_repeats_the_test(tmp_path, capsys):
-    yaml = project_yaml(tmp_path)
-    run(yaml)
-    first = only_run(tmp_path)
+@pytest.fixture(scope="module")
+def first(tmp_path_factory) -> Path:
+    """The folder of a run of one epoch, for tests that go on from it and leave it as it is."""
+    folder = tmp_path_factory.mktemp("first")
+    run(project_yaml(folder))
+    return only_run(folder)
+
+
+def test_evaluation_of_a_checkpoint_repeats_the_test(tmp_path, first, capsys):
     tested = json.loads((first / "result" / "test_epoch_best.json").read_text())
     checkpoint = first / "checkpoint_best.pth"
-    evaluate(["--cfg-path", str(yaml), "--options", f"run.resume_ckpt_path={checkpoint}"])
-    [second] = [p for p in (tmp_path / "output").iterdir() if p != first]
+    evaluate(["--cfg-path", str(project_yaml(tmp_path)), "--options", f"run.resume_ckpt_path={checkpoint}"])
+    second = only_run(tmp_path)
     again = json.loads((second / "result" / "test_epoch_0.json").read_text())
     assert again["ranks"] == tested["ranks"]
     assert not list(second.glob("*.pth"))
@@ -187,25 +198,19 @@ def test_evaluation_with_resume_auto_takes_the_runs_best(tmp_path, capsys):
     assert refused("run.seed=3").startswith(f"error: run.resume: {first} has no checkpoint_best.pth; name a")
 
 
-def test_resumed_training_continues_the_epochs_and_keeps_the_best(tmp_path):
-    yaml = project_yaml(tmp_path, run={"max_epoch": 1})
-    run(yaml)
-    first = only_run(tmp_path)
+def test_resumed_training_continues_the_epochs_and_keeps_the_best(tmp_path, first):
     before = torch.load(first / "checkpoint_latest.pth", weights_only=True)
-    run(yaml, "run.max_epoch=2", f"run.resume_ckpt_path={first / 'checkpoint_latest.pth'}")
-    [second] = [p for p in (tmp_path / "output").iterdir() if p != first]
+    run(project_yaml(tmp_path), "run.max_epoch=2", f"run.resume_ckpt_path={first / 'checkpoint_latest.pth'}")
+    second = only_run(tmp_path)
     assert [entry["train_epoch"] for entry in logged(second, "train_loss")] == [1]
     after = torch.load(second / "checkpoint_latest.pth", weights_only=True)
     assert after["best_metric"] >= before["best_metric"]
     assert after["epoch"] == 1
 
 
-def test_a_finished_run_is_not_resumed(tmp_path, capsys):
-    yaml = project_yaml(tmp_path, run={"valid_splits": [], "test_splits": []})
-    run(yaml)
-    checkpoint = only_run(tmp_path) / "checkpoint_latest.pth"
+def test_a_finished_run_is_not_resumed(tmp_path, first, capsys):
     with pytest.raises(SystemExit):
-        run(yaml, f"run.resume_ckpt_path={checkpoint}")
+        run(project_yaml(tmp_path), f"run.resume_ckpt_path={first / 'checkpoint_latest.pth'}")
     assert "run.max_epoch: 1 epochs are done; raise it, or test with evaluate.py" in capsys.readouterr().err
 
 

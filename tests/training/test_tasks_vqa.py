@@ -40,8 +40,7 @@ def accuracy_of(answers: list[dict], truth: list[dict]) -> float:
 # Whole runs
 
 
-@pytest.mark.parametrize("string_ids", [False, True])
-@pytest.mark.parametrize("options", [[], GENERATE], ids=["rank", "generate"])
+@pytest.mark.parametrize(("string_ids", "options"), [(False, []), (True, GENERATE)], ids=["rank", "generate"])
 def test_a_run_trains_scores_and_answers(tmp_path, capsys, string_ids, options):
     run(vqa_project(tmp_path, string_ids=string_ids), *options)
     folder, data = only_run(tmp_path), tmp_path / "data"
