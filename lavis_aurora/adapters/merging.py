@@ -57,8 +57,8 @@ def merged_weights(model: nn.Module, name: str) -> dict[str, Tensor]:
             key = f"{path}.{weight}"
             if not torch.isfinite(value).all():
                 raise Diverged(
-                    f"{key}: not finite once the adapter {name!r} is merged; train it at a lower rate (run.init_lr), or "
-                    f"merge it in single precision; nothing was changed"
+                    f"{key}: not finite once the adapter {name!r} is merged; nothing was changed; train it at a "
+                    f"lower rate (run.init_lr), or merge it in single precision"
                 )
             merged[key] = value
     return merged

@@ -81,7 +81,7 @@ def test_what_is_not_finite_is_refused_and_nothing_changes():
     with torch.no_grad():
         model.mode_approx.sets["default"].P[-1, 0] = float("inf")
     before = weights(model)
-    with pytest.raises(Diverged, match="key.weight: not finite once the adapter 'default' is merged; train it at a lower"):
+    with pytest.raises(Diverged, match="key.weight: not finite once the adapter 'default' is merged; .* lower"):
         merge_adapter(model)
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
     assert model.mode_approx.merged is None
