@@ -12,7 +12,7 @@ from lavis_aurora.adapters.companions import adapter_parameters
 from lavis_aurora.adapters.sets import AdapterSets
 from lavis_aurora.adapters.switching import active_name, adapters_of, find_adapters, owner_of
 from lavis_aurora.adapters.updates import UpdatedLayer
-from lavis_aurora.common.errors import AuroraError
+from lavis_aurora.common.errors import AuroraError, Diverged
 
 
 def weight_layers(model: nn.Module, sets: AdapterSets) -> list[tuple[str, UpdatedLayer]]:
@@ -41,8 +41,8 @@ def merged_weights(model: nn.Module, name: str) -> dict[str, Tensor]:
     """W0 + dW of every adapted layer, by its key in the state dict of the plain model.
 
     Raises:
-        AuroraError: a merged weight is not finite, or tied to one without the update; or the adapter is no update of
-            weights.
+        AuroraError: a merged weight is not finite (Diverged), or tied to one without the update; or the adapter is no
+            update of weights.
     """
     merged = {}
     layers = weight_layers(model, adapters_of(model))
@@ -56,7 +56,10 @@ def merged_weights(model: nn.Module, name: str) -> dict[str, Tensor]:
         for weight, value in layer.merged_weights(name).items():
             key = f"{path}.{weight}"
             if not torch.isfinite(value).all():
-                raise AuroraError(f"{key}: not finite once the adapter {name!r} is merged; nothing was changed")
+                raise Diverged(
+                    f"{key}: not finite once the adapter {name!r} is merged; nothing was changed; train it at a "
+                    f"lower rate (run.init_lr), or merge it in single precision"
+                )
             merged[key] = value
     return merged
 
@@ -97,8 +100,8 @@ def unmerge_adapter(model: nn.Module) -> None:
 def merged(model: nn.Module) -> Iterator[None]:
     """Context in which the active adapter is merged; one that is already stays so. Errors are merge_adapter's."""
     unmerge = adapters_of(model).merged is None
-    merge_adapter(model)
     try:
+        merge_adapter(model)  # in here: a signal may come between two layers
         yield
     finally:
         if unmerge:
@@ -112,7 +115,7 @@ def merged_where_exact(model: nn.Module) -> AbstractContextManager[None]:
     precision.
 
     Raises:
-        AuroraError: a merged weight is not finite; nothing is changed then.
+        Diverged: a merged weight is not finite; nothing is changed then.
     """
     sets = find_adapters(model)
     layers = list(sets.updated_layers(model)) if sets is not None and sets.active is not None else []

@@ -281,7 +281,12 @@ class ModeFactors(AdapterSets):
 
         Each costs as much as that of a set of this rank; s stays that of the set's own. As in :meth:`use`, the
         backward pass belongs inside the block too.
+
+        Raises:
+            AuroraError: a set is merged, with all of its components, or has none that can be told apart.
         """
+        if self.merged is not None:
+            raise AuroraError(f"the adapter {self.merged!r} is merged into the weights; unmerge_adapter(model) first")
         sets = [self[name] for name in self.sets]
         for one in sets:
             self._check_separable(one.config, "has no first components")

@@ -18,6 +18,7 @@ from lavis_aurora import (
     unmerge_adapter,
 )
 from lavis_aurora.adapters.merging import merged_where_exact
+from lavis_aurora.common.errors import Diverged
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -80,7 +81,7 @@ def test_what_is_not_finite_is_refused_and_nothing_changes():
     with torch.no_grad():
         model.mode_approx.sets["default"].P[-1, 0] = float("inf")
     before = weights(model)
-    with pytest.raises(AuroraError, match="key.weight: not finite once the adapter 'default' is merged"):
+    with pytest.raises(Diverged, match="key.weight: not finite once the adapter 'default' is merged; .* lower"):
         merge_adapter(model)
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
     assert model.mode_approx.merged is None
@@ -115,6 +116,24 @@ def test_merged_for_a_block_and_as_before_behind_it():
     with merged_where_exact(model):
         pass
     assert model.mode_approx.merged == "default"
+    with pytest.raises(AuroraError, match=r"'default' is merged .* unmerge_adapter"), model.mode_approx.first(2):
+        pass  # all of its components are in the weights
+
+
+def test_merging_that_is_interrupted_leaves_no_half(monkeypatch):
+    model = adapted_toy()
+    before, original = weights(model), type(model.query).merge
+
+    def interrupted(layer, values):
+        if layer is model.key:
+            raise KeyboardInterrupt
+        original(layer, values)
+
+    monkeypatch.setattr(type(model.query), "merge", interrupted)
+    with pytest.raises(KeyboardInterrupt), merged_where_exact(model):
+        pass
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    assert not any(layer.originals for _, layer in model.mode_approx.updated_layers(model))
 
 
 def test_what_merging_would_change_stays_beside_the_weights():
