@@ -217,6 +217,15 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
     return read_adapter(folder)[0]
 
 
+def _why_none(folder: Path) -> str:
+    """What stands in the place of an adapter folder, and what to name instead."""
+    if folder.is_file():
+        return "it is a file; a run's checkpoint is named by run.resume_ckpt_path=FILE"
+    beside = sorted(found.parent.name for found in folder.parent.glob(f"*/{CONFIG}"))
+    there = f"it has no {CONFIG}" if folder.exists() else "there is none of this name"
+    return f"{there}; beside it is {' and '.join(beside)}" if beside else there
+
+
 def _read(folder: Path, name: str) -> bytes:
     """A file of an adapter folder."""
     path = folder / name
@@ -224,7 +233,7 @@ def _read(folder: Path, name: str) -> bytes:
         inner = sorted(found.parent.name for found in folder.glob(f"adapter_*/{CONFIG}"))
         if inner:
             raise AuroraError(f"{folder} is the folder of a run; name one of its adapters: {', '.join(inner)}")
-        raise AuroraError(f"{folder} is no adapter folder: it has no {CONFIG}")
+        raise AuroraError(f"{folder} is no adapter folder: {_why_none(folder)}")
     if path.exists() and not path.is_file():
         raise AuroraError(f"{path} is no file; save the adapter again")
     try:

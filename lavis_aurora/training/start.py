@@ -23,13 +23,14 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
+from lavis_aurora.adapters.switching import find_adapters
 from lavis_aurora.common.errors import AuroraError, printable
 from lavis_aurora.common.summary import read_summary
 from lavis_aurora.data.fetch import use_data_root
 from lavis_aurora.data.report import LOOK_SECONDS
 from lavis_aurora.evaluation.encode import broadcast
 from lavis_aurora.project import load_run_config
-from lavis_aurora.training.checkpoints import BEST, find_resumable_run, newest_run_differs
+from lavis_aurora.training.checkpoints import BEST, LATEST, find_resumable_run, newest_run_differs
 from lavis_aurora.training.data import log, read_data
 from lavis_aurora.training.loggers import check_loggers
 from lavis_aurora.training.nested import choose_rank
@@ -126,10 +127,13 @@ def _choose_run(cfg: Config, lock: RunLock) -> tuple[str, str | None]:
                 f"checkpoint by run.resume_ckpt_path=FILE, or set run.resume=none to evaluate the model as it is "
                 f"before training"
             )
-        if not (folder / BEST).is_file():
-            raise AuroraError(f"run.resume: {folder} has no {BEST}; name a checkpoint by run.resume_ckpt_path=FILE")
-        logging.info("run.resume: evaluating %s", folder / BEST)
-        return name, str(folder / BEST)
+        tested = folder / (BEST if run.valid_splits else LATEST)
+        if not tested.is_file():
+            raise AuroraError(
+                f"run.resume: {folder} has no {tested.name}; name a checkpoint by run.resume_ckpt_path=FILE"
+            )
+        logging.info("run.resume: evaluating %s", tested)
+        return name, str(tested)
     if folder is None:
         logging.info("run.resume: no run of this configuration under %s; a new one starts", run.output_dir)
         return name, None
@@ -181,6 +185,9 @@ def run_config(cfg: Config, finished: Path | None = None) -> Path:
         _set_seeds(run.seed + get_rank())
         task, datasets = read_data(cfg, LOOK_SECONDS, log)
         model = task.build_model(cfg)
+        tuned = not run.evaluate or run.resume_ckpt_path or cfg.model_cfg.get("adapter")
+        if not tuned and find_adapters(model) is not None:
+            logging.warning("no model.adapter, no run.resume_ckpt_path: the model is evaluated as before training")
         runner_cls = registry.get_runner_class(run.runner)
         runner = runner_cls(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
         if get_rank() == 0:

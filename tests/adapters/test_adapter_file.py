@@ -313,6 +313,10 @@ def test_folders_that_are_none(saved, tmp_path):
     model, folder = saved
     with pytest.raises(AuroraError, match=f"{tmp_path} is no adapter folder: it has no {CONFIG}"):
         load_adapter(model, tmp_path)
+    with pytest.raises(AuroraError, match=f"there is none of this name; beside it is {folder.name}"):
+        load_adapter(model, folder.with_name("typo"))
+    with pytest.raises(AuroraError, match=r"it is a file; .*named by run\.resume_ckpt_path=FILE"):
+        load_adapter(model, folder / TENSORS)
     (folder / TENSORS).unlink()
     with pytest.raises(AuroraError, match=f"{TENSORS} cannot be read"):
         load_adapter(model, folder)

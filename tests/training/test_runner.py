@@ -23,6 +23,7 @@ from lavis_aurora.training.tasks.retrieval import RetrievalAuroraTask
 from lavis_aurora_cli import evaluate, train
 
 ROOT = Path(__file__).resolve().parents[2]
+UNTUNED = "the model is evaluated as before training"
 NO_RANDOM_NEGATIVES = {"queue_size": 16, "alpha": 0.4}
 
 
@@ -156,7 +157,7 @@ def first(tmp_path_factory) -> Path:
     return only_run(folder)
 
 
-def test_evaluation_of_a_checkpoint_repeats_the_test(tmp_path, first, capsys):
+def test_evaluation_of_a_checkpoint_repeats_the_test(tmp_path, first, caplog):
     tested = json.loads((first / "result" / "test_epoch_best.json").read_text())
     checkpoint = first / "checkpoint_best.pth"
     evaluate(["--cfg-path", str(project_yaml(tmp_path)), "--options", f"run.resume_ckpt_path={checkpoint}"])
@@ -164,6 +165,20 @@ def test_evaluation_of_a_checkpoint_repeats_the_test(tmp_path, first, capsys):
     again = json.loads((second / "result" / "test_epoch_0.json").read_text())
     assert again["ranks"] == tested["ranks"]
     assert not list(second.glob("*.pth"))
+    assert UNTUNED not in caplog.text
+
+
+def test_without_validation_the_last_epoch_is_evaluated_and_without_a_run_it_is_said(tmp_path, caplog):
+    yaml, untuned = (project_yaml(tmp_path / name, run={"valid_splits": []}) for name in ("tuned", "untuned"))
+    run(yaml)
+    for one, options in ((yaml, ["--options", "run.resume=auto"]), (untuned, [])):
+        assert UNTUNED not in caplog.text
+        evaluate(["--cfg-path", str(one), *options])
+    assert UNTUNED in caplog.text
+    last, again = sorted(
+        (tmp_path / "tuned" / "output").glob("*/result/test_*.json"), key=lambda p: p.stat().st_mtime
+    )
+    assert json.loads(again.read_text())["ranks"] == json.loads(last.read_text())["ranks"]
 
 
 def test_evaluation_with_resume_auto_takes_the_runs_best(tmp_path, capsys):
