@@ -305,7 +305,8 @@ def test_answers_are_compared_at_lower_rates():
     for name, method in read_methods(None).items():
         if method.rates and "questions" in method.tasks:
             pictures, questions = method.rates_of("pictures"), method.rates_of("questions")
-            assert len(questions) >= 4 and max(questions) < max(pictures), name
+            # UniAdapter's best is the last but one of its own.
+            assert len(questions) == (6 if name == "uniadapter" else 4) and max(questions) < max(pictures), name
     assert read_methods(["aurora_all_linear"])["aurora_all_linear"].rates_of("questions") == [1e-3, 2e-3, 4e-3, 8e-3]
 
 
