@@ -264,9 +264,15 @@ def _write(
 
 
 def table(split: str, rows: Sequence[RankRow], chosen: RankRow) -> str:
-    """A line for each rank; the one that is enough has a mark."""
+    """A line for each rank; the one that is enough has a mark. One more where the ranks score alike."""
     lines = [f"{'rank':>6}{split:>9}{'error':>8}{'parameters':>12}"]
     for row in rows:
         mark = "  enough" if row == chosen else ""
         lines.append(f"{row.rank:>6}{row.metric:>9.2f}{row.error:>8.2f}{row.parameters:>12,}{mark}")
+    best = max(rows, key=lambda row: row.metric)
+    if min(row.metric for row in rows) >= best.metric - best.error:
+        lines.append(
+            f"the ranks do not differ by more than the error of the best, {best.error:.2f}: fewer components may be "
+            f"enough, or nothing was learned; compare with model.tuning=frozen before you take the smallest"
+        )
     return "\n".join(lines)

@@ -29,7 +29,7 @@ from lavis_aurora.mode_approx.factors import ModeFactors
 from lavis_aurora.project import load_config
 from lavis_aurora.training import loop
 from lavis_aurora.training.checkpoints import read_checkpoint
-from lavis_aurora.training.nested import NestedSteps, RankRow, enough, nested_steps, standard_error
+from lavis_aurora.training.nested import NestedSteps, RankRow, enough, nested_steps, standard_error, table
 from lavis_aurora.training.runner import AuroraRunner
 from lavis_aurora.training.start import find_rank
 from lavis_aurora.training.tasks.base import check_model, runnable_task
@@ -402,6 +402,10 @@ def test_the_smallest_within_one_standard_error_is_enough():
     assert enough(rows).rank == 8
     assert enough([row._replace(error=1) for row in rows]).rank == 16
     assert enough(rows[::-1]).rank == 8
+    assert len(table("val", rows, enough(rows)).splitlines()) == 5
+    chance = [row._replace(metric=20.0 - row.rank / 32) for row in rows]
+    assert enough(chance).rank == 4
+    assert table("val", chance, enough(chance)).splitlines()[5].startswith("the ranks do not differ by more than")
 
 
 def test_error_of_a_mean():
