@@ -166,6 +166,9 @@ class MatchScores:
         """Probabilities of a match, (pictures, texts): the softmax of ``itm_logits``."""
         return self.itm_logits.softmax(dim=-1)[..., 1]
 
+    def __repr__(self) -> str:
+        return f"MatchScores(itc={self.itc}, itm={self.itm}, itm_logits={self.itm_logits})"
+
 
 class _InMemoryDataset(Dataset):
     """Pictures or videos as :class:`ImageTokens` reads those of a split."""

@@ -58,6 +58,7 @@ def test_at_step_0_scores_are_those_of_lavis_matching_model(gate: str) -> None:
         torch.testing.assert_close(scores.itm_logits[:, j], theirs, **SAME)
         torch.testing.assert_close(scores.itm[:, j], F.softmax(theirs, dim=1)[:, 1], **SAME)
     assert scores.itm.std() > 1e-3 and scores.itc.std() > 1e-3
+    assert f" itm={scores.itm}, " in repr(scores)
 
 
 @torch.no_grad()
