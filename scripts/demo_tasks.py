@@ -13,6 +13,7 @@ from typing import Any
 from processes import ROOT, TrainingProcess, run_all
 
 from lavis_aurora.common.summary import SUMMARY, Summary, read_summary
+from lavis_aurora.training.checkpoints import BEST, LATEST
 
 LABELS = {
     **{"frozen": "frozen backbone", "heads": "heads only", "lora": "LoRA", "aurora": "Aurora"},
@@ -35,7 +36,7 @@ class Run(TrainingProcess):
         rate: value of run.init_lr.
         folder: everything that the run writes.
         seed: value of run.seed.
-        source: a finished run whose best epoch is evaluated again, with the options.
+        source: a finished run whose best epoch, without validation the last, is evaluated again, with the options.
         options: KEY=VALUE of this run alone, besides those of its way of tuning.
         seconds: that it took, once it has ended.
     """
@@ -69,8 +70,9 @@ class Run(TrainingProcess):
         given = [f"model.tuning={self.tuning}", f"run.init_lr={self.rate}", f"run.seed={self.seed}"]
         given += [*OPTIONS.get(self.tuning, OTHERS), *options, *self.options]
         if self.source and self.tuning != "frozen":
-            [best] = self.source.folder.glob("*/checkpoint_best.pth")
-            given.append(f"run.resume_ckpt_path={best}")
+            best, last = (self.source.result_folder / name for name in (BEST, LATEST))
+            # With run.valid_splits=[] no epoch is the best.
+            given.append(f"run.resume_ckpt_path={best if best.is_file() else last}")
         self.start_run(self.project, given, evaluate=self.tuning == "frozen" or self.source is not None, cwd=ROOT)
 
     def poll(self) -> bool:

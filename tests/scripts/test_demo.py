@@ -138,20 +138,22 @@ def test_videos_are_evaluated_on_one_frame_too(tmp_path: Path, monkeypatch) -> N
     commands = []
     monkeypatch.setattr("processes.subprocess.Popen", lambda command, **_: commands.append(command))
     task = demo.TASKS["video"]
-    for tuning in ("frozen", "aurora"):
+    # Without validation, as of "full" here, no epoch is the best.
+    files = {"frozen": "checkpoint_best.pth", "aurora": "checkpoint_best.pth", "full": "checkpoint_latest.pth"}
+    for tuning, file in files.items():
         run = _run(tmp_path, "video", tuning, _video(20.0))
-        (run.folder / "job" / "checkpoint_best.pth").touch()
+        (run.folder / "job" / "checkpoint_latest.pth").touch()
+        (run.folder / "job" / file).touch()
         [further] = task.extra_evaluations(run)
         (further.folder).rename(tmp_path / f"{tuning}_old")
         further.start(["datasets.demo_video.vis_processor.eval.n_frms=8"])
-    frozen, aurora = commands
-    for command, tuning in zip(commands, ("frozen", "aurora")):
+    for command, tuning in zip(commands, files):
         assert command[1].endswith("evaluate.py") and f"model.tuning={tuning}" in command
         # behind the user's: the last one counts
         frames = [option for option in command if "n_frms" in option]
         assert frames[-1] == "datasets.demo_video.vis_processor.eval.n_frms=1"
-    assert f"run.resume_ckpt_path={tmp_path / 'aurora' / 'job' / 'checkpoint_best.pth'}" in aurora
-    assert not [option for option in frozen if "resume_ckpt_path" in option]
+        source = [] if tuning == "frozen" else [f"run.resume_ckpt_path={tmp_path / tuning / 'job' / files[tuning]}"]
+        assert [option for option in command if "resume_ckpt_path" in option] == source
 
 
 def test_clips_are_drawn(tmp_path: Path) -> None:
