@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -242,8 +242,30 @@ def newest_run_differs(output_dir: str | Path, config: Mapping[str, Any]) -> str
     for folder, found in _configurations(output_dir):
         here, there = (dict(_leaves(_numeric_config(one, evaluate=True))) for one in (config, found))
         keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-        return f"; the newest, {folder}, differs in {abbreviated(keys)}"
+        # What differs only resolved refers to another key.
+        here, there = dict(_leaves(config)), dict(_leaves(found))
+        written = [key for key in keys if there.get(key) != here.get(key)]
+        causes = [key for key in written if not _may_follow(key, written)] or keys
+        rest = len(keys) - len(causes)
+        return f"; the newest, {folder}, differs in {abbreviated(causes)}" + f" (others may follow: {rest})" * bool(
+            rest
+        )
     return ""
+
+
+def _may_follow(key: str, others: Sequence[str]) -> bool:
+    """Whether a key may have its value from another of these: a type, or the model's size of pictures."""
+    types, processor = ("arch", "model_type", "type"), key.startswith("preprocess.") or "_processor." in key
+    if key.rpartition(".")[2] in types:
+        return False
+    for other in others:
+        section, _, name = other.rpartition(".")
+        of_model = processor and section in ("model", "model.base")
+        if name in types and (of_model or key.startswith(f"{section}.")):
+            return True
+        if name == "image_size" and of_model and key.endswith(".image_size"):
+            return True
+    return False
 
 
 def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

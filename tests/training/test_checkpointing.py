@@ -12,6 +12,7 @@ from lavis_aurora.training.checkpoints import (
     LATEST,
     PREVIOUS,
     find_resumable_run,
+    newest_run_differs,
     read_checkpoint,
     read_latest,
     same_computation,
@@ -225,6 +226,31 @@ def test_the_newest_run_of_the_same_configuration_is_found(tmp_path):
     assert find_resumable_run(tmp_path, config).name == "run1"
     assert find_resumable_run(tmp_path, {**config, "model": {"arch": "b"}}) is None
     assert find_resumable_run(tmp_path / "nowhere", config) is None
+
+
+def of_type(name, image_size, count, seed, processors_size=None):
+    """A configuration of which pictures and file names follow from others."""
+    processor = {"vis_processor": {"eval": {"image_size": processors_size or image_size}}}
+    return {
+        "model": {"arch": "a", "model_type": name, "pretrained": f"{name}.pth", "image_size": image_size},
+        "datasets": {"d": {"type": "default", "count": count, "file": "${.count}.json", **processor}},
+        "run": {"seed": seed},
+    }
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (of_type("tiny", 48, 5, 1), "datasets.d.count (others may follow: 1)"),
+        (of_type("tiny", 96, 4, 1), "model.image_size (others may follow: 1)"),
+        (of_type("base", 384, 4, 2), "model.model_type, run.seed (others may follow: 3)"),
+        (of_type("tiny", 48, 4, 1, 96), "datasets.d.vis_processor.eval.image_size"),
+    ],
+)
+def test_how_the_newest_run_differs_is_said_by_what_a_user_may_change(tmp_path, other, said):
+    (tmp_path / "run").mkdir()
+    write_checkpoint({**STATE, "config": of_type("tiny", 48, 4, 1)}, tmp_path / "run" / LATEST)
+    assert newest_run_differs(tmp_path, other) == f"; the newest, {tmp_path / 'run'}, differs in {said}"
 
 
 def test_a_run_of_which_only_the_best_is_left_is_found(tmp_path):
