@@ -19,7 +19,7 @@ from lavis_aurora.adapters.config import read_adapter_config
 from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, shown
 from lavis_aurora.common.paths import relocated
 from lavis_aurora.common.summary import SUMMARY
-from lavis_aurora.config.adapter_settings import adapter_settings, type_settings
+from lavis_aurora.config.adapter_settings import adapter_settings, check_towers, type_settings
 from lavis_aurora.config.check import (
     READING_ERRORS,
     check_kinds,
@@ -245,22 +245,10 @@ def _take_adapter_settings(user: DictConfig) -> None:
     try:
         described = read_adapter_config(str(folder)).model
         settings = adapter_settings(registry.get_model_class(user.model.arch), described)
-        _check_towers(user.model, described)
+        check_towers(user.model.arch, user.model.model_type, described, user.model, "model.model_type")
     except AuroraError as error:
         raise AuroraError(f"model.adapter: {error}") from error
     user.model = OmegaConf.merge({key: settings[key] for key in keys if key in settings}, user.model)
-
-
-def _check_towers(model: DictConfig, described: Mapping[str, Any]) -> None:
-    """Refuse a type whose towers differ from those that an adapter is of, unless the YAML describes some itself."""
-    cls, adapted = registry.get_model_class(model.arch), described.get("model_type")
-    own, other = type_settings(cls, model.model_type), type_settings(cls, adapted) if adapted else {}
-    differing = [key for key in ("vit_type", "vit", "med_config_path") if own.get(key) != other.get(key)]
-    if described.get("arch") == model.arch and differing and other and not any(key in model for key in differing):
-        raise AuroraError(
-            f"{model.adapter} is of the type {adapted}, whose towers differ from those of {model.model_type}; add "
-            f"model.model_type={adapted}"
-        )
 
 
 def _check_registered(key: str, name: Any, kind: str) -> None:

@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 from tiny import project_yaml, refused, tiny_model
 from tiny_vqa import vqa_model
 
-from lavis_aurora import AuroraError, save_adapter
+from lavis_aurora import AuroraError, load_model_and_preprocess, save_adapter
 from lavis_aurora.common.paths import package_file
-from lavis_aurora.project import AuroraConfig, _check_towers, load_config
+from lavis_aurora.config.adapter_settings import check_towers
+from lavis_aurora.project import AuroraConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -261,12 +262,16 @@ def test_settings_of_the_adapter_stand_in_for_those_left_out(tmp_path, adapter):
 def test_an_adapter_of_other_towers_names_its_type():
     """Before anything is fetched; a type of the same towers is fine."""
     tiny, project = package_file("configs/models/tiny/adapter"), ROOT / "projects/aurora/flickr_ret.yaml"
-    with pytest.raises(AuroraError, match=r"model.adapter: .* is of the type tiny, .*; add model.model_type=tiny$"):
+    with pytest.raises(AuroraError, match=r"model.adapter: .* is of the type tiny, .*; set model.model_type=tiny$"):
         load_config(str(project), [f"model.adapter={tiny}"])
     said = ["model.model_type=tiny", f"model.adapter={tiny}"]
     assert load_config(str(project), said).model_cfg.adapter == str(tiny)
-    coco = {"arch": "blip_retrieval_aurora", "model_type": "coco"}
-    _check_towers(OmegaConf.create({**coco, "model_type": "base"}), coco)
+    name = "blip_retrieval_aurora"
+    with pytest.raises(
+        AuroraError, match=r"adapter_config.json: it is of the type tiny, .* of base; set model_type=tiny$"
+    ):
+        load_model_and_preprocess(name, "base", adapter=tiny)
+    check_towers(name, "base", {"arch": name, "model_type": "coco"}, {})
 
 
 def test_settings_of_the_yaml_are_kept(tmp_path, adapter):

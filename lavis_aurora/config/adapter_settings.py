@@ -141,6 +141,29 @@ def type_settings(cls: type[Any], model_type: str | None) -> dict[str, Any]:
     return dict(settings)
 
 
+def check_towers(
+    arch: str, model_type: str | None, described: Mapping[str, Any], given: Mapping[str, Any], key: str = "model_type"
+) -> None:
+    """Refuse a type whose towers differ from those that an adapter is of.
+
+    Args:
+        arch, model_type: asked for.
+        described: ``model`` of the adapter's file.
+        given: settings that go over the type's; where they describe a tower, only building it tells.
+        key: that names the type, for the message.
+
+    Raises:
+        AuroraError: says which types.
+    """
+    cls, adapted = registry.get_model_class(arch), described.get("model_type")
+    own, other = type_settings(cls, model_type), type_settings(cls, adapted) if adapted else {}
+    differing = [one for one in ("vit_type", "vit", "med_config_path") if own.get(one) != other.get(one)]
+    if described.get("arch") == arch and differing and other and not any(one in given for one in differing):
+        raise AuroraError(
+            f"it is of the type {adapted}, whose towers differ from those of {model_type}; set {key}={adapted}"
+        )
+
+
 def _known(cls: type[Any]) -> list[str]:
     return [one.name for one in fields(cls.CONFIG_CLASS)]
 

@@ -26,7 +26,7 @@ from lavis_aurora.adapters.config import CONFIG, TENSORS, read_adapter_config
 from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, shown
 from lavis_aurora.common.files import is_finite, load_torch, tensor_format, why_unreadable
 from lavis_aurora.common.paths import use_weights_folder
-from lavis_aurora.config.adapter_settings import adapter_settings, check_preprocess, type_settings
+from lavis_aurora.config.adapter_settings import adapter_settings, check_preprocess, check_towers, type_settings
 from lavis_aurora.models.hugging_face import from_hugging_face, is_hugging_face, residual_scale
 
 POS_EMBED = "visual_encoder.pos_embed"
@@ -299,9 +299,9 @@ def load_model_and_preprocess(
     preprocess = described.get("preprocess") or cfg.preprocess
     if adapter is not None:
         with _named(adapter):
-            cfg.model = OmegaConf.merge(cfg.model, adapter_settings(cls, described))
+            cfg.model = OmegaConf.merge(cfg.model, adapter_settings(cls, described), {"adapter": str(adapter)})
             check_preprocess(described.get("preprocess") or {})
-        cfg.model.adapter = str(adapter)
+            check_towers(name, model_type, described, {**(described.get("settings") or {}), **sources})
     _set_sources(cfg.model, sources)
     try:
         processors = load_preprocess(OmegaConf.create(preprocess))
