@@ -161,7 +161,7 @@ def report_data(
     for split in report.splits:
         _check_files(report, split, files, run.max_broken_share)
     _compare_splits(report, files, tested, cfg.datasets_cfg)
-    if run.evaluate and files.total:
+    if run.evaluate and files.total and seconds is None:  # check alone: it is so in every evaluation
         text = "what is evaluated is not compared with the training data, which run.evaluate=true does not read; "
         report.findings.append(Finding("note", "", f"{text}lavis-aurora check with run.evaluate=false compares them"))
     report.files = {"all": files.total, "looked": files.looked, "compared": files.compared}
