@@ -282,7 +282,7 @@ def loading_instructions(arch: str, settings: BlipAuroraConfig | ModeApproxModel
         sizes = ", ".join(f"{key} {value}" for key, value in vars(blip.vit).items())
         return (
             f"no YAML of plain LAVIS loads it: LAVIS builds its ViT base and its ViT large only, and this one has "
-            f"{sizes}; in Python, give LAVIS's {arch} such towers and call its load_checkpoint"
+            f"{sizes}; in Python, give LAVIS's {arch} such towers (docs/adapters.md, Merging)"
         )
     own = {key: getattr(blip, key) for key in BLIP_KEYS if hasattr(blip, key)}
     # What LAVIS takes where its YAML says nothing is what this package does.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
+from typing import Any
 
 import lavis.models.vit
 import pytest
@@ -12,7 +14,7 @@ from lavis.common.config import Config
 from lavis.common.registry import registry
 from lavis.models.blip_models.blip import BlipBase
 from omegaconf import DictConfig, OmegaConf
-from tiny import activate, med_config
+from tiny import activate, med_config, tiny_model
 
 from lavis_aurora import save_adapter
 from lavis_aurora.common.paths import package_file
@@ -93,6 +95,20 @@ def test_around_a_model_of_lavis_its_own_type_is_named(tmp_path: Path) -> None:
 def test_where_no_yaml_loads_it_that_is_said(arch: str, settings: object, words: str) -> None:
     said = loading_instructions(arch, settings, Path("/out/merged.pth"))
     assert words in said and "model:" not in said
+
+
+def test_the_tiny_model_becomes_lavis_own_as_the_documentation_has_it(tmp_path: Path) -> None:
+    weights = package_file("configs/models/tiny/model.safetensors")
+    tuned = activate(tiny_model(pretrained=weights, gate={"form": "none"})).eval()
+    save_adapter(tuned, tmp_path / "adapter")
+    page = Path(__file__).resolve().parents[2] / "docs" / "adapters.md"
+    [block] = re.findall(r"```python\n([^`]*class TinyBlip.*?)```", page.read_text(), re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(block.replace("output/demo_ret/GATELESS_RUN/adapter_best", str(tmp_path / "adapter")), found)
+    picture, plain = torch.randn(2, 3, 48, 48), found["plain"].eval()
+    with torch.no_grad():
+        ours, theirs = (one.visual_encoder.forward_features(picture) for one in (tuned, plain))
+    torch.testing.assert_close(theirs, ours)
 
 
 @pytest.mark.parametrize(
