@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from comparison_methods import TASKS, Method, read_methods
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from processes import ROOT, add_jobs_argument, add_options_argument, run_all
 from sweep import Cell, check_cells, locked, report
 
@@ -72,12 +72,8 @@ class Trial(Cell):
             self.result = {"status": "diverged" if "error" in record else "done"}
         return record is not None
 
-    def poll(self) -> bool:
-        """Whether it has ended, which it says; its record is kept, unless the next try may end otherwise."""
-        ended = super().poll()
-        if ended and self.result["status"] != "failed":
-            self.comparison.keep(self)
-        return ended
+    def keep(self) -> None:
+        self.comparison.keep(self)
 
     def record(self) -> Record:
         """What is kept of the run, once it has ended; one that diverged has its error."""
@@ -159,34 +155,33 @@ class Comparison:
                 if not budget or self.budgets is None or budget in self.budgets:
                     yield name, method, budget
 
-    def merged(self, settings: Mapping[str, str]) -> DictConfig:
-        """The project YAML of such a run, besides its rate and seed."""
-        options = [*self.options, *(f"{key}={value}" for key, value in settings.items())]
-        return merge_options(str(self.project), options)
+    def source(self, settings: Mapping[str, str]) -> Record:
+        """What such a run starts from: digests by the names of :data:`SOURCE`.
 
-    def digest(self, settings: Mapping[str, str]) -> str:
-        """Of all that such a run is told, besides its rate and seed: not of comments, nor of the other tunings."""
-        config = OmegaConf.to_container(self.merged(settings))
+        ``project`` is of all that it is told, besides its rate and seed: not of comments, nor of the other tunings.
+        ``weights`` is of the file of pretrained weights that it loads; None where it loads none, or from a URL.
+        """
+        options = [*self.options, *(f"{key}={value}" for key, value in settings.items())]
+        written = merge_options(str(self.project), options)
+        config = OmegaConf.to_container(written)
         model, run = config["model"], config["run"]
         own = TUNINGS[model["tuning"]].settings
         for key in {key for tuning in TUNINGS.values() for key in tuning.settings} - set(own):
             model.pop(key, None)
         for key in ("init_lr", "seed", "output_dir", *(() if run.get("lr_scales") else ("lr_scales",))):
             run.pop(key, None)
-        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
-
-    def weights(self, settings: Mapping[str, str]) -> str | None:
-        """Of the file of pretrained weights that such a run loads; None where it loads none, or from a URL."""
-        config = AuroraConfig.build_model_config(self.merged(settings))
-        path = Path(config.model.get("pretrained") or "").expanduser()
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else None
+        path = Path(AuroraConfig.build_model_config(written).model.get("pretrained") or "").expanduser()
+        return {
+            "project": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12],
+            "weights": hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else None,
+        }
 
     def trials_of(
         self, name: str, method: Method, budget: str, rates: Sequence[float | None], seeds: Sequence[int]
     ) -> list[Trial]:
         """The runs of a method at a budget."""
         settings, found = method.options_at(budget, self.task), []
-        source = {"project": self.digest(settings), "weights": self.weights(settings)}
+        source = self.source(settings)
         options = [f"{key}={value}" for key, value in settings.items()]
         for rate, seed in itertools.product(rates, seeds):
             key = {"method": name, "label": method.label, "budget": budget, "rate": rate, "seed": seed}

@@ -110,6 +110,10 @@ class Cell(TrainingProcess):
             self.result = read_json(self.folder / DONE)
         return bool(self.result)
 
+    def keep(self) -> None:
+        """Write down a result that stands, for :meth:`is_done`."""
+        write_text(self.folder / DONE, json.dumps(self.result, indent=1))
+
     @property
     def diverged(self) -> bool:
         """Whether training ended because of its rate, by :class:`Diverged`, and of nothing that comes and goes."""
@@ -123,7 +127,7 @@ class Cell(TrainingProcess):
         self.start_run(cfg_path, given if frozen else [*given, "run.resume=auto"], evaluate=frozen)
 
     def poll(self) -> bool:
-        """Whether it has ended, which it says; its result is then complete."""
+        """Whether it has ended, which it says; its result is then complete, and kept if the next try would end so."""
         if not super().poll():
             return False
         run = None if self.failed else latest_run(self.folder)
@@ -140,8 +144,8 @@ class Cell(TrainingProcess):
                 "metrics": final_metrics(run),
             }
             said = f"done: {self.name}, {timedelta(seconds=round(self.seconds))}"
-        if self.result["status"] != "failed":  # it would end so again
-            write_text(self.folder / DONE, json.dumps(self.result, indent=1))
+        if self.result["status"] != "failed":
+            self.keep()
         print(said, flush=True)
         return True
 

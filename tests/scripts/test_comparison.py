@@ -269,14 +269,14 @@ def test_only_what_a_rate_does_is_a_result_of_it(tmp_path, monkeypatch, capsys):
 def test_a_record_holds_whatever_its_run_does_not_depend_on(results, tmp_path):
     """Comments and settings of other ways of tuning may change; what the run itself is told may not."""
     found = Comparison("pictures", {"lora": LORA}, None, tmp_path)
-    before = found.digest(LORA.options_at("small", "pictures"))
+    before = found.source(LORA.options_at("small", "pictures"))["project"]
     text = found.project.read_text()
     assert "model:\n" in text
     found.project.write_text("# A comment.\n" + text.replace("model:\n", "model:\n  mode_approx: {rank: 7}\n"))
-    assert found.digest(LORA.options_at("small", "pictures")) == before
-    assert found.digest(LORA.options_at("big", "pictures")) != before
+    assert found.source(LORA.options_at("small", "pictures"))["project"] == before
+    assert found.source(LORA.options_at("big", "pictures"))["project"] != before
     found.project.write_text(text.replace("model:\n", "model:\n  alpha: 0.123\n"))
-    assert found.digest(LORA.options_at("small", "pictures")) != before
+    assert found.source(LORA.options_at("small", "pictures"))["project"] != before
 
 
 def test_unknown_methods_and_keys_are_named(tmp_path, monkeypatch):
