@@ -88,7 +88,7 @@ def search(task: DemoTask, folder: Path, jobs: int, seed: int, options: Sequence
     runs = [
         Run(task.path, t, rate, folder / f"{t}_{rate:g}", seed) for t, rates in task.lr_grid.items() for rate in rates
     ]
-    execute(runs, jobs, ["run.test_splits=[]", *options])
+    execute(runs, jobs, [*task.options, "run.valid_splits=[val]", "run.test_splits=[]", *options])
     lines = [f"{'tuning':<20}{'rate':>10}{task.score + ' on val':>22}"]
     lines += [f"{LABELS[run.tuning]:<20}{run.rate:>10g}{validation_score(run):>22.1f}" for run in runs]
     (folder / "search.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

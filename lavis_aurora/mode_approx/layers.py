@@ -103,14 +103,14 @@ class AdaptedLayer(UpdatedLayer):
 class FoldedLinear(torch.autograd.Function):
     """y = x (W0 + dW)^T + b with the update folded into the weight: one product beside the folding.
 
-    The update is a product of two matrices of ``rank`` columns, see :meth:`FactorSet.low_rank`. The backward pass
-    never forms the gradient of the folded weight. With dW = B A^T and g the gradient of y, everything follows from
-    products of width ``rank``:
+    The update is a product of two matrices of ``rank`` columns, see :meth:`FactorSet.low_rank`. With dW = B A^T and g
+    the gradient of y, the backward pass takes the cheaper way to
 
-        dB = g^T (x A),   dA = x^T (g B)
+        dB = g^T (x A) = (g^T x) A,   dA = x^T (g B) = (g^T x)^T B
 
-    where A is shared and B stacked for slots in the rows of the weight, and the other way round for slots in its
-    columns. What B is made of (V diag(w_k) of each slot) has its gradient from dB.
+    which are products of width ``rank``, or where the rank is not far below the widths the gradient of the folded
+    weight, g^T x. A is shared and B stacked for slots in the rows of the weight, and the other way round for slots in
+    its columns. What B is made of (V diag(w_k) of each slot) has its gradient from dB.
 
     The weight is folded in the factors' precision, or in its own if that is higher, and then rounded to that of x, as
     a trained weight is in mixed precision.
@@ -140,9 +140,16 @@ class FoldedLinear(torch.autograd.Function):
         if not any(ctx.needs_input_grad[2:4]):
             return grad_x, None, None, None, *frozen
         x, grad = x.flatten(0, -2), grad.flatten(0, -2)
-        # Written with the long side last: as transposed products these are markedly slower on a CPU.
-        grad_a = ((grad @ b.to(x.dtype)).t() @ x).t()
-        grad_b = ((x @ a.to(x.dtype)).t() @ grad).t()
+        own_a, own_b = a.to(x.dtype), b.to(x.dtype)
+        (d_in, rank), d_out = a.shape, len(b)
+        # So many multiplications are these two ways.
+        if (len(x) + 2 * rank) * d_in * d_out < 2 * len(x) * rank * (d_in + d_out):
+            weight = x.t() @ grad
+            grad_a, grad_b = weight @ own_b, weight.t() @ own_a
+        else:
+            # Written with the long side last: as transposed products these are markedly slower on a CPU.
+            grad_a = ((grad @ own_b).t() @ x).t()
+            grad_b = ((x @ own_a).t() @ grad).t()
         return grad_x, None, grad_a.to(a.dtype), grad_b.to(b.dtype), *frozen
 
 

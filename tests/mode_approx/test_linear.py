@@ -79,11 +79,12 @@ def test_forward_is_the_linear_layer_with_the_updated_weight(slots, columns, sha
 
 
 @layouts
-def test_gradients_are_those_of_the_explicit_weight(slots, columns):
+@pytest.mark.parametrize("tokens", [2, 60])  # of the folded path the products of width rank, and the whole gradient
+def test_gradients_are_those_of_the_explicit_weight(slots, columns, tokens):
     module = layer(slots, columns=columns)
     parameters = list(module.factors.parameters())
-    x = torch.randn(6, module.in_features, dtype=torch.float64, requires_grad=True)
-    target = torch.randn(6, module.out_features, dtype=torch.float64)
+    x = torch.randn(tokens, module.in_features, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(tokens, module.out_features, dtype=torch.float64)
     ours = torch.autograd.grad((module(x) * target).sum(), [x, *parameters])
     explicit = F.linear(x, module.adapted_weight + cp_loops(module), module.bias)
     theirs = torch.autograd.grad((explicit * target).sum(), [x, *parameters])

@@ -245,7 +245,7 @@ def test_command_line_chooses_the_task(monkeypatch, capsys) -> None:
     assert "invalid choice: 'vqaa'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("task", "own"), [("retrieval", ["run.valid_splits=[]"]), ("vqa", [])])
+@pytest.mark.parametrize(("task", "own"), [("retrieval", ["run.max_epoch=3", "run.valid_splits=[]"]), ("vqa", [])])
 def test_the_users_options_come_behind_the_demos_own(tmp_path: Path, monkeypatch, task: str, own: list[str]) -> None:
     given = []
     monkeypatch.setattr(demo, "make_data", lambda task, options, *_: given.append(options))
