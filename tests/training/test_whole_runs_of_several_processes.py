@@ -32,6 +32,7 @@ def children(pid: int) -> list[int]:
     return [int(line) for line in done.stdout.split()]
 
 
+@pytest.mark.slow
 def test_a_picture_that_one_process_cannot_read_ends_them_all(tmp_path):
     yaml = project_yaml(tmp_path, count=6, run={"batch_size_train": 1})
     (tmp_path / "data" / "images" / "train" / "002.jpg").write_bytes(b"")
