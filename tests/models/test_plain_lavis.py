@@ -97,7 +97,11 @@ def test_where_no_yaml_loads_it_that_is_said(arch: str, settings: object, words:
 
 @pytest.mark.parametrize(
     ("arch", "model_type", "width"),
-    [("blip_retrieval", "base", 768), ("blip_retrieval", "large", 1024), ("blip_vqa", "base", 768)],
+    [
+        ("blip_retrieval", "base", 768),
+        pytest.param("blip_retrieval", "large", 1024, marks=pytest.mark.slow),
+        pytest.param("blip_vqa", "base", 768, marks=pytest.mark.slow),
+    ],
 )
 def test_lavis_builds_the_model_from_what_the_command_prints(
     tmp_path: Path,

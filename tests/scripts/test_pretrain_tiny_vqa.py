@@ -104,6 +104,7 @@ def _run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretrain_tiny_vqa.main()
 
 
+@pytest.mark.slow
 def test_it_writes_the_same_weights_again_and_replaces_none_by_worse(tmp_path, monkeypatch, capsys, caplog) -> None:
     first, again = tmp_path / "new" / "first.safetensors", tmp_path / "again.safetensors"
     _run(first, monkeypatch)
