@@ -131,6 +131,7 @@ def test_shipped_weights_hold_what_this_program_writes() -> None:
     assert {value.dtype for value in shipped.values()} == {torch.float16}
 
 
+@pytest.mark.slow
 def test_shipped_weights_answer_questions_of_each_kind() -> None:
     model, vision, _ = load_model_and_preprocess("blip_vqa_aurora", "tiny", is_eval=True)
     _, images = pretrain_tiny_vqa.pictures_of("test", 75, vision["eval"])
