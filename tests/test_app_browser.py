@@ -143,7 +143,6 @@ def test_words_are_searched_for_and_adapters_switched(page, made):
     page.get_by_role("button", name="look closer").nth(11).wait_for()
     settle(page)
     assert names(page) == found(made, "a red star")
-    assert EVIL in names(page) and page.title() == "Aurora" and page.locator("img[src=x]").count() == 0
     assert page.locator("h3").count() == 2
     pictures = page.locator("[data-testid=stImage] img")
     assert pictures.count() == 12 and all(one.evaluate("e => e.naturalWidth") == 480 for one in pictures.all())
