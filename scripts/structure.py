@@ -29,6 +29,7 @@ class Module(NamedTuple):
     room: str
     lines: int
     tree: ast.Module
+    nodes: list[ast.AST]  # all of the tree's
     package: bool  # of an __init__, its folder's name is that of the module
 
 
@@ -91,12 +92,13 @@ def _read(path: Path, root: Path) -> Module:
     alone = inner.parent.as_posix() in (".", PACKAGE)
     room = inner if alone else inner.parent
     name = ".".join(parts[:-1] if package else parts)
-    return Module(name, room.as_posix(), len(text.splitlines()), ast.parse(text), package)
+    tree = ast.parse(text)
+    return Module(name, room.as_posix(), len(text.splitlines()), tree, [*ast.walk(tree)], package)
 
 
 def _functions(module: Module) -> Iterator[tuple[str, int]]:
     """(name, lines) of each function and method."""
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield f"{module.name}:{node.name}", (node.end_lineno or node.lineno) - node.lineno + 1
 
@@ -105,13 +107,13 @@ def _imports(module: Module, modules: Mapping[str, Module], typing: bool) -> set
     """Modules of ``modules`` that one imports, when it runs or for types alone."""
     for_types = {
         id(node)
-        for block in ast.walk(module.tree)
-        if isinstance(block, ast.If) and ast.unparse(block.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        for block in module.nodes
+        if isinstance(block, ast.If) and _name(block.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
         for statement in block.body
         for node in ast.walk(statement)
     }
     found: set[str] = set()
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if (id(node) in for_types) != typing:
             continue
         if isinstance(node, ast.Import):
@@ -120,6 +122,11 @@ def _imports(module: Module, modules: Mapping[str, Module], typing: bool) -> set
             source = _known(_source(node, module), module, modules)
             found |= {_home(source, alias.name, modules) for alias in node.names}
     return {name for name in found if name in modules and name != module.name}
+
+
+def _name(test: ast.expr) -> str:
+    """Of what an ``if`` asks, where that is a name."""
+    return ast.unparse(test) if isinstance(test, (ast.Name, ast.Attribute)) else ""
 
 
 def _source(node: ast.ImportFrom, module: Module) -> str:

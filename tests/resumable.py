@@ -10,12 +10,14 @@ from tiny import project_yaml
 RUN = {"max_epoch": 2, "batch_size_train": 2, "resume": "auto", "save_queue": True, "checkpoint_every": 1}
 # Random crops, random context, dropout of paths, negatives from the queue: whatever draws random numbers.
 MODEL = {"context": {"form": "random"}, "vit_drop_path_rate": 0.1, "queue_size": 16}
+ONE_LAYER = Path(__file__).with_name("one_layer_bert.json")
 CROPS = {"coco_retrieval": {"vis_processor": {"train": {"name": "blip_image_train", "image_size": 48}}}}
 
 
 def image_project(folder: Path, **run) -> Path:
     folder.mkdir(exist_ok=True)
-    return project_yaml(folder, model=MODEL, datasets=CROPS, run={**RUN, **run})
+    shallow = {**MODEL, "vit": {"depth": 1}, "med_config_path": str(ONE_LAYER)}
+    return project_yaml(folder, model=shallow, datasets=CROPS, run={**RUN, **run})
 
 
 def damage_in_data(path: Path) -> None:

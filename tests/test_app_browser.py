@@ -154,6 +154,7 @@ def test_words_are_searched_for_and_adapters_switched(page, made):
     assert page.locator("h3").inner_text().startswith("A (") and names(page) == adapted
 
 
+@pytest.mark.slow
 def test_a_picture_is_looked_at_and_asked_about(page):
     search(page, "a red star")
     page.get_by_role("button", name="look closer").first.click()
@@ -202,6 +203,7 @@ def test_by_keyboard_alone(page, made):
     page.get_by_role("dialog").wait_for(state="detached")
 
 
+@pytest.mark.slow
 def test_names_are_shown_as_they_are_and_broken_files_listed(page):
     settle(page)
     page.get_by_text("Files that cannot be read, left out: 1").click()
@@ -240,6 +242,7 @@ def test_uploads_are_searched_with_and_bounded(page, made, tmp_path):
     page.get_by_text("has more than 50,000,000 pixels").wait_for()
 
 
+@pytest.mark.slow
 def test_a_narrow_window(browser, server):
     page = opened(browser, server, width=360)
     search(page, "a red star")

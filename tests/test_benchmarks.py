@@ -133,13 +133,13 @@ def check_retrieval(folder: Path, kind: str, texts: int, out: str, split: str = 
     ("project", "dataset", "kind", "texts"),
     [
         ("coco_ret", "coco_retrieval", "image", 2 * COUNT),
-        ("flickr_ret", "flickr30k", "image", 2 * COUNT),
-        ("msrvtt_ret", "msrvtt_retrieval", "video", COUNT),
-        ("didemo_ret", "didemo_retrieval", "video", COUNT),
-        ("released/coco_ret", "coco_retrieval", "image", 2 * COUNT),
-        ("released/flickr_ret", "flickr30k", "image", 2 * COUNT),
+        pytest.param("flickr_ret", "flickr30k", "image", 2 * COUNT, marks=pytest.mark.slow),
+        pytest.param("msrvtt_ret", "msrvtt_retrieval", "video", COUNT, marks=pytest.mark.slow),
+        pytest.param("didemo_ret", "didemo_retrieval", "video", COUNT, marks=pytest.mark.slow),
+        pytest.param("released/coco_ret", "coco_retrieval", "image", 2 * COUNT, marks=pytest.mark.slow),
+        pytest.param("released/flickr_ret", "flickr30k", "image", 2 * COUNT, marks=pytest.mark.slow),
         ("released/msrvtt_ret", "msrvtt_retrieval", "video", COUNT),
-        ("released/didemo_ret", "didemo_retrieval", "video", COUNT),
+        pytest.param("released/didemo_ret", "didemo_retrieval", "video", COUNT, marks=pytest.mark.slow),
     ],
 )
 def test_retrieval_trains_and_tests(tmp_path, capsys, project, dataset, kind, texts):
@@ -166,7 +166,9 @@ def coco_adapter(tmp_path_factory, data) -> Path:
     return only_run(folder) / "adapter_best"
 
 
-@pytest.mark.parametrize(("name", "command"), [("msrvtt", train), ("didemo", evaluate)])
+@pytest.mark.parametrize(
+    ("name", "command"), [("msrvtt", train), pytest.param("didemo", evaluate, marks=pytest.mark.slow)]
+)
 def test_zero_shot_tests_an_adapter_of_coco(tmp_path, capsys, coco_adapter, name, command):
     """Smaller frames than COCO's pictures, as in the paper; nothing is trained."""
     size = 32
@@ -183,6 +185,7 @@ def test_zero_shot_tests_an_adapter_of_coco(tmp_path, capsys, coco_adapter, name
     assert figures[0] != figures[1]
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_test_on_videos(tmp_path, capsys, data, monkeypatch):
     """MSR-VTT, two processes with a worker each: the losses are those of one process, and both test all videos."""
     options = [*RETRIEVAL, *RUN, *sizes("msrvtt_retrieval"), "run.valid_splits=[]"]
@@ -203,7 +206,7 @@ def test_two_processes_train_and_test_on_videos(tmp_path, capsys, data, monkeypa
 # Question answering
 
 
-@pytest.mark.parametrize("project", ["vqav2", "released/vqav2"])
+@pytest.mark.parametrize("project", [pytest.param("vqav2", marks=pytest.mark.slow), "released/vqav2"])
 def test_vqav2_trains_and_answers(tmp_path, project):
     options = [*MODEL, *RUN, *sizes("coco_vqa"), "model.vit_drop_path_rate=0"]
     train(arguments(project, tmp_path / "output", *options))
@@ -215,7 +218,11 @@ def test_vqav2_trains_and_answers(tmp_path, project):
 
 @pytest.mark.parametrize(
     ("project", "method"),
-    [("msrvtt_qa", []), ("msrvtt_qa", ["run.inference_method=rank"]), ("released/msrvtt_qa", [])],
+    [
+        ("msrvtt_qa", []),
+        pytest.param("msrvtt_qa", ["run.inference_method=rank"], marks=pytest.mark.slow),
+        pytest.param("released/msrvtt_qa", [], marks=pytest.mark.slow),
+    ],
     ids=["generate", "rank", "released"],
 )
 def test_msrvtt_qa_trains_and_answers(tmp_path, capsys, project, method):

@@ -102,6 +102,7 @@ def test_a_later_tokenizers_is_accepted_and_the_other_versions_are_still_checked
     assert "tqdm" in _python(old + check).stderr
 
 
+@pytest.mark.slow
 def test_lavis_imported_first_is_said() -> None:
     """As in a notebook whose first cell failed."""
     code = "try:\n    import lavis\nexcept ImportError: pass\nimport lavis_aurora"
@@ -109,6 +110,7 @@ def test_lavis_imported_first_is_said() -> None:
     assert last == f"ImportError: {lavis_aurora_compat.BEFORE_US}"
 
 
+@pytest.mark.slow
 def test_a_transformers_that_lavis_does_not_run_with_is_said() -> None:
     """Also where it was imported first: another order would be no way out."""
     later = LATER.replace('"0.23.3" if name == "tokenizers"', '"4.57.6" if name == "transformers"')

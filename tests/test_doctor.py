@@ -11,10 +11,11 @@ from pathlib import Path
 import lavis_aurora_compat
 
 import pytest
+import torch
 
 import lavis_aurora_doctor
 from lavis_aurora_cli import main
-from lavis_aurora_doctor import ERROR, OK, WARNING, Finding, _conflicts, _remedy, _stages, doctor, report
+from lavis_aurora_doctor import ERROR, OK, WARNING, Finding, _conflicts, _remedy, _stages, _step, doctor, report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,14 +26,20 @@ def _doctor(path: Path | None = None, *arguments: str) -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
 
 
+@pytest.mark.slow
 def test_here_all_is_well() -> None:
     done = _doctor(None, "--json")
     found = json.loads(done.stdout)
     assert done.returncode == 0 and found["ok"], done.stdout
     by_name = {one["name"]: one for one in found["findings"]}
     assert {"Python", "LAVIS", "torch", "numpy", "Hugging Face cache", "AURORA_DATA"} <= set(by_name)
-    # The same on every Python, see docs/install.md.
     assert by_name["step of the tiny model"]["value"].startswith("ITC 0.7387")
+
+
+def test_the_step_of_the_tiny_model_has_the_numbers_of_every_python() -> None:
+    """See docs/install.md; in this process."""
+    with torch.random.fork_rng():
+        assert _step().startswith("ITC 0.7387")
 
 
 def test_a_broken_package_is_named_with_the_remedy_and_the_rest_is_still_tried(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def other_vocabulary(folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("wrap", [False, True])
+@pytest.mark.parametrize("wrap", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_the_user_must_name_is_asked_for_and_taken(tmp_path, wrap):
     weights = tmp_path / "weights.pth"
     torch.save({"model": tiny_model(seed=5, tuning="frozen").state_dict()}, weights)

@@ -32,6 +32,14 @@ SMALL = {"mode_approx": {"rank": 4}, "lora": {"rank": 4, "alpha": 8.0}, "uniadap
 TUNINGS = ("aurora", "lora", "uniadapter")
 WEIGHTS = package_file("configs/models/tiny/model.safetensors")
 kinds = pytest.mark.parametrize("tuning", [*TUNINGS, pytest.param("aurora", id="core")])
+two_kinds = pytest.mark.parametrize(
+    "tuning",
+    [
+        *("aurora", "lora"),
+        pytest.param("uniadapter", marks=pytest.mark.slow),
+        pytest.param("aurora", id="core", marks=pytest.mark.slow),
+    ],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +146,7 @@ def test_an_adapter_of_another_kind_is_refused(tuning, tmp_path):
             assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@kinds
+@two_kinds
 def test_the_folder_builds_the_model_and_its_yaml(tuning, tmp_path):
     model = tuned(tuning, pretrained=WEIGHTS, alpha=0.25)
     save_adapter(model, tmp_path)
@@ -153,7 +161,7 @@ def test_the_folder_builds_the_model_and_its_yaml(tuning, tmp_path):
         assert_same(outputs(other), outputs(model), how)
 
 
-@kinds
+@two_kinds
 def test_another_backbone_and_other_sizes_are_refused(tuning, tmp_path):
     save_adapter(tuned(tuning), tmp_path)
     with pytest.raises(AuroraError, match="tuned on other weights"):

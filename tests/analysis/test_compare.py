@@ -197,6 +197,7 @@ def test_what_lavis_counts_is_compared_where_captions_are_shared(tmp_path):
     assert comparison(measured)["values"] == {"image_to_text_r1": 50.0, "text_to_image_r1": 40.0}
 
 
+@pytest.mark.slow
 def test_what_real_runs_write_is_read(tmp_path):
     for folder, make in ((tmp_path / "ret", project_yaml), (tmp_path / "vqa", vqa_project)):
         folder.mkdir()

@@ -155,7 +155,7 @@ def test_counts(settings, count, base):
 
 
 @pytest.mark.parametrize("targets", [*LAYERS, ["attention", "feed_forward"]])
-@pytest.mark.parametrize("make", [tiny_model, vqa_model])
+@pytest.mark.parametrize("make", [tiny_model, pytest.param(vqa_model, marks=pytest.mark.slow)])
 def test_lora_and_aurora_name_the_same_layers_by_the_same_words(make, targets):
     ours, theirs = (
         make(tuning=tuning, **{key: {"rank": 2, "targets": targets}})

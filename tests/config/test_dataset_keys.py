@@ -58,6 +58,7 @@ def test_the_datasets_of_the_paper_are_among_them() -> None:
     assert {*needed.split()} <= {name for name, _ in types()}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_MAIN, reason="main has files that are no YAML, and keys in them that nothing reads")
 def test_every_yaml_of_lavis_passes() -> None:
     datasets = processors = 0

@@ -129,7 +129,7 @@ def test_a_folder_is_no_video(tmp_path):
 def test_a_locale_without_utf_8(tmp_path):
     """What it writes; and what is opened without an encoding afterwards, as LAVIS opens annotations, is UTF-8 too.
 
-    What the terminal cannot show is escaped.
+    What the terminal cannot show is escaped. LAVIS, which takes long to import, is not needed.
     """
     encoding = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     (tmp_path / "train.csv").write_text("image;caption\ncafé.jpg;ein großer Hund\n", encoding="utf-8-sig")
@@ -137,7 +137,9 @@ def test_a_locale_without_utf_8(tmp_path):
     files = [str(tmp_path / "train.csv"), f"val={tmp_path}/é.jsonl"]
     (tmp_path / "a.json").write_text('["ä"]', encoding="utf-8")
     code = (
-        "import json, runpy\nrunpy.run_module('lavis_aurora.data.convert', run_name='__main__')\n"
+        "import importlib.util, json, runpy\nfound = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'lavis' else found(name, *rest)\n"
+        "runpy.run_module('lavis_aurora.data.convert', run_name='__main__')\n"
         f"print(json.load(open({str(tmp_path / 'a.json')!r})))"
     )
     command = [sys.executable, "-c", code, "own", *files, "--output", str(tmp_path / "é")]

@@ -65,7 +65,9 @@ def write_own(project: str, own: Path) -> None:
         (own / f"annotations/{PREFIX[project]}{split}.json").write_text(json.dumps(entries))
 
 
-@pytest.mark.parametrize("project", NAMES)
+@pytest.mark.parametrize(
+    "project", [pytest.param(name, marks=pytest.mark.slow) if name == "own_ret" else name for name in NAMES]
+)
 def test_a_project_trains_and_tests(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture, project: str) -> None:
     write_own(project, data)
     yaml = PROJECTS / f"{project}.yaml"

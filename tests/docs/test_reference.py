@@ -248,9 +248,9 @@ def both_losses(product: BlipRetrievalAurora, plain: PlainModel, queue: list[Ten
 @pytest.mark.parametrize(
     ("gate", "context", "perturbed", "targets"),
     [
-        ("residual", "attention", False, None),
+        pytest.param("residual", "attention", False, None, marks=pytest.mark.slow),
         ("residual", "attention", True, None),
-        ("residual", "attention", True, "all_linear"),
+        pytest.param("residual", "attention", True, "all_linear", marks=pytest.mark.slow),
         ("convex", "mean", True, None),
         ("affine", "random", True, None),
         ("none", "none", True, None),

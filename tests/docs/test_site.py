@@ -60,6 +60,7 @@ def test_every_page_is_there_and_leads_to_the_others(project: Path) -> None:
     assert "A room, see <code>shown</code>." in pages["api/index.html"]
 
 
+@pytest.mark.slow
 def test_faults_of_pages_stop_the_build(project: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Each of them is named."""
     faults = ("nowhere.md", "../lavis_aurora/nowhere.py", "install.md#no-such-heading", "https://example.org/x.png")

@@ -35,6 +35,7 @@ def test_first_positions_equal_those_of_single_texts(changes):
             torch.testing.assert_close(first, alone.last_hidden_state[0, 0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_evaluation_compiles_nothing():
     """Each image has texts of other lengths: with run.compile, each would make a graph of every layer."""
     model = tiny_model().eval()

@@ -25,7 +25,7 @@ def lavis_answers(model: BlipVQA, samples: dict, answers: list[str], k: int) -> 
         return BlipVQA._rank_answers(model, dict(samples), answers, k)
 
 
-@pytest.mark.parametrize("k", [1, 128])
+@pytest.mark.parametrize("k", [1, pytest.param(128, marks=pytest.mark.slow)])
 def test_three_thousand_answers_are_ranked_as_by_lavis(k):
     model = activate(vqa_model()).eval()
     assert len(ANSWERS) == 3000

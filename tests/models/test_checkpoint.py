@@ -250,8 +250,7 @@ def test_other_checkpoints_are_refused_with_the_remedy(plain, tmp_path, around, 
             build(**weights)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("key", ["finetuned", "pretrained"])
+@pytest.mark.parametrize(("key", "form"), [("finetuned", "module."), *(("pretrained", form) for form in FORMS)])
 def test_lavis_own_models_read_the_same_forms(plain, tmp_path, around, form, key):
     torch.save(FORMS[form](plain), tmp_path / "blip.pth")
     model = around(**{key: str(tmp_path / "blip.pth"), "load_finetuned": key == "finetuned"})

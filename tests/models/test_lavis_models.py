@@ -39,9 +39,11 @@ ALIASES = {"blip2_feature_extractor": "blip2", "clip_feature_extractor": "clip"}
 ALIASES |= {"blip_retrieval_aurora": "blip_retrieval", "blip_vqa_aurora": "blip_vqa"}
 every_model = pytest.mark.parametrize("name", BUILDERS)
 # The layers of attention are among all linear ones; alone for models that share their weights, or copy or read them.
-ATTENTION = ("albef_nlvr", "blip_retrieval", "clip", "clip/resnet")
+ATTENTION = ("blip_retrieval", "clip", "clip/resnet")
+SHARED = pytest.param("albef_nlvr", "attention", marks=pytest.mark.slow)  # it cannot have fewer than 18 layers
 every_model_adapted = pytest.mark.parametrize(
-    ("name", "word"), [*((name, "all_linear") for name in BUILDERS), *((name, "attention") for name in ATTENTION)]
+    ("name", "word"),
+    [*((name, "all_linear") for name in BUILDERS), *((name, "attention") for name in ATTENTION), SHARED],
 )
 COPIES = ("albef_classification", "albef_nlvr", "albef_pretrain", "albef_retrieval", "albef_vqa")
 COPIES += ("blip_classification", "blip_pretrain", "blip_retrieval")

@@ -331,7 +331,7 @@ def test_copies_stand_alone():
 # Runs
 
 
-@pytest.mark.parametrize("task", ["retrieval_aurora", "retrieval"])
+@pytest.mark.parametrize("task", ["retrieval_aurora", pytest.param("retrieval", marks=pytest.mark.slow)])
 def test_a_project_trains_evaluates_and_resumes(tmp_path: Path, task: str):
     path = project_yaml(tmp_path, count=4, run={"task": task, "max_epoch": 1, "k_test": 2})
     project = OmegaConf.load(path)

@@ -14,7 +14,7 @@ from lavis.common.registry import registry
 from lavis_models import build, hub_folder
 from omegaconf import OmegaConf
 from PIL import Image
-from tiny import activate, tiny_model
+from tiny import activate, med_config, tiny_model
 from tiny_vqa import vqa_model
 
 from lavis_aurora import AuroraError, ModeApproxConfig, load_model_and_preprocess, merged_state_dict, save_adapter
@@ -61,7 +61,9 @@ def check(model, folder: Path, side: int, atol: float = 1e-4) -> None:
 
 
 def test_a_merged_model_scores_as_here_and_stays_as_it_was(tmp_path):
-    model = activate(tiny_model(**GATELESS)).train()
+    # Of one layer a tower; the slow tests have more.
+    shallow = {"vit": {"depth": 1}, "med_config_path": med_config(tmp_path, num_hidden_layers=1)}
+    model = activate(tiny_model(**GATELESS, **shallow)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert export_onnx(model, tmp_path / "out") == ["image_tower.onnx", "text_tower.onnx", "matching.onnx"]
     assert model.training and model.mode_approx.merged is None

@@ -113,7 +113,11 @@ def test_the_tiny_model_becomes_lavis_own_as_the_documentation_has_it(tmp_path: 
 
 @pytest.mark.parametrize(
     ("arch", "model_type", "width"),
-    [("blip_retrieval", "base", 768), ("blip_retrieval", "large", 1024), ("blip_vqa", "base", 768)],
+    [
+        ("blip_retrieval", "base", 768),
+        pytest.param("blip_retrieval", "large", 1024, marks=pytest.mark.slow),
+        pytest.param("blip_vqa", "base", 768, marks=pytest.mark.slow),
+    ],
 )
 def test_lavis_builds_the_model_from_what_the_command_prints(
     tmp_path: Path,

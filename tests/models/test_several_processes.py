@@ -6,7 +6,7 @@ from tiny_retrieval import half, model_and_batch, step
 from torch.nn.parallel import DistributedDataParallel
 
 
-@pytest.mark.parametrize("tuning", ["aurora", "full"])
+@pytest.mark.parametrize("tuning", ["aurora", pytest.param("full", marks=pytest.mark.slow)])
 def test_losses_and_gradients(tuning):
     model, samples = model_and_batch(tuning, slice(0, 4))
     losses, grads, queue = step(model, samples, model)

@@ -105,6 +105,7 @@ def shallow(folder) -> dict:
     return {"vit": vit, "med_config_path": med_config(folder, num_hidden_layers=1)}
 
 
+@pytest.mark.slow
 def test_a_compiled_tower_follows_the_switches(tmp_path):
     """Compiled once: what is active, disabled or merged is seen all the same."""
     model = model_of(**shallow(tmp_path)).eval()
@@ -151,6 +152,7 @@ def step_beside_another_adapter(rank: int, folder: str) -> dict:
     return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 def test_ddp_with_a_second_adapter(tmp_path):
     save_adapter(model_of(), tmp_path)
     one = model_of()

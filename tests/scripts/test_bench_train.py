@@ -33,6 +33,10 @@ def test_a_measurement():
     assert frozen["trained"] == 2 * 128
     # Both count the weights of one plain BLIP, whatever is added.
     assert aurora["backbone"] == frozen["backbone"]
+
+
+@pytest.mark.slow
+def test_what_a_method_with_more_words_trains():
     less = measure("retrieval", "aurora-64+last6+merge16+cached+alone")
     check(less)
     assert less["trained"] == 9 * 2 * 64 + 2 * 128 * 64 + 2 * 128

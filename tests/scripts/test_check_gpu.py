@@ -85,6 +85,7 @@ def test_a_part_that_breaks_or_lasts_is_a_failure_and_the_others_run(capsys):
     assert "| broken | runs | ValueError: two lines |  | FAILED |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     done = subprocess.run(
@@ -136,6 +137,7 @@ def test_what_fails_and_what_the_device_cannot_do_is_in_the_file(tmp_path: Path,
     assert "bf16: skipped, the device does not compute in it" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_needs_torch_alone_runs_without_lavis(tmp_path: Path):
     path = tmp_path / "found" / "check.json"
     command = [sys.executable, "-c", WITHOUT_LAVIS, "--device", "cpu", "--out", str(path)]
@@ -158,6 +160,7 @@ def test_what_cannot_be_imported_although_lavis_is_there_has_failed(monkeypatch)
     assert row.status == FAILED and "gpu_models" in row.found
 
 
+@pytest.mark.slow
 def test_random_numbers_that_are_not_put_back_are_found(monkeypatch):
     assert {one.status for one in gpu_models.check_resume(ON_CPU)} == {OK}
     monkeypatch.setattr(gpu_models, "set_random_state", lambda state: None)
@@ -187,6 +190,7 @@ def _nothing_before():
     yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_nothing_before")
 def test_memory_that_is_kept_is_found(monkeypatch):
     assert {one.status for one in gpu_models.check_memory(ON_CPU)} == {OK}

@@ -223,6 +223,7 @@ def fake_training(tmp_path: Path) -> Path:
     return project_yaml(tmp_path)
 
 
+@pytest.mark.slow
 def test_two_commands_at_once_share_the_runs(tmp_path):
     one, other = run_apart(2, compare_lora, tmp_path, fake_training(tmp_path))
     assert one == other and [(record["rate"], record["seed"]) for record in one] == [
@@ -310,7 +311,9 @@ def test_answers_are_compared_at_lower_rates():
     assert read_methods(["aurora_all_linear"])["aurora_all_linear"].rates_of("questions") == [1e-3, 2e-3, 4e-3, 8e-3]
 
 
-@pytest.mark.parametrize("task", comparison.TASKS)
+@pytest.mark.parametrize(
+    "task", [pytest.param(one, marks=pytest.mark.slow) if one == "pictures" else one for one in comparison.TASKS]
+)
 def test_the_runs_of_all_methods_can_be_configured(task, tmp_path):
     """Each YAML for each task; at each of its sizes, which are the same for all."""
     found = Comparison(task, read_methods(None), None if task == "pictures" else ["25k"], tmp_path)

@@ -39,6 +39,7 @@ def test_stored_weights_load_as_the_type_tiny_and_are_the_runs(tmp_path: Path) -
         assert torch.equal(fresh[name].half(), value), name
 
 
+@pytest.mark.slow
 def test_a_frozen_vision_encoder_comes_from_where_the_run_had_it(tmp_path: Path) -> None:
     start = tmp_path / "start.pth"
     torch.save(BlipRetrievalAurora.from_config(tiny_config(tuning="full")).state_dict(), start)
@@ -67,6 +68,7 @@ def test_other_runs_are_refused(tmp_path: Path, monkeypatch) -> None:
     assert not (tmp_path / "y.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_an_older_file_is_replaced_after_the_new_one_has_been_loaded(tmp_path: Path, monkeypatch, caplog) -> None:
     path, _ = _checkpoint(tmp_path)
     output, beside = tmp_path / "x.safetensors", tmp_path / "untested_x.safetensors"

@@ -104,6 +104,7 @@ def _run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretrain_tiny_vqa.main()
 
 
+@pytest.mark.slow
 def test_it_writes_the_same_weights_again_and_replaces_none_by_worse(tmp_path, monkeypatch, capsys, caplog) -> None:
     first, again = tmp_path / "new" / "first.safetensors", tmp_path / "again.safetensors"
     _run(first, monkeypatch)
@@ -130,6 +131,7 @@ def test_shipped_weights_hold_what_this_program_writes() -> None:
     assert {value.dtype for value in shipped.values()} == {torch.float16}
 
 
+@pytest.mark.slow
 def test_shipped_weights_answer_questions_of_each_kind() -> None:
     model, vision, _ = load_model_and_preprocess("blip_vqa_aurora", "tiny", is_eval=True)
     _, images = pretrain_tiny_vqa.pictures_of("test", 75, vision["eval"])

@@ -162,6 +162,7 @@ def test_files_that_are_gone_or_changed_are_said(open_index, gallery, caplog):
     assert "1 files found have changed since" in caplog.text
 
 
+@pytest.mark.slow
 def test_side_by_side_as_one_by_one(indexed):
     colors = ("red", "blue", "green", "cyan", "pink")
     texts = [f"a {size} {color} star" for size in ("big", "small") for color in colors]
@@ -353,6 +354,7 @@ def test_of_many_entries_an_approximate_index_whose_recall_is_measured(open_inde
     assert open_index().recall == index.recall
 
 
+@pytest.mark.slow
 def test_an_approximate_index_that_finds_too_little_is_not_used(open_index, gallery, monkeypatch):
     index = open_index()
     grown(index, monkeypatch)

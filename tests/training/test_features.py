@@ -95,6 +95,7 @@ def test_in_single_precision_a_run_is_what_it_is_without(tmp_path: Path, whole: 
     assert sum(whole.passes) == 1 + 24 and len(whole.passes) < len(passes)
 
 
+@pytest.mark.slow
 def test_so_is_a_run_of_questions(tmp_path: Path, passes: list) -> None:
     processors = {"vis_processor": {"train": {"name": "blip_image_eval", "image_size": 48}}}
     datasets, run = {"coco_vqa": processors, "vg_vqa": processors}, {"max_epoch": 2}
@@ -109,6 +110,7 @@ def test_so_is_a_run_of_questions(tmp_path: Path, passes: list) -> None:
     assert sum(counts["cached"]) == 1 + 8 and len(counts["cached"]) < len(counts["plain"])
 
 
+@pytest.mark.slow
 def test_half_precision_changes_little_and_takes_half(tmp_path: Path) -> None:
     results, sizes = {}, {}
     for dtype in ("float32", "float16"):
@@ -241,6 +243,7 @@ def test_killed_while_it_fills_it_goes_on(
     assert_same(whole.final, final(tmp_path / "killed"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_an_undisturbed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Whole
 ) -> None:

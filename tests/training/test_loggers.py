@@ -103,6 +103,7 @@ def test_a_run_writes_what_its_log_has_by_step_and_epoch(whole):
     assert found["test/agg_metrics"].keys() == {4} and found["test/agg_metrics"][4][0] == best
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_each_step_once_and_the_numbers_of_one_that_was_not_stopped(tmp_path, whole, monkeypatch):
     from lavis_aurora.training import runner
 
@@ -323,6 +324,7 @@ def test_unknown_and_missing_loggers_are_refused_before_anything_is_read(tmp_pat
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.slow
 def test_metrics_of_a_questions_run_have_pictures_of_questions(tmp_path, monkeypatch):
     shown = {}
     monkeypatch.setitem(module.LOGGERS, "wandb", Silent)

@@ -274,6 +274,7 @@ RUN = {"max_epoch": 2, "batch_size_train": 2, "resume": "auto", "save_queue": Tr
 MODEL = {"mode_approx": {"rank": 8, "nested": True, "nested_ranks": [2, 4]}, "queue_size": 16}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch):
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
@@ -323,6 +324,7 @@ def test_auto_writes_the_smallest_rank_that_is_enough(tmp_path, capsys, caplog):
     assert "enough" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_a_test_the_best_epoch_is_ranked_all_the_same(tmp_path, monkeypatch):
     """The adapter that is cut is the best epoch's, and so the model that is measured must be."""
     metrics, original = iter([90.0, 10.0, 20.0]), AuroraRunner.eval_epoch

@@ -55,7 +55,7 @@ def test_without_validation_the_last_one_is_tested(tmp_path):
     assert set(config(folder / "adapter_last")["metrics"]) == {"epoch", "test"}
 
 
-@pytest.mark.parametrize("tuning", ["lora", "uniadapter"])
+@pytest.mark.parametrize("tuning", [pytest.param("lora", marks=pytest.mark.slow), "uniadapter"])
 def test_baselines_leave_adapters_that_evaluate_alike(tmp_path, tuning):
     """The folder says how the model was tuned; its YAML need not."""
     weights = {"pretrained": str(Path(__file__).parents[2] / "lavis_aurora/configs/models/tiny/model.safetensors")}
@@ -72,7 +72,7 @@ def test_baselines_leave_adapters_that_evaluate_alike(tmp_path, tuning):
     assert config(again)["metrics"]["val"] == written["metrics"]["val"]
 
 
-@pytest.mark.parametrize("tuning", ["heads", "full"])
+@pytest.mark.parametrize("tuning", ["heads", pytest.param("full", marks=pytest.mark.slow)])
 def test_other_tunings_leave_no_adapter(tmp_path, tuning):
     folder = run(tmp_path, f"model.tuning={tuning}", run={"test_splits": []})
     assert not list(folder.glob("adapter_*"))
@@ -131,7 +131,7 @@ def stop(monkeypatch, epoch: int) -> None:
     monkeypatch.setattr(AuroraRunner, "_validate", stopped)
 
 
-@pytest.mark.parametrize("damage", [False, True])
+@pytest.mark.parametrize("damage", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_resumed_run_goes_on_with_its_summary(tmp_path, monkeypatch, caplog, damage):
     sections = {"run": {"max_epoch": 2, "resume": "auto"}}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -72,6 +72,7 @@ def test_a_run_warms_up_over_epochs(tmp_path):
     assert found == pytest.approx([0.2e-3, 0.6e-3, 0.25e-3]), "the cosine of the third epoch is below the warm-up"
 
 
+@pytest.mark.slow
 def test_resumed_in_the_midst_of_its_warmup_a_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch):
     """With groups at rates of their own beside those without."""
     original = AuroraRunner._after_step

@@ -75,7 +75,12 @@ PROJECTS = {
 }
 
 
-@pytest.mark.parametrize("name", PROJECTS)
+def few_by_default(names, kept):
+    """``names``, of which those that are not ``kept`` are slow."""
+    return [name if name in kept else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", few_by_default(PROJECTS, ("retrieval", "video qa")))
 def test_a_stopped_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, capsys, name):
     """The run of retrieval is stopped twice."""
     make = PROJECTS[name]
@@ -186,6 +191,7 @@ def test_moments_follow_their_parameters_into_other_groups_of_rates(tmp_path):
     assert marks[1] == pytest.approx(marks[0], rel=0.01) and len(set(marks[0].values())) == len(names)
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_its_last_epoch_and_its_last_checkpoint(tmp_path, monkeypatch):
     run = {"max_epoch": 2, "init_lr": 1e-3}
     train(["--cfg-path", str(image_project(tmp_path / "whole", **run))])
@@ -206,7 +212,7 @@ def test_a_run_killed_between_its_last_epoch_and_its_last_checkpoint(tmp_path, m
     assert_same(final(tmp_path / "whole"), final(tmp_path / "killed"))
 
 
-@pytest.mark.parametrize("validated", [False, True])
+@pytest.mark.parametrize("validated", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_epoch_that_is_done_again_has_one_line(tmp_path, monkeypatch, validated):
     """Killed after its line was written, and before its checkpoint."""
     original = RunCheckpoints.save
@@ -286,15 +292,15 @@ def stopped_and_whole(tmp_path_factory) -> tuple[Path, dict]:
     return folder / "stopped", final(folder / "whole")
 
 
-@pytest.mark.parametrize("damages", DAMAGES.values(), ids=DAMAGES)
-def test_a_run_goes_on_whatever_file_is_damaged(stopped_and_whole, tmp_path, damages, caplog):
-    stopped, whole = stopped_and_whole
+@pytest.mark.parametrize("name", few_by_default(DAMAGES, ("latest and previous", "best", "adapters, empty and cut")))
+def test_a_run_goes_on_whatever_file_is_damaged(stopped_and_whole, tmp_path, name, caplog):
+    damages, (stopped, whole) = DAMAGES[name], stopped_and_whole
     folder = tmp_path / "stopped"
     shutil.copytree(stopped, folder)
     yaml, run = folder / "project.yaml", only_run(folder)
     OmegaConf.save(OmegaConf.merge(OmegaConf.load(yaml), {"run": {"output_dir": str(folder / "output")}}), yaml)
-    for name, damage in damages.items():
-        damage(run / name)
+    for file, damage in damages.items():
+        damage(run / file)
     train(["--cfg-path", str(yaml)])
     end = final(folder)
     assert_same(whole["latest"]["model"], end["latest"]["model"])
@@ -310,7 +316,7 @@ def test_a_run_goes_on_whatever_file_is_damaged(stopped_and_whole, tmp_path, dam
         read_adapter(run / f"adapter_{kind}")
 
 
-@pytest.mark.parametrize("best_epoch", [0, 1])
+@pytest.mark.parametrize("best_epoch", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_finished_run_whose_best_file_is_gone_writes_it_anew(tmp_path, caplog, best_epoch):
     yaml = image_project(tmp_path, max_epoch=2)
     train(["--cfg-path", str(yaml)])
@@ -346,6 +352,7 @@ def test_moments_of_other_parameters_are_refused(tmp_path, latest, capsys):
     assert "of an older version" in (error := capsys.readouterr().err) and "run.lr_scales" in error
 
 
+@pytest.mark.slow
 def test_a_best_file_that_is_damaged_before_it_is_tested_is_named(tmp_path, monkeypatch, capsys):
     original = RunCheckpoints.save
 

@@ -229,6 +229,7 @@ def test_a_finished_run_is_not_resumed(tmp_path, first, capsys):
     assert "run.max_epoch: 1 epochs are done; raise it, or test with evaluate.py" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_its_file_the_best_epoch_is_looked_for_anew(tmp_path, caplog):
     yaml = project_yaml(tmp_path)
     run(yaml, "run.max_epoch=2")

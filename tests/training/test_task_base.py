@@ -92,6 +92,7 @@ def test_unrelated_pictures_are_never_the_same_one(tmp_path, monkeypatch):
     assert len(set(queue[0].tolist())) == 16
 
 
+@pytest.mark.slow
 def test_a_saved_queue_stays_right_when_the_run_goes_on(tmp_path, monkeypatch):
     original = AuroraRunner._after_step
 

@@ -73,7 +73,7 @@ def test_too_many_missing_videos_start_no_run(tmp_path, options, capsys):
     assert not (tmp_path / "output").exists()
 
 
-@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize("split", [pytest.param("val", marks=pytest.mark.slow), "test"])
 def test_a_broken_video_stops_the_evaluation(tmp_path, options, capsys, split):
     break_clip(tmp_path / f"data/videos/{split}_3.mp4", "text")
     with pytest.raises(SystemExit):

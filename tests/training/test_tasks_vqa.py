@@ -67,6 +67,7 @@ def test_a_run_trains_scores_and_answers(tmp_path, capsys, string_ids, options):
     assert state and all("mode_approx" in key or ".gate." in key for key in state)
 
 
+@pytest.mark.slow
 def test_training_on_one_question_type_learns_it(tmp_path):
     """The answer follows from the question alone: a decoder trained as a whole gets them all right."""
     run(
@@ -94,6 +95,7 @@ def test_evaluation_alone_and_from_a_checkpoint(tmp_path):
     assert (second / "result" / "test_epoch_0_vqa_result.json").read_text() == answers
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_answer_as_one(tmp_path, monkeypatch):
     """Seven questions, an uneven number: a repeated one is counted once."""
     logs = []
@@ -133,12 +135,13 @@ def test_results_are_lavis_results_without_its_parts(tmp_path):
     assert json.loads(Path(every).read_text()) == result
 
 
-def test_450_000_answers_are_saved_in_seconds(tmp_path):
-    result = [{"question_id": 10 * i, "answer": "yes"} for i in range(450_000)]
+def test_100_000_answers_are_saved_in_seconds(tmp_path):
+    """The test of VQAv2 asks 450,000: each must not be compared with all others."""
+    result = [{"question_id": 10 * i, "answer": "yes"} for i in range(100_000)]
     start = time.process_time()
     path = VqaAuroraTask.save_result(result + result[:1], str(tmp_path), "x", remove_duplicate="question_id")
-    assert time.process_time() - start < 20
-    assert len(json.loads(Path(path).read_text())) == 450_000
+    assert time.process_time() - start < 5
+    assert len(json.loads(Path(path).read_text())) == 100_000
 
 
 def test_report_of_a_split():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,10 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-from distributed import child_environment
+from distributed import child_environment, free_port, start_apart
 from tiny import project_yaml
 
 from lavis_aurora.training.checkpoints import read_checkpoint
+from lavis_aurora_cli import train
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 600  # seconds that a run may take on a busy machine
@@ -32,6 +34,30 @@ def children(pid: int) -> list[int]:
     return [int(line) for line in done.stdout.split()]
 
 
+def take_part(rank: int, port: int, yaml: Path, said: Path) -> None:
+    """One of two processes of a run, as torch.distributed.run starts them; its standard error goes to a file."""
+    multiprocessing.set_start_method("fork", force=True)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.stderr = said.open("w")
+    train(["--cfg-path", str(yaml)])
+
+
+def test_who_cannot_read_a_picture_ends_at_once_and_so_does_the_other(tmp_path):
+    """Without waiting for each other, though nobody ends them; in processes forked from one that has LAVIS."""
+    yaml = project_yaml(tmp_path, count=6, run={"batch_size_train": 1})
+    (tmp_path / "data" / "images" / "train" / "002.jpg").write_bytes(b"")
+    port, said = free_port(), [tmp_path / "0.txt", tmp_path / "1.txt"]
+    processes = [start_apart(take_part, rank, port, yaml, path) for rank, path in enumerate(said)]
+    for process in processes:
+        process.join(PATIENCE)
+    assert [process.exitcode for process in processes] == [1, 1]
+    output = "".join(path.read_text() for path in said)
+    [line] = [line for line in output.splitlines() if line.startswith("error [process ")]
+    assert "cannot read" in line and "002.jpg" in line
+
+
+@pytest.mark.slow
 def test_a_picture_that_one_process_cannot_read_ends_them_all(tmp_path):
     yaml = project_yaml(tmp_path, count=6, run={"batch_size_train": 1})
     (tmp_path / "data" / "images" / "train" / "002.jpg").write_bytes(b"")
