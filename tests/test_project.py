@@ -259,10 +259,16 @@ def test_settings_of_the_adapter_stand_in_for_those_left_out(tmp_path, adapter):
     assert model.queue_size == 16
 
 
+FILE = ".*tiny/adapter/adapter_config.json"
+
+
 def test_an_adapter_of_other_towers_names_its_type():
     """Before anything is fetched; a type of the same towers is fine."""
     tiny, project = package_file("configs/models/tiny/adapter"), ROOT / "projects/aurora/flickr_ret.yaml"
-    with pytest.raises(AuroraError, match=r"model.adapter: .* is of the type tiny, .*; set model.model_type=tiny$"):
+    with pytest.raises(
+        AuroraError,
+        match=rf"model.adapter: {FILE}: it is of the type tiny, .*; set model.model_type=tiny$",
+    ):
         load_config(str(project), [f"model.adapter={tiny}"])
     said = ["model.model_type=tiny", f"model.adapter={tiny}"]
     assert load_config(str(project), said).model_cfg.adapter == str(tiny)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -142,14 +142,14 @@ def type_settings(cls: type[Any], model_type: str | None) -> dict[str, Any]:
 
 
 def check_towers(
-    arch: str, model_type: str | None, described: Mapping[str, Any], given: Mapping[str, Any], key: str = "model_type"
+    arch: str, model_type: str | None, described: Mapping[str, Any], given: Iterable[str], key: str = "model_type"
 ) -> None:
     """Refuse a type whose towers differ from those that an adapter is of.
 
     Args:
         arch, model_type: asked for.
         described: ``model`` of the adapter's file.
-        given: settings that go over the type's; where they describe a tower, only building it tells.
+        given: keys of settings that go over the type's; where they describe a tower, only building it tells.
         key: that names the type, for the message.
 
     Raises:

@@ -141,9 +141,7 @@ class FoldedLinear(torch.autograd.Function):
             return grad_x, None, None, None, *frozen
         x, grad = x.flatten(0, -2), grad.flatten(0, -2)
         own_a, own_b = a.to(x.dtype), b.to(x.dtype)
-        (d_in, rank), d_out = a.shape, len(b)
-        # So many multiplications are these two ways.
-        if (len(x) + 2 * rank) * d_in * d_out < 2 * len(x) * rank * (d_in + d_out):
+        if _through_the_weight(len(x), len(a), len(b), a.shape[1]):
             weight = x.t() @ grad
             grad_a, grad_b = weight @ own_b, weight.t() @ own_a
         else:
@@ -151,6 +149,11 @@ class FoldedLinear(torch.autograd.Function):
             grad_a = ((grad @ own_b).t() @ x).t()
             grad_b = ((x @ own_a).t() @ grad).t()
         return grad_x, None, grad_a.to(a.dtype), grad_b.to(b.dtype), *frozen
+
+
+def _through_the_weight(tokens: int, d_in: int, d_out: int, rank: int) -> bool:
+    """Whether gradients of the factors take fewer multiplications by the gradient of the weight."""
+    return (tokens + 2 * rank) * d_in * d_out < 2 * tokens * rank * (d_in + d_out)
 
 
 def _folded(dtype: torch.dtype, a: Tensor, b: Tensor, *weights: Tensor) -> Tensor:

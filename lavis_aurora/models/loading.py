@@ -299,9 +299,10 @@ def load_model_and_preprocess(
     preprocess = described.get("preprocess") or cfg.preprocess
     if adapter is not None:
         with _named(adapter):
-            cfg.model = OmegaConf.merge(cfg.model, adapter_settings(cls, described), {"adapter": str(adapter)})
+            taken = adapter_settings(cls, described)
             check_preprocess(described.get("preprocess") or {})
-            check_towers(name, model_type, described, {**(described.get("settings") or {}), **sources})
+            check_towers(name, model_type, described, {*taken, *sources})
+        cfg.model = OmegaConf.merge(cfg.model, taken, {"adapter": str(adapter)})
     _set_sources(cfg.model, sources)
     try:
         processors = load_preprocess(OmegaConf.create(preprocess))

@@ -246,10 +246,9 @@ def newest_run_differs(output_dir: str | Path, config: Mapping[str, Any]) -> str
         here, there = dict(_leaves(config)), dict(_leaves(found))
         written = [key for key in keys if there.get(key) != here.get(key)]
         causes = [key for key in written if not _may_follow(key, written)] or keys
+        said = f"; the newest, {folder}, differs in {abbreviated(causes)}"
         rest = len(keys) - len(causes)
-        return f"; the newest, {folder}, differs in {abbreviated(causes)}" + f" (others may follow: {rest})" * bool(
-            rest
-        )
+        return f"{said} ({rest} more differ, which may follow)" if rest else said
     return ""
 
 

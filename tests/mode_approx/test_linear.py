@@ -8,7 +8,7 @@ from torch import nn
 
 from lavis_aurora.config.method import ModeApproxConfig
 from lavis_aurora.mode_approx.factors import ModeFactors
-from lavis_aurora.mode_approx.layers import ModeApproxLinear, grouped_linear
+from lavis_aurora.mode_approx.layers import ModeApproxLinear, _through_the_weight, grouped_linear
 
 D_IN, D_OUT, RANK = 5, 4, 3
 
@@ -85,6 +85,7 @@ def test_gradients_are_those_of_the_explicit_weight(slots, columns, tokens):
     parameters = list(module.factors.parameters())
     x = torch.randn(tokens, module.in_features, dtype=torch.float64, requires_grad=True)
     target = torch.randn(tokens, module.out_features, dtype=torch.float64)
+    assert _through_the_weight(tokens, module.in_features, module.out_features, RANK) == (tokens == 60)
     ours = torch.autograd.grad((module(x) * target).sum(), [x, *parameters])
     explicit = F.linear(x, module.adapted_weight + cp_loops(module), module.bias)
     theirs = torch.autograd.grad((explicit * target).sum(), [x, *parameters])

@@ -255,6 +255,17 @@ def test_the_users_options_come_behind_the_demos_own(tmp_path: Path, monkeypatch
     assert given == [[*own, "run.valid_splits=[val]"]] * 2
 
 
+def test_a_search_validates_again_for_as_many_epochs(tmp_path: Path, monkeypatch) -> None:
+    given = []
+    monkeypatch.setattr(demo, "make_data", lambda *_: None)
+    monkeypatch.setattr(demo, "execute", lambda runs, jobs, options: given.append(options) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        demo.main(["--search", "--output", str(tmp_path), "--options", "run.seed=2"])
+    [options] = given
+    assert options[0] == "run.max_epoch=3" and options[-1] == "run.seed=2"
+    assert [option for option in options if "valid" in option][-1] == "run.valid_splits=[val]"
+
+
 def test_options_that_cannot_be_used_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"^error: .*run.max_epochs: unknown key; did you mean 'max_epoch'"):
         demo.main(["--output", str(tmp_path / "out"), "--options", "run.max_epochs=1"])

@@ -131,10 +131,10 @@ def test_shipped_weights_hold_what_this_program_writes() -> None:
     assert {value.dtype for value in shipped.values()} == {torch.float16}
 
 
-@pytest.mark.slow
-def test_shipped_weights_answer_questions_of_each_kind() -> None:
+@pytest.mark.parametrize("pictures", [12, pytest.param(75, marks=pytest.mark.slow)])
+def test_shipped_weights_answer_questions_of_each_kind(pictures: int) -> None:
     model, vision, _ = load_model_and_preprocess("blip_vqa_aurora", "tiny", is_eval=True)
-    _, images = pretrain_tiny_vqa.pictures_of("test", 75, vision["eval"])
+    _, images = pretrain_tiny_vqa.pictures_of("test", pictures, vision["eval"])
     right = pretrain_tiny_vqa.right_answers(model, images, "test", each=4)
     assert min(right.values()) > 85, right
     assert pretrain_tiny_vqa.words_said(model, images[0]) == 100

@@ -354,7 +354,6 @@ def test_of_many_entries_an_approximate_index_whose_recall_is_measured(open_inde
     assert open_index().recall == index.recall
 
 
-@pytest.mark.slow
 def test_an_approximate_index_that_finds_too_little_is_not_used(open_index, gallery, monkeypatch):
     index = open_index()
     grown(index, monkeypatch)

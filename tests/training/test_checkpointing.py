@@ -241,9 +241,9 @@ def of_type(name, image_size, count, seed, processors_size=None):
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        (of_type("tiny", 48, 5, 1), "datasets.d.count (others may follow: 1)"),
-        (of_type("tiny", 96, 4, 1), "model.image_size (others may follow: 1)"),
-        (of_type("base", 384, 4, 2), "model.model_type, run.seed (others may follow: 3)"),
+        (of_type("tiny", 48, 5, 1), "datasets.d.count (1 more differ, which may follow)"),
+        (of_type("tiny", 96, 4, 1), "model.image_size (1 more differ, which may follow)"),
+        (of_type("base", 384, 4, 2), "model.model_type, run.seed (3 more differ, which may follow)"),
         (of_type("tiny", 48, 4, 1, 96), "datasets.d.vis_processor.eval.image_size"),
     ],
 )

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from resumable import CROPS, MODEL, RUN, damage_in_data, image_project
+from resumable import CROPS, MODEL, ONE_LAYER, RUN, damage_in_data, image_project
 from runs import assert_same, final, only_run
-from tiny import project_yaml
+from tiny import project_yaml, tiny_config
 from tiny_video import video_project, write_video_questions, write_videos
 from tiny_vqa import vqa_project
 
@@ -75,12 +75,17 @@ PROJECTS = {
 }
 
 
+def test_the_shallow_text_tower_is_else_the_tiny_one():
+    tiny = json.loads(Path(tiny_config().med_config_path).read_text())
+    assert json.loads(ONE_LAYER.read_text()) == {**tiny, "num_hidden_layers": 1}
+
+
 def few_by_default(names, kept):
     """``names``, of which those that are not ``kept`` are slow."""
     return [name if name in kept else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", few_by_default(PROJECTS, ("retrieval", "video qa")))
+@pytest.mark.parametrize("name", few_by_default(PROJECTS, ("retrieval", "video qa", "released")))
 def test_a_stopped_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, capsys, name):
     """The run of retrieval is stopped twice."""
     make = PROJECTS[name]
@@ -292,7 +297,7 @@ def stopped_and_whole(tmp_path_factory) -> tuple[Path, dict]:
     return folder / "stopped", final(folder / "whole")
 
 
-@pytest.mark.parametrize("name", few_by_default(DAMAGES, ("latest and previous", "best", "adapters, empty and cut")))
+@pytest.mark.parametrize("name", few_by_default(DAMAGES, ("latest and previous", "best", "texts")))
 def test_a_run_goes_on_whatever_file_is_damaged(stopped_and_whole, tmp_path, name, caplog):
     damages, (stopped, whole) = DAMAGES[name], stopped_and_whole
     folder = tmp_path / "stopped"
@@ -352,7 +357,6 @@ def test_moments_of_other_parameters_are_refused(tmp_path, latest, capsys):
     assert "of an older version" in (error := capsys.readouterr().err) and "run.lr_scales" in error
 
 
-@pytest.mark.slow
 def test_a_best_file_that_is_damaged_before_it_is_tested_is_named(tmp_path, monkeypatch, capsys):
     original = RunCheckpoints.save
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from distributed import child_environment, free_port, start_apart
 from tiny import project_yaml
 
@@ -34,12 +35,13 @@ def children(pid: int) -> list[int]:
     return [int(line) for line in done.stdout.split()]
 
 
-def take_part(rank: int, port: int, yaml: Path, said: Path) -> None:
-    """One of two processes of a run, as torch.distributed.run starts them; its standard error goes to a file."""
+def take_part(rank: int, environment: dict[str, str], yaml: Path, said: Path) -> None:
+    """One of two processes of a run, as torch.distributed.run starts them; what it prints goes to a file."""
     multiprocessing.set_start_method("fork", force=True)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    sys.stderr = said.open("w")
+    torch.set_num_threads(1)
+    os.environ.clear()  # it is that of the process that was forked
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    sys.stdout = sys.stderr = said.open("w")
     train(["--cfg-path", str(yaml)])
 
 
@@ -47,10 +49,15 @@ def test_who_cannot_read_a_picture_ends_at_once_and_so_does_the_other(tmp_path):
     """Without waiting for each other, though nobody ends them; in processes forked from one that has LAVIS."""
     yaml = project_yaml(tmp_path, count=6, run={"batch_size_train": 1})
     (tmp_path / "data" / "images" / "train" / "002.jpg").write_bytes(b"")
-    port, said = free_port(), [tmp_path / "0.txt", tmp_path / "1.txt"]
-    processes = [start_apart(take_part, rank, port, yaml, path) for rank, path in enumerate(said)]
-    for process in processes:
-        process.join(PATIENCE)
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    said = [tmp_path / "0.txt", tmp_path / "1.txt"]
+    processes = [start_apart(take_part, rank, environment, yaml, path) for rank, path in enumerate(said)]
+    try:
+        for process in processes:
+            process.join(PATIENCE / 2)
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.exitcode for process in processes] == [1, 1]
     output = "".join(path.read_text() for path in said)
     [line] = [line for line in output.splitlines() if line.startswith("error [process ")]
