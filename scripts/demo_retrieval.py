@@ -159,7 +159,7 @@ GRID = {
     **{"heads": (3e-3, 1e-2, 3e-2), "lora": (1e-3, 3e-3, 5e-3)},
     **{"aurora": (3e-3, 1e-2, 3e-2), "full": (3e-4, 1e-3, 3e-3)},
 }
-# A fourth epoch gives one to five points more. The last, whose rate is the lowest, was the best in all runs
+# For time: a fourth epoch gives one to five points more. The last, whose rate is the lowest, was the best in all runs
 # of four; to find that takes a tenth of the time.
 FEWER = ("run.max_epoch=3", "run.valid_splits=[]")
 RETRIEVAL = RetrievalDemo("demo_ret.yaml", RATES, GRID, "mean recall", options=FEWER)
