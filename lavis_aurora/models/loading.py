@@ -288,15 +288,14 @@ def load_model_and_preprocess(
     if described.get("arch", name) != name:
         raise AuroraError(f"{adapter} is an adapter of {shown(described['arch'])}, not of {name}")
     cls, model_type = _class_and_type(name, model_type or described.get("model_type"))
-    given = {"pretrained": pretrained, "tokenizer": tokenizer, "med_config_path": med_config_path}
-    sources = {key: os.path.expanduser(str(value)) for key, value in given.items() if value is not None}
+    given = zip(SOURCES, (pretrained, tokenizer, med_config_path))
+    sources = {key: os.path.expanduser(str(value)) for key, value in given if value is not None}
     if adapter is None and not sources:
         return lavis.models.load_model_and_preprocess(name, model_type, is_eval=is_eval, device=device)  # type: ignore
     if not hasattr(cls, "CONFIG_CLASS"):
         raise AuroraError(f"{name} takes neither adapter nor {', '.join(SOURCES)}; it is not of this package")
     type_defaults = getattr(cls, "type_defaults", None)
     cfg = OmegaConf.load(cls.default_config_path(model_type)) if type_defaults is None else type_defaults(model_type)
-    preprocess = described.get("preprocess") or cfg.preprocess
     if adapter is not None:
         with _named(adapter):
             taken = adapter_settings(cls, described)
@@ -305,7 +304,7 @@ def load_model_and_preprocess(
         cfg.model = OmegaConf.merge(cfg.model, taken, {"adapter": str(adapter)})
     _set_sources(cfg.model, sources)
     try:
-        processors = load_preprocess(OmegaConf.create(preprocess))
+        processors = load_preprocess(OmegaConf.create(described.get("preprocess") or cfg.preprocess))
     except (TypeError, ValueError, AttributeError) as error:
         raise AuroraError(f"{adapter or name}: the processors cannot be made ({error})") from error
     model = cls.from_config(cfg.model).to(device)
