@@ -15,7 +15,7 @@ from lavis.common.config import Config
 from lavis.common.registry import registry
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from lavis_aurora.adapters.config import CONFIG, read_adapter_config
+from lavis_aurora.adapters.config import of_adapter, read_adapter_config
 from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, shown
 from lavis_aurora.common.paths import relocated
 from lavis_aurora.common.summary import SUMMARY
@@ -244,13 +244,11 @@ def _take_adapter_settings(user: DictConfig) -> None:
         return
     try:
         described = read_adapter_config(str(folder)).model
+        with of_adapter(folder):
+            settings = adapter_settings(registry.get_model_class(user.model.arch), described)
+            check_towers(user.model.arch, user.model.model_type, described, user.model, "model.model_type")
     except AuroraError as error:
         raise AuroraError(f"model.adapter: {error}") from error
-    try:
-        settings = adapter_settings(registry.get_model_class(user.model.arch), described)
-        check_towers(user.model.arch, user.model.model_type, described, user.model, "model.model_type")
-    except AuroraError as error:
-        raise AuroraError(f"model.adapter: {Path(folder) / CONFIG}: {error}") from error
     user.model = OmegaConf.merge({key: settings[key] for key in keys if key in settings}, user.model)
 
 

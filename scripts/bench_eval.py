@@ -249,7 +249,8 @@ def table(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """Of the command line; check_gpu.py measures by it too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument(
@@ -264,7 +265,11 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where our time goes")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     if args.worker:
         worker(args)
         return

@@ -128,7 +128,8 @@ def tables(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """Of the command line; check_gpu.py measures by it too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument(
@@ -160,6 +161,11 @@ def main() -> None:
     parser.add_argument("--out", help="write the results as json")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     parser.add_argument("--method", help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     args = parser.parse_args()
     if args.method:
         # Its only line of output is the result.

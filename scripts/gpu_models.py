@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import io
@@ -219,12 +218,11 @@ def check_time(setting: Setting) -> Iterator[Row]:
         if setting.tiny
         else ["aurora-64", "lora-32", "uniadapter-512", "full", "frozen-flow"]
     )
-    args = argparse.Namespace(
-        **{"tasks": ["retrieval"], "methods": methods, "rounds": 1, "batch": 2 if setting.tiny else 16},
-        **{"steps": 1 if setting.tiny else 5, "warmup": 1 if setting.tiny else 3, "device": setting.device.type},
-        **{"amp": setting.device.type == "cuda", "compile": False, "checkpointed": 0, "mini_batch": 0},
-        **{"threads": os.cpu_count(), "clock": "wall", "size": setting.size, "profile": False, "out": None},
-    )
+    batch, steps, warmup = (2, 1, 1) if setting.tiny else (16, 5, 3)
+    words = f"--tasks retrieval --rounds 1 --batch {batch} --steps {steps} --warmup {warmup} --size {setting.size}"
+    words += f" --device {setting.device.type} --methods {' '.join(methods)}"
+    words += " --amp" if setting.device.type == "cuda" else ""
+    args = bench_train.make_parser().parse_args(words.split())
     with redirect_stdout(sys.stderr):  # its progress
         medians = bench_train.run_all(args)["retrieval"]
     unit = medians["aurora-64"]
@@ -236,10 +234,8 @@ def check_time(setting: Setting) -> Iterator[Row]:
 
 def check_reranking(setting: Setting) -> Iterator[Row]:
     """LAVIS's way and ours, by scripts/bench_eval.py; always BLIP base."""
-    args = argparse.Namespace(
-        **{"kinds": ["images"], "k": 2 if setting.tiny else 128, "rows": 1, "runs": 1, "profile": False, "merge": 0},
-        **{"threads": os.cpu_count(), "device": setting.device.type},
-    )
+    words = f"--kinds images --k {2 if setting.tiny else 128} --rows 1 --runs 1 --device {setting.device.type}"
+    args = bench_eval.make_parser().parse_args([*words.split(), "--threads", str(os.cpu_count())])
     found = bench_eval.summarize(bench_eval.measure(args))["images"]
     for side in bench_eval.IMPLEMENTATIONS[:2]:  # without merged tokens
         yield Row(f"pairs per second, {side}", MEASURED, f"{found[side]['pairs_per_second']:.1f}")

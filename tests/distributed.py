@@ -63,12 +63,17 @@ def _as_program(rank: int, world: int, function: Callable, argv: list[str]) -> s
     return out.getvalue()
 
 
-def _start(rank: int, environment: dict[str, str], function: Callable, args: tuple, results: Any) -> None:
+def become_program(environment: dict[str, str]) -> None:
+    """Make a process that was forked from one with the package like a program that starts with this environment."""
     torch.set_num_threads(1)
     # As in a program on Linux: a data process started as this one was would import the package anew.
     multiprocessing.set_start_method("fork", force=True)
     os.environ.clear()  # it is that of the process that was forked
     os.environ.update(environment)
+
+
+def _start(rank: int, environment: dict[str, str], function: Callable, args: tuple, results: Any) -> None:
+    become_program(environment)
     results[rank] = function(rank, *args)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -210,6 +211,15 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     if problems:
         raise AuroraError(f"{path} does not fit {CONFIG} beside it: {abbreviated(problems, separator='; ')}")
     return config, tensors
+
+
+@contextmanager
+def of_adapter(folder: str | Path) -> Iterator[None]:
+    """Errors inside the block say which adapter's file they are of."""
+    try:
+        yield
+    except AuroraError as error:
+        raise AuroraError(f"{Path(folder) / CONFIG}: {error}") from error
 
 
 def read_adapter_config(folder: str | Path) -> AdapterConfig:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lavis_aurora.adapters.config import CONFIG, TENSORS, read_adapter_config
+from lavis_aurora.adapters.config import CONFIG, TENSORS, of_adapter, read_adapter_config
 from lavis_aurora.common.errors import AuroraError, abbreviated, did_you_mean, shown
 from lavis_aurora.common.files import is_finite, load_torch, tensor_format, why_unreadable
 from lavis_aurora.common.paths import use_weights_folder
@@ -297,7 +296,7 @@ def load_model_and_preprocess(
     type_defaults = getattr(cls, "type_defaults", None)
     cfg = OmegaConf.load(cls.default_config_path(model_type)) if type_defaults is None else type_defaults(model_type)
     if adapter is not None:
-        with _named(adapter):
+        with of_adapter(adapter):
             taken = adapter_settings(cls, described)
             check_preprocess(described.get("preprocess") or {})
             check_towers(name, model_type, described, {*taken, *sources})
@@ -322,15 +321,6 @@ def _class_and_type(name: str, model_type: str | None) -> tuple[Any, str | None]
         known = cls.PRETRAINED_MODEL_CONFIG_DICT
         raise AuroraError(f"{name}: no model type {model_type!r}{did_you_mean(str(model_type), known)}")
     return cls, model_type
-
-
-@contextmanager
-def _named(adapter: str | Path) -> Iterator[None]:
-    """Errors say which adapter's file they are of."""
-    try:
-        yield
-    except AuroraError as error:
-        raise AuroraError(f"{Path(adapter) / CONFIG}: {error}") from error
 
 
 def _set_sources(model: DictConfig, sources: Mapping[str, str]) -> None:

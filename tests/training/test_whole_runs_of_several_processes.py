@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,8 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from distributed import child_environment, free_port, start_apart
+from distributed import become_program, child_environment, free_port, start_apart
 from tiny import project_yaml
 
 from lavis_aurora.training.checkpoints import read_checkpoint
@@ -37,10 +35,7 @@ def children(pid: int) -> list[int]:
 
 def take_part(rank: int, environment: dict[str, str], yaml: Path, said: Path) -> None:
     """One of two processes of a run, as torch.distributed.run starts them; what it prints goes to a file."""
-    multiprocessing.set_start_method("fork", force=True)
-    torch.set_num_threads(1)
-    os.environ.clear()  # it is that of the process that was forked
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    become_program({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
     sys.stdout = sys.stderr = said.open("w")
     train(["--cfg-path", str(yaml)])
 
