@@ -115,8 +115,8 @@ class _Activation(NamedTuple):
 def recomputed_activations(model: nn.Module) -> Iterator[None]:
     """Inside the block no result of GELU or LayerNorm is kept for the backward pass, which computes it again.
 
-    Both keep their input for their own gradient, and cost little beside the products around them; gradients are the
-    same bits. What is computed in parts, in checkpoints or compiled keeps what these keep.
+    Both keep their input for their own gradient, and cost little beside the products around them, so narrow ones are
+    kept; gradients are the same bits. What is computed in parts, in checkpoints or compiled keeps what these keep.
 
     Args:
         model: whose normalisations these are.
@@ -135,6 +135,7 @@ def recomputed_activations(model: nn.Module) -> Iterator[None]:
 
 
 _ACTIVATIONS = ("GeluBackward0", "NativeLayerNormBackward0")
+_WIDE = 768  # features; in the tiny model, of 128, computing them again was a twelfth of a step of full tuning
 
 
 def _activation(tensor: Tensor, epsilons: Mapping[int, Collection[float]]) -> _Activation | None:
@@ -142,7 +143,7 @@ def _activation(tensor: Tensor, epsilons: Mapping[int, Collection[float]]) -> _A
 
     ``epsilons`` are those of normalisations by the address of their weight; it takes one to be sure.
     """
-    node = _made_by(tensor)
+    node = _made_by(tensor) if tensor.dim() and tensor.shape[-1] >= _WIDE else None
     # Inputs that are computed again themselves would be computed now, and kept.
     if _name(node) not in _ACTIVATIONS or _name(node.next_functions[0][0]) in _ACTIVATIONS:
         return None

@@ -21,6 +21,11 @@ from lavis_aurora.models.parts import recomputed_activations
 ALL = slice(0, 4)
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_WIDE", 1)
+
+
 @contextmanager
 def everything_kept(_: nn.Module) -> Iterator[None]:
     """torch's own way."""
@@ -139,6 +144,20 @@ def test_of_any_layers(layers: type[Layers], norm: dict) -> None:
         y.square().sum().backward()
         grads.append([x.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
     assert all(torch.equal(*pair) for pair in zip(*grads)) and kept[1] <= kept[0]
+
+
+def test_narrow_results_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 3 rows those of the normalisation have 8 features and 96 bytes, those of GELU 32 and 384."""
+
+    def kept(context, wide: int) -> int:
+        monkeypatch.setattr(parts, "_WIDE", wide)
+        model, x = Layers(), torch.ones(3, 8, requires_grad=True)
+        with saved_for_backward() as tensors, context(model):
+            model(x * 2)
+        return kept_bytes(tensors, model)
+
+    every = kept(everything_kept, 1)
+    assert [every - kept(recomputed_activations, wide) for wide in (8, 9, 32, 33)] == [480, 384, 384, 0]
 
 
 def test_what_is_changed_in_place_is_still_refused() -> None:
