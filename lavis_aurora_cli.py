@@ -188,7 +188,7 @@ def configs(names: Sequence[str] = (), folder: str = ".") -> str:
     """List the project YAMLs, or copy those named to a folder; what was done, as text.
 
     Raises:
-        AuroraError: no such project, or a file is there already; none is copied then.
+        AuroraError: no such project, or a file is there already; none is copied then. Or one cannot be written.
     """
     paths = [*sorted(PROJECTS.glob("*.yaml")), *sorted(PROJECTS.glob("*/*.yaml"))]
     known = {path.relative_to(PROJECTS).with_suffix("").as_posix(): path for path in paths}
@@ -197,6 +197,7 @@ def configs(names: Sequence[str] = (), folder: str = ".") -> str:
         lines = ((name, textwrap.wrap(_summary(path), 100)) for name, path in known.items())
         return "\n".join(f"{name:<{width}}  " + f"\n{'':<{width}}  ".join(words) for name, words in lines)
     from lavis_aurora.common.errors import AuroraError, did_you_mean
+    from lavis_aurora.common.files import writing
 
     targets = {}
     for name in names:
@@ -208,8 +209,9 @@ def configs(names: Sequence[str] = (), folder: str = ".") -> str:
         if target.exists():
             raise AuroraError(f"{target} is there already; remove it, or name another folder by --to")
     for stem, target in targets.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(known[stem], target)
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(known[stem], target)
     return "\n".join(map(str, targets.values()))
 
 

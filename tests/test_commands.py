@@ -227,6 +227,8 @@ def test_configs_are_copied_and_nothing_is_overwritten(tmp_path, failing, capsys
     main(["configs", "released/demo_ret", "--to", str(tmp_path / "new")])
     assert (tmp_path / "new/released/demo_ret.yaml").read_text() == (PROJECTS / "released/demo_ret.yaml").read_text()
     assert "no project 'demo_rat'; did you mean 'demo_ret'" in failing("configs", "demo_rat")
+    place = tmp_path / "new" / "demo_ret.yaml"  # no folder
+    assert f"cannot write {place / 'coco_ret.yaml'} (" in failing("configs", "coco_ret", "--to", place)
 
 
 @pytest.mark.parametrize(
