@@ -148,11 +148,11 @@ def truncate(adapter: str, rank: int, output: str | None = None) -> str:
     Raises:
         AuroraError: the folder is there already, or the adapter has no such rank.
     """
-    source = Path(adapter).expanduser()
-    folder = source.with_name(f"{source.resolve().name}_rank{rank}") if output is None else Path(output).expanduser()
     config, tensors = truncated_adapter(*read_adapter(adapter), rank, adapter)
+    source = Path(os.path.abspath(Path(adapter).expanduser()))  # "." has no name
     if output is None and not source.exists():
         raise AuroraError(f"--out: name the folder to write; {adapter} is of the hub")
+    folder = source.with_name(f"{source.name}_rank{rank}") if output is None else Path(output).expanduser()
     if folder.exists():
         raise AuroraError(f"{folder} is there already; name another folder by --out")
     write_adapter(folder, config, tensors)

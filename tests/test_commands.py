@@ -278,7 +278,7 @@ def test_convert_has_options_of_its_own(tmp_path, capsys, failing):
 # truncate
 
 
-def test_truncate_an_adapter(tmp_path, capsys, failing):
+def test_truncate_an_adapter(tmp_path, capsys, failing, monkeypatch):
     """What it writes is a whole adapter folder, which is loaded like any other, with the settings that it says."""
     name, method = "blip_retrieval_aurora", {"rank": 8, "nested": True, "nested_ranks": [2, 4]}
     config = OmegaConf.load(BlipRetrievalAurora.default_config_path("tiny")).model
@@ -297,3 +297,6 @@ def test_truncate_an_adapter(tmp_path, capsys, failing):
     assert failing("truncate", tmp_path / "whole", "--rank", 4).endswith("name another folder by --out")
     assert "must be 1 to 8" in failing("truncate", tmp_path / "whole", "--rank", 9, "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+    monkeypatch.chdir(tmp_path / "whole")
+    main(["truncate", ".", "--rank", "2"])
+    assert read_adapter_config(tmp_path / "whole_rank2").settings.rank == 2
