@@ -231,7 +231,10 @@ def _slot_label(slot: str, layer: str) -> str:
 
 
 # What the system says of a name or a disk, whoever reads or writes there.
-SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG)
+SYSTEM_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM),
+)
 # Letters of an error: paths may be long, and some errors quote what they could not read.
 LONGEST_LINE = 4000
 

@@ -102,6 +102,15 @@ def test_inspect_what_is_none(tmp_path, adapter, failing):
     assert "is not a readable checkpoint" in failing("inspect", tmp_path / "text.pth")
 
 
+def test_what_may_not_be_read_is_one_line(failing, monkeypatch):
+    def denied(_folder: str) -> None:
+        raise PermissionError(13, "Permission denied", "theirs/adapter_config.json")
+
+    monkeypatch.setattr("lavis_aurora.cli.read_adapter", denied)
+    line = failing("diff", "theirs", "ours")
+    assert line.startswith("error: ") and "Permission denied: 'theirs/adapter_config.json'" in line
+
+
 def test_inspect_shows_names_and_does_not_act_by_them(adapter, tmp_path, capsys):
     said = json.loads((adapter / "adapter_config.json").read_text())
     rewrite_adapter(adapter, model={**said["model"], "arch": "\x1b[2Jarch"}, metrics={"\x07": 1.0})
