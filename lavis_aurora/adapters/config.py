@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lavis_aurora.adapters.hub import local_folder
 from lavis_aurora.adapters.sets import KINDS
+from lavis_aurora.common import __version__
 from lavis_aurora.common.errors import AuroraError, abbreviated, shown
 from lavis_aurora.common.parsing import parse
 
@@ -86,8 +87,6 @@ class AdapterConfig:
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        if self.format not in READABLE:
-            raise AuroraError(f"format: {self.format} is not {FORMAT}, which this version reads; update lavis_aurora")
         if not self.slots:
             raise AuroraError("slots: empty; an adapter updates at least one weight")
         for slot, shape in self.slots.items():
@@ -134,6 +133,11 @@ class AdapterConfig:
             raise AuroraError(f"not a JSON file of an adapter ({error})") from error
         if not isinstance(data, dict):
             raise AuroraError(f"the file: must be a section of keys, not {data!r}")
+        # Before anything else that a newer version may have changed.
+        if data.get("format", FORMAT) not in READABLE:
+            raise AuroraError(
+                f"format: {shown(data['format'])} is not {FORMAT}, which this version reads; update lavis_aurora"
+            )
         kind = next((key for key in data if key in KINDS), None)
         if kind is None and "peft_type" in data:
             raise AuroraError(
@@ -141,8 +145,17 @@ class AdapterConfig:
             )
         if kind is None:
             raise AuroraError(f"there are no settings of a known kind of adapter; known: {', '.join(KINDS)}")
-        settings: Any = parse(KINDS[kind].config_class, data.pop(kind), kind)
-        return parse(cls, data, given={"kind": kind, "settings": settings})
+        try:
+            settings: Any = parse(KINDS[kind].config_class, data.pop(kind), kind)
+            return parse(cls, data, given={"kind": kind, "settings": settings})
+        except AuroraError as error:
+            raise AuroraError(f"{error}{_of_another_version(data.get('versions'))}") from error
+
+
+def _of_another_version(versions: Any) -> str:
+    """What to say of settings that cannot be read, if another version than this one has written them."""
+    other = versions.get("lavis_aurora", __version__) if isinstance(versions, dict) else __version__
+    return "" if other == __version__ else f" (written by lavis_aurora {shown(other)}; this is {__version__})"
 
 
 def _refuse_constant(name: str) -> None:

@@ -290,7 +290,12 @@ def test_names_that_cannot_be_loaded_under(saved):
         ({"base": {"name": "x"}}, "base.sha256: missing"),
         ({"slots": {"query": [4]}}, r"slots.query: \[4\] is not \[d_in, d_out\]"),
         ({"slots": []}, r"slots: \[\] is not a dict"),
-        ({"format": 3}, "format: 3 is not 2, which this version reads"),
+        ({"format": 3}, "format: 3 is not 2, which this version reads; update"),
+        ({"format": 3, "mode_approx": {"rnk": 4}, "more": 1}, "format: 3 is not 2, which this version reads; update"),
+        (
+            {"mode_approx": {"rnk": 4}, "versions": {"lavis_aurora": "99.0"}},
+            ".*rnk: unknown key.*by lavis_aurora '99.0'",
+        ),
         ({"base": 3}, "base: must be a section of keys, not 3"),
     ],
 )
