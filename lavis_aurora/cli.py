@@ -43,7 +43,7 @@ def inspect(path: str) -> str:
         AuroraError: it is neither.
     """
     place = local_folder(path, (CONFIG, TENSORS))
-    if place.name == TENSORS and place.with_name(CONFIG).is_file():
+    if place.name in (CONFIG, TENSORS) and place.with_name(CONFIG).is_file():
         place = place.parent
     below = sorted(file.parent for file in place.rglob(CONFIG)) if place.is_dir() else []
     if below and place not in below:

@@ -71,7 +71,8 @@ def test_inspect_a_folder(adapter, capsys):
         assert words in out
     numbers = 2 * 128 * 4 + 2 * 27 * 4 + sum(p.numel() for p in _heads())
     assert f"{numbers:,} numbers" in out
-    assert inspect(str(adapter / "adapter_model.safetensors")) + "\n" == out
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert inspect(str(adapter / name)) + "\n" == out
 
 
 def _heads():

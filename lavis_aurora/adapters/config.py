@@ -243,6 +243,8 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
 def _why_none(folder: Path) -> str:
     """What stands in the place of an adapter folder, and what to name instead."""
     if folder.is_file():
+        if folder.name in (CONFIG, TENSORS):
+            return "it is a file of one; name its folder"
         return "it is a file; a run's checkpoint is named by run.resume_ckpt_path=FILE"
     beside = sorted(found.parent.name for found in folder.parent.glob(f"*/{CONFIG}"))
     there = f"it has no {CONFIG}" if folder.exists() else "there is none of this name"

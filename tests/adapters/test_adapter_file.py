@@ -320,8 +320,12 @@ def test_folders_that_are_none(saved, tmp_path):
         load_adapter(model, tmp_path)
     with pytest.raises(AuroraError, match=f"there is none of this name; beside it is {folder.name}"):
         load_adapter(model, folder.with_name("typo"))
+    for name in (CONFIG, TENSORS):
+        with pytest.raises(AuroraError, match="it is a file of one; name its folder"):
+            load_adapter(model, folder / name)
+    (tmp_path / "checkpoint_best.pth").touch()
     with pytest.raises(AuroraError, match=r"it is a file; .*named by run\.resume_ckpt_path=FILE"):
-        load_adapter(model, folder / TENSORS)
+        load_adapter(model, tmp_path / "checkpoint_best.pth")
     (folder / TENSORS).unlink()
     with pytest.raises(AuroraError, match=f"{TENSORS} cannot be read"):
         load_adapter(model, folder)
