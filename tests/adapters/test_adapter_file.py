@@ -306,14 +306,6 @@ def test_a_config_with_what_is_not_known_is_refused(saved, change, words):
         load_adapter(model, folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\xff"])
-def test_a_config_that_is_none(saved, text):
-    model, folder = saved
-    (folder / CONFIG).write_bytes(text.encode("latin-1"))
-    with pytest.raises(AuroraError, match=CONFIG):
-        load_adapter(model, folder)
-
-
 def test_folders_that_are_none(saved, tmp_path):
     model, folder = saved
     with pytest.raises(AuroraError, match=f"{tmp_path} is no adapter folder: it has no {CONFIG}"):
