@@ -61,6 +61,9 @@ def retrieval_scores(
             through the vision tower a second time.
         token_dtype: of the images' tokens on their way to the fusion encoder.
         bf16: compute in bfloat16 where autocast does so; tokens are bfloat16 then.
+
+    Raises:
+        Diverged: a score or a feature is NaN or infinite.
     """
     start = time.time()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):

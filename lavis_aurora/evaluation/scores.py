@@ -54,7 +54,7 @@ def target_ranks(scores: np.ndarray, targets: Targets, fallback: np.ndarray) -> 
     Wrong candidates that score like the target stand before it: a constant score is worth nothing.
 
     Args:
-        scores: (queries, candidates); -inf for pairs that were not scored, which come after all others.
+        scores: (queries, candidates), no NaN; -inf for pairs that were not scored, which come after all others.
         targets: the right candidates of each query, at least one.
         fallback: (queries, candidates), orders the pairs that were not scored.
 
@@ -62,12 +62,8 @@ def target_ranks(scores: np.ndarray, targets: Targets, fallback: np.ndarray) -> 
         (queries,) integers.
 
     Raises:
-        Diverged: a score is NaN.
         AuroraError: a query has no target.
     """
-    nans = max(int(np.isnan(scores).sum()), int(np.isnan(fallback).sum()))
-    if nans:
-        raise Diverged(f"{nans} scores are NaN; nothing is ranked")
     ranks = np.empty(len(scores), dtype=np.int64)
     for query, right in enumerate(targets):
         if not len(right):
@@ -143,6 +139,9 @@ class RetrievalScores:
         t2i: reranked images of each text.
         pairs: pairs that met the fusion encoder; one in both directions counts once.
         seconds: what the stages took.
+
+    Raises:
+        Diverged: one of these numbers is NaN, which some sorts put first, or infinite, which means not reranked.
     """
 
     image_feats: np.ndarray
@@ -151,6 +150,12 @@ class RetrievalScores:
     t2i: Candidates
     pairs: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        arrays = self.image_feats, self.text_feats, self.i2t.scores, self.t2i.scores
+        wrong = sum(int((~np.isfinite(numbers)).sum()) for numbers in arrays)
+        if wrong:
+            raise Diverged(f"{wrong} features or scores are NaN or infinite; nothing is ranked")
 
     def _sides(self, direction: str) -> tuple[np.ndarray, np.ndarray, Candidates]:
         """Features of queries and candidates, and the reranked."""

@@ -394,9 +394,8 @@ def test_a_merged_adapter_scores_alike() -> None:
 def test_scores_that_are_no_numbers_are_refused() -> None:
     model = _model()
     torch.nn.init.constant_(model.itm_head.bias, float("nan"))
-    scores = retrieval_scores(model, _loader(3), k_test=2)
-    with pytest.raises(Diverged, match="6 scores are NaN"):
-        scores.ranks("image_to_text", [[0], [1], [2]])
+    with pytest.raises(Diverged, match="12 features or scores are NaN"):
+        retrieval_scores(model, _loader(3), k_test=2)
 
 
 # (images, captions of each, k_test, budget in pictures): an odd number of images, again with some encoded twice,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lavis_aurora.common.errors import Diverged
 from lavis_aurora.evaluation import scores as module
 from lavis_aurora.evaluation.scores import NOT_RERANKED, Candidates, RetrievalScores, target_ranks
 
@@ -62,3 +63,15 @@ def test_without_reranking_itc_orders(direction: str) -> None:
     targets = [[0]] * len(itc)
     for ranks in scores.ranks(direction, targets):
         np.testing.assert_array_equal(ranks, target_ranks(itc, targets, fallback=itc))
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_is_refused_before_anything_is_ranked_by_it(number: float) -> None:
+    """A target that scores NaN would be first by LAVIS's order; one of -inf, as if it were not reranked."""
+    good = _scores(k=3)
+    for array in (good.image_feats, good.text_feats, good.i2t.scores, good.t2i.scores):
+        before = array.copy()
+        array[1, 2] = array[0, 0] = number
+        with pytest.raises(Diverged, match="2 features or scores are NaN or infinite"):
+            RetrievalScores(good.image_feats, good.text_feats, good.i2t, good.t2i)
+        array[:] = before
