@@ -11,9 +11,9 @@ SOURCES=ammico-lavis==1.0.2.3
 UNUSED="torchaudio/transforms torchaudio/compliance/kaldi moviepy/editor diffusers/utils/pil_utils
     diffusers/models/cross_attention easydict h5py nltk open3d"
 TESTS="tests/models/test_lavis_models.py tests/models/test_plain_lavis.py tests/models/test_blip_retrieval_aurora.py
-    tests/models/test_blip_vqa_aurora.py tests/training/test_lavis_tasks.py tests/training/test_task_needs.py
-    tests/training/test_task_base.py tests/data/test_own.py tests/data/test_samples.py tests/data/test_video_qa.py
-    tests/common/test_summary.py tests/config/test_dataset_keys.py"
+    tests/models/test_blip_vqa_aurora.py tests/models/test_vqa_answers.py tests/training/test_lavis_tasks.py
+    tests/training/test_task_needs.py tests/training/test_task_base.py tests/data/test_own.py tests/data/test_samples.py
+    tests/data/test_video_qa.py tests/common/test_summary.py tests/config/test_dataset_keys.py"
 
 python=.venv/bin/python
 folder=$PWD/.venv/lavis_main

@@ -9,8 +9,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 LAWS=(
     tests/docs/test_reference.py tests/mode_approx tests/alignment tests/adapters/test_sets.py tests/adapters/test_merge.py
-    tests/models/test_blip_retrieval_aurora.py tests/models/test_blip_vqa_aurora.py tests/models/test_mode_approx_model.py
-    tests/models/test_run_state.py tests/models/test_several_processes.py tests/test_compat.py tests/test_init.py
+    tests/models/test_blip_retrieval_aurora.py tests/models/test_blip_vqa_aurora.py tests/models/test_vqa_answers.py
+    tests/models/test_mode_approx_model.py tests/models/test_run_state.py tests/models/test_several_processes.py
+    tests/test_compat.py tests/test_init.py
 )
 MATRIX=${MATRIX:-.venvs}
 

@@ -16,6 +16,10 @@ from lavis_aurora.models.blip_vqa_aurora import BlipVqaAurora
 
 QUESTIONS = ["what color is the circle ?", "how many stars ?", "is there a big blue square in the picture ?", "why ?"]
 ANSWERS = ["yes", "no", "red", "blue", "2", "a big star", "three circles", "left of the square"]
+# Ways to answer.
+GREEDY = {"inference_method": "generate", "num_beams": 1}
+BEAMS = {"inference_method": "generate", "num_beams": 3}
+RANK = {"inference_method": "rank", "answer_list": ANSWERS, "num_ans_candidates": 5}
 # Questions, answer types and answers of write_vqa, in turn; digits, as the official evaluator makes of number words.
 KINDS = [("what color is the", "other", "red"), ("how many", "number", "2"), ("is there a", "yes/no", "yes")]
 
