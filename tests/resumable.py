@@ -1,11 +1,16 @@
-"""Projects of runs that are resumed, and damage to what they left, for tests."""
+"""Projects of runs that are stopped and resumed, and damage to what they left, for tests."""
 
 from __future__ import annotations
 
+import os
+import signal
 import zipfile
 from pathlib import Path
 
+import pytest
 from tiny import project_yaml
+
+from lavis_aurora.training import loop
 
 RUN = {"max_epoch": 2, "batch_size_train": 2, "resume": "auto", "save_queue": True, "checkpoint_every": 1}
 # Random crops, random context, dropout of paths, negatives from the queue: whatever draws random numbers.
@@ -27,3 +32,20 @@ def damage_in_data(path: Path) -> None:
     content = path.read_bytes()
     place = content.index(largest) + len(largest) // 2
     path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+
+
+def stop_in(monkeypatch, step: int) -> None:
+    """Send this process SIGTERM within the given step, counted over the whole run."""
+    original, steps = loop._update, iter(range(10**6))
+
+    def update(*args):
+        if next(steps) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(loop, "_update", update)
+
+
+def few_by_default(names, kept):
+    """``names``, of which those that are not ``kept`` are slow."""
+    return [name if name in kept else pytest.param(name, marks=pytest.mark.slow) for name in names]
