@@ -29,11 +29,10 @@ from lavis_aurora.evaluation.encode import (
     encode_texts,
     progress,
 )
-from lavis_aurora.evaluation.scores import Candidates, RetrievalScores
+from lavis_aurora.evaluation.scores import QUERY_CHUNK, Candidates, RetrievalScores
 
 # Text tokens that are in the fusion encoder at once; bounds its memory.
 TOKEN_CHUNK = 4096
-QUERY_CHUNK = 512
 
 
 @torch.no_grad()

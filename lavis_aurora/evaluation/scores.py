@@ -113,6 +113,7 @@ def chance_recall(targets: Targets, candidates: int) -> dict[str, float]:
 
 # What LAVIS writes for a pair that was not reranked.
 NOT_RERANKED = -100.0
+# Queries that are compared with all candidates at once; bounds the memory of their scores.
 QUERY_CHUNK = 512
 
 
