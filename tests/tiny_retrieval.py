@@ -7,12 +7,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import activate, tiny_model
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from lavis_aurora.models import parts
+from lavis_aurora.models.blip_retrieval_aurora import BlipRetrievalAurora
 
 CAPTIONS = ["a red circle", "a big blue square and a small star", "a ring", "a small pink heart", "a bar"]
 
@@ -51,6 +53,35 @@ def model_and_batch(tuning: str, rows: slice, **overrides):
         "num_iters_per_epoch": 10,
     }
     return model, samples
+
+
+def distinct_model(**changes) -> BlipRetrievalAurora:
+    """Random weights whose scores differ by much more than the tolerance."""
+    model = tiny_model(**changes)
+    with torch.no_grad():
+        for head in (model.vision_proj, model.text_proj, model.itm_head):
+            torch.nn.init.normal_(head.weight, std=0.3, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+@torch.no_grad()
+def plain_scores(model: BlipRetrievalAurora, image: Tensor, text: str) -> tuple[Tensor, Tensor]:
+    """ITC and ITM logits of one picture, or of one video as all its frames' tokens, by LAVIS's forward."""
+    frames = image.unsqueeze(0) if image.dim() == 3 else image.transpose(0, 1)
+    tokens = model.visual_encoder.forward_features(frames)
+    image_feat = F.normalize(model.vision_proj(tokens[:, 0].mean(dim=0)), dim=-1)
+    tokens = tokens.flatten(0, 1).unsqueeze(0)
+    ids = model.tokenizer(text, truncation=True, max_length=35, return_tensors="pt")
+    text_feat = F.normalize(model.text_proj(model.text_encoder.forward_text(ids).last_hidden_state[0, 0]), dim=-1)
+    ids.input_ids[:, 0] = model.tokenizer.enc_token_id
+    fused = model.text_encoder(
+        ids.input_ids,
+        attention_mask=ids.attention_mask,
+        encoder_hidden_states=tokens,
+        encoder_attention_mask=torch.ones(tokens.shape[:-1], dtype=torch.long),
+        return_dict=True,
+    )
+    return image_feat @ text_feat, model.itm_head(fused.last_hidden_state[0, 0])
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from lavis.models.blip_models.blip_image_text_matching import BlipITM
 from tiny import activate, lavis_towers, tiny_config, tiny_model
+from tiny_retrieval import distinct_model, plain_scores
 
 from lavis_aurora import AuroraError, disable_adapter
 from lavis_aurora.encoders.towers import build_tokenizer
@@ -19,15 +20,6 @@ SAME = {"rtol": 0, "atol": 1e-5}
 def _images(count: int = 3, frames: int = 0) -> torch.Tensor:
     shape = (count, 3, frames, 48, 48) if frames else (count, 3, 48, 48)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def _model(**changes) -> BlipRetrievalAurora:
-    """Random weights whose scores differ by much more than the tolerance."""
-    model = tiny_model(**changes)
-    with torch.no_grad():
-        for head in (model.vision_proj, model.text_proj, model.itm_head):
-            torch.nn.init.normal_(head.weight, std=0.3, generator=torch.Generator().manual_seed(1))
-    return model
 
 
 def _lavis_itm(model: BlipRetrievalAurora) -> BlipITM:
@@ -48,7 +40,7 @@ def _lavis_itm(model: BlipRetrievalAurora) -> BlipITM:
 @pytest.mark.parametrize("gate", ["residual", "none"])
 @torch.no_grad()
 def test_at_step_0_scores_are_those_of_lavis_matching_model(gate: str) -> None:
-    model, images = _model(gate={"form": gate}), _images()
+    model, images = distinct_model(gate={"form": gate}), _images()
     twin, scores = _lavis_itm(model), model.match(images, TEXTS)
     assert scores.itc.shape == scores.itm.shape == (3, 4)
     samples = {"image": images, "text_input": TEXTS}
@@ -61,33 +53,13 @@ def test_at_step_0_scores_are_those_of_lavis_matching_model(gate: str) -> None:
     assert f" itm={scores.itm}, " in repr(scores)
 
 
-@torch.no_grad()
-def _plain(model: BlipRetrievalAurora, image: torch.Tensor, text: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """ITC and ITM logits of one picture, or of one video as all its frames' tokens, by LAVIS's forward."""
-    frames = image.unsqueeze(0) if image.dim() == 3 else image.transpose(0, 1)
-    tokens = model.visual_encoder.forward_features(frames)
-    image_feat = F.normalize(model.vision_proj(tokens[:, 0].mean(dim=0)), dim=-1)
-    tokens = tokens.flatten(0, 1).unsqueeze(0)
-    ids = model.tokenizer(text, truncation=True, max_length=35, return_tensors="pt")
-    text_feat = F.normalize(model.text_proj(model.text_encoder.forward_text(ids).last_hidden_state[0, 0]), dim=-1)
-    ids.input_ids[:, 0] = model.tokenizer.enc_token_id
-    fused = model.text_encoder(
-        ids.input_ids,
-        attention_mask=ids.attention_mask,
-        encoder_hidden_states=tokens,
-        encoder_attention_mask=torch.ones(tokens.shape[:-1], dtype=torch.long),
-        return_dict=True,
-    )
-    return image_feat @ text_feat, model.itm_head(fused.last_hidden_state[0, 0])
-
-
 @pytest.mark.parametrize("frames", [0, 2])
 def test_a_tuned_model_is_in_force_gate_and_all(frames: int) -> None:
-    model, images = activate(_model(), std=0.25).eval(), _images(2, frames)
+    model, images = activate(distinct_model(), std=0.25).eval(), _images(2, frames)
     scores = model.match(images, TEXTS)
     for i, image in enumerate(images):
         for j, text in enumerate(TEXTS):
-            itc, logits = _plain(model, image, text)
+            itc, logits = plain_scores(model, image, text)
             torch.testing.assert_close(scores.itc[i, j], itc, **SAME)
             torch.testing.assert_close(scores.itm_logits[i, j], logits, rtol=0, atol=1e-4)
     with disable_adapter(model):
@@ -101,7 +73,7 @@ def test_a_tuned_model_is_in_force_gate_and_all(frames: int) -> None:
 
 def test_a_model_in_training_is_left_as_it_was() -> None:
     """Dropout is off for the scores, and on again where it was; no gradient, no random number."""
-    model = activate(_model(mode_approx={"dropout": 0.5})).train()
+    model = activate(distinct_model(mode_approx={"dropout": 0.5})).train()
     model.visual_encoder.eval()
     before, state = [m.training for m in model.modules()], torch.get_rng_state()
     scores = model.match(_images(), TEXTS)
@@ -112,7 +84,7 @@ def test_a_model_in_training_is_left_as_it_was() -> None:
 
 
 def test_one_text_is_a_list_of_it_and_more_pairs_change_nothing() -> None:
-    model, images = activate(_model()), _images(20)
+    model, images = activate(distinct_model()), _images(20)
     both = model.match(images, TEXTS)
     alone = model.match(images[17:18], TEXTS[1])
     assert alone.itc.shape == (1, 1) and alone.itm_logits.shape == (1, 1, 2)
@@ -121,7 +93,7 @@ def test_one_text_is_a_list_of_it_and_more_pairs_change_nothing() -> None:
 
 
 def test_a_model_in_half_precision_takes_the_same_pictures() -> None:
-    model, images = _model(), _images()
+    model, images = distinct_model(), _images()
     expected = model.match(images, TEXTS)
     scores = model.to(torch.bfloat16).match(images, TEXTS)
     assert scores.itm.dtype == scores.itc.dtype == torch.float32
@@ -129,7 +101,7 @@ def test_a_model_in_half_precision_takes_the_same_pictures() -> None:
 
 
 def test_it_says_nothing_of_work_that_takes_no_time(capsys: pytest.CaptureFixture) -> None:
-    _model().match(_images(), TEXTS)
+    distinct_model().match(_images(), TEXTS)
     printed = capsys.readouterr()
     assert "encoding" not in printed.err + printed.out and "reranking" not in printed.err + printed.out
 

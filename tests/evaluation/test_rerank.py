@@ -8,10 +8,10 @@ import re
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from distributed import run_processes
 from lavis.models.albef_models import compute_sim_matrix
-from tiny import COLORS, SHAPES, SIZES, activate, tiny_model
+from tiny import COLORS, SHAPES, SIZES, activate
+from tiny_retrieval import distinct_model, plain_scores
 from torch.utils.data import DataLoader, Dataset
 
 from lavis_aurora.adapters.companions import adapter_parameters
@@ -67,11 +67,7 @@ def _loader(*args, **kwargs) -> DataLoader:
 
 def _model(**changes) -> BlipRetrievalAurora:
     """Everything active, and scores that differ by much more than the tolerance."""
-    model = activate(tiny_model(**changes), std=0.25).eval()
-    with torch.no_grad():
-        for head in (model.vision_proj, model.text_proj, model.itm_head):
-            torch.nn.init.normal_(head.weight, std=0.3, generator=torch.Generator().manual_seed(1))
-    return model
+    return activate(distinct_model(**changes), std=0.25).eval()
 
 
 def _matrices(scores: RetrievalScores) -> tuple[np.ndarray, np.ndarray]:
@@ -91,28 +87,11 @@ def model() -> BlipRetrievalAurora:
     return _model()
 
 
-@torch.no_grad()
 def _plain(model: BlipRetrievalAurora, dataset: Pictures) -> tuple[np.ndarray, np.ndarray]:
     """(ITC, ITM) of every image with every text, a pair at a time."""
-    itc = np.zeros((len(dataset.image), len(dataset.text)))
-    itm = np.zeros_like(itc)
-    for i, pixels in enumerate(dataset.pixels):
-        embeds = model.visual_encoder.forward_features(pixels[None])
-        image_feat = F.normalize(model.vision_proj(embeds[:, 0]), dim=-1)
-        for j, caption in enumerate(dataset.text):
-            text = model.tokenizer(caption, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
-            hidden = model.text_encoder.forward_text(text).last_hidden_state
-            itc[i, j] = image_feat @ F.normalize(model.text_proj(hidden[:, 0]), dim=-1).t()
-            text.input_ids[:, 0] = model.tokenizer.enc_token_id
-            fused = model.text_encoder(
-                text.input_ids,
-                attention_mask=text.attention_mask,
-                encoder_hidden_states=embeds,
-                encoder_attention_mask=torch.ones(embeds.shape[:-1], dtype=torch.long),
-                return_dict=True,
-            )
-            itm[i, j] = model.itm_head(fused.last_hidden_state[:, 0])[0, 1]
-    return itc, itm
+    pairs = [[plain_scores(model, image, text) for text in dataset.text] for image in dataset.pixels]
+    both = torch.tensor([[(itc, logits[1]) for itc, logits in row] for row in pairs]).numpy()
+    return both[..., 0], both[..., 1]
 
 
 def test_the_model_of_these_tests_is_wholly_active(model: BlipRetrievalAurora) -> None:
