@@ -138,7 +138,7 @@ def worker(args: argparse.Namespace) -> None:
     model = build(kind, args.worker[0], args.device, merge)
     tower = model.visual_encoder
     stand_in = RandomTokenEncoder((kind.side // 16) ** 2 + 1, max(1, kind.frames), merge)
-    model.visual_encoder = stand_in
+    model.visual_encoder = stand_in.to(args.device)
     if kind.frames and not ours:
         model.visual_encoder = model.vision_proj = VideoAsImageModel(stand_in, model.vision_proj)
     loader = DataLoader(

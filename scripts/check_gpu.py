@@ -173,8 +173,8 @@ def main() -> int:
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     logging.getLogger().setLevel(logging.ERROR)  # random weights are meant
     setting = Setting(torch.device(args.device), args.size or ("base" if args.device == "cuda" else "tiny"))
-    # Convolutions too are compared in single precision.
-    torch.backends.cudnn.allow_tf32 = False
+    # What is compared in single precision is computed in it, whatever the environment says; convolutions too.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     # Before the parts: a GPU that has failed may tell nothing.
     about = {"device": args.device, "size": setting.size, **description(setting)}
     if "bf16" not in setting.precisions:

@@ -12,4 +12,6 @@ if ! command -v "$python" >/dev/null; then
     exit 2
 fi
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+# NVIDIA's images turn TF32 on for all matrix products, by this.
+export TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0
 exec "$python" scripts/check_gpu.py "$@"

@@ -44,7 +44,8 @@ kinds = (".py", ".typed", ".yaml", ".json", ".txt", ".safetensors")
 source = {p.relative_to(root).as_posix() for p in (root / "lavis_aurora").rglob("*") if p.suffix in kinds}
 if not any(name.endswith(".yaml") for name in source):
     sys.exit("check_wheel: lavis_aurora holds no .yaml file")
-source |= {f"lavis_aurora/projects/{p.name}" for p in (root / "projects/aurora").glob("*.yaml")}
+projects = root / "projects/aurora"  # to which a link leads, that rglob does not follow
+source |= {f"lavis_aurora/projects/{p.relative_to(projects).as_posix()}" for p in projects.rglob("*.yaml")}
 missing = sorted(source - packed)
 if missing:
     sys.exit("check_wheel: not in the wheel: " + ", ".join(missing) + "; see package_data in setup.cfg")

@@ -15,12 +15,16 @@ from lavis_aurora.encoders.fused import attend_in_matching
 from lavis_aurora.encoders.towers import encode_visual
 
 
-def model_of(
-    task: str, method: str, setting: Setting, checkpointed: int = 0, dropout: Optional[float] = 0.0
-) -> nn.Module:
-    """On the CPU, with random weights and an adapter that does something; ``dropout`` None leaves it as it is."""
+def model_of(task: str, method: str, setting: Setting, dropout: Optional[float] = 0.0, **built: int) -> nn.Module:
+    """On the CPU, with random weights and an adapter that does something.
+
+    Args:
+        task, method, setting: which, and how large.
+        dropout: of all layers; None leaves it as it is.
+        built: ``checkpointed`` and ``mini_batch``, see :func:`bench_step.build`.
+    """
     torch.manual_seed(0)
-    model, _ = build(task, method, setting.size, checkpointed)
+    model, _ = build(task, method, setting.size, **{"checkpointed": 0, **built})
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, parameter in adapter_parameters(model):

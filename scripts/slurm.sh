@@ -4,7 +4,8 @@
 #   sbatch --nodes=1 --gpus-per-node=8 scripts/slurm.sh projects/aurora/msrvtt_ret.yaml [KEY=VALUE ...]
 #   sbatch --nodes=2 --gpus-per-node=4 --time=08:00:00 scripts/slurm.sh projects/aurora/coco_ret.yaml
 #
-# Partition, account, memory and processors are your cluster's: give them to sbatch. Run it from the repository root.
+# Partition, account, memory and processors (--cpus-per-task, of a node: those of all its processes and of what reads their
+# data) are your cluster's: give them to sbatch. Run it from the repository root.
 # GPUS: processes of a node (default: SLURM_GPUS_ON_NODE, or 1). PYTHON: interpreter (default: .venv/bin/python).
 #SBATCH --job-name=aurora
 #SBATCH --ntasks-per-node=1
@@ -26,8 +27,8 @@ if [ ! -f "$project" ]; then
     echo "slurm.sh: no file $project in $PWD; submit it from the repository root" >&2
     exit 2
 fi
-if ! command -v srun >/dev/null || ! command -v scontrol >/dev/null; then
-    echo "slurm.sh: srun and scontrol are not here: this is for a Slurm cluster; elsewhere run python train.py" >&2
+if ! command -v srun >/dev/null || ! command -v scontrol >/dev/null || ! command -v scancel >/dev/null; then
+    echo "slurm.sh: srun, scontrol and scancel are not here: this is for a Slurm cluster; elsewhere run python train.py" >&2
     exit 2
 fi
 python=${PYTHON:-.venv/bin/python}
@@ -42,12 +43,14 @@ requeued=0
 requeue() {
     requeued=1
     echo "time is nearly up: the run saves, and job $SLURM_JOB_ID goes back into the queue"
-    # SIGTERM lets the run save a checkpoint and end.
-    kill -TERM "$step" 2>/dev/null || true
+    # SIGTERM lets the run save a checkpoint and end. Not by way of srun, which answers it by killing its tasks at once;
+    # scancel sends it to the tasks of all nodes, and not to this script.
+    scancel --signal=TERM "$SLURM_JOB_ID" || true
 }
 trap requeue USR1
 
-srun --kill-on-bad-exit=1 "$python" -m torch.distributed.run \
+# Since Slurm 22.05 srun does not take --cpus-per-task from sbatch: the processes of a node would share one processor.
+srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "$python" -m torch.distributed.run \
     --nnodes="$nodes" --nproc_per_node="$processes" --rdzv_id="${SLURM_JOB_ID:-0}" \
     --rdzv_backend=c10d --rdzv_endpoint="$head:$port" \
     train.py --cfg-path "$project" --options run.resume=auto run.checkpoint_every=200 run.save_queue=true "$@" &

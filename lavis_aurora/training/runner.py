@@ -269,6 +269,7 @@ class AuroraRunner(OptimizedRunner):
 
     def _stop_if_requested(self, signum: int | None) -> None:
         if signum:
+            broadcast(None)  # the main process may be writing: whoever started all of them may end it with the first
             raise Stopped(signum, f"go on with --options run.resume=auto; all is in {self.output_dir}")
 
     def _test(self, last: int) -> None:

@@ -15,10 +15,13 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts/slurm.sh"
 
 @pytest.fixture
 def cluster(tmp_path):
-    """srun and scontrol that note how they are called; srun ends at SIGTERM, or at once."""
+    """srun and scontrol that note how they are called; srun ends at once, or with its tasks, to which scancel sends a
+    signal; at one of its own it kills them, as Slurm's does."""
     programs = {
         "srun": 'echo "srun $*" >> calls\n[ -e hold ] || exit "${ENDS:-0}"\n'
-        'trap "echo saved >> calls; exit 0" TERM\nfor i in $(seq 200); do sleep 0.1; done',
+        'trap "echo killed >> calls; exit 1" TERM\n'
+        "for i in $(seq 200); do sleep 0.1; if [ -e signal ]; then echo saved >> calls; exit 143; fi; done",
+        "scancel": 'echo "scancel $*" >> calls\ntouch signal',
         "scontrol": 'if [ "$1" = show ]; then echo node7; seq -f n%g 8 20000; else echo "scontrol $*" >> calls; fi',
     }
     for name, text in programs.items():
@@ -43,6 +46,13 @@ def test_it_starts_one_agent_a_node_and_resumes(cluster):
     assert call.startswith("srun --kill-on-bad-exit=1 py -m torch.distributed.run --nnodes=2 --nproc_per_node=4 ")
     assert "--rdzv_endpoint=node7:24711 train.py --cfg-path a.yaml --options run.resume=auto" in call
     assert call.endswith("run.max_epoch=2 model.mode_approx.layers={last: 6}")
+
+
+def test_processors_given_to_sbatch_reach_srun(cluster):
+    folder, environment = cluster
+    environment = {**environment, "SLURM_CPUS_PER_TASK": "48"}
+    subprocess.run(["bash", str(SCRIPT), "a.yaml"], cwd=folder, env=environment, check=True, timeout=60)
+    assert (folder / "calls").read_text().startswith("srun --kill-on-bad-exit=1 --cpus-per-task=48 py -m torch")
 
 
 def test_a_failed_run_fails_the_job(cluster):
@@ -70,7 +80,7 @@ def test_a_project_that_is_not_there_starts_nothing(cluster):
 
 def test_without_slurm_it_says_so(cluster):
     folder, environment = cluster
-    for name in ("srun", "scontrol"):
+    for name in ("srun", "scontrol", "scancel"):
         (folder / name).unlink()
     command = ["bash", str(SCRIPT), "a.yaml"]
     environment = {**environment, "PATH": "/usr/bin:/bin"}
@@ -89,4 +99,5 @@ def test_when_time_is_up_the_run_saves_and_the_job_is_queued_again(cluster):
         time.sleep(0.5)
         job.send_signal(signal.SIGUSR1)
         assert job.wait(timeout=60) == 0
-    assert (folder / "calls").read_text().splitlines()[1:] == ["saved", "scontrol requeue 4711"]
+    calls = (folder / "calls").read_text().splitlines()
+    assert calls[1:] == ["scancel --signal=TERM 4711", "saved", "scontrol requeue 4711"]
