@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
@@ -17,6 +19,18 @@ from lavis_aurora.common.errors import AuroraError, did_you_mean
 
 # In a group of an optimizer: its rate by that of the schedule, as timm and later versions of LAVIS name it.
 LR_SCALE = "lr_scale"
+
+
+# What Linux says of a processor; on x86 and ARM.
+CPU_INFO = Path("/proc/cpuinfo")
+CPU_BF16 = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")
+
+
+def emulates_bfloat16(cuda: bool) -> bool:
+    """Whether the GPU, or else the processor, is known to lack instructions for bfloat16, which then takes longer."""
+    if cuda:
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    return CPU_INFO.is_file() and not CPU_BF16.search(CPU_INFO.read_text(encoding="utf-8"))
 
 
 class Schedule(Protocol):
@@ -148,6 +162,19 @@ class OptimizedRunner(RunnerBase):
         """What mixed precision computes in; None for single precision."""
         half = torch.float16 if self.cuda_enabled else None
         return {"bf16": torch.bfloat16, True: half}.get(self.config.run_cfg.amp)
+
+    def warn_of_precision(self) -> None:
+        """Say in one line where mixed precision does not give what it is for."""
+        keys = self.config.run_cfg
+        if keys.amp is True and not self.cuda_enabled:
+            logging.warning("run.amp: true is for a GPU; computing in single precision; bf16 is for CPUs too")
+        wanted = {"run.amp: bf16": keys.amp == "bf16", "run.eval_bf16: true": keys.get("eval_bf16")}
+        if any(wanted.values()) and emulates_bfloat16(self.cuda_enabled):
+            logging.warning(
+                "%s: this %s has no instructions for bfloat16; single precision takes less time",
+                " and ".join(key for key, value in wanted.items() if value),
+                "GPU" if self.cuda_enabled else "processor",
+            )
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:

@@ -178,8 +178,7 @@ class AuroraRunner(OptimizedRunner):
         self.log_config()
         if self.config.run_cfg.get("cache_features"):
             use_features(self.config, self.unwrap_dist_model(self.model), self.datasets)
-        if self.config.run_cfg.amp is True and not self.cuda_enabled:
-            logging.warning("run.amp: true is for a GPU; computing in single precision; bf16 is for CPUs too")
+        self.warn_of_precision()
         epoch = self._load_evaluated() if self.evaluate_only else self._fit()
         trained = time.time() - start
         self._test(epoch)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lavis.common.optims import LinearWarmupCosineLRScheduler, LinearWarmupStepLRScheduler
+from omegaconf import OmegaConf
 from runs import logged, only_run
 from tiny import project_yaml, refused, tiny_model
 
 from lavis_aurora.adapters.switching import trained_groups
 from lavis_aurora.common.errors import AuroraError
 from lavis_aurora.training.checkpoints import read_checkpoint
-from lavis_aurora.training.rates import LongWarmup, ScaledRates, scale_rates
+from lavis_aurora.training.rates import LongWarmup, OptimizedRunner, ScaledRates, scale_rates
 from lavis_aurora.training.runner import AuroraRunner
 from lavis_aurora_cli import train
 
@@ -188,3 +190,33 @@ def test_weight_decay_may_be_of_vectors_too(tmp_path, everything):
         train(["--cfg-path", str(yaml)])
     assert {dims > 1 for dims, _ in decays} == {False, True}
     assert all(decay == (0.1 if everything or dims > 1 else 0.0) for dims, decay in decays)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "slow"),
+    [
+        ("flags : fma avx512_vnni", True),
+        ("flags : fma avx512_bf16 amx_tile", False),
+        ("flags : amx_bf16", False),
+        ("Features : asimd sve", True),
+        ("Features : asimd bf16 sve", False),
+        (None, False),  # not Linux: nothing is known
+    ],
+)
+def test_bfloat16_that_the_processor_has_no_instructions_for_is_said(
+    cpu, slow, tmp_path, monkeypatch, caplog
+) -> None:
+    if cpu:
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\n{cpu}\n")
+    monkeypatch.setattr("lavis_aurora.training.rates.CPU_INFO", tmp_path / "cpuinfo")
+    for amp, eval_bf16, said in (
+        ("bf16", False, "run.amp: bf16: this"),
+        (False, True, "run.eval_bf16: true: this"),
+        ("bf16", True, "run.amp: bf16 and run.eval_bf16: true: this"),
+        (False, False, None),
+    ):
+        caplog.clear()
+        settings = OmegaConf.create({"run_cfg": {"amp": amp, "eval_bf16": eval_bf16}})
+        OptimizedRunner.warn_of_precision(SimpleNamespace(config=settings, cuda_enabled=False))
+        lines = [record.message for record in caplog.records]
+        assert len(lines) == (slow and said is not None) and all(line.startswith(said) for line in lines)

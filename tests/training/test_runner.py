@@ -19,6 +19,7 @@ from tiny import project_yaml
 from lavis_aurora import unmerge_adapter
 from lavis_aurora.common.paths import PACKAGE_ROOT
 from lavis_aurora.project import load_config
+from lavis_aurora.training import rates
 from lavis_aurora.training.tasks.retrieval import RetrievalAuroraTask
 from lavis_aurora_cli import evaluate, train
 
@@ -261,9 +262,10 @@ def test_options_of_training(tmp_path, options):
     assert (only_run(tmp_path) / "checkpoint_latest.pth").exists()
 
 
-def test_bfloat16_is_close_to_single_precision_and_not_the_same(tmp_path, caplog):
-    """On a CPU too, without a scaler; `true`, float16, is said to be for a GPU."""
+def test_bfloat16_is_close_to_single_precision_and_not_the_same(tmp_path, caplog, monkeypatch):
+    """On a CPU too, without a scaler; slow CPUs are told so, and that `true`, float16, is for a GPU."""
     losses, caplog_of = {}, {}
+    monkeypatch.setattr(rates, "emulates_bfloat16", lambda cuda: not cuda)
     for amp in ("false", "bf16", "true"):
         folder = tmp_path / amp
         folder.mkdir()
@@ -274,7 +276,10 @@ def test_bfloat16_is_close_to_single_precision_and_not_the_same(tmp_path, caplog
         assert torch.load(only_run(folder) / "checkpoint_latest.pth", weights_only=True)["scaler"] is None
     assert losses["bf16"] == pytest.approx(losses["false"], rel=2e-2) and losses["bf16"] != losses["false"]
     assert losses["true"] == losses["false"]
-    assert "bf16 is for CPUs too" in caplog_of["true"] and "run.amp" not in caplog_of["bf16"]
+    assert (
+        "bf16 is for CPUs too" in caplog_of["true"] and "instructions" not in caplog_of["true"] + caplog_of["false"]
+    )
+    assert "run.amp: bf16: this processor has no instructions for bfloat16; single prec" in caplog_of["bf16"]
 
 
 def test_a_model_without_the_method_is_refused_before_any_step(tmp_path, monkeypatch, capsys):
