@@ -45,10 +45,13 @@ requeue() {
     echo "time is nearly up: the run saves, and job $SLURM_JOB_ID goes back into the queue"
     # SIGTERM lets the run save a checkpoint and end. Not by way of srun, which answers it by killing its tasks at once;
     # scancel sends it to the tasks of all nodes, and not to this script.
-    scancel --signal=TERM "$SLURM_JOB_ID" || true
+    # Where that fails, the run still goes on from its last 200 steps.
+    scancel --signal=TERM "$SLURM_JOB_ID" || kill -TERM "$step" 2>/dev/null || true
 }
 trap requeue USR1
 
+# An agent that is asked to end kills its processes after 30 seconds: a step and its checkpoint may take longer.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-540}
 # Since Slurm 22.05 srun does not take --cpus-per-task from sbatch: the processes of a node would share one processor.
 srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "$python" -m torch.distributed.run \
     --nnodes="$nodes" --nproc_per_node="$processes" --rdzv_id="${SLURM_JOB_ID:-0}" \

@@ -166,9 +166,10 @@ class OptimizedRunner(RunnerBase):
     def warn_of_precision(self) -> None:
         """Say in one line where mixed precision does not give what it is for."""
         keys = self.config.run_cfg
-        if keys.amp is True and not self.cuda_enabled:
+        amp = None if self.evaluate_only else keys.amp  # which is of training alone
+        if amp is True and not self.cuda_enabled:
             logging.warning("run.amp: true is for a GPU; computing in single precision; bf16 is for CPUs too")
-        wanted = {"run.amp: bf16": keys.amp == "bf16", "run.eval_bf16: true": keys.get("eval_bf16")}
+        wanted = {"run.amp: bf16": amp == "bf16", "run.eval_bf16: true": keys.get("eval_bf16")}
         if any(wanted.values()) and emulates_bfloat16(self.cuda_enabled):
             logging.warning(
                 "%s: this %s has no instructions for bfloat16; single precision takes less time",

@@ -85,6 +85,18 @@ def test_a_part_that_breaks_or_lasts_is_a_failure_and_the_others_run(capsys):
     assert "| broken | runs | ValueError: two lines |  | FAILED |" in capsys.readouterr().out
 
 
+def test_a_way_without_room_costs_no_other_and_measures_none(monkeypatch):
+    def run_all(args) -> dict:
+        if args.methods == ["aurora-64"]:
+            sys.exit("retrieval, aurora-64 failed:\ntorch.OutOfMemoryError: CUDA out of memory")
+        return {"retrieval": {args.methods[0]: {"seconds": 2.0, "memory": 3e6}}}
+
+    monkeypatch.setattr(gpu_models.bench_train, "run_all", run_all)
+    without, measured = gpu_models.check_time(ON_CPU)
+    assert without.status == SKIPPED and "more memory" in without.found
+    assert measured.found.startswith("2 s (1.00 x ") and "Aurora" not in measured.found
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():

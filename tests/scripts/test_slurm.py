@@ -18,10 +18,11 @@ def cluster(tmp_path):
     """srun and scontrol that note how they are called; srun ends at once, or with its tasks, to which scancel sends a
     signal; at one of its own it kills them, as Slurm's does."""
     programs = {
-        "srun": 'echo "srun $*" >> calls\n[ -e hold ] || exit "${ENDS:-0}"\n'
+        "srun": 'echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" > patience\necho "srun $*" >> calls\n'
+        '[ -e hold ] || exit "${ENDS:-0}"\n'
         'trap "echo killed >> calls; exit 1" TERM\n'
         "for i in $(seq 200); do sleep 0.1; if [ -e signal ]; then echo saved >> calls; exit 143; fi; done",
-        "scancel": 'echo "scancel $*" >> calls\ntouch signal',
+        "scancel": 'echo "scancel $*" >> calls\n[ ! -e refused ] || exit 1\ntouch signal',
         "scontrol": 'if [ "$1" = show ]; then echo node7; seq -f n%g 8 20000; else echo "scontrol $*" >> calls; fi',
     }
     for name, text in programs.items():
@@ -46,6 +47,7 @@ def test_it_starts_one_agent_a_node_and_resumes(cluster):
     assert call.startswith("srun --kill-on-bad-exit=1 py -m torch.distributed.run --nnodes=2 --nproc_per_node=4 ")
     assert "--rdzv_endpoint=node7:24711 train.py --cfg-path a.yaml --options run.resume=auto" in call
     assert call.endswith("run.max_epoch=2 model.mode_approx.layers={last: 6}")
+    assert (folder / "patience").read_text() == "540\n"  # of the 600 seconds that are left
 
 
 def test_processors_given_to_sbatch_reach_srun(cluster):
@@ -88,8 +90,12 @@ def test_without_slurm_it_says_so(cluster):
     assert done.returncode == 2 and "this is for a Slurm cluster" in done.stderr
 
 
-def test_when_time_is_up_the_run_saves_and_the_job_is_queued_again(cluster):
+@pytest.mark.parametrize("refused", [False, True])
+def test_when_time_is_up_the_run_saves_and_the_job_is_queued_again(cluster, refused):
+    """Queued again too where scancel fails, and nothing is saved but what was."""
     folder, environment = cluster
+    if refused:
+        (folder / "refused").touch()
     (folder / "hold").touch()
     with subprocess.Popen(["bash", str(SCRIPT), "a.yaml"], cwd=folder, env=environment) as job:
         for _ in range(300):
@@ -100,4 +106,4 @@ def test_when_time_is_up_the_run_saves_and_the_job_is_queued_again(cluster):
         job.send_signal(signal.SIGUSR1)
         assert job.wait(timeout=60) == 0
     calls = (folder / "calls").read_text().splitlines()
-    assert calls[1:] == ["scancel --signal=TERM 4711", "saved", "scontrol requeue 4711"]
+    assert calls[1:] == ["scancel --signal=TERM 4711", "killed" if refused else "saved", "scontrol requeue 4711"]

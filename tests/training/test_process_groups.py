@@ -1,18 +1,22 @@
-"""Processes of one run find each other, whatever those before them have left in their store."""
+"""Processes of one run find each other, whatever those before them have left in their store, and end together."""
 
 from __future__ import annotations
 
+import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import free_port
+from distributed import free_port, run_processes
 from omegaconf import OmegaConf
 
 from lavis_aurora.common.errors import AuroraError
-from lavis_aurora.training.guards import StopRequest
+from lavis_aurora.training.guards import Stopped, StopRequest
+from lavis_aurora.training.runner import AuroraRunner
 from lavis_aurora.training.start import _agree_on_name, join_processes
 
 
@@ -52,3 +56,18 @@ def test_all_groups_have_the_limit_of_the_yaml():
         assert limits == {timedelta(minutes=3)}
     finally:
         dist.destroy_process_group()
+
+
+def stopped_at(rank: int) -> tuple[float, float]:
+    """When a process has written what it writes, the main one half a second, and when it then stops."""
+    time.sleep(0 if rank else 0.5)
+    written = time.time()
+    with pytest.raises(Stopped):
+        AuroraRunner._stop_if_requested(SimpleNamespace(output_dir="run"), signal.SIGTERM)
+    return written, time.time()
+
+
+def test_no_process_stops_before_the_main_one_has_written():
+    """An agent, or srun, may end all of them with the first that ends."""
+    (written, _), (_, stopped) = run_processes(2, stopped_at)
+    assert stopped >= written

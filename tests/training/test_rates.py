@@ -209,14 +209,18 @@ def test_bfloat16_that_the_processor_has_no_instructions_for_is_said(
     if cpu:
         (tmp_path / "cpuinfo").write_text(f"processor : 0\n{cpu}\n")
     monkeypatch.setattr("lavis_aurora.training.rates.CPU_INFO", tmp_path / "cpuinfo")
-    for amp, eval_bf16, said in (
-        ("bf16", False, "run.amp: bf16: this"),
-        (False, True, "run.eval_bf16: true: this"),
-        ("bf16", True, "run.amp: bf16 and run.eval_bf16: true: this"),
-        (False, False, None),
+    for amp, eval_bf16, evaluate, said in (
+        ("bf16", False, False, "run.amp: bf16: this"),
+        (False, True, False, "run.eval_bf16: true: this"),
+        ("bf16", True, False, "run.amp: bf16 and run.eval_bf16: true: this"),
+        ("bf16", True, True, "run.eval_bf16: true: this"),  # nothing is trained
+        ("bf16", False, True, None),
+        (True, False, True, None),
+        (False, False, False, None),
     ):
         caplog.clear()
         settings = OmegaConf.create({"run_cfg": {"amp": amp, "eval_bf16": eval_bf16}})
-        OptimizedRunner.warn_of_precision(SimpleNamespace(config=settings, cuda_enabled=False))
+        runner = SimpleNamespace(config=settings, cuda_enabled=False, evaluate_only=evaluate)
+        OptimizedRunner.warn_of_precision(runner)
         lines = [record.message for record in caplog.records]
         assert len(lines) == (slow and said is not None) and all(line.startswith(said) for line in lines)
