@@ -29,7 +29,7 @@ from lavis_aurora.evaluation.encode import (
     encode_texts,
     progress,
 )
-from lavis_aurora.evaluation.scores import QUERY_CHUNK, Candidates, RetrievalScores
+from lavis_aurora.evaluation.scores import QUERY_CHUNK, Candidates, RetrievalScores, refuse_nonfinite
 
 # Text tokens that are in the fusion encoder at once; bounds its memory.
 TOKEN_CHUNK = 4096
@@ -70,6 +70,7 @@ def retrieval_scores(
         images = ImageTokens(
             model, data_loader, token_budget_gb if k_test else 0, torch.bfloat16 if bf16 else token_dtype
         )
+        refuse_nonfinite(images.feats.numpy(), texts.feats.numpy())  # before what may take hours
         i2t, t2i = broadcast((_top_k(images.feats, texts.feats, k_test), _top_k(texts.feats, images.feats, k_test)))
         own = _pair_ids(i2t.indices, len(texts.feats)), _pair_ids(t2i.indices, len(texts.feats), by_text=True)
         keys = torch.cat([one.flatten() for one in own]).unique()

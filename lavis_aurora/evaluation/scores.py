@@ -130,6 +130,13 @@ class Candidates:
     scores: np.ndarray
 
 
+def refuse_nonfinite(*arrays: np.ndarray) -> None:
+    """Raise :class:`Diverged`, with their number, where features or scores are NaN or infinite."""
+    wrong = sum(int((~np.isfinite(numbers)).sum()) for numbers in arrays)
+    if wrong:
+        raise Diverged(f"{wrong} features or scores are NaN or infinite; nothing is ranked")
+
+
 @dataclass
 class RetrievalScores:
     """Scores of a split. All images with all texts would be gigabytes: they are given in blocks of queries.
@@ -153,10 +160,7 @@ class RetrievalScores:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        arrays = self.image_feats, self.text_feats, self.i2t.scores, self.t2i.scores
-        wrong = sum(int((~np.isfinite(numbers)).sum()) for numbers in arrays)
-        if wrong:
-            raise Diverged(f"{wrong} features or scores are NaN or infinite; nothing is ranked")
+        refuse_nonfinite(self.image_feats, self.text_feats, self.i2t.scores, self.t2i.scores)
 
     def _sides(self, direction: str) -> tuple[np.ndarray, np.ndarray, Candidates]:
         """Features of queries and candidates, and the reranked."""

@@ -21,8 +21,9 @@ from lavis_aurora.common.errors import AuroraError, did_you_mean
 LR_SCALE = "lr_scale"
 
 
-# What Linux says of a processor; on x86 and ARM.
+# What Linux says of a processor, on x86 and ARM.
 CPU_INFO = Path("/proc/cpuinfo")
+CPU_FLAGS = re.compile(r"^(?:flags|Features)\s*:(.*)$", re.MULTILINE)
 CPU_BF16 = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")
 
 
@@ -30,7 +31,8 @@ def emulates_bfloat16(cuda: bool) -> bool:
     """Whether the GPU, or else the processor, is known to lack instructions for bfloat16, which then takes longer."""
     if cuda:
         return not torch.cuda.is_bf16_supported(including_emulation=False)
-    return CPU_INFO.is_file() and not CPU_BF16.search(CPU_INFO.read_text(encoding="utf-8"))
+    flags = CPU_FLAGS.search(CPU_INFO.read_text(encoding="utf-8")) if CPU_INFO.is_file() else None
+    return flags is not None and not CPU_BF16.search(flags[1])
 
 
 class Schedule(Protocol):

@@ -377,6 +377,14 @@ def test_scores_that_are_no_numbers_are_refused() -> None:
         retrieval_scores(model, _loader(3), k_test=2)
 
 
+def test_features_that_are_no_numbers_are_refused_before_pairs_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model()
+    torch.nn.init.constant_(model.text_proj.bias, float("inf"))
+    monkeypatch.setattr(rerank, "score_pairs", lambda *_: pytest.fail("hours"))
+    with pytest.raises(Diverged, match="features or scores are NaN"):
+        retrieval_scores(model, _loader(3), k_test=2)
+
+
 # (images, captions of each, k_test, budget in pictures): an odd number of images, again with some encoded twice,
 # fewer images than processes, no reranking.
 SHARED = [(5, 2, 3, 100), (5, 1, 2, 1.5), (1, 2, 2, 100), (3, 1, 0, 100)]

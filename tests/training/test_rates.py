@@ -200,6 +200,7 @@ def test_weight_decay_may_be_of_vectors_too(tmp_path, everything):
         ("flags : amx_bf16", False),
         ("Features : asimd sve", True),
         ("Features : asimd bf16 sve", False),
+        ("isa : rv64imafdc", False),  # no flags
         (None, False),  # not Linux: nothing is known
     ],
 )
