@@ -111,7 +111,7 @@ def tower_config(task: str, size: str) -> dict:
     return config
 
 
-def build(task: str, method: str, size: str, checkpointed: int, mini_batch: int = 0):
+def build(task: str, method: str, size: str, checkpointed: int = 0, mini_batch: int = 0):
     """The model, and the parameters that are trained besides heads (all of them where the backbone is trained)."""
     kind, overrides = METHODS[method]
     config = OmegaConf.merge(tower_config(task, size), overrides, *(SETTINGS[one] for one in method.split("+")[1:]))

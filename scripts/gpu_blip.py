@@ -24,7 +24,7 @@ def model_of(task: str, method: str, setting: Setting, dropout: Optional[float] 
         built: ``checkpointed`` and ``mini_batch``, see :func:`bench_step.build`.
     """
     torch.manual_seed(0)
-    model, _ = build(task, method, setting.size, **{"checkpointed": 0, **built})
+    model, _ = build(task, method, setting.size, **built)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, parameter in adapter_parameters(model):
